@@ -142,7 +142,7 @@ class AutoAdapter(DecoderAdapter):
         prefix = owner[: owner.rfind(".") + 1]  # a router has no sites, unlike an attention
         paths = [site.parameter for site in sites if site.parameter.startswith(prefix)]
         with_sites = {path.removeprefix(prefix).partition(".")[0] for path in paths}
-        beside = [
+        router_tensors = [
             name
             for name in tensors_of(block)
             if name.startswith(prefix)
@@ -152,7 +152,7 @@ class AutoAdapter(DecoderAdapter):
         last = [role for role, site in routed.items() if site.order == order]
         names = [role.removeprefix(f"{owner}.").removeprefix("*.") for role in last]
         names = [name.removesuffix(".weight") for name in names]
-        return expert_groups(block, owner, names, beside, config)
+        return expert_groups(block, owner, names, router_tensors, config)
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's call; the first time, check the sites that were found."""
@@ -409,22 +409,22 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         }
         names: dict[tuple[Any, ...], str] = {}  # of the inputs
         orders: dict[str, int] = {}
-        found: dict[_Key, Site] = {}
+        site_of: dict[_Key, Site] = {}
         for key, use in self._uses.items():
-            if key in found or key not in complete | routed:
+            if key in site_of or key not in complete | routed:
                 continue  # it multiplies other values, a table of positions for instance
             if (routed and key in selecting) or self._gates(key, routed, bool(selecting)):
                 continue
             name = names.setdefault(use.inputs[0], _short(key))
             order = orders.setdefault(name, len(orders))
             if key in routed:
-                found |= _expert_sites(self._families[key], order, use)
+                site_of |= _expert_sites(self._families[key], order, use)
             else:
-                found[key] = Site(
+                site_of[key] = Site(
                     _short(key), key[0], name, order, key in self.added, use.transposed, key[1],
                     calls=len(use.rows),
                 )  # fmt: skip
-        return list(found.values())
+        return list(site_of.values())
 
     def _share_out(self, members: Sequence[_Key], tokens: int) -> bool:
         """True if several matrices together multiply every token equally often."""

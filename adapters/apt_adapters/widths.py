@@ -99,11 +99,11 @@ def find_widths(
     except Exception:  # a class of any origin can fail in any way
         return Widths()
     input_counts = {width for _, _, width in model.sites()}
-    found = [model.groups(*each) for each in _candidates(text_config(config), input_counts)]
-    unread = {width for _, _, width in model.unread(found)}
-    found += [model.groups(*each) for each in _unset(text_config(config), unread)]
-    widths = Widths(reasons=model.reasons(found))
-    for groups in _named([each for each in found if each]):
+    candidates = [model.groups(*each) for each in _candidates(text_config(config), input_counts)]
+    unread = {width for _, _, width in model.unread(candidates)}
+    candidates += [model.groups(*each) for each in _unset(text_config(config), unread)]
+    widths = Widths(reasons=model.reasons(candidates))
+    for groups in _named([each for each in candidates if each]):
         for block, each in groups.items():
             widths.groups.setdefault(block, []).append(each)
     widths.values = {kind: model.values(kind, each) for kind, each in widths.groups.items()}
@@ -121,11 +121,11 @@ def _candidates(config: Any, inputs: set[int]) -> Iterator[tuple[int, Fields]]:
     for name, value in numbers.items():
         yield value, {name: int, **_size_of_heads(config, name, value)}
     heads = sorted((name for name in numbers if _counts_heads(name)), key=lambda n: -numbers[n])
-    for more, fewer in combinations(heads, 2):
-        ratio, remainder = divmod(numbers[more], numbers[fewer])
-        if not remainder and sub(_SHARED, "", more) == sub(_SHARED, "", fewer):
-            fields = {more: int if ratio == 1 else partial(mul, ratio), fewer: int}
-            yield numbers[fewer], {**fields, **_size_of_heads(config, more, numbers[more])}
+    for larger, smaller in combinations(heads, 2):
+        ratio, remainder = divmod(numbers[larger], numbers[smaller])
+        if not remainder and sub(_SHARED, "", larger) == sub(_SHARED, "", smaller):
+            fields = {larger: int if ratio == 1 else partial(mul, ratio), smaller: int}
+            yield numbers[smaller], {**fields, **_size_of_heads(config, larger, numbers[larger])}
 
 
 def _unset(config: Any, inputs: set[int]) -> Iterator[tuple[int, Fields]]:
@@ -193,18 +193,18 @@ class _Model:
                 if not site.routed:
                     yield kind, site, _width(site, run.block)
 
-    def unread(self, found: Sequence[Mapping[Any, Groups]]) -> Iterator[tuple[Any, Site, int]]:
+    def unread(self, all_groups: Sequence[Mapping[Any, Groups]]) -> Iterator[tuple[Any, Site, int]]:
         """The sites that read no groups, but add to the stream or failed with fewer inputs."""
-        read = {(kind, name) for each in found for kind in each for name in each[kind].readers}
+        read = {(kind, name) for each in all_groups for kind in each for name in each[kind].readers}
         for kind, site, width in self.sites():
             inner = site.residual or (kind, site.parameter) in self._failed
             if inner and (kind, site.name) not in read:
                 yield kind, site, width
 
-    def reasons(self, found: Sequence[Mapping[Any, Groups]]) -> dict[Any, dict[str, str]]:
+    def reasons(self, all_groups: Sequence[Mapping[Any, Groups]]) -> dict[Any, dict[str, str]]:
         """The reasons why sites read no groups; see `Widths`."""
         config, reasons = type(text_config(self._config)).__name__, dict[Any, dict[str, str]]()
-        for kind, site, _ in self.unread(found):
+        for kind, site, _ in self.unread(all_groups):
             default = f"no field of {config} changes its inputs alone"
             reason = self._failed.get((kind, site.parameter), default)
             reasons.setdefault(kind, {})[site.name] = reason
@@ -412,10 +412,10 @@ def _within(groups: Groups) -> Iterator[Permutable]:
             yield Permutable(groups.readers[0], (*parts, columns), size, groups.count)
 
 
-def _check_runs(found: Collection[Groups]) -> None:
+def _check_runs(all_groups: Collection[Groups]) -> None:
     """Raise for groups of several columns that are not heads: neighbours are unrelated."""
-    heads = any("head" in name for groups in found for name in groups.fields)
-    if not heads and min(groups.parts[0].each for groups in found) > 1:  # columns of a reader
+    heads = any("head" in name for groups in all_groups for name in groups.fields)
+    if not heads and min(groups.parts[0].each for groups in all_groups) > 1:  # columns of a reader
         raise _NoGroups("its inputs can only change many at a time")
 
 
@@ -481,11 +481,11 @@ def _near(output: Tensor, expected: Tensor, effect: float) -> bool:
     return output.shape == expected.shape and float((output - expected).abs().max()) <= allowed
 
 
-def _named(found: Sequence[dict[Any, Groups]]) -> Iterator[dict[Any, Groups]]:
+def _named(candidates: Sequence[dict[Any, Groups]]) -> Iterator[dict[Any, Groups]]:
     """The groups with names of their kinds, without duplicates."""
     names = set[str]()
-    for index, groups in enumerate(found):
-        if any(_alike(groups, other) for other in found[index + 1 :]):
+    for index, groups in enumerate(candidates):
+        if any(_alike(groups, other) for other in candidates[index + 1 :]):
             continue  # a later entry is the same, with the number of key/value heads
         name = _name(next(iter(groups.values())), names)
         names.add(name)

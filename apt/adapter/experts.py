@@ -82,7 +82,7 @@ class Experts:
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The experts, and the channels inside them."""
         parent = self.path.rpartition(".")[0]
-        beside = [
+        router_tensors = [
             name
             for name in tensors_of(block)
             if name.startswith(f"{self.router}.") or name.rpartition(".")[0] == parent
@@ -93,7 +93,7 @@ class Experts:
         sites = [*self.sites(block, 0), *readers]
         width = experts_width(block, sites, config)
         kinds = [
-            expert_groups(block, self.path, last, beside, config),
+            expert_groups(block, self.path, last, router_tensors, config),
             expert_channels(block, sites, width, follow) if width else None,
         ]
         return [groups for groups in kinds if groups is not None]
@@ -109,7 +109,7 @@ class Experts:
 
 
 def expert_groups(
-    block: nn.Module, path: str, last: Sequence[str], beside: Iterable[str], config: Any
+    block: nn.Module, path: str, last: Sequence[str], router_tensors: Iterable[str], config: Any
 ) -> Groups | None:
     """The experts of a block, as groups; None if the configuration's number of experts differs.
 
@@ -119,7 +119,7 @@ def expert_groups(
         path: the path within the block of the module that owns the stacked parameters, or of the
             ``ModuleList`` of experts.
         last: the names of the parameters, or of the Linears of one expert, that produce the output.
-        beside: the paths of the router's parameters and buffers.
+        router_tensors: the paths of the router's parameters and buffers.
         config: the model's configuration.
     """
     config, tensors = text_config(config), tensors_of(block)
@@ -130,7 +130,7 @@ def expert_groups(
     if field is None:
         return None
     stacked = [] if listed else [name for name in tensors if name.startswith(f"{path}.")]
-    dims = {name: _dim_of(tensors[name], count) for name in (*stacked, *beside)}
+    dims = {name: _dim_of(tensors[name], count) for name in (*stacked, *router_tensors)}
     parts = [Part(name, dim) for name, dim in dims.items() if dim is not None]
     start = tuple(f"{path}.0.{name}." if listed else f"{path}.{name}" for name in last)
     outputs = [Part(name) for name in tensors if name.startswith(start)]  # biases as well

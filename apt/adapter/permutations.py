@@ -82,15 +82,15 @@ def permutable_channels(groups: Sequence[Groups], sites: Sequence[Site]) -> Iter
             so are groups that are apart.
         sites: the sites of the block.
     """
-    site_of, done = {site.name: site for site in sites}, set[str]()
+    site_of, done_readers = {site.name: site for site in sites}, set[str]()
     for each in groups:
         single = len(each.readers) == 1 and not (each.routed or each.apart or each.outputs)
         if single and each.bins == 1 and all(part.each == 1 for part in each.parts):
             parts = tuple(replace(part, each=each.count) for part in each.parts)
-            done.add(each.readers[0])
+            done_readers.add(each.readers[0])
             yield Permutable(each.readers[0], parts, each.count)
     for each in (each for each in groups if each.apart):
-        for reader in (site_of[name] for name in each.readers if name not in done):
+        for reader in (site_of[name] for name in each.readers if name not in done_readers):
             if (permutable := _channels_of(each, reader)) is not None:
                 yield permutable
 

@@ -93,8 +93,8 @@ def pruned_parameters(block: PlannedBlock) -> list[str]:
     for entry in block.disconnected:
         groups = entry.groups
         outputs = [part.path(group) for part in groups.outputs for group in range(groups.count)]
-        inside = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # all weights of experts
-        parts = [part.parameter for part in groups.parts if part.parameter.startswith(inside)]
+        prefixes = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # of experts
+        parts = [part.parameter for part in groups.parts if part.parameter.startswith(prefixes)]
         paths += parts if groups.routed and not groups.members else outputs
     return list(dict.fromkeys(paths))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 def flush(path: Path) -> None:
     """Flush a file, or a folder with everything in it, and its name in the folder above."""
-    inside = path.rglob("*") if path.is_dir() else ()
-    for item in (*inside, path):
+    content = path.rglob("*") if path.is_dir() else ()
+    for item in (*content, path):
         if item.is_dir():
             flush_folder(item)
         elif not item.is_symlink():

@@ -51,9 +51,9 @@ class _Axis:
     dim: int | None
     source: range
 
-    def at(self, chosen: slice) -> "_Axis":
+    def at(self, selection: slice) -> "_Axis":
         """The axis with a selection of its positions."""
-        return replace(self, place=self.place[chosen], source=self.source[chosen])
+        return replace(self, place=self.place[selection], source=self.source[selection])
 
     def moved(self, step: int) -> "_Axis":
         """The axis with its positions in the tensor moved by ``step``."""

@@ -289,18 +289,19 @@ def _check_wrappers(callers: Iterable[pluggy.HookCaller], plugin: str) -> None:
                 raise TypeError(f"{caller.name} cannot be a wrapper")
 
 
-def _check_version(wanted: object) -> None:
+def _check_version(required: object) -> None:
     """Refuse a plugin for an unsupported version of the hooks."""
-    if not isinstance(wanted, int):
-        raise TypeError(f"APT_API is {wanted!r}, not a whole number")
-    if wanted > hookspecs.API:
+    if not isinstance(required, int):
+        raise TypeError(f"APT_API is {required!r}, not a whole number")
+    if required > hookspecs.API:
         raise RuntimeError(
-            f"needs version {wanted} of the hooks, this APT has {hookspecs.API}: "
+            f"needs version {required} of the hooks, this APT has {hookspecs.API}: "
             f"upgrade {OWN_DISTRIBUTION}"
         )
-    if wanted < hookspecs.OLDEST_API:
+    if required < hookspecs.OLDEST_API:
         raise RuntimeError(
-            f"needs version {wanted} of the hooks, this APT has {hookspecs.OLDEST_API} and later: "
+            f"needs version {required} of the hooks, "
+            f"this APT has {hookspecs.OLDEST_API} and later: "
             "upgrade the plugin"
         )
 

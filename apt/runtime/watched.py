@@ -60,7 +60,7 @@ class Watched:
                 and [*map(type, self._modules)] == self._classes
                 and self._filled == self._entries
                 and [*map(len, self._attribute_tables)] == self._counts
-                and [get(own) for get, own in self._getters] == self._attributes
+                and [get(attributes) for get, attributes in self._getters] == self._attributes
                 and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
             )
         except _COMPARISON_ERRORS:

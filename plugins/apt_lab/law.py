@@ -193,8 +193,8 @@ def _intervals(
     curves = _curves(points)
     units: list[list[Point]] = curves if len(curves) > 1 else [[point] for point in points]
     for _ in range(resamples):
-        chosen = [units[i] for i in draw.integers(len(units), size=len(units))]
-        sample = [point for unit in chosen for point in unit]
+        drawn = [units[i] for i in draw.integers(len(units), size=len(units))]
+        sample = [point for unit in drawn for point in unit]
         if set(_identified(sample)[0]) >= set(names) and len({p.tokens for p in sample}) > 1:
             fits.append(_fit(names, sample, values))
     if not fits:

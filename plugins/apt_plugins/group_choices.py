@@ -111,10 +111,10 @@ def _taylor(
     for name, block in adapter.blocks(model):
         for groups in _groups(model, adapter, block):
             if groups.apart:
-                inside = {p: salience[f"{name}.{p}"] for p, _ in block.named_parameters()}
+                block_salience = {p: salience[f"{name}.{p}"] for p, _ in block.named_parameters()}
                 for site in (site for site in adapter.sites(block) if site.name in groups.readers):
                     columns = torch.zeros(groups.columns_of(site.name))
-                    for _, entry in entries_of(inside, groups, site):
+                    for _, entry in entries_of(block_salience, groups, site):
                         vectors = entry.reshape(*entry.shape[:2], -1)
                         columns += _magnitude(vectors, by_vector=by_vector).sum(1).cpu()
                     scores[name][site.name] = columns

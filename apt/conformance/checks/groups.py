@@ -165,7 +165,7 @@ def _dropped(subject: Subject) -> Faults:
 
 def _some(adapter: Adapter, model: Any, kind: str, share: float) -> dict[str, list[int]]:
     """A share of the groups of each block, the same number from each bin, and at least one."""
-    chosen = {}
+    selected = {}
     for index, (name, block) in enumerate(adapter.blocks(model)):
         for groups in adapter.groups(block, model.config):
             if groups.kind == kind:
@@ -174,12 +174,12 @@ def _some(adapter: Adapter, model: Any, kind: str, share: float) -> dict[str, li
                 each = groups.count // bins
                 most = (each - -(-groups.least // bins)) // step
                 count = min(max(1, int(each * share / step)), most) * step
-                chosen[name] = [
+                selected[name] = [
                     first + (index + i) % each
                     for first in range(0, groups.count, each)
                     for i in range(count)
                 ]
-    return chosen
+    return selected
 
 
 def _mask(

@@ -65,7 +65,7 @@ def _beside(subject: Subject, blocks: list[nn.Module]) -> list[str]:
     modules, has submodules and weights, and has an input of the shape of the residual stream.
     """
     modules = dict(subject.model.named_modules())
-    inside = {part for block in blocks for part in block.modules()}
+    block_modules = {part for block in blocks for part in block.modules()}
     around = {m for m in modules.values() if not set(blocks).isdisjoint(m.modules())}
     lists = [m for m in modules.values() if isinstance(m, nn.ModuleList | nn.Sequential)]
     members = {part for parts in lists for part in parts if any(True for _ in part.children())}
@@ -73,7 +73,7 @@ def _beside(subject: Subject, blocks: list[nn.Module]) -> list[str]:
     likely = {
         name: module
         for name, module in modules.items()
-        if module not in inside | around and (module in members or type(module) in kinds)
+        if module not in block_modules | around and (module in members or type(module) in kinds)
     }
     stream = record(subject.model, blocks, subject.tokens).inputs[0].first
     inner = tuple(f"{name}." for name in likely)

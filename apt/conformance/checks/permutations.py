@@ -25,8 +25,8 @@ def check_permutable(subject: Subject) -> Faults:
         block, readers = modules[name], {site.name: site for site in sites}
         for permutable in subject.adapter.permutable(block, config):
             message = f": the permutable inputs of {permutable.reader}"
-            if fault := _misdeclared(block, permutable, readers):
-                yield name, f"{message} {fault}"
+            if problem := _misdeclared(block, permutable, readers):
+                yield name, f"{message} {problem}"
                 continue
             reader_part = columns_of(permutable, readers[permutable.reader])
             assert reader_part is not None

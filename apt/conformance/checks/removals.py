@@ -101,8 +101,8 @@ def _change(changed: Tensor, reference: Tensor) -> Change:
     if changed.shape != reference.shape or torch.equal(changed, reference):
         return Change()
     square = float((changed.double() - reference.double()).square().sum())
-    whole = float(reference.double().square().sum())
-    return Change(square, whole) if square > _ROUNDING * whole else Change()
+    norm = float(reference.double().square().sum())
+    return Change(square, norm) if square > _ROUNDING * norm else Change()
 
 
 def _turned(tensor: Tensor) -> Tensor:

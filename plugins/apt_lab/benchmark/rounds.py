@@ -41,15 +41,15 @@ def bench(
     with ExitStack() as stack:
         workers = [stack.enter_context(started(source, run)) for source in sources]
         facts = [worker.facts() for worker in workers]
-        limits = {name: found.positions for name, found in zip(names, facts, strict=True)}
+        limits = {name: of_model.positions for name, of_model in zip(names, facts, strict=True)}
         run = fitted(run, limits, notice)
         turns: list[list[Turn]] = [[] for _ in workers]
         for number, index in _order(run.rounds, len(workers)):
             status(f"round {number + 1}/{run.rounds}: {names[index]}")
             turns[index].append(workers[index].turn(run, number))
-    found = zip(names, facts, turns, strict=True)
+    results = zip(names, facts, turns, strict=True)
     return run, [
-        Result(name, model_facts, tuple(measures)) for name, model_facts, measures in found
+        Result(name, model_facts, tuple(measures)) for name, model_facts, measures in results
     ]
 
 

@@ -49,9 +49,9 @@ class Comparison:
         """
         path = folder / RESULTS
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            setting = _read_setting(known["setting"])
-            rows = [_read(row, setting) for row in known["rows"]]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            setting = _read_setting(content["setting"])
+            rows = [_read(row, setting) for row in content["rows"]]
         except OSError as error:
             raise user_error(error) or error from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -68,10 +68,10 @@ class Comparison:
         """
         if not self.path.is_file():
             return
-        known = Comparison.stored(self.folder)
-        fault, hint = f"{self.path} is another comparison", "choose another output, or delete it"
-        check_same(fault, known.setting, self.setting, hint, ("output",))
-        self.rows = known.rows
+        earlier = Comparison.stored(self.folder)
+        message, hint = f"{self.path} is another comparison", "choose another output, or delete it"
+        check_same(message, earlier.setting, self.setting, hint, ("output",))
+        self.rows = earlier.rows
 
     @property
     def folder(self) -> Path:
@@ -100,10 +100,10 @@ class Comparison:
         Returns:
             The row; None if another process measures it, unless ``wait`` is given.
         """
-        with claimed(self.folder, f"row {key}", wait=wait) as mine:
+        with claimed(self.folder, f"row {key}", wait=wait) as is_claimed:
             self.read()
             row = self.known(key)
-            if row is None and mine:
+            if row is None and is_claimed:
                 row = {"key": key, **compute()}
                 self._add(row)
             return row

@@ -60,16 +60,16 @@ def check_tasks(names: Sequence[str], *, trust_remote_code: bool = False) -> lis
 
 
 @cache
-def _index(*, own: bool) -> Any:
+def _index(*, with_defaults: bool) -> Any:
     """The harness's index of tasks; an index with its own tasks takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        return TaskManager(include_defaults=own)
+        return TaskManager(include_defaults=with_defaults)
 
 
 def _check_known(names: Sequence[str]) -> None:
-    existing = _index(own=True).match_tasks(list(names))
+    existing = _index(with_defaults=True).match_tasks(list(names))
     for name in names:
         if name not in existing:
             raise AptError(
@@ -132,7 +132,7 @@ def answer(
         try:
             results = simple_evaluate(
                 runner, tasks=tasks, limit=limit, verbosity="ERROR",
-                task_manager=_index(own=foreign),
+                task_manager=_index(with_defaults=foreign),
                 bootstrap_iters=_RESAMPLES,
             )  # fmt: skip
         except Exception as error:  # the harness raises many types for tasks of users

