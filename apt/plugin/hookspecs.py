@@ -1,4 +1,4 @@
-"""The hooks. The built-in plugins use the same ones.
+"""The hooks of plugins. The built-in plugins use the same hooks.
 
 Example:
 

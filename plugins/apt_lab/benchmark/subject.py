@@ -1,4 +1,4 @@
-"""A model that is measured, in the process that measures it."""
+"""The measured model, in the process that measures it."""
 
 import gc
 import platform
@@ -26,7 +26,7 @@ from apt_lab.options import BenchRun
 
 
 class Subject:
-    """A model that is measured. Between two turns its weights are not in memory.
+    """A measured model. Between two turns its weights are not in memory.
 
     Args:
         source: the model.
