@@ -38,10 +38,10 @@ def machine_with(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "best"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu")])
 def test_a_run_that_names_no_device_uses_an_accelerator_that_can_solve(machine_with, kind, best):
-    assert devices.best() == "cpu"
+    assert devices.default_device() == "cpu"
     machine_with(kind)
-    assert devices.best() == best
-    assert devices.kinds() == ("cpu", kind)
+    assert devices.default_device() == best
+    assert devices.device_kinds() == ("cpu", kind)
 
 
 def test_what_torch_knows_of_an_accelerator(machine_with):
@@ -51,7 +51,7 @@ def test_what_torch_knows_of_an_accelerator(machine_with):
     assert devices.peak_allocated("xpu") == 2**20
     assert devices.multiplies_bf16("xpu")
     devices.synchronize("xpu:1")
-    devices.forget_peak("xpu")
+    devices.reset_peak("xpu")
     assert calls == [("synchronize", torch.device("xpu:1")), ("forget", "xpu")]
 
 
@@ -62,7 +62,7 @@ def test_what_torch_does_not_know_is_left_out(machine_with):
     assert devices.name_of("mps") == "mps"
     assert devices.total_memory("mps") == devices.peak_allocated("mps") == 0
     assert not devices.multiplies_bf16("mps")
-    devices.forget_peak("mps")
+    devices.reset_peak("mps")
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "meta"])
@@ -78,7 +78,7 @@ def test_random_states_are_as_before(machine_with, kind):
     if kind is not None:
         machine_with(kind)
     before = torch.get_rng_state()
-    with devices.random_states_kept():
+    with devices.keep_random_states():
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -86,12 +86,12 @@ def test_random_states_are_as_before(machine_with, kind):
 def test_half_precision_without_onednn_is_slow_whatever_a_product_takes(monkeypatch):
     monkeypatch.setattr(devices, "_seconds_of_product", lambda dtype, device, size: dtype.itemsize)
     for supported in (True, False):
-        devices._is_faster_here.cache_clear()
+        devices._cpu_multiplies_faster.cache_clear()
         monkeypatch.setattr(
             torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=supported: known
         )
         assert devices.multiplies_fast(torch.bfloat16, "cpu") is supported
-    devices._is_faster_here.cache_clear()
+    devices._cpu_multiplies_faster.cache_clear()
 
 
 def test_half_precision_that_onednn_computes_with_slower_instructions_is_slow(monkeypatch):
@@ -99,10 +99,10 @@ def test_half_precision_that_onednn_computes_with_slower_instructions_is_slow(mo
     monkeypatch.setattr(
         devices, "_seconds_of_product", lambda dtype, device, size: 1 / dtype.itemsize
     )
-    devices._is_faster_here.cache_clear()
+    devices._cpu_multiplies_faster.cache_clear()
     assert not devices.multiplies_fast(torch.bfloat16, "cpu")
     assert devices.multiplies_fast(torch.float32, "cpu")
-    devices._is_faster_here.cache_clear()
+    devices._cpu_multiplies_faster.cache_clear()
 
 
 def test_the_speed_of_a_product_is_that_of_many_operations():

@@ -12,7 +12,7 @@ from apt.checkpoints.parameters import read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of
-from apt.compute import loses, unrounded
+from apt.compute import is_lossy, unrounded
 from apt.devices import is_accelerator
 from apt.errors import AptError
 from apt.layouts.pieces import Layout
@@ -96,7 +96,7 @@ class StoredBlocks:
 
     def unrounded(self, name: str, values: Tensor) -> Tensor:
         """The values of a parameter, see `apt.compute.unrounded`."""
-        if not loses(self.stored_dtype(name), values.dtype):
+        if not is_lossy(self.stored_dtype(name), values.dtype):
             return values
         return unrounded(values, read_parameter(self._layout[name], values.shape, self._shards))
 

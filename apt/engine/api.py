@@ -21,7 +21,7 @@ from apt.engine.shrink_plan import Choice, smaller_pruning
 from apt.errors import AptError, name_of
 from apt.events import Observer, TrainingObserver
 from apt.files.journal import Journal, Line
-from apt.modes import usual_modes
+from apt.modes import default_modes
 from apt.options import (
     Activations,
     PruneOptions,
@@ -72,7 +72,7 @@ class PruneArguments(TypedDict, total=False):
     observe: Observer
 
 
-@usual_modes()  # in inference mode a copy would be of inference tensors
+@default_modes()  # in inference mode a copy would be of inference tensors
 @checked
 def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) -> tuple[M, Report]:
     """Prune a copy of a model; the model itself does not change.
@@ -89,7 +89,7 @@ def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) ->
     return pruned, prune(pruned, tokens, **arguments)
 
 
-@usual_modes()
+@default_modes()
 @checked
 def prune(
     model: nn.Module,
@@ -156,7 +156,7 @@ def prune(
     return given.pruned(tokens, job, tokenizer, known, options.compute)[1]
 
 
-@usual_modes()  # in inference mode a copy would be of inference tensors
+@default_modes()  # in inference mode a copy would be of inference tensors
 @checked
 def shrink(
     model: nn.Module,
@@ -214,7 +214,7 @@ def shrink(
     return small, report
 
 
-@usual_modes()
+@default_modes()
 @checked
 def recover(
     model: nn.Module,
@@ -315,7 +315,7 @@ def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:
     return RecoverySpec(name, "a function of the caller", ""), kind
 
 
-@usual_modes()
+@default_modes()
 @checked
 def calibration_tokens(
     tokenizer: Any,
@@ -350,7 +350,7 @@ def calibration_tokens(
     return datasets.calibration_tokens(tokenizer, texts, samples, seqlen, seed, source, first)
 
 
-@usual_modes()
+@default_modes()
 @checked
 def evaluation_tokens(
     tokenizer: Any,

@@ -53,7 +53,9 @@ def _decided(task: "PruneTask", status: Status) -> Plan:
     return task.decide(store, text)[1]
 
 
-def usual_forecast(run: InspectRun, source: Source, registry: Registry, notice: Notice) -> Planned:
+def default_forecast(
+    run: InspectRun, source: Source, registry: Registry, notice: Notice
+) -> Planned:
     """The plan of a run with default options, for a model and a pattern."""
     device = choose_device(run.device)
     skeleton = open_skeleton(source, registry, run.adapter)

@@ -20,7 +20,7 @@ from apt.engine.reports import described
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.events import telling
+from apt.events import with_site_observer
 from apt.locations.model_source import Source
 from apt.options import Activations, Compute, StreamOptions
 from apt.output.report import Report
@@ -53,7 +53,7 @@ class GivenModel(ModelStore):
         self._name, self.adapter = find_adapter(adapter, model, self.registry)
         _check_inputs(model, self.adapter, tokens)
         if ranks.first:
-            observe = telling(observe, self.registry.site_pruned)
+            observe = with_site_observer(observe, self.registry.site_pruned)
         super().__init__(ranks, observe)
         self.model, self.activations = model, activation_store(activations)
         self.device = str(next(model.parameters()).device)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from apt.calibration.storage import CpuStore, MemoryStore, Store
-from apt.devices import best, total_memory
+from apt.devices import default_device, total_memory
 from apt.errors import AptError
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -25,7 +25,7 @@ def choose_device(name: str) -> str:
         AptError: the device does not exist, or its results are wrong.
     """
     if name == "auto":
-        return best()
+        return default_device()
     try:
         two = float(torch.ones(2, 2, device=name).matmul(torch.ones(2, 2, device=name))[0, 0])
     except Exception as error:  # of many types: RuntimeError, AssertionError, ImportError, …

@@ -20,8 +20,8 @@ from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
 from apt.engine.run_output import RunOutput
 from apt.engine.task import Task
-from apt.events import telling
-from apt.modes import usual_modes
+from apt.events import with_site_observer
+from apt.modes import default_modes
 from apt.options import PruneRun, ReapplyRun, RecoverRun, ShrinkRun
 from apt.output.report import Report
 from apt.output.timeline import Timeline
@@ -69,7 +69,7 @@ class Watcher:
         """The output is exported."""
 
 
-@usual_modes()
+@default_modes()
 @checked
 def run(
     options: AnyRun,
@@ -156,7 +156,7 @@ def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
     """Step 3 of `drive`. Every rank reads, from a place that all of them can read."""
     observe = watcher.observe
     if ranks.first:
-        observe = telling(observe, task.registry.site_pruned)
+        observe = with_site_observer(observe, task.registry.site_pruned)
     timeline = Timeline(watcher.status, observe)
     output = RunOutput(task, timeline, ranks)
     ranks.check_alike(partial(running, task.record(), stream=task.stream))

@@ -35,7 +35,7 @@ from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.evaluation.blockwise import carried, streamed
-from apt.events import Done, ExpertsRemoved, SitePruned, Status
+from apt.events import BlockRecord, ExpertsRemoved, SitePruned, Status
 from apt.files.journal import Journal, Line
 from apt.output.report import read_site
 from apt.output.staging import Staging
@@ -191,7 +191,7 @@ class Streamed(ModelStore):
         with self._dense.open(name, dense):
             yield
 
-    def kept(self, name: str) -> list[Done] | None:
+    def kept(self, name: str) -> list[BlockRecord] | None:
         """The records in the journal of a block; None if it is not kept yet."""
         return records_of(self._done[name], self.journal) if name in self._done else None
 
@@ -199,7 +199,7 @@ class Streamed(ModelStore):
         """Read the kept block from the copy."""
         self._kept.restore(name)
 
-    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
+    def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
         """Write the pruned parameters, and then a line in the journal; the first rank does it.
 
         Every rank continues with the values as stored, as a resumed run does.
@@ -266,7 +266,7 @@ def reads_ahead(device: str) -> bool:
     return is_accelerator(device)
 
 
-def records_of(line: Line, journal: Journal) -> list[Done]:
+def records_of(line: Line, journal: Journal) -> list[BlockRecord]:
     """The records of a block in a line of a journal.
 
     Raises:

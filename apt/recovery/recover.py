@@ -17,7 +17,7 @@ from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in, mixed_precision
-from apt.devices import random_states_kept, synchronize
+from apt.devices import keep_random_states, synchronize
 from apt.errors import AptError, faulty, first_line
 from apt.options import BATCH, STEPS, RecoverOptions
 from apt.recovery.job import STEPS_FOLDER, Course, RecoveryJob
@@ -311,7 +311,7 @@ def _trainable(
 ) -> Trainable:
     """What the kind of recovery trains."""
     teacher = _teacher(text, held_back, job) if job.spec.teacher else None
-    with random_states_kept():
+    with keep_random_states():
         torch.manual_seed(job.seed)
         made: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
     if isinstance(made, Trainable) and any(p.requires_grad for p in made.module.parameters()):
