@@ -15,7 +15,7 @@ from apt.errors import AptError, faulty
 from apt.files.writing import check_file
 from apt.options import ExportRun, PruneRun, RecoverRun, ShrinkRun
 from apt.output.report import read_report
-from apt.output.staging import whole_file
+from apt.output.staging import staged_file
 from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 from apt.runtime.entries import is_packed
@@ -48,7 +48,7 @@ def export_model(
     original = given[0] if given else _original(directory, spec)
     integers = integers_of(directory)
     write: Export = spec.load()
-    with whole_file(output, run.overwrite) as partial:
+    with staged_file(output, run.overwrite) as partial:
         model = Exportable(opened, run.type, original, integers.kind if integers else None)
         done = write(model, partial)
         if not isinstance(done, Exported) or not partial.is_file():

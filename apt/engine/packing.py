@@ -14,7 +14,7 @@ from apt.options import PackRun, PruneRun, RemoteOptions, UnpackRun
 from apt.output.card import mark_as_packed, mark_as_unpacked
 from apt.output.location import check_output, check_space
 from apt.output.report import carry_report, read_report
-from apt.output.staging import whole_directory, write_errors
+from apt.output.staging import staged_directory, write_errors
 from apt.packing.compressed_tensors import write_compressed_tensors
 from apt.packing.directory import (
     OWN_CODE_FILE,
@@ -64,7 +64,7 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
             "round its weights",
             ("quantize",),
         )
-    with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
+    with staged_directory(run.output, run.overwrite) as work, write_errors(run.output):
         if run.format != "apt" and rounding is not None:
             done = write_compressed_tensors(directory, skeleton, work.out, rounding)
         else:
@@ -116,7 +116,7 @@ def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda lin
     entries = read_entries(directory)
     size = sum(4 * prod(entry.shape) for entry in entries.values())
     check_space({"output": (run.output, size)})
-    with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
+    with staged_directory(run.output, run.overwrite) as work, write_errors(run.output):
         count = unpack(directory, work.out)
         mark_as_unpacked(work.out)
         carry_report(directory, work.out, source.reference)

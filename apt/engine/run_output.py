@@ -144,7 +144,7 @@ class RunOutput:
     @cached_property
     def _finished(self) -> Path | None:
         """The complete output of an interrupted run; to find it reads all of its files."""
-        return self.work.done
+        return self.work.finished_output
 
     def is_done(self) -> bool:
         """True if an interrupted run had completed its output."""

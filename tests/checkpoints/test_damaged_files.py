@@ -140,5 +140,5 @@ def test_a_journal(tmp_path, given, tail, sealed):
         work.journal.read()
         for line in work.journal.lines:
             records_of(line, work.journal)
-        assert work.done is None
+        assert work.finished_output is None
         work.begin({"model": 1}, resume=True)

@@ -15,7 +15,7 @@ from apt.files.renaming import exchange, rename_new
 from apt.output import staging
 from apt.output.location import check_output, staging_folder
 from apt.output.report import Report
-from apt.output.staging import Staging, whole_directory
+from apt.output.staging import Staging, staged_directory
 from tests.helpers import TEXT
 from tests.helpers.mounting import mounted
 
@@ -164,7 +164,7 @@ def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch,
 
 
 def write(place, overwrite=False):
-    with whole_directory(place, overwrite) as work:
+    with staged_directory(place, overwrite) as work:
         (work.out / "weights").write_text("new")
         Report({}, {"reference": "m"}, {}).write(work.out)
 
@@ -268,7 +268,7 @@ def test_links_in_a_staging_folder_are_not_followed(tmp_path, name, hard):
 
 def test_folders_that_were_made_for_nothing_are_gone_again(tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(KeyError), whole_directory(tmp_path / "there/deep/er/out"):
+    with pytest.raises(KeyError), staged_directory(tmp_path / "there/deep/er/out"):
         raise KeyError
     assert snapshot(tmp_path).keys() == {"there"}
     write(tmp_path / "there/deep/er/out")

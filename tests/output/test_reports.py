@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import apt as library
-from apt.output.schema import fault_of
+from apt.output.schema import first_problem
 from tests.helpers import TEXT
 
 DAMAGED = int(os.environ.get("APT_DAMAGED_REPORTS", "60"))
@@ -116,7 +116,7 @@ def test_a_fault_is_named_with_its_place(apt, results, command, path, value, sai
 def test_what_apt_writes_has_no_fault(results, checkpoint, output_of):
     searched = output_of("shrink", checkpoint("llama"), *SMALL, "--search", "--evaluations", 2)
     for result in (*results, searched, output_of("reapply", results[0], checkpoint("llama"))):
-        assert fault_of(json.loads((result / "apt_report.json").read_text())) == ""
+        assert first_problem(json.loads((result / "apt_report.json").read_text())) == ""
 
 
 def test_a_number_that_is_not_finite_is_read_as_it_was_written(results):

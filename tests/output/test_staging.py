@@ -13,12 +13,12 @@ from apt.files import locking, renaming
 from apt.output import staging
 from apt.output.location import check_output
 from apt.output.report import Report
-from apt.output.staging import Staging, whole_directory, write_errors
+from apt.output.staging import Staging, staged_directory, write_errors
 from tests.helpers.interrupted import KilledError
 
 
 def write_and_fail(target, error):
-    with whole_directory(target) as work, write_errors(target):
+    with staged_directory(target) as work, write_errors(target):
         (work.out / "a").write_text("x")
         raise error
 
@@ -27,7 +27,7 @@ def test_a_directory_appears_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
     umask = os.umask(0o022)
     os.umask(umask)
-    with whole_directory(target) as work:
+    with staged_directory(target) as work:
         (work.out / "a").write_text("x")
         (work.out / "a").chmod(0o600)
         assert not target.exists()
@@ -51,7 +51,7 @@ def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
     with pytest.raises(KeyError):
         write_and_fail(target, KeyError())
     assert (target / "old").read_text() == "old"
-    with whole_directory(target, overwrite=True) as work:
+    with staged_directory(target, overwrite=True) as work:
         (work.out / "new").write_text("new")
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -136,11 +136,11 @@ def test_a_result_that_replaces_out_is_whole_wherever_the_run_is_cut(
                 assert len(steps) < step
     again = Staging(tmp_path / "out")
     with again.locked():
-        if again.done is None:  # the blocks are there, from which the run makes it again
+        if again.finished_output is None:  # the blocks are there, from which the run makes it again
             assert (again.out / "blocks").read_text() == "with zeros"
             assert again.journal.has_work
         else:
-            assert again.done == again.out
+            assert again.finished_output == again.out
             again.finish()
             assert (tmp_path / "out/weights").read_text() == "few"
 
@@ -177,7 +177,7 @@ def test_what_a_line_describes_is_flushed_before_the_line(data, tmp_path, flushe
 
 
 def test_a_published_output_and_its_name_are_on_disk(tmp_path, flushed):
-    with whole_directory(tmp_path / "out") as work:
+    with staged_directory(tmp_path / "out") as work:
         (work.out / "index.json").write_text("x")
     assert "index.json" in {Path(path).name for path in flushed[:-1]}
     assert flushed[-1] == str(tmp_path)
@@ -209,6 +209,6 @@ def test_a_file_system_that_keeps_an_open_lock_in_its_folder_is_no_error(tmp_pat
 
     monkeypatch.setattr(os, "unlink", unlink)
     monkeypatch.setattr(staging, "locked", locked)
-    with whole_directory(tmp_path / "out") as work:
+    with staged_directory(tmp_path / "out") as work:
         (work.out / "a").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
