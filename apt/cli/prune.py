@@ -10,9 +10,9 @@ def prune(
 
     For example: apt-prune prune --adapter llama
     """
-    from apt.cli.opening import opened
+    from apt.cli.opening import named_options
 
-    named, notices = opened(run)
+    named, notices = named_options(run)
 
     from apt.cli.pruning import PruningWatcher
 

@@ -19,11 +19,11 @@ def recover(
 
     For example: apt-prune recover ./pruned --minutes 30 --output ./recovered
     """
-    from apt.cli.opening import check_plot, opened
+    from apt.cli.opening import check_plot, named_options
 
     inputs = (run.model, run.calibration, run.evaluation, run.dense)
     check_plot(picture.plot, *inputs, overwrite=run.overwrite)
-    named, notices = opened(run)
+    named, notices = named_options(run)
 
     from apt.cli.recovering import RecoveryWatcher
 

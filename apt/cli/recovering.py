@@ -1,4 +1,4 @@
-"""``apt-prune recover`` as it is printed."""
+"""The output of ``apt-prune recover``."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from apt.output.report import Report
 
 
 class RecoveryWatcher(CommandWatcher):
-    """Prints a training.
+    """Prints the progress and the summary of a training.
 
     Args:
         named, config, notices, as_json: see `CommandWatcher`.
@@ -52,7 +52,7 @@ class RecoveryWatcher(CommandWatcher):
             raise typer.Exit(2)
 
     def progress(self, task: Task) -> Progress:
-        """The display of the work."""
+        """The display of the training."""
         return TrainingProgress(self.notices)
 
     def written(self, task: Task, report: Report) -> None:

@@ -33,12 +33,12 @@ def shrink(
     Channels, heads, states or whole blocks are removed, and the weights that are left compensate.
     For example: apt-prune shrink --adapter llama --keep 0.75
     """
-    from apt.cli.opening import check_plot, opened
+    from apt.cli.opening import check_plot, named_options
 
     if picture.plot is not None and run.mode != "search":
         raise AptError("plot draws the candidates of a search", "search for a size", ("mode",))
     check_plot(picture.plot, run.model, run.calibration, run.evaluation, overwrite=run.overwrite)
-    named, notices = opened(run)
+    named, notices = named_options(run)
 
     from apt.cli.pruning import PruningWatcher
 

@@ -68,16 +68,16 @@ def _summary(verified: "Verified", *, by_report: bool) -> str:
     from apt.cli.summary import structure_line
 
     if verified.structure:
-        as_said = "not as the report says" if verified.problems else "as the report says"
-        return f"{structure_line(verified.structure)}, {as_said}"
+        comparison = "not as the report says" if verified.problems else "as the report says"
+        return f"{structure_line(verified.structure)}, {comparison}"
     if not verified.verdicts:
         return "its files differ" if verified.problems else "its files are as the report says"
     zeros, size = (
         sum(n) for n in zip(*((v.zeros, v.size) for v in verified.verdicts), strict=True)
     )
-    meeting = len(verified.verdicts) - len(verified.failed)
-    asked = f"their pattern in the report ({verified.pattern})" if by_report else verified.pattern
+    passed = len(verified.verdicts) - len(verified.failed)
+    pattern = f"their pattern in the report ({verified.pattern})" if by_report else verified.pattern
     return (
-        f"{meeting} of {len(verified.verdicts)} sites meet {asked}; "
+        f"{passed} of {len(verified.verdicts)} sites meet {pattern}; "
         f"{zeros / size:.4%} of their weights are zero"
     )

@@ -169,7 +169,8 @@ _REPORT = object_with(
         "calibration": object_with({}, {"source": text, "shape": list_of(count)}),
         "scores": _SCORES, "seconds": amount, "peak_memory_bytes": object_of(amount),
         "sites": list_of(_SITE), "skipped": list_of(text), "problems": list_of(text),
-        "created": text, "versions": object_of(text), "files": either(object_of(text), list_of(text)),
+        "created": text, "versions": object_of(text),
+        "files": either(object_of(text), list_of(text)),
         "ranks": list_of(object_with({"tokens": count, "solves": count, "solve_seconds": amount})),
     },
     {
