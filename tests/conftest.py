@@ -61,10 +61,10 @@ def _long_texts_are_tokenised_once():
 @pytest.fixture(autouse=True, scope="session")
 def _this_machine_is_measured_once():
     """Estimates of time begin with a measurement of a second."""
-    known = cache(costs.measured)
+    known = cache(costs.measure_machine)
     with pytest.MonkeyPatch.context() as patch:
         for module in ("costs", "timed_run"):
-            patch.setattr(f"apt.engine.{module}.measured", known)
+            patch.setattr(f"apt.engine.{module}.measure_machine", known)
         yield
 
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from apt.engine.opening import AnyRun, Named, find_source, with_names
+from apt.engine.opening import AnyRun, RunRequest, find_source, resolve_names
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.model_source import Source
@@ -15,13 +15,13 @@ from apt.plugin.registry import registry
 R = TypeVar("R", bound=AnyRun)
 
 
-def named_options(options: R) -> tuple[Named[R], list[str]]:
+def run_request(options: R) -> tuple[RunRequest[R], list[str]]:
     """The options with all names filled in, and notices about the defaults."""
     from apt.cli.progress import Progress
 
     notices: list[str] = []
     with Progress(f"looking for {options.model or 'the model'}"):
-        return with_names(options, registry(), notices.append), notices
+        return resolve_names(options, registry(), notices.append), notices
 
 
 def find_model(reference: str, options: RemoteOptions) -> Source:

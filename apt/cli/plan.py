@@ -7,7 +7,7 @@ from typing import Any
 
 from apt.adapter import DecoderAdapter, Site
 from apt.cli.output import duration, say, show, show_json, size, table
-from apt.engine.costs import Planned
+from apt.engine.costs import PlannedRun
 from apt.engine.estimate import estimate
 from apt.options import Activations
 from apt.planning.plan import Plan
@@ -15,7 +15,7 @@ from apt.planning.plan import Plan
 _Row = tuple[Site, tuple[int, int], str]
 
 
-def show_plan(planned: Planned, *, as_json: bool) -> None:
+def show_plan(planned: PlannedRun, *, as_json: bool) -> None:
     """Print a plan, with the memory and time that it needs."""
     if as_json:
         show_json(_record(planned))
@@ -25,7 +25,7 @@ def show_plan(planned: Planned, *, as_json: bool) -> None:
         _show_needs(planned)
 
 
-def _record(planned: Planned) -> dict[str, Any]:
+def _record(planned: PlannedRun) -> dict[str, Any]:
     skeleton, needs = planned.skeleton, estimate(planned)
     return {
         "model": skeleton.source.reference,
@@ -53,7 +53,7 @@ def _record(planned: Planned) -> dict[str, Any]:
     }
 
 
-def _seconds(planned: Planned) -> dict[str, dict[str, float]]:
+def _seconds(planned: PlannedRun) -> dict[str, dict[str, float]]:
     """The seconds of each step, by effort."""
     if not planned.efforts:
         return {}
@@ -64,7 +64,7 @@ def _seconds(planned: Planned) -> dict[str, dict[str, float]]:
     }
 
 
-def _show_outline(planned: Planned) -> None:
+def _show_outline(planned: PlannedRun) -> None:
     skeleton, plan = planned.skeleton, planned.plan
     in_sites = sum(site.size for site in plan.sites)
     active = planned.active_parameters
@@ -82,7 +82,7 @@ def _show_outline(planned: Planned) -> None:
         say(f"no groups for apt-prune shrink: {site}, since {reason}")
 
 
-def _groups(planned: Planned) -> dict[str, int]:
+def _groups(planned: PlannedRun) -> dict[str, int]:
     """The number of groups of each kind in a block, which `apt-prune shrink` can remove."""
     adapter, module = planned.skeleton.adapter, planned.skeleton.module
     return {
@@ -92,7 +92,7 @@ def _groups(planned: Planned) -> dict[str, int]:
     }
 
 
-def _ungrouped(planned: Planned) -> dict[str, str]:
+def _ungrouped(planned: PlannedRun) -> dict[str, str]:
     """The sites whose inputs are no groups, with the reason from the adapter."""
     adapter, module = planned.skeleton.adapter, planned.skeleton.module
     if not isinstance(adapter, DecoderAdapter):
@@ -133,7 +133,7 @@ def _group_rows(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], 
     return groups.items()
 
 
-def _show_needs(planned: Planned) -> None:
+def _show_needs(planned: PlannedRun) -> None:
     needs = estimate(planned)
     disk = f", {size(needs.disk)} of disk" if planned.options.activations == "disk" else ""
     say(
@@ -154,7 +154,7 @@ def _show_needs(planned: Planned) -> None:
         say(f"time by effort, error-aware, {where}: about {', '.join(times)}{remark}")
 
 
-def _memory_fit(planned: Planned, memory: int) -> str:
+def _memory_fit(planned: PlannedRun, memory: int) -> str:
     """The memory needed on an accelerator, and flags with which a run fits."""
     needed = _device_memory(planned)
     need = f"{size(needed)} of its {size(memory)} of memory"
@@ -174,7 +174,7 @@ def _memory_fit(planned: Planned, memory: int) -> str:
     return f"{need}; even with {all_flags} {size(needed)}"
 
 
-def _device_memory(planned: Planned) -> int:
+def _device_memory(planned: PlannedRun) -> int:
     """The peak memory of the accelerator: it does not keep activations that are beside it."""
     place: Activations = "memory" if planned.options.activations == "memory" else "disk"
     return estimate(replace(planned, options=replace(planned.options, activations=place))).on_device

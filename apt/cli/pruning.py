@@ -10,7 +10,7 @@ from apt.cli.plan import show_plan
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.running import CommandWatcher
 from apt.cli.summary import first_not_finite, show_report
-from apt.engine.costs import Planned
+from apt.engine.costs import PlannedRun
 from apt.engine.prune_task import PruneTask
 from apt.engine.run import Work
 from apt.engine.task import Task
@@ -40,7 +40,7 @@ class PruningWatcher(CommandWatcher):
                 error.add_note(_origins(task))
             raise
 
-    def planned(self, planned: Planned) -> None:
+    def planned(self, planned: PlannedRun) -> None:
         """Print the plan of a dry run."""
         for line in self.notices:
             notice(line)

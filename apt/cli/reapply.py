@@ -8,9 +8,9 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
 
     For example: apt-prune reapply ./pruned ./fine-tuned --output ./sparse
     """
-    from apt.cli.opening import named_options
+    from apt.cli.opening import run_request
 
-    named, _ = named_options(run)
+    request, _ = run_request(run)
 
     from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
@@ -18,7 +18,7 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
     from apt.engine.run import Watcher, drive
 
     with Progress("reapplying the masks"):
-        report = drive(named, Watcher(notice=notice), Ranks())
+        report = drive(request, Watcher(notice=notice), Ranks())
     assert report is not None
     record = report.reapplied
     if printing.as_json:

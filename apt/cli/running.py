@@ -14,7 +14,7 @@ from apt.cli.output import notice, say, show_json
 from apt.cli.packing import packed_line
 from apt.cli.progress import Progress
 from apt.distributed.launch import joined
-from apt.engine.opening import Named
+from apt.engine.opening import RunRequest
 from apt.engine.prepare import input_paths
 from apt.engine.prune_task import PruneTask
 from apt.engine.run import Watcher, Work, drive
@@ -37,18 +37,18 @@ class CommandWatcher(Watcher):
     """
 
     def __init__(
-        self, named: Named[Any], config: ConfigOptions, notices: list[str], *, as_json: bool
+        self, request: RunRequest[Any], config: ConfigOptions, notices: list[str], *, as_json: bool
     ) -> None:
         super().__init__(self._observe, self._status, self._notice)
-        self.options, self.notices, self.as_json = named.options, notices, as_json
+        self.options, self.notices, self.as_json = request.options, notices, as_json
         self.report: Report | None = None
         self._config, self._begun = config, False
         self._display: Progress
 
-    def perform(self, named: Named[Any], *, dry_run: bool = False) -> None:
+    def perform(self, request: RunRequest[Any], *, dry_run: bool = False) -> None:
         """Do the run, with the other processes of ``torchrun`` if there are some."""
         with joined(self.options.device) as ranks:
-            drive(named, self, ranks, dry_run=dry_run)
+            drive(request, self, ranks, dry_run=dry_run)
 
     def progress(self, task: Task) -> Progress:
         """The display of the work."""

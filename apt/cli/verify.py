@@ -10,7 +10,7 @@ from apt.locations.paths import kind_at
 from apt.options import PrintingOptions, VerifyRun
 
 if TYPE_CHECKING:
-    from apt.engine.verification import Verified
+    from apt.engine.verification import Verification
 
 
 def verify(run: VerifyRun, printing: PrintingOptions) -> None:
@@ -38,7 +38,7 @@ def verify(run: VerifyRun, printing: PrintingOptions) -> None:
         raise typer.Exit(1)
 
 
-def _show(directory: Path, verified: "Verified", *, by_report: bool, as_json: bool) -> None:
+def _show(directory: Path, verified: "Verification", *, by_report: bool, as_json: bool) -> None:
     from apt.cli.output import say, show_json
 
     if as_json:
@@ -51,7 +51,7 @@ def _show(directory: Path, verified: "Verified", *, by_report: bool, as_json: bo
     say(f"{directory}: {_summary(verified, by_report=by_report)}")
 
 
-def _record(directory: Path, verified: "Verified") -> dict[str, object]:
+def _record(directory: Path, verified: "Verification") -> dict[str, object]:
     return {
         "directory": str(directory),
         "pattern": verified.pattern or None,
@@ -64,7 +64,7 @@ def _record(directory: Path, verified: "Verified") -> dict[str, object]:
     }
 
 
-def _summary(verified: "Verified", *, by_report: bool) -> str:
+def _summary(verified: "Verification", *, by_report: bool) -> str:
     from apt.cli.summary import structure_line
 
     if verified.structure:

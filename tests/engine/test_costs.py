@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt.adapter.text_config import hidden_size
 from apt.checkpoints.load import load, open_skeleton
-from apt.engine.costs import MACHINES, Machine, Planned, Work, measured
+from apt.engine.costs import MACHINES, Machine, PlannedRun, Work, measure_machine
 from apt.locations.model_source import find
 from apt.options import PruneRun
 from apt.planning.plan import Selection, make_plan, read_pattern
@@ -24,7 +24,7 @@ def work(effort="fast", samples=4, seqlen=128, model=LLAMA, *, allocated=False, 
     skeleton = open_skeleton(find(model, registry()), registry())
     plan = make_plan(skeleton.module, skeleton.adapter, read_pattern("0.5"), Selection(), "layer")
     run = PruneRun(effort=effort, samples=samples, seqlen=seqlen, **options)
-    return Planned(skeleton, plan, run, allocated=allocated)
+    return PlannedRun(skeleton, plan, run, allocated=allocated)
 
 
 def operations(step):
@@ -80,7 +80,7 @@ def test_a_machine_adds_up_the_time():
 
 
 def test_this_machine_is_measured():
-    machine = measured("cpu")
+    machine = measure_machine("cpu")
     assert machine.measured
     assert min(machine.fp32, machine.bf16, machine.bandwidth) > 1e7
 

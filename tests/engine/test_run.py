@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import apt as library
-from apt.engine.opening import with_names
+from apt.engine.opening import resolve_names
 from apt.engine.run import Watcher, drive
 from apt.events import BlockStarted, SitePruned
 from apt.plugin.registry import registry
@@ -157,7 +157,7 @@ def test_watcher_sees_the_steps_in_order(checkpoint, tmp_path, monkeypatch, dry_
     monkeypatch.chdir(tmp_path)
     watcher = Recorder()
     wanted = options(checkpoint("llama"), "out", pack=Path("packed"))
-    named = with_names(wanted, registry(), watcher.notice)
+    named = resolve_names(wanted, registry(), watcher.notice)
     report = drive(named, watcher, library.Ranks(), dry_run=dry_run)
     assert list(dict.fromkeys(watcher.seen)) == seen
     assert (report is None) is dry_run
@@ -176,7 +176,7 @@ def test_error_of_a_watcher_stops_the_run_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     watcher = Refusing()
-    named = with_names(options(checkpoint("llama"), "out"), registry(), watcher.notice)
+    named = resolve_names(options(checkpoint("llama"), "out"), registry(), watcher.notice)
     with pytest.raises(library.AptError, match="no"):
         drive(named, watcher, library.Ranks())
     assert list(Path().iterdir()) == []

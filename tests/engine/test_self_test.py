@@ -19,7 +19,7 @@ def short(monkeypatch):
     """Small runs; two processes are started in tests/distributed."""
     monkeypatch.setattr(self_test, "_RUN", TINY)
     absent = self_test.NotThereError("left out here")
-    monkeypatch.setattr(self_test._Machine, "ranks", lambda machine: (_ for _ in ()).throw(absent))
+    monkeypatch.setattr(self_test._DeviceTests, "ranks", lambda machine: (_ for _ in ()).throw(absent))
 
 
 def test_this_machine_passes(apt):

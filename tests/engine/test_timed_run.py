@@ -35,7 +35,7 @@ def job():
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr(timed_run, "measured", lambda device: Machine(5e10, 1e11, 2e10))
+    monkeypatch.setattr(timed_run, "measure_machine", lambda device: Machine(5e10, 1e11, 2e10))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_effort_and_samples_become_smaller_until_they_fit(job, machine, minutes,
     lines = []
     asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=minutes, **given)
     method = registry().methods.get("admm")
-    found = timed_run.fitted(asked, *job, method, "cpu", lines.append)
+    found = timed_run.fit_to_time(asked, *job, method, "cpu", lines.append)
     assert (found.effort, found.samples, found.seqlen) == fits
     assert lines == [
         f"minutes: {minutes:g}: effort {fits[0]}, {fits[1]} samples of {fits[2]} tokens, "
@@ -65,7 +65,7 @@ def test_effort_and_samples_become_smaller_until_they_fit(job, machine, minutes,
 
 def test_a_method_without_efforts_has_fewer_samples(job, machine):
     asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
-    found = timed_run.fitted(asked, *job, registry().methods.get("wanda"), "cpu", print)
+    found = timed_run.fit_to_time(asked, *job, registry().methods.get("wanda"), "cpu", print)
     assert (found.effort, found.samples, found.seqlen) == ("default", 8, 512)
 
 

@@ -59,7 +59,7 @@ def added(entry, monkeypatch):
         found = load_registry([*entry_points(group="apt"), entry("columns", **hooks)])
         monkeypatch.setattr("apt.planning.plan.registry", lambda: found)
         monkeypatch.setattr("apt.engine.api.registry", lambda: found)
-        monkeypatch.setattr("apt.engine.given.registry", lambda: found)
+        monkeypatch.setattr("apt.engine.caller_model.registry", lambda: found)
         monkeypatch.setattr("apt.engine.pruning_plan.registry", lambda: found)
         return found
 
