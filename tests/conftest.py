@@ -137,8 +137,8 @@ def output_of(tmp_path_factory):
     def run(*command):
         if command not in made:
             made[command] = tmp_path_factory.mktemp("output") / "out"
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
-                assert _run(*command, "-o", made[command]) == 0, said.getvalue()
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as output:
+                assert _run(*command, "-o", made[command]) == 0, output.getvalue()
         return made[command]
 
     return run

@@ -161,11 +161,11 @@ def test_streamed_run_in_fp32_writes_the_bytes_of_the_run_in_memory(half, apt):
 
 
 def test_slow_machine_computes_in_fp32_with_a_notice(half, apt, slow_half):
-    asked = apt("prune", half, *WORDS, "--compute", "float32", "-o", "asked")
+    requested = apt("prune", half, *WORDS, "--compute", "float32", "-o", "asked")
     chosen = apt("prune", half, *WORDS, "-o", "chosen")
-    assert asked.code == chosen.code == 0, chosen.err
+    assert requested.code == chosen.code == 0, chosen.err
     assert "compute: float32 (default, since cpu multiplies bfloat16 more slowly)" in chosen.err
-    assert "compute:" not in asked.err
+    assert "compute:" not in requested.err
     one, two = weights("asked"), weights("chosen")
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -61,13 +61,13 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_result_of_a_method_is_a_one_line_error(name):
-    change, said = WRONG[name]
+    change, expected_message = WRONG[name]
     model, site = random_model("llama"), "model.layers.0.self_attn.q_proj"
     with pytest.raises(AptError) as caught:
         library.prune(model, TOKENS, pattern="0.5", method=wrong(change), options=LAYER_WISE)
     message = str(caught.value)
     assert message.startswith("in model.layers.0: method mine ")
-    assert said.replace("SITE", site) in message
+    assert expected_message.replace("SITE", site) in message
     assert site in message
     assert "\n" not in message
     assert "method" in caught.value.options
@@ -164,18 +164,18 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_wrong_result_of_a_choice_is_a_one_line_error(name):
-    method, size, said = REFUSED[name]
+    method, size, expected_message = REFUSED[name]
     with pytest.raises(AptError) as caught:
         library.shrink(
             random_model("llama"), TOKENS, size=library.ShrinkOptions(**size), method=method,
             options=LAYER_WISE,
         )  # fmt: skip
-    assert said in str(caught.value)
+    assert expected_message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "expected_message"),
     [
         (None, "allocation mine returns NoneType, not the sparsities of the sites"),
         ([0.5], "allocation mine returns list, not the sparsities of the sites"),
@@ -183,29 +183,29 @@ def test_wrong_result_of_a_choice_is_a_one_line_error(name):
         ({}, "allocation mine gives no value as the sparsity of model.layers.0.self_attn.q_proj"),
     ],
 )
-def test_wrong_result_of_an_allocation_is_a_one_line_error(returned, said):
+def test_wrong_result_of_an_allocation_is_a_one_line_error(returned, expected_message):
     def mine(given):
         return returned
 
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=expected_message):
         library.prune(random_model("llama"), TOKENS, pattern="0.5", allocation=mine)
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "expected_message"),
     [
         (lambda given: None, "recovery mine returns NoneType, not an apt.extending.Trainable"),
         (lambda given: given.model, "recovery mine returns LlamaForCausalLM, not an apt.ext"),
         (lambda given: Trainable(given.model), "without a parameter that needs gradients"),
     ],
 )
-def test_wrong_result_of_a_recovery_is_a_one_line_error(returned, said):
+def test_wrong_result_of_a_recovery_is_a_one_line_error(returned, expected_message):
     def mine(given):
         given.model.requires_grad_(False)
         return returned(given)
 
     model, options = random_model("llama"), library.RecoverOptions(steps=1, batch=1)
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=expected_message):
         library.recover(model, TOKENS, kind=mine, options=options)
 
 
@@ -240,10 +240,10 @@ assert "transformers" not in sys.modules
 
 @pytest.mark.parametrize("given", [5, type(None), object()])
 def test_object_that_is_neither_name_nor_function_is_refused(given):
-    model, said = random_model("llama"), "is .*; give its name, or a function"
-    with pytest.raises(AptError, match=f"method {said}"):
+    model, expected_message = random_model("llama"), "is .*; give its name, or a function"
+    with pytest.raises(AptError, match=f"method {expected_message}"):
         library.prune(model, TOKENS, pattern="0.5", method=given)
-    with pytest.raises(AptError, match=f"allocation {said}"):
+    with pytest.raises(AptError, match=f"allocation {expected_message}"):
         library.prune(model, TOKENS, pattern="0.5", allocation=given)
-    with pytest.raises(AptError, match=f"kind {said}"):
+    with pytest.raises(AptError, match=f"kind {expected_message}"):
         library.recover(model, TOKENS, kind=given)

@@ -59,12 +59,6 @@ class CallerModel(ModelStore):
         self.device = str(next(model.parameters()).device)
 
     @property
-    def _dtype(self) -> torch.dtype:
-        """The dtype of the weights of the first site."""
-        _, block = self.adapter.blocks(self.model)[0]
-        return self.adapter.sites(block)[0].weight(block).dtype
-
-    @property
     def opened(self) -> Opened:
         """The model, with its adapter."""
         spec = AdapterSpec(self._name, "the adapter of the caller", "")
@@ -85,7 +79,9 @@ class CallerModel(ModelStore):
             options: the options of the report, without `apt.PruneOptions`.
             compute: the dtype that the model computes in during the run.
         """
-        self.compute_in(compute, self._dtype, self.device)
+        _, block = self.adapter.blocks(self.model)[0]
+        stored = self.adapter.sites(block)[0].weight(block).dtype
+        self.compute_in(compute, stored, self.device)
         try:
             plan, report = self._prune(tokens, job, tokenizer, options | {"compute": compute})
         finally:

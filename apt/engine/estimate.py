@@ -88,7 +88,9 @@ def estimate(planned: PlannedRun) -> Estimate:
         activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
         * max(_activation_bytes(block, planned) for block in plan.blocks),
         disk=on_disk * activations_on_disk(skeleton, plan, tokens, error_aware=error_aware),
-        grams=max(_gram_bytes(block) for block in plan.blocks),
+        # They are kept until the sites of the block are measured.
+        grams=_FP32
+        * max(sum(width**2 for width in block.inputs.values()) for block in plan.blocks),
         working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + inner_width) * element_bytes
         + max(solve_bytes, _TUNED_BYTES * tuned_weights * planned.tuned),
         predicting=max(
@@ -154,11 +156,6 @@ def _stream_bytes(block: PlannedBlock, skeleton: Opened, error_aware: bool) -> i
     stream = hidden_size(skeleton.config)
     inputs = sum({site.site.input: site.shape[1] for site in _unrouted(block)}.values())
     return (2 * stream + inputs if error_aware else stream) * skeleton.runs_in.itemsize
-
-
-def _gram_bytes(block: PlannedBlock) -> int:
-    """Bytes of the Gram matrices, which are kept until the sites of the block are measured."""
-    return sum(width * width for width in block.inputs.values()) * _FP32
 
 
 def _solve_bytes(site: PlannedSite, factors: bool) -> int:

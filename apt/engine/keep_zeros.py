@@ -59,7 +59,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, adapter: str | Adapter | None = None) -> None:
         self._adapter = adapter
-        self._kept: KeptZeros | None = None
+        self._zeros: KeptZeros | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -69,20 +69,20 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     def remove(self) -> None:
         """Free the zeros: other code may change them."""
-        if self._kept is not None:
-            self._kept.remove()
-            self._kept = None
+        if self._zeros is not None:
+            self._zeros.remove()
+            self._zeros = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
         """Keep the zeros of the model from now on."""
         self.remove()
-        self._kept = keep_zeros(arguments["model"], adapter=self._adapter)
-        weakref.finalize(self, self._kept.remove)
+        self._zeros = keep_zeros(arguments["model"], adapter=self._adapter)
+        weakref.finalize(self, self._zeros.remove)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the zeros that the optimizer has changed."""
-        if self._kept is not None:
-            self._kept.restore()
+        if self._zeros is not None:
+            self._zeros.restore()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Free the zeros."""

@@ -43,11 +43,12 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     aware, tuning = is_aware(options, method), tuning_of(options, method)
     options.check_needed({"error_aware": aware, "tuning_epochs": tuning and tuning.epochs})
     damping = _or_default(options.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
+    power = _or_default(sparse.row_importance, ROW_IMPORTANCE) if aware else 0.0
     bits = int(sparse.quantize[3:]) if sparse.quantize else None
     return Recipe(
         SolverOptions(damping=damping, effort=options.effort, block_size=sparse.block_size),
         _targets(options, method) if aware else None,
-        _row_importance(sparse.row_importance) if aware else None,
+        RowImportance(power) if power else None,
         tuning,
         _or_default(
             sparse.permute,
@@ -109,11 +110,6 @@ def _targets(options: SolveOptions, method: MethodSpec) -> Targets:
     defaults = (INPUT_CORRECTION, DRIFT_CORRECTION) if sparse else (0.0, 0.0)
     corrections = options.input_correction, options.drift_correction
     return Targets(*map(_or_default, corrections, defaults))
-
-
-def _row_importance(given: float | None) -> RowImportance | None:
-    power = _or_default(given, ROW_IMPORTANCE)
-    return RowImportance(power) if power else None
 
 
 def tuning_of(options: SolveOptions, method: MethodSpec) -> BlockTuning | None:

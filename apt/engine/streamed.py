@@ -68,13 +68,13 @@ class Streamed(ModelStore):
         compute = compute_dtype(stored, task.device, task.options.compute)
         self.precision = Precision(stored, compute)
         self.dtypes, self.repeatable = self._stored.dtypes(self._plan), True
-        self._next = dict(itertools.pairwise(planned.name for planned in self._plan.blocks))
-        self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
+        self._next_names = dict(itertools.pairwise(planned.name for planned in self._plan.blocks))
+        self._reads: dict[str, Future[dict[str, Tensor]]] = {}
         self._reader = ThreadPoolExecutor(1) if reads_ahead(task.device) else None
         self._kept_lines: dict[str, Line] = {}
-        self._dense: StoredBlocks
-        self._kept: StoredBlocks
-        self._smaller: Path | None = None  # the directory of a smaller model
+        self._dense_blocks: StoredBlocks
+        self._kept_blocks: StoredBlocks
+        self._smaller_directory: Path | None = None
 
     @property
     def _plan(self) -> Plan:
@@ -122,14 +122,14 @@ class Streamed(ModelStore):
         stored, device = self._stored, self._task.device
         parts = (stored.shards, stored.layout)
         self.model = assemble(self._task.skeleton, *parts, device, self.precision.compute)
-        self._dense = self._blocks(stored.shards)
-        self._kept = self._dense if out is None else self._blocks(Shards(out))
+        self._dense_blocks = self._blocks(stored.shards)
+        self._kept_blocks = self._dense_blocks if out is None else self._blocks(Shards(out))
         self._kept_lines = {
             str(line[_BLOCK]): line for line in self.journal.lines if _BLOCK in line
         }
         for planned in self._plan.blocks:
             line = self._kept_lines.get(planned.name)
-            if line is not None and line.get("digest") != self._kept.digest(planned):
+            if line is not None and line.get("digest") != self._kept_blocks.digest(planned):
                 raise self.journal.damaged(f"{planned.name} was changed")
 
     def _copy(self, out: Path, text: Text) -> None:
@@ -155,7 +155,7 @@ class Streamed(ModelStore):
 
     def readable(self) -> AbstractContextManager[None]:
         """While entered, the dense model can run. Each call of a block reads its weights."""
-        return self._dense.read_on_call()
+        return self._dense_blocks.read_on_call()
 
     def generated(self, generate: Callable[[], Tensor]) -> Tensor:
         """The samples of ``generate``, or the samples of the interrupted run.
@@ -184,13 +184,13 @@ class Streamed(ModelStore):
 
         For a GPU, the next block is read in the meantime.
         """
-        future = self._ahead.pop(name, None)
-        self._ahead.clear()  # a dropped block was read ahead, but is not opened
-        dense = future.result() if future else self._dense.read(name)
-        next_name = self._next.get(name)
+        future = self._reads.pop(name, None)
+        self._reads.clear()  # a dropped block was read ahead, but is not opened
+        dense = future.result() if future else self._dense_blocks.read(name)
+        next_name = self._next_names.get(name)
         if self._reader is not None and next_name is not None:
-            self._ahead[next_name] = self._reader.submit(self._dense.read, next_name)
-        with self._dense.open(name, dense):
+            self._reads[next_name] = self._reader.submit(self._dense_blocks.read, next_name)
+        with self._dense_blocks.open(name, dense):
             yield
 
     def kept(self, name: str) -> list[BlockRecord] | None:
@@ -201,7 +201,7 @@ class Streamed(ModelStore):
 
     def read_kept(self, name: str, block: nn.Module) -> None:
         """Read a kept block from the copy."""
-        self._kept.restore(name)
+        self._kept_blocks.restore(name)
 
     def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
         """Write the pruned parameters, and then a line in the journal, on the first rank.
@@ -212,12 +212,12 @@ class Streamed(ModelStore):
         if not self.ranks.first:
             return
         planned = next(each for each in self._plan.blocks if each.name == name)
-        self._kept.write(name, pruned_parameters(planned), self._dense)
+        self._kept_blocks.write(name, pruned_parameters(planned), self._dense_blocks)
         entries = {
             "sites": [asdict(record) for record in done if isinstance(record, SitePruned)],
             "experts": [asdict(record) for record in done if isinstance(record, ExpertsRemoved)],
         }
-        self.journal.keep({_BLOCK: name, **entries, "digest": self._kept.digest(planned)})
+        self.journal.keep({_BLOCK: name, **entries, "digest": self._kept_blocks.digest(planned)})
 
     def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
         """The directory of the model: the copy, or the directory of a smaller model beside it.
@@ -229,27 +229,27 @@ class Streamed(ModelStore):
         self.status("writing", "writing the smaller model")
         zeros_of(result.plan, self.written)
         skeleton, layout = self._task.skeleton, self._stored.layout
-        self._smaller = work.fresh("small")
+        self._smaller_directory = work.fresh("small")
         blocks = dict(skeleton.adapter.blocks(self.model))
         written = StoredBlocks(Shards(work.out), layout, blocks, self._task.device)
-        write_smaller(skeleton, result.plan, written, layout, work.out, self._smaller)
-        open_stored(self._task.open(self._smaller))
-        return self._smaller
+        write_smaller(skeleton, result.plan, written, layout, work.out, self._smaller_directory)
+        open_stored(self._task.open(self._smaller_directory))
+        return self._smaller_directory
 
     def written(self, name: str) -> AbstractContextManager[nn.Module]:
         """While entered, a kept block is in memory."""
-        return self._kept.open(name)
+        return self._kept_blocks.open(name)
 
     @contextmanager
     def measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
         """While entered, the model ``"before"`` or ``"after"`` can run on these windows."""
         skeleton, device = self._task.skeleton, self._task.device
-        if self._smaller is not None:
-            opened = self._task.open(self._smaller)
+        if self._smaller_directory is not None:
+            opened = self._task.open(self._smaller_directory)
             with streamed(opened, held_out, device, self.precision.compute) as module:
                 yield module
             return
-        on_disk = self._kept if when == "after" else self._dense
+        on_disk = self._kept_blocks if when == "after" else self._dense_blocks
         with carried(self.model, skeleton.adapter, held_out, on_disk, self.activations):
             yield self.model
 

@@ -316,8 +316,8 @@ def _total_differences(requested: Plan, plan: Plan, allocated: Collection[str]) 
         removed_by(site.pattern, site.shape) for site in plan.sites if site.name in allocated
     )
     if abs(total - expected) > max(map(step_of, sites), default=0):
-        found = f"the patterns in the report remove {total:,} weights"
-        yield f"{found}, and {expected:,} were asked for"
+        removed = f"the patterns in the report remove {total:,} weights"
+        yield f"{removed}, and {expected:,} were asked for"
 
 
 def _selected(block: PlannedBlock, selection: Selection) -> PlannedBlock:

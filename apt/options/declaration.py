@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
 from pathlib import Path
 from textwrap import fill
@@ -267,13 +267,11 @@ def _declarations(kind: Any) -> Iterator[Declared]:
     """The options of a class; the options of its first base class come first."""
     hints, by_name = get_type_hints(kind), {field_.name: field_ for field_ in fields(kind)}
     for name in dict.fromkeys(_field_names(kind)):
-        if "option" in by_name[name].metadata:
-            declaration = by_name[name].metadata["option"]
-            yield Declared(name, _default(by_name[name]), alternatives(hints[name]), declaration)
-
-
-def _default(field_: Field[Any]) -> Any:
-    return field_.default if field_.default_factory is MISSING else field_.default_factory()
+        field_ = by_name[name]
+        if "option" in field_.metadata:
+            factory, declaration = field_.default_factory, field_.metadata["option"]
+            default = field_.default if factory is MISSING else factory()
+            yield Declared(name, default, alternatives(hints[name]), declaration)
 
 
 def _field_names(kind: type) -> Iterator[str]:

@@ -197,9 +197,9 @@ def test_problems_before_the_checks_are_one_line_each_and_status_2(name, package
     done = apt("check", "mine")
     assert done.code == 2, done.out
     assert done.out == ""
-    said = done.err.splitlines()
-    assert len(said) == len(lines), said
-    for line, pattern in zip(said, expected(lines, source), strict=True):
+    messages = done.err.splitlines()
+    assert len(messages) == len(lines), messages
+    for line, pattern in zip(messages, expected(lines, source), strict=True):
         assert re.fullmatch(f"apt: {pattern}", line), (line, pattern)
 
 
@@ -210,11 +210,11 @@ def test_failed_checks_are_one_line_each_and_status_1(name, package, apt):
     done = apt("check", "mine")
     assert done.code == 1, done.err
     assert done.err == ""
-    said = [line for line in done.out.splitlines() if re.match(r"\w+: ", line)]
-    assert len(said) == len(lines) + 1, said
-    for line, pattern in zip(said, expected(lines, source), strict=False):
+    messages = [line for line in done.out.splitlines() if re.match(r"\w+: ", line)]
+    assert len(messages) == len(lines) + 1, messages
+    for line, pattern in zip(messages, expected(lines, source), strict=False):
         assert re.fullmatch(pattern, line), (line, pattern)
-    assert re.fullmatch(rf"mine: \d+ of {len(CHECKS)} checks hold", said[-1])
+    assert re.fullmatch(rf"mine: \d+ of {len(CHECKS)} checks hold", messages[-1])
 
 
 def test_correct_adapter_passes(package, apt):
@@ -266,8 +266,8 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_types_in_inputs_and_sites_raise_type_error(name):
-    make, said = WRONG[name]
-    with pytest.raises(TypeError, match=re.escape(said)):
+    make, message = WRONG[name]
+    with pytest.raises(TypeError, match=re.escape(message)):
         make()
 
 

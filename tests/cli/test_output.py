@@ -91,9 +91,9 @@ def test_recovery_and_comparison_print_events(apt, checkpoint):
         "compare", checkpoint("llama"), *text, "--methods", "magnitude", "--patterns", "2:4",
         "--samples", 2, "--data", TEXT, "--windows", 2, "--output", "compared",
     )  # fmt: skip
-    told = [event for event in events(rows.err) if event["event"] == "row"]
-    assert [(event["done"], event["rows"]) for event in told] == [(1, 2), (2, 2)]
-    assert told[1]["row"]["scores"][TEXT.name]["perplexity"] > 1
+    row_events = [event for event in events(rows.err) if event["event"] == "row"]
+    assert [(event["done"], event["rows"]) for event in row_events] == [(1, 2), (2, 2)]
+    assert row_events[1]["row"]["scores"][TEXT.name]["perplexity"] > 1
     pruned = (*text, "--samples", 2, "--method", "wanda", "--output", "pruned")
     apt("prune", checkpoint("llama"), *pruned)
     done = apt(
@@ -109,9 +109,9 @@ def test_log_file_has_all_messages(apt):
     apt(*WANDA, "--log-file=log.txt")
     lines = Path("log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) ", s) for s in lines)
-    said = [line.split(" ", 3)[3] for line in lines]
-    assert "calibration: builtin (default)" in said
-    assert sum(line.startswith("block ") for line in said) == 3
+    messages = [line.split(" ", 3)[3] for line in lines]
+    assert "calibration: builtin (default)" in messages
+    assert sum(line.startswith("block ") for line in messages) == 3
     assert "ERROR out exists and is not empty" in lines[-1]
 
 
@@ -162,8 +162,8 @@ def test_verify_prints_json(apt):
 
 def test_nan_and_infinity_are_strings_in_json(capsys):
     show_json({"a": [float("nan"), float("inf"), -float("inf"), 1.5], "b": (1, None)})
-    told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
-    assert told == {"a": ["NaN", "Infinity", "-Infinity", 1.5], "b": [1, None]}
+    record = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert record == {"a": ["NaN", "Infinity", "-Infinity", 1.5], "b": [1, None]}
 
 
 def test_infinite_score_survives_a_round_trip_of_the_report():

@@ -47,13 +47,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "said", "flags"), REFUSED, ids=lambda value: str(value)[-40:])
-def test_error_names_the_option_to_change(apt, checkpoint, words, said, flags):
+@pytest.mark.parametrize(("words", "message", "flags"), REFUSED, ids=lambda value: str(value)[-40:])
+def test_error_names_the_option_to_change(apt, checkpoint, words, message, flags):
     shutil.copytree(checkpoint("llama"), "m")
     Path("bad.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 200)
     run = apt(*words)
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     assert run.err.rstrip().endswith(f"({flags})" if flags else "")
     assert not Path("out").exists()
     assert not Path("fd.gguf").exists()

@@ -155,7 +155,7 @@ def test_per_block_and_per_model_equal_their_allocations(unit, name, apt, checkp
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--pattern", "auto:8"), "pattern auto:8 needs a sparsity"),
         (("--pattern", "auto:x", "--sparsity", "0.5"), "is neither a sparsity"),
@@ -169,10 +169,10 @@ def test_per_block_and_per_model_equal_their_allocations(unit, name, apt, checkp
         (("--sparsity", "0.5", "--per", "room"), "not one of row, layer, block, model"),
     ],
 )
-def test_bad_allocation_is_a_one_line_error(arguments, said, apt):
+def test_bad_allocation_is_a_one_line_error(arguments, message, apt):
     result = apt("prune", "--adapter", "llama", *arguments, "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path("out").exists()
 
 

@@ -99,11 +99,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("call", "given", "said"), WRONG, ids=[case[-1][:60] for case in WRONG])
-def test_error_names_the_wrong_argument(call, given, said):
+@pytest.mark.parametrize(("call", "given", "message"), WRONG, ids=[case[-1][:60] for case in WRONG])
+def test_error_names_the_wrong_argument(call, given, message):
     with pytest.raises(library.AptError) as refused:
         call(**given)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

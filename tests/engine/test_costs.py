@@ -108,7 +108,7 @@ EXPERTS = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers":
 
 
 @pytest.mark.parametrize(
-    ("shape", "words", "said"),
+    ("shape", "words", "message"),
     [
         ({}, ("--on", "mi300x"), "with --activations cpu"),
         ({}, ("--on", "h100"), "with --stream --activations cpu"),
@@ -120,11 +120,11 @@ EXPERTS = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers":
          "; even with --stream --activations cpu --effort fast"),
     ],
 )  # fmt: skip
-def test_inspect_prints_the_flags_with_which_a_model_fits(apt, tmp_path, shape, words, said):
+def test_inspect_prints_the_flags_with_which_a_model_fits(apt, tmp_path, shape, words, message):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | shape))
     run = apt("inspect", tmp_path, "--sparsity", 0.5, *words)
     assert run.code == 0, run.err
-    assert said in " ".join(run.out.split())
+    assert message in " ".join(run.out.split())
 
 
 def test_unknown_machine_is_refused(apt):

@@ -138,10 +138,10 @@ def test_exception_of_a_method_keeps_its_traceback_and_loses_no_work(
         patch.setattr(type(spec), "load", lambda self: broken if self is spec else whole)
         with pytest.raises(BrokenError) as caught:
             apt("prune", checkpoint("llama"), *SMALL, *options)
-    said = "\n".join(caught.value.__notes__)
-    assert "while model.layers.1.self_attn.k_proj was pruned" in said
-    assert "method wanda comes from apt-prune 0.1.0, adapter llama from apt-prune 0.1.0" in said
-    assert ("continue with --resume" in said) == stream
+    message = "\n".join(caught.value.__notes__)
+    assert "while model.layers.1.self_attn.k_proj was pruned" in message
+    assert "method wanda comes from apt-prune 0.1.0, adapter llama from apt-prune 0.1.0" in message
+    assert ("continue with --resume" in message) == stream
     assert not Path("out").exists()
     if stream:
         assert apt("prune", checkpoint("llama"), *SMALL, *options, "--resume").code == 0

@@ -282,8 +282,8 @@ def test_two_processes_train_one_model(apt, pruned, tmp_path):
     pruned()
     command = (*COMMAND, "--rate", 3e-2, "--steps", 8, "--checks", 2)
     assert apt(*command, "-o", "alone").code == 0
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "out")
-    assert codes == [0, 0], said
+    codes, text = on_ranks(2, tmp_path, *command, "-o", "out")
+    assert codes == [0, 0], text
     alone, losses = (training(tmp_path, name)["losses"] for name in ("alone", "out"))
     assert losses == pytest.approx(alone, rel=1e-2)
     report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
@@ -345,11 +345,11 @@ def test_orders_of_another_model_are_refused(apt, checkpoint, tmp_path):
     mask = {f"{name}.weight": torch.ones(shape, dtype=torch.bool)}
     wrong = [([0, 0], "an order is no permutation"), ([1, 0], "has 2 inputs there")]
     wrong += [(order, "an order is no permutation") for order in ([False, True], [0.0, 1.0])]
-    for order, said in wrong:
+    for order, text in wrong:
         write_masks(mask, masks, {name: order})
         done = apt("reapply", masks, dense, "-o", "out")
         assert done.code == 2
-        assert said in done.err
+        assert text in done.err
 
 
 def test_order_of_a_site_without_masks_is_ignored(checkpoint):

@@ -175,19 +175,19 @@ def test_second_run_of_an_output_is_refused(checkpoint, apt):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--allocation", "atp", "--sparsity", "0.5"], "allocation atp needs the whole model"),
         (["--dtype", "float32"], "another dtype than the default needs"),
     ],
 )
 def test_requests_that_cannot_be_streamed_are_refused_before_the_work(
-    options, said, checkpoint, apt
+    options, message, checkpoint, apt
 ):
     small = SMALL[:4] + SMALL[6:] if "--sparsity" in options else SMALL
     result = apt("prune", checkpoint("llama"), *small, "--stream", "-o", "out", *options)
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not list(Path().iterdir())
 
 
@@ -263,7 +263,7 @@ def test_read_ahead_block_that_is_never_opened_is_released(checkpoint, monkeypat
     store.begin(Text(None))
     for number, ahead in ((0, ["model.layers.1"]), (2, [])):
         with store.open(f"model.layers.{number}", store.model.model.layers[number]):
-            assert list(store._ahead) == ahead
+            assert list(store._reads) == ahead
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -294,10 +294,10 @@ def test_damaged_read_ahead_block_is_an_error_when_it_is_opened(checkpoint, apt,
     name = "model.layers.1.mlp.up_proj.weight"
     shards = Shards(model)
     shards.write([(name, torch.full(shards.entries[name].shape, float("nan")))])
-    said = f"{name} in {model}/model.safetensors holds values that are not finite"
+    message = f"{name} in {model}/model.safetensors holds values that are not finite"
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path(".out.apt").exists()
     monkeypatch.setattr("apt.engine.streamed.reads_ahead", lambda device: True)
     monkeypatch.setattr(
@@ -305,7 +305,7 @@ def test_damaged_read_ahead_block_is_an_error_when_it_is_opened(checkpoint, apt,
     )  # damaged since
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert "finished blocks are in .out.apt: resume the run (--resume)" in result.err
 
 

@@ -53,9 +53,9 @@ def machine(monkeypatch):
 )
 def test_effort_and_samples_become_smaller_until_they_fit(job, machine, minutes, given, fits):
     lines = []
-    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=minutes, **given)
+    requested = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=minutes, **given)
     method = registry().methods.get("admm")
-    found = timed_run.fit_to_time(asked, *job, method, "cpu", lines.append)
+    found = timed_run.fit_to_time(requested, *job, method, "cpu", lines.append)
     assert (found.effort, found.samples, found.seqlen) == fits
     assert lines == [
         f"minutes: {minutes:g}: effort {fits[0]}, {fits[1]} samples of {fits[2]} tokens, "
@@ -64,16 +64,16 @@ def test_effort_and_samples_become_smaller_until_they_fit(job, machine, minutes,
 
 
 def test_method_without_efforts_has_fewer_samples(job, machine):
-    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
-    found = timed_run.fit_to_time(asked, *job, registry().methods.get("wanda"), "cpu", print)
+    requested = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
+    found = timed_run.fit_to_time(requested, *job, registry().methods.get("wanda"), "cpu", print)
     assert (found.effort, found.samples, found.seqlen) == ("default", 8, 512)
 
 
 @pytest.mark.parametrize(("width", "rate"), [(128, 4e-4), (576, 4e-4), (4608, 5e-5)])
 def test_wider_model_is_trained_with_a_lower_rate(job, width, rate):
     skeleton = replace(job[0], config=LlamaConfig(hidden_size=width))
-    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=9, output=Path("out"))
-    training = timed_run.training_of(asked, skeleton, registry(), "cpu").options
+    requested = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=9, output=Path("out"))
+    training = timed_run.training_of(requested, skeleton, registry(), "cpu").options
     assert training.rate == pytest.approx(rate)
     assert training.batch is None  # chosen by the time
 
@@ -83,7 +83,7 @@ WORDS = ("--sparsity", 0.7, "--method", "wanda", "--samples", 4, "--seqlen", 64,
 
 
 def test_rest_of_the_time_is_spent_on_distillation(apt, monkeypatch):
-    """The clock is fixed so that 8 steps fit. All zeros stay, and no further zeros appear."""
+    """The number of steps is fixed to 8. All zeros stay, and no further zeros appear."""
     monkeypatch.setattr(recovery, "_steps_in", lambda seconds, *_: (8, 4, 8))
     plain = apt("prune", "zoo:llama", *WORDS, "-o", "plain")
     run = apt("prune", "zoo:llama", *WORDS, "--minutes", 9, "-o", "timed")

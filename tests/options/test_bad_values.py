@@ -121,15 +121,15 @@ def of_function(command, given):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("command", "bad", "said"), BAD, ids=lambda value: str(value)[-60:])
-def test_program_and_shell_give_the_same_error(command, bad, said, apt, checkpoint):
+@pytest.mark.parametrize(("command", "bad", "message"), BAD, ids=lambda value: str(value)[-60:])
+def test_program_and_shell_give_the_same_error(command, bad, message, apt, checkpoint):
     kind, given = RUNS[command], {"model": str(checkpoint("llama"))} | USUAL[command] | bad
     if command == "reapply":
         given = {"masks": "masks", **given}
     given = {name: value for name, value in given.items() if value is not None}
     with pytest.raises(library.AptError) as caught:
         library.run(kind(**given))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     run = apt(command, *words(kind, given))
     assert run.code == 2
     assert run.err.splitlines()[-1] == f"apt: {caught.value}{flags_of(caught.value.options)}"

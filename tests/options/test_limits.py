@@ -39,11 +39,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), REFUSED, ids=lambda value: str(value)[-40:])
-def test_wrong_values_are_one_line_errors_without_other_output(apt, arguments, said):
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value)[-40:])
+def test_wrong_values_are_one_line_errors_without_other_output(apt, arguments, message):
     run = apt(*arguments)
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     assert len(run.err.splitlines()) == 1, run.err
 
 

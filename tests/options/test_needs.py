@@ -123,13 +123,13 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", REFUSED)
-def test_options_without_effect_are_one_line_errors(said, apt, checkpoint):
-    command, *more = REFUSED[said]
+@pytest.mark.parametrize("message", REFUSED)
+def test_options_without_effect_are_one_line_errors(message, apt, checkpoint):
+    command, *more = REFUSED[message]
     texts = () if command == "pack" else ("--calibration", TEXT)
     run = apt(command, checkpoint("llama"), *more, *texts, "-o", "out")
     assert run.code == 2
-    assert said in run.err.splitlines()[-1]
+    assert message in run.err.splitlines()[-1]
     assert not Path("out").exists()
 
 

@@ -47,8 +47,8 @@ def values(one):
     if one.choices:
         return st.sampled_from(one.choices)
     if one.kind is bool:
-        said = zip((True, False), one.flags, strict=True)
-        return st.sampled_from([value for value, flag in said if flag])
+        flags = zip((True, False), one.flags, strict=True)
+        return st.sampled_from([value for value, flag in flags if flag])
     if one.kind in (int, float):
         return numbers(one)
     if one.repeatable:

@@ -67,7 +67,7 @@ def test_both_keys_of_a_two_way_flag_are_read(apt, checkpoint, line, mode):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("sampels = 3", "no option 'sampels'; did you mean 'samples'?"),
         ("config = 'x'", "no option 'config'"),
@@ -85,12 +85,12 @@ def test_both_keys_of_a_two_way_flag_are_read(apt, checkpoint, line, mode):
     ],
     ids=str,
 )
-def test_wrong_entries_of_a_file_are_one_line_errors(apt, text, said):
+def test_wrong_entries_of_a_file_are_one_line_errors(apt, text, message):
     if text is not None:
         Path("run.toml").write_text(text)
     run = apt("prune", "zoo:llama", "--config", "run.toml")
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     assert "Traceback" not in run.err
     assert [path.name for path in Path().iterdir()] == ["run.toml"] * (text is not None)
 

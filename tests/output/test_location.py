@@ -92,7 +92,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("mode", ["memory", "stream-overwrite"])
 def test_refused_places_stay_unchanged(house, apt, monkeypatch, mode):
-    for place, said in REFUSED.items():
+    for place, message in REFUSED.items():
         if place == "../device" and os.geteuid():
             continue
         monkeypatch.chdir(house)  # what the fixture `apt` has changed
@@ -103,7 +103,7 @@ def test_refused_places_stay_unchanged(house, apt, monkeypatch, mode):
             "prune", "../models/in", *QUICK, "--calibration", TEXT, "-o", output, *MODES[mode]
         )
         assert run.code == 2, (place, run.err)
-        assert said in run.err, (place, run.err)
+        assert message in run.err, (place, run.err)
         line = run.err.splitlines()[-1]
         assert line.startswith("apt"), line
         assert snapshot(house) == before, place
@@ -276,7 +276,7 @@ def test_new_parent_folders_are_deleted_after_an_error(tmp_path):
 
 
 def test_result_of_another_run_is_kept_after_publication(apt, checkpoint, monkeypatch):
-    """Metrics are written after the publication. Before that, another run may replace the output."""
+    """Metrics are written after the publication. Another run may replace the output before."""
     measure = RunOutput.measure
 
     def while_another_run_ends(self, when):

@@ -86,7 +86,7 @@ def test_damaged_report_is_a_one_line_error_or_harmless(apt, results, command):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         (("schema",), 99, "has schema 99, not 1; use the version of APT that wrote it"),
         (("schema",), GONE, "is damaged: schema is missing"),
@@ -102,13 +102,13 @@ def test_damaged_report_is_a_one_line_error_or_harmless(apt, results, command):
     ids=str,
 )
 @pytest.mark.parametrize("command", ["verify", "report"])
-def test_problem_of_a_report_names_its_place(apt, results, command, path, value, said):
+def test_problem_of_a_report_names_its_place(apt, results, command, path, value, message):
     shutil.copytree(results[0], "m")
     report = Path("m/apt_report.json")
     report.write_text(json.dumps(damaged(json.loads(report.read_text()), path, value)))
     run = apt(*COMMANDS[command])
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     with pytest.raises(library.AptError):
         library.Report.read(Path("m"))
 
