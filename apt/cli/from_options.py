@@ -33,13 +33,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         function: the command. Each parameter is annotated with a class of options. A function with
             other parameters is returned unchanged.
     """
-    hints = get_type_hints(function)
-    classes: dict[str, Any] = {
-        name: hints.get(name) for name in inspect.signature(function).parameters
-    }
-    if not classes or not all(
-        isinstance(cls, type) and issubclass(cls, Options) for cls in classes.values()
-    ):
+    hints, names = get_type_hints(function), inspect.signature(function).parameters
+    classes: dict[str, Any] = {name: hints.get(name) for name in names}
+    if not classes or not all(map(_is_options_class, classes.values())):
         return function
     saves = ConfigOptions not in classes.values() and set(classes.values()) != {PrintingOptions}
     all_classes = [*classes.values(), *([ConfigOptions] if saves else [])]
@@ -61,20 +57,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             write_options(expanded(values["save_config"]), run_options, _local_paths(run_options))
         function(**instances)
 
-    context_parameter = inspect.Parameter("context", _KEYWORD_ONLY, annotation=typer.Context)
-    run.__signature__ = inspect.Signature([context_parameter, *parameters])  # type: ignore[attr-defined]
-    run.__annotations__ = {
-        parameter.name: parameter.annotation for parameter in (context_parameter, *parameters)
-    }
+    parameters.insert(0, inspect.Parameter("context", _KEYWORD_ONLY, annotation=typer.Context))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__, run.__name__ = function.__doc__, function.__name__
     return run
 
 
+def _is_options_class(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Options)
+
+
 def _config_callback(classes: list[type[Options]]) -> Callable[..., Path | None]:
     """The callback of ``--config``. Required options of the file become defaults for typer."""
-    required = [
-        declared.name for cls in classes for declared in cls.OPTIONS if declared.default is MISSING
-    ]
+    options = [declared for cls in classes for declared in cls.OPTIONS]
+    required = [declared.name for declared in options if declared.default is MISSING]
 
     def load(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
@@ -91,9 +88,8 @@ def _default_text(value: Any) -> Any:
 
 def _local_paths(options: Options) -> list[Path]:
     """The local files and directories that options name."""
-    values = [
-        getattr(options, declared.name) for declared in options.OPTIONS if declared.option.place
-    ]
+    names = [declared.name for declared in options.OPTIONS if declared.option.place]
+    values = [getattr(options, name) for name in names]
     texts = (text for value in values for text in (value if isinstance(value, tuple) else [value]))
     return [path for text in texts if text and (path := expanded(text)).exists()]
 
@@ -107,13 +103,8 @@ def _panel_index(name: str) -> float:
 
 
 def _instance(cls: type[Options], values: dict[str, Any]) -> Options:
-    return cls(
-        **{
-            declared.name: values[declared.name]
-            for declared in cls.OPTIONS
-            if declared.name in values
-        }
-    )
+    names = [declared.name for declared in cls.OPTIONS if declared.name in values]
+    return cls(**{name: values[name] for name in names})
 
 
 def _parameters(declared: Declared) -> Iterator[inspect.Parameter]:
@@ -124,10 +115,8 @@ def _parameters(declared: Declared) -> Iterator[inspect.Parameter]:
     if declaration.switches:
         return
     yes, no = declared.flags
-    kind, default = (
-        _typer_type(declared),
-        ... if declared.default is MISSING else declared.default or None,
-    )
+    kind = _typer_type(declared)
+    default = ... if declared.default is MISSING else declared.default or None
     if declaration.positional:
         info: Any = typer.Argument(
             default, help=declaration.help, metavar=declaration.metavar or declared.name.upper(),

@@ -65,17 +65,14 @@ def check_export(
         AptError: there is no such format, or it needs a package that is not installed; or the
             output has another suffix, or the type does not exist.
     """
-    exports = registry.exports
+    catalog = registry.exports
     if run.format is not None:
-        spec = exports.get(run.format)
+        spec = catalog.get(run.format)
     else:
-        matching = [
-            export for export in exports.specs.values() if run.output.suffix == export.suffix
-        ]
+        exports = list(catalog.specs.values())
+        matching = [export for export in exports if run.output.suffix == export.suffix]
         if len(matching) != 1:
-            kinds = ", ".join(
-                f"{export.name} ({export.suffix})" for export in exports.specs.values()
-            )
+            kinds = ", ".join(f"{export.name} ({export.suffix})" for export in exports)
             message = f"the suffix of {run.output} does not say the format"
             raise AptError(message, f"choose one: {kinds or 'none is installed'}", options)
         spec = matching[0]

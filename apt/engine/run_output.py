@@ -101,7 +101,7 @@ class RunOutput:
                     yield
             except AptError as error:
                 has_remedy = "resume" in error.options or "delete" in error.hint
-                is_other_run = not set(error.options).issubset(WITHOUT_EFFECT)  # another run
+                is_other_run = not set(error.options).issubset(WITHOUT_EFFECT)
                 if self._resumable and work.worth_keeping and not (has_remedy or is_other_run):
                     error.add_hint(self._resume_hint(), "resume")
                 raise

@@ -125,7 +125,7 @@ def _method_spec(
     family = (opened.module, opened.adapter, opened.config)
     sizes = Sizes(*family, MULTIPLE, experts=_chooses_experts(named))
     kinds = [] if _only_blocks(run) else [*(run.sizes or sizes.automatic)]
-    experts = [chosen for chosen in kinds if chosen in sizes.groups and sizes.groups[chosen].routed]
+    experts = [kind for kind in kinds if kind in sizes.groups and sizes.groups[kind].routed]
     if named is not None and sizes.groups.keys() >= set(kinds):  # other kinds are errors later
         _check_fit(named, run, experts, others=len(kinds) > len(experts))
     drops = run.mode in ("search", "blocks-first") or run.blocks is not None or bool(run.drop)
@@ -251,7 +251,7 @@ def _removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:
 def _expert_removal(
     choice: StructureChoice, compensate: bool | None, *, named: bool
 ) -> ExpertRemoval:
-    """The removal of experts."""
+    """The removal of experts, with the compensation of its method by default."""
     by_scores, spec = choice.groups.chooses == "groups", choice.experts
     default = (choice.groups if by_scores else spec).compensate
     exact = default if compensate is None else compensate

@@ -30,10 +30,8 @@ def read_options(path: Path, kinds: Sequence[type[Options]]) -> dict[str, Any]:
     for name, entry in _read_toml(path).items():
         key = name.replace("_", "-")
         if key not in keys:
-            current_keys = {
-                name: declared for name, (declared, _) in keys.items() if name != _former(declared)
-            }
-            raise unknown("option", key, current_keys, f" ({path})")
+            current = [other for other, (declared, _) in keys.items() if other != _former(declared)]
+            raise unknown("option", key, current, f" ({path})")
         declared, meaning = keys[key]
         if key == _former(declared):
             warn_renamed(f"{key} in {path}", declared.flags[0].lstrip("-"))
@@ -103,9 +101,7 @@ def _entries(options: Options) -> Iterator[tuple[str, Any]]:
 
 def _toml_value(declared: Declared, value: Any) -> Any:
     if declared.repeatable:
-        return [
-            str(item) for item in (declared.option.text(value) if declared.option.read else value)
-        ]
+        return list(map(str, declared.option.text(value) if declared.option.read else value))
     return value if isinstance(value, int | float) else str(value)
 
 
@@ -122,19 +118,16 @@ def _value(name: str, declared: Declared, entry: Any) -> Any:
     """The value of an option, from its entry in TOML."""
     items = entry if isinstance(entry, list) and declared.repeatable else [entry]
     if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
-        kind = "a list of strings" if declared.repeatable else "a string or a number"
-        raise AptError(f"{name} is not {kind}")
+        expected = "a list of strings" if declared.repeatable else "a string or a number"
+        raise AptError(f"{name} is not {expected}")
     if declared.option.read is not None:
         texts = [str(item) for item in items]
         return declared.option.read(texts if declared.repeatable else texts[0])
-    kind = get_args(declared.kind)[0] if get_origin(declared.kind) is tuple else declared.kind
-    values = [
-        _converted(
-            name, kind if kind in (int, float, Path) and str not in declared.kinds else str, item
-        )
-        for item in items
-    ]
-    return tuple(values) if declared.repeatable else values[0]
+    kind: Any = get_args(declared.kind)[0] if get_origin(declared.kind) is tuple else declared.kind
+    if kind not in (int, float, Path) or str in declared.kinds:
+        kind = str
+    values = tuple(_converted(name, kind, item) for item in items)
+    return values if declared.repeatable else values[0]
 
 
 def _converted(name: str, kind: type, item: str | float) -> Any:
