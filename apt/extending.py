@@ -1,8 +1,8 @@
-"""What the code of a plugin needs beside `apt.adapter`, `apt.solver` and the specs.
+"""The public names for plugins, beside `apt.adapter`, `apt.solver` and `apt.hookspecs`.
 
-The interfaces of methods, choices of groups and blocks, allocations, recoveries, formats and texts,
-helpers to write them with, and what opens a model for a command. A name is imported on its first
-use, so that a method does not wait for the libraries of a recovery.
+These are the interfaces of methods, choices of groups and blocks, allocations, recoveries, formats
+and texts, helpers for writing them, and the functions with which a command opens a model. A name is
+imported on its first use, so that a method does not wait for the libraries of a recovery.
 """
 
 from importlib import import_module
@@ -80,11 +80,11 @@ _LAZY = {
     "apt.text.datasets": ("Split", "hub_documents"),
     "apt.text.files": ("read_file",),
 }  # fmt: skip
-_MODULES = {name: module for module, names in _LAZY.items() for name in names}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a name on its first use (PEP 562)."""
-    if name not in _MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'apt.extending' has no attribute '{name}'")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

@@ -1,4 +1,4 @@
-"""The names that a plugin imports: the hook marker, the version of the hooks, and all specs.
+"""The names that every plugin imports: the hook marker, the version of the hooks, all specs.
 
 Importing this module imports neither torch nor transformers.
 """

@@ -20,7 +20,7 @@ from torch.nn.modules import module as modules
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from apt.devices import kinds, random_state
+from apt.devices import device_kinds, random_state
 
 Snapshot = dict[str, Any]
 
@@ -90,7 +90,7 @@ def _process() -> Iterator[tuple[str, Any]]:
     yield "torch's default device", torch.get_default_device()
     yield "torch's gradient mode", torch.is_grad_enabled()
     yield "torch's inference mode", torch.is_inference_mode_enabled()
-    yield "torch's autocast", [torch.is_autocast_enabled(kind) for kind in kinds()]
+    yield "torch's autocast", [torch.is_autocast_enabled(kind) for kind in device_kinds()]
     yield "torch's number of threads", torch.get_num_threads()
     yield "torch's deterministic mode", torch.are_deterministic_algorithms_enabled()
     yield "the environment", dict(os.environ)

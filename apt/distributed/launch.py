@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from apt.devices import best
+from apt.devices import default_device
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 
@@ -45,7 +45,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
 
 def _backend(device: str) -> str:
     """The backend for each kind of device. It also selects the accelerator of this rank."""
-    if device == "cpu" or (kind := best()) == "cpu":
+    if device == "cpu" or (kind := default_device()) == "cpu":
         return "cpu:gloo"
     torch.get_device_module(kind).set_device(_local_device())
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"

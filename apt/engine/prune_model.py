@@ -27,7 +27,7 @@ class Pruning(BlockPruning):
     """The pruning of one model: its options with all values filled in.
 
     Attributes:
-        augmentation: the calibration samples beside the given ones.
+        augmentation: the calibration samples in addition to the given ones.
         allocation: the name and the function of an allocation; None keeps the plan's patterns.
         structure: the choice of the structure of a smaller model; None for a sparse one.
         seed: the seed for the text that the model generates.
@@ -45,13 +45,13 @@ class Pruning(BlockPruning):
 
 
 def decide(store: ModelStore, text: Text, job: Pruning) -> tuple[Text, Plan]:
-    """What follows from the dense model: the text with that of the model, and the final plan."""
+    """The text with the samples that the dense model generates, and the final plan."""
     text = with_own_text(store, text, job)
     return text, final_plan(store, text, job)
 
 
 def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> Report:
-    """Prune block by block, on the text and by the plan of `decide`.
+    """Prune block by block, with the text and the plan of `decide`.
 
     Args:
         store: the model, pruned in place.
@@ -61,16 +61,16 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         The report with the record of each site.
     """
     tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
-    done, structure = prune_blocks(store, job, tokens), {}
+    records, structure = prune_blocks(store, job, tokens), {}
     if job.structure is not None:
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)
-        removed = [one for one in done if isinstance(one, ExpertsRemoved)]
+        removed = [record for record in records if isinstance(record, ExpertsRemoved)]
         structure["experts"] = removed_experts(removed)
     return replace(
         report,
         calibration=report.calibration | calibration_of(text.tokens),
-        sites=[one for one in done if isinstance(one, SitePruned)],
+        sites=[record for record in records if isinstance(record, SitePruned)],
         skipped=job.plan.dense,
         ranks=store.ranks.gather(store.ranks.work),
         structure=structure,
@@ -85,32 +85,32 @@ def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
             store.model, text.tokens, job.seed, bos=text.bos, special=text.special
         )
 
-    own = job.augmentation.own_samples
-    return replace(text, tokens=store.generated(generate)) if own else text
+    own_samples = job.augmentation.own_samples
+    return replace(text, tokens=store.generated(generate)) if own_samples else text
 
 
 def final_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:
-    """The plan with the structure or the sparsities that follow from the dense model."""
+    """The plan with the structure or the sparsities that depend on the dense model."""
     plan = job.plan
     if job.structure is not None:
         with store.readable():
-            plan = _structured(store, text, job) if store.ranks.first else plan
+            plan = _structured_plan(store, text, job) if store.ranks.first else plan
     elif job.allocation is not None and store.ranks.first:
         name, allocation = job.allocation
         store.status("allocation", f"distributing the sparsity ({name})")
-        given = Unallocated(
+        unallocated = Unallocated(
             store.model, job.adapter, plan, text.tokens, store.open, job.recipe.error_aware
         )
-        shares = store.journal.remember("shares", lambda: allocated(name, allocation, given))
+        shares = store.journal.remember("shares", lambda: allocated(name, allocation, unallocated))
         plan = with_shares(plan, name, shares)
     return store.ranks.share(plan)
 
 
-def _structured(store: ModelStore, text: Text, job: Pruning) -> Plan:
+def _structured_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:
     """The plan of a smaller model."""
     assert job.structure is not None
     model = store.model
-    structure, scored = job.structure.choose(
+    structure, candidates = job.structure.choose(
         model, job.adapter, text.tokens, partial(store.status, "structure"),
         bos=text.bos, special=text.special,
     )  # fmt: skip
@@ -119,4 +119,4 @@ def _structured(store: ModelStore, text: Text, job: Pruning) -> Plan:
         model, job.adapter, config, structure, adjusted=job.recipe.error_aware
     )
     smaller_skeleton(model, job.adapter, plan)  # raises if transformers has no model of these sizes
-    return replace(plan, candidates=candidate_records(scored))
+    return replace(plan, candidates=candidate_records(candidates))

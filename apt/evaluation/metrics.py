@@ -10,7 +10,7 @@ from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory
 from apt.arguments import checked
 from apt.evaluation.logits import parts_of_logits
-from apt.modes import usual_modes
+from apt.modes import default_modes
 from apt.text.ids import check_ids, check_vocabulary
 
 _TOKENS_PER_BATCH = 2048
@@ -21,7 +21,7 @@ def windows_at_once(seqlen: int) -> int:
     return max(1, _TOKENS_PER_BATCH // seqlen)
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
@@ -44,7 +44,7 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
     return math.exp(min(_mean(model, tokens, losses), 700.0))
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def accuracy(model: nn.Module, tokens: Tensor) -> float:
@@ -57,7 +57,7 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
     return _mean(model, tokens, lambda logits, following: (logits.argmax(-1) == following).sum())
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def divergence(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
@@ -76,7 +76,7 @@ def divergence(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
     return _mean_difference(model, tokens, dense, total)
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def agreement(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from apt.compute import compute_dtype, dtype_name
-from apt.devices import accelerator, best, name_of, operations_per_second, total_memory
+from apt.devices import accelerator, default_device, name_of, operations_per_second, total_memory
 from apt.errors import AptError, first_line
 from apt.plugin.registry import Registry
 from apt.plugin.specs import AdapterSpec
@@ -48,7 +48,7 @@ def machine() -> list[Finding]:
         Finding("processor", f"{torch.get_num_threads()} threads"),
         *_graphics(),
     ]
-    return [*findings, *dtypes(best())]
+    return [*findings, *dtypes(default_device())]
 
 
 def dtypes(device: str) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from torch import nn
 from apt.calibration.storage import MemoryStore, Store
 from apt.compute import round_parameter
 from apt.distributed.ranks import Ranks
-from apt.events import Done
+from apt.events import BlockRecord
 
 
 class BlockStore:
@@ -49,14 +49,14 @@ class BlockStore:
         """A context in which the block's dense weights are in memory."""
         return nullcontext()
 
-    def kept(self, name: str) -> list[Done] | None:
+    def kept(self, name: str) -> list[BlockRecord] | None:
         """The records of a block that an earlier run has kept; None if no run has kept it."""
         return None
 
     def read_kept(self, name: str, block: nn.Module) -> None:
         """Load the kept weights of an earlier run into an open block."""
 
-    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
+    def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
         """Keep a changed block, with its records.
 
         Its parameters are rounded to their stored dtypes, so that later blocks receive the outputs

@@ -17,7 +17,7 @@ from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.passing import BlockPass
 from apt.calibration.stored_products import StoredProducts
 from apt.calibration.targets import Sums
-from apt.events import BlockTuned, Done, ExpertsRemoved, SitePruned, Working
+from apt.events import BlockRecord, BlockTuned, ExpertsRemoved, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.block_store import BlockStore
 from apt.pruning.disconnecting import disconnect_groups
@@ -82,14 +82,14 @@ class CurrentBlock(OpenBlock):
         writers = (site for site in self.sites if site.residual and self.job.recipe.error_aware)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
-    def prune(self) -> list[Done]:
+    def prune(self) -> list[BlockRecord]:
         """Prune the block: groups without readers, its extras, then its sites; then tune it.
 
         The target of the tuning is the dense stream before the next kept block.
         """
         self.scales = self._advance_dense_stream()
         self._bridge_gap()
-        done = list[Done](self._disconnected())
+        done = list[BlockRecord](self._disconnected())
         self.planned = self._with_tied_groups()
         done += self.ranks.share(self._extras())
         solved: list[_Turn] = []

@@ -12,7 +12,7 @@ from apt.adapter import State
 from apt.adapter.recording import eval_mode
 from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, enter
 from apt.errors import AptError
-from apt.events import BlockStarted, Done, Working
+from apt.events import BlockRecord, BlockStarted, Working
 from apt.pruning.block_store import BlockStore
 from apt.pruning.current_block import CurrentBlock, pass_dropped
 from apt.pruning.disconnecting import unrouted_experts
@@ -22,7 +22,7 @@ from apt.text.ids import check_ids
 
 @torch.inference_mode(mode=False)  # the caller's inference mode would rule out gradients
 @torch.no_grad()
-def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[Done]:
+def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[BlockRecord]:
     """Prune a model in place, one block after the other.
 
     Each block is run with its dense weights on the outputs of the pruned blocks before it. Its
@@ -55,7 +55,7 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[D
         kept = [index for index, block in enumerate(planned) if not block.dropped]
         pass_dropped(store, job, batches, blocks[: kept[0]])
         # 3. Each kept block, with the dropped blocks behind it.
-        done: list[Done] = []
+        done: list[BlockRecord] = []
         for index, following in pairwise([*kept, len(planned)]):
             name, module = planned[index].name, modules[planned[index].name]
             store.observe(BlockStarted(name, index, len(planned)))
@@ -103,7 +103,7 @@ def _batches(store: BlockStore, job: BlockPruning, tokens: Tensor, size: int) ->
     )  # fmt: skip
 
 
-def _prune_opened(current: CurrentBlock, *, last: bool) -> list[Done]:
+def _prune_opened(current: CurrentBlock, *, last: bool) -> list[BlockRecord]:
     """Prune or restore a block in memory, and run it unless it is the last block."""
     try:
         done = _prune_or_restore(current)
@@ -115,7 +115,7 @@ def _prune_opened(current: CurrentBlock, *, last: bool) -> list[Done]:
     return done
 
 
-def _prune_or_restore(current: CurrentBlock) -> list[Done]:
+def _prune_or_restore(current: CurrentBlock) -> list[BlockRecord]:
     """Prune a block, or restore it if an earlier run has pruned it."""
     name, store = current.planned.name, current.store
     if (records := store.kept(name)) is None:

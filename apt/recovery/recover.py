@@ -17,7 +17,7 @@ from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in, mixed_precision
-from apt.devices import random_states_kept, synchronize
+from apt.devices import keep_random_states, synchronize
 from apt.errors import AptError, faulty, first_line
 from apt.options import BATCH, STEPS, RecoverOptions
 from apt.recovery.job import STEPS_FOLDER, RecoveryJob, TrainingPlan
@@ -313,7 +313,7 @@ def _prepared_trainable(
 ) -> Trainable:
     """The result of the kind of recovery, checked."""
     teacher = _teacher(text, held_back, job) if job.spec.teacher else None
-    with random_states_kept():
+    with keep_random_states():
         torch.manual_seed(job.seed)
         trainable: object = job.recovery(
             Unrecovered(model, job.adapter, masks, job.options, teacher)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from apt.compute import trains_in_bf16
-from apt.devices import random_states_kept
+from apt.devices import keep_random_states
 from apt.errors import AptError, first_line
 from apt.recovery.job import RecoveryJob, TrainingPlan
 from apt.recovery.law import enough_tokens
@@ -103,7 +103,7 @@ def _restored_state(module: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     random_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        with random_states_kept():
+        with keep_random_states():
             yield
     finally:
         random.setstate(random_state)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from apt.devices import kinds
+from apt.devices import device_kinds
 
 _lock = Lock()
 _entered = 0  # the entered contexts of all threads: torch's settings belong to the process
@@ -28,7 +28,7 @@ def full_precision() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            for device in kinds():
+            for device in device_kinds():
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             yield

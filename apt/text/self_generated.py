@@ -18,9 +18,9 @@ from transformers import GenerationConfig, GenerationMixin
 from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory
 from apt.arguments import checked
-from apt.devices import random_states_kept
+from apt.devices import keep_random_states
 from apt.errors import AptError
-from apt.modes import usual_modes
+from apt.modes import default_modes
 from apt.text.datasets import text_width, with_bos
 from apt.text.sampling import drawn, generator, vocabulary
 from apt.text.special_tokens import named_ids, tokens_of
@@ -44,7 +44,7 @@ def writes(model: nn.Module) -> bool:
     return isinstance(model, GenerationMixin)
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def own_text(
@@ -104,7 +104,7 @@ def _continued(model: GenerationMixin, starts: Tensor, count: int, seed: int) ->
         eos_token_id=tokens_of(own, "eos_token_id") or None, use_cache=own.use_cache,
         remove_invalid_values=True,  # the pruning reports non-finite activations with their block
     )  # fmt: skip
-    with eval_mode(cast(nn.Module, model)), random_states_kept(), _generation_config(model, config):
+    with eval_mode(cast(nn.Module, model)), keep_random_states(), _generation_config(model, config):
         torch.manual_seed(seed)
         parts = [
             model.generate(part, attention_mask=torch.ones_like(part), generation_config=config)

@@ -97,7 +97,7 @@ def evaluate(
 
     from apt.engine.prepare import with_compute
     from apt.extending import choose_device, load_tokenizer
-    from apt.modes import usual_modes
+    from apt.modes import default_modes
     from apt.text.special_tokens import bos_of
 
     device = choose_device(run.device)
@@ -108,7 +108,7 @@ def evaluate(
         with_compute(each, run, device, notice)  # for its notice about the compute dtype
     bos_id = bos_of(tokenizer) if run.bos else None
     status("loading the model")
-    with usual_modes(), ExitStack() as stack:
+    with default_modes(), ExitStack() as stack:
         models = [stack.enter_context(_runnable(skeleton, tokens, run)) for skeleton in skeletons]
         scores = {} if tokens is None else _scores(models, tokens, measures, status)
         if tasks:

@@ -263,7 +263,7 @@ def slow_on_the_second_rank():
     from apt.engine.costs import Machine
 
     speed = 1e15 if os.environ["RANK"] == "0" else 1.0
-    timed_run.measured = lambda device: Machine(speed, speed, speed)
+    timed_run.measure_machine = lambda device: Machine(speed, speed, speed)
 
 
 def test_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):

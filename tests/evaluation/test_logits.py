@@ -13,7 +13,7 @@ from transformers import (
 
 import apt.evaluation.logits
 from apt.checkpoints.load import open_skeleton
-from apt.engine.costs import Planned
+from apt.engine.costs import PlannedRun
 from apt.engine.estimate import estimate
 from apt.evaluation.blockwise import streamed
 from apt.evaluation.logits import kept_states, parts_of_logits
@@ -147,7 +147,7 @@ def test_estimate_includes_the_memory_of_logits(monkeypatch):
     plan = make_plan(skeleton.module, skeleton.adapter, NM(2, 4))
 
     def needs(**how):
-        return estimate(Planned(skeleton, plan, PruneRun(samples=1, seqlen=32), **how))
+        return estimate(PlannedRun(skeleton, plan, PruneRun(samples=1, seqlen=32), **how))
 
     small = needs()
     assert needs(augmentation=Augmentation(own_samples=1)).predicting >= small.predicting

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from apt.cli.log_file import open_log
+from apt.cli.output import open_log
 from apt.errors import AptError
 from apt.files.hashes import changed_files, file_hashes
 from apt.files.writing import check_file, write_file

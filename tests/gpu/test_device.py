@@ -191,7 +191,7 @@ def test_random_states_of_all_devices_are_restored(monkeypatch):
     before = [torch.get_rng_state(), devices.random_state()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with devices.random_states_kept():
+        with devices.keep_random_states():
             torch.rand(3, device=DEVICE)
             torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before[0])

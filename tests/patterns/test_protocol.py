@@ -59,7 +59,7 @@ def added(entry, monkeypatch):
         result = load_registry([*entry_points(group="apt"), entry("columns", **hooks)])
         monkeypatch.setattr("apt.planning.plan.registry", lambda: result)
         monkeypatch.setattr("apt.engine.api.registry", lambda: result)
-        monkeypatch.setattr("apt.engine.given.registry", lambda: result)
+        monkeypatch.setattr("apt.engine.caller_model.registry", lambda: result)
         monkeypatch.setattr("apt.engine.pruning_plan.registry", lambda: result)
         return result
 

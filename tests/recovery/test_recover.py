@@ -24,7 +24,7 @@ import apt as library
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import masks_of
 from apt.engine import api
-from apt.engine.given import find_adapter
+from apt.engine.caller_model import find_adapter
 from apt.errors import AptError
 from apt.events import HeldBack, TrainingStep
 from apt.options import RecoverOptions

@@ -98,7 +98,7 @@ def multiplied(monkeypatch):
         found.append((x.dtype, weight.dtype, weight.numel()))
         return own(x, weight, bias)
 
-    monkeypatch.setattr("apt.devices._is_faster_here", lambda dtype: False)
+    monkeypatch.setattr("apt.devices._cpu_multiplies_faster", lambda dtype: False)
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     return found
 

@@ -8,7 +8,7 @@ from apt import devices
 from apt.solver import NM, Gram, SolverOptions, mm, ss
 from tests.helpers.problems import problem
 
-DEVICE = devices.best()
+DEVICE = devices.default_device()
 METHODS = [ss, mm] if devices.is_accelerator(DEVICE) else [mm]  # on a CPU, numpy selects mask S
 
 
