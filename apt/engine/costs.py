@@ -26,11 +26,11 @@ from apt.solver.admm_search import ROUNDS
 from apt.solver.scaled import BF16_WIDTH, NODES
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import logits_at_once
+from apt.tuning.row_importance import RowImportance
 
 _FP32 = 4
 _ALLOCATION_TOKENS = 4096  # tokens of the sums of squares of an allocation
 _PROBE_TOKENS = 512  # tokens that follow each pruned block of an allocation to the end
-_IMPORTANCE_TOKENS = 4096  # tokens of the gradients of row importance
 _BACKWARD = 3  # the work of a forward with gradients, in forwards
 _TUNING_FACTOR = 1.5  # for the work of tuning beside products: held-back batches, casts
 _JOINT_STEPS = 6  # the mean number of steps of a joint solve
@@ -251,7 +251,7 @@ def _block_work(run: PlannedRun, block: PlannedBlock, tuned_tokens: int) -> dict
         "tuning": mixed * (_BACKWARD * _TUNING_FACTOR * tuned_tokens) + adam,
     }
     if whole_layer:
-        work["row importance"] = mixed * (_BACKWARD * min(tokens, _IMPORTANCE_TOKENS))
+        work["row importance"] = mixed * (_BACKWARD * min(tokens, RowImportance.tokens))
     if run.allocated:
         probe_tokens = (len(run.plan.blocks) / 2 + len(block.pruned) + 2) * _PROBE_TOKENS
         allocation_tokens = min(tokens, _ALLOCATION_TOKENS)

@@ -13,13 +13,12 @@ from apt.engine.recipes import augmentation_of
 from apt.engine.streamed import Streamed
 from apt.events import Status
 from apt.locations.model_source import Source
-from apt.options import InspectRun, PruneRun
+from apt.options import DEFAULT_PATTERN, InspectRun, PruneRun
 from apt.output.report import peak_memory
 from apt.planning.allocation import default_allocation
-from apt.planning.plan import Plan, check_rounding, make_plan, tell_shared
+from apt.planning.plan import Plan, check_rounding, make_plan, read_pattern, tell_shared
 from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM
-from apt.solver import NM
 from apt.solver.options import EFFORTS
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def default_forecast(
     skeleton = open_skeleton(source, registry, run.adapter)
     if run.on is None or run.compute != "auto":  # the other devices multiply all dtypes fast
         skeleton = skeleton.computing(run.compute, device)
-    selection, pattern = selection_of(run), pattern_of(run) or NM(2, 4)
+    selection, pattern = selection_of(run), pattern_of(run) or read_pattern(DEFAULT_PATTERN)
     plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection)
     seqlen = capped(run.seqlen, skeleton, notice)
     tell_shared(plan, notice)

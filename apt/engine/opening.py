@@ -11,6 +11,7 @@ from apt.errors import AptError
 from apt.locations.hub import Hub
 from apt.locations.model_source import Source, find
 from apt.options import (
+    DEFAULT_PATTERN,
     ExportRun,
     MeasuringOptions,
     ModelRun,
@@ -126,7 +127,7 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
     source = find_source(resolved.model, options, registry)
     if isinstance(options, PruneRun):
         if pattern_of(options) is None:
-            choose(pattern="2:4")
+            choose(pattern=DEFAULT_PATTERN)
         resolved = replace(resolved, allocation=_allocation(resolved, registry))
     if options.calibration == MeasuringOptions.calibration:
         notice(f"calibration: {options.calibration} (default)")

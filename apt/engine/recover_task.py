@@ -192,9 +192,10 @@ class RecoverTask(Task):
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
     ) -> Report:
-        """The report with the metrics and the time of the run."""
+        """The report with the metrics and the times of the run."""
         measured = {
             "scores": scores,
+            "timeline": timeline,
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(),
         }

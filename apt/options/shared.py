@@ -56,6 +56,9 @@ class ModelOptions(AdapterOptions, TokenizerOptions, RemoteOptions):
     """Options for opening a model with its tokenizer."""
 
 
+DEFAULT_PATTERN = "2:4"
+
+
 @options
 class PatternOptions(Options):
     """Options for the pattern of the sites."""

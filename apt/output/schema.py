@@ -153,12 +153,21 @@ _TRAINING = object_with(
     {"tokens": count, "held_back": list_of(row_of(count, number)), "losses": list_of(number)},
     {"best": count, "diverged": optional(count)},
 )
+_TIMELINE = object_with(
+    {},
+    {
+        "phases": list_of(row_of(text, amount)), "memory": list_of(row_of(amount, amount)),
+        "end": amount,
+    },
+)  # fmt: skip
+
 _RECOVERY = object_with(
     {},
     {
         "training": _TRAINING, "options": object_with({"kind": text}),
         "parameters_before": count, "rate": number, "dense_loss": optional(number), "zeros": count,
-        "scores": _SCORES, "earlier": object_of(anything), "seconds": amount,
+        "scores": _SCORES, "timeline": _TIMELINE, "earlier": object_of(anything),
+        "seconds": amount,
     },
 )  # fmt: skip
 
@@ -176,13 +185,7 @@ _REPORT = object_with(
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
         "reapplied": object_of(anything), "earlier": object_of(anything),
-        "timeline": object_with(
-            {},
-            {
-                "phases": list_of(row_of(text, amount)), "memory": list_of(row_of(amount, amount)),
-                "end": amount,
-            },
-        ),
+        "timeline": _TIMELINE,
     },
 )  # fmt: skip
 

@@ -114,10 +114,11 @@ def test_closed_standard_output_of_a_process_is_status_1():
 def changed(path, target):
     """Write masks with one changed bit and the checksum of the original masks."""
     with safe_open(path, "pt") as file:
-        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        entries = file.metadata()
     tensors["a.weight"][0] ^= 1
-    save_file(tensors, target, metadata)
-    return tensors, metadata
+    save_file(tensors, target, entries)
+    return tensors, json.loads(entries["apt_masks"])
 
 
 def test_changed_masks_are_refused_and_early_masks_are_read(tmp_path):
@@ -128,7 +129,7 @@ def test_changed_masks_are_refused_and_early_masks_are_read(tmp_path):
     with pytest.raises(library.AptError, match="it was changed since it was written"):
         read_masks(tmp_path / "changed")
     orders = metadata | {"orders": json.dumps({"a": [1, 0, *range(2, 8)]})}
-    save_file(tensors, tmp_path / "changed", orders)
+    save_file(tensors, tmp_path / "changed", {"apt_masks": json.dumps(orders)})
     with pytest.raises(library.AptError, match="it was changed since it was written"):
         read_masks(tmp_path / "changed")
     del metadata["sha256"]

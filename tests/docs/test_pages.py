@@ -162,6 +162,26 @@ def test_site_builds_without_warnings_and_shows_arguments(tmp_path):
     assert "--error-aware / --layer-wise" in words["cli"]
 
 
+def test_files_and_names_in_the_guide_for_contributors_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| to change |") : text.index("Dependencies point one way")]
+    names = re.findall(r"`([^`]+)`", table)
+    paths = [name for name in names if name.startswith(("apt/", "adapters/", "plugins/", "docs/"))]
+    assert len(paths) > 40
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    code = "".join(path.read_text() for path in (ROOT / "apt").rglob("*.py"))
+    for name in (
+        "PRESETS",
+        "_ENTRY_ORDER",
+        "_LATER_ENTRIES",
+        "read_site",
+        "KindSummary",
+        "MACHINES",
+    ):
+        assert name in names
+        assert re.search(rf"^(?:def |class )?{name}\b", code, re.MULTILINE)
+
+
 def test_index_lists_every_page():
     text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
