@@ -1,4 +1,4 @@
-"""What a configuration says of its model: the class that opens it, and whether it can be pruned."""
+"""The class of transformers for a configuration, and a check that APT can prune its models."""
 
 from typing import Any
 
@@ -14,33 +14,36 @@ _PRUNED = "APT prunes causal language models"
 
 
 def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
-    """Raise for a model that no adapter can serve.
+    """Raise for a model that no adapter supports.
 
     Args:
-        packed: True if a packed or quantised model will do: it can be measured, but not pruned.
+        packed: True to accept a packed or quantised model, which can be measured, but not pruned.
 
     Raises:
-        AptError: its weights are packed or quantised, it is an encoder-decoder, it reads in both
-            directions, or transformers has no causal language model of its type.
+        AptError: the weights are packed or quantised, the model is an encoder-decoder or an
+            encoder, or transformers has no causal language model of its type.
     """
-    kind = getattr(config, "model_type", "")
+    model_type = getattr(config, "model_type", "")
     method = quantised_with(config)
     if method == METHOD and not packed:
         raise AptError(
             f"{reference} is packed, and its weights cannot be changed", "apt-prune unpack it first"
         )
     if method and not packed:
-        fault = f"{reference} is quantised with {method}, and its weights cannot be pruned"
-        raise AptError(fault, "prune the original model, and quantise the result")
+        message = f"{reference} is quantised with {method}, and its weights cannot be pruned"
+        raise AptError(message, "prune the original model, and quantise the result")
     if getattr(config, "is_encoder_decoder", False):
-        fault = f"{reference} is an encoder-decoder model (type '{kind}')"
-        raise AptError(fault, f"{_PRUNED}, which have only a decoder")
+        message = f"{reference} is an encoder-decoder model (type '{model_type}')"
+        raise AptError(message, f"{_PRUNED}, which have only a decoder")
     if _bidirectional(config):
-        fault = f"{reference} is an encoder (type '{kind}'), which reads text in both directions"
-        raise AptError(fault, f"{_PRUNED}, which predict the next token")
+        message = (
+            f"{reference} is an encoder (type '{model_type}'), which reads text in both directions"
+        )
+        raise AptError(message, f"{_PRUNED}, which predict the next token")
     if not _has_own_code(config) and class_of(config) is None:
         raise AptError(
-            f"{reference} is of type '{kind}', of which transformers has no causal language model",
+            f"{reference} is of type '{model_type}', "
+            "of which transformers has no causal language model",
             _PRUNED,
         )
 
@@ -70,17 +73,17 @@ def _has_own_code(config: Any) -> bool:
 
 
 def class_of(config: Any) -> Any:
-    """The class of transformers that opens a model; None if there is none that writes text.
+    """The class of transformers that opens a model; None without a class that generates text.
 
-    It is the class that the configuration names. A multimodal checkpoint is thus opened as a whole:
-    for some types, the class for causal language models leaves the parts for images out.
+    The class that the configuration names comes first. So a multimodal checkpoint is opened with
+    all its parts: for some types, the class for causal language models has no parts for images.
     """
-    named = getattr(config, "architectures", None)
-    for name in named if isinstance(named, list) else ():
-        kind = getattr(transformers, str(name), None)
-        writes = isinstance(kind, type) and issubclass(kind, GenerationMixin)
-        if writes and getattr(kind, "config_class", None) is type(config):
-            return kind
+    names = getattr(config, "architectures", None)
+    for name in names if isinstance(names, list) else ():
+        model_class = getattr(transformers, str(name), None)
+        generates = isinstance(model_class, type) and issubclass(model_class, GenerationMixin)
+        if generates and getattr(model_class, "config_class", None) is type(config):
+            return model_class
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
@@ -88,16 +91,16 @@ def class_of(config: Any) -> Any:
 
 
 def opening_class(config: Any) -> Any:
-    """As `class_of`, but the automatic class for a model with code of its own."""
+    """The `class_of` a configuration; the automatic class if the repository has the code."""
     return AutoModelForCausalLM if _has_own_code(config) else class_of(config)
 
 
 def without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module:
-    """A model of the class that opens it, with new weights on the current device."""
-    kind = opening_class(config)
-    made: nn.Module = (
-        kind.from_config(config, trust_remote_code=trust_remote_code)
-        if kind is AutoModelForCausalLM
-        else kind._from_config(config)
+    """A new model of the `opening_class`, with initial weights on the current device."""
+    model_class = opening_class(config)
+    model: nn.Module = (
+        model_class.from_config(config, trust_remote_code=trust_remote_code)
+        if model_class is AutoModelForCausalLM
+        else model_class._from_config(config)
     )
-    return made
+    return model

@@ -22,7 +22,7 @@ CARD = "README.md"
 REPORT = "apt_report.json"
 """The record of the run that wrote a checkpoint."""
 
-# Weights in other formats are not copied: they would be dense.
+# Files of weights in other formats are not copied: they have the dense weights.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _WEIGHTS = (*OTHER_WEIGHTS, ".safetensors")
 _INDICES = tuple(f"{kind}.index.json" for kind in (".bin", ".h5", ".msgpack", ".safetensors"))
@@ -33,8 +33,8 @@ def side_files(source: Path) -> Iterator[Path]:
     """All files of a checkpoint except its weights, their index, and a report of APT.
 
     Hidden files and folders are left out: they contain data of tools, and secrets. A link is
-    included only if it leads to a file of the checkpoint, or to the hub's cache of it. No other
-    file should be copied to the output.
+    included only if it leads to a file of the checkpoint, or of the hub's cache of this checkpoint.
+    No other file is copied to the output.
     """
     return (path for path in _files(source) if not _is_outside_link(path, source))
 
@@ -46,10 +46,11 @@ def links_outside(source: Path) -> list[Path]:
 
 
 def _visible(source: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """The folders of a checkpoint that are not hidden, with their folders and files."""
+    """Each folder that is not hidden, with the names of its folders and files."""
     for folder, folders, names in os.walk(source):
         folders[:], names = (
-            sorted(name for name in each if not name.startswith(".")) for each in (folders, names)
+            sorted(name for name in entries if not name.startswith("."))
+            for entries in (folders, names)
         )
         yield Path(folder), folders, names
 
@@ -68,12 +69,12 @@ def _is_outside_link(path: Path, source: Path) -> bool:
         return False
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(source))
     blobs = root.parent.parent / "blobs"  # of the hub's cache: blobs/…, snapshots/REVISION/…
-    cached = root.parent.name == "snapshots" and blobs in real.parents
-    return root not in real.parents and not cached
+    in_cache = root.parent.name == "snapshots" and blobs in real.parents
+    return root not in real.parents and not in_cache
 
 
 def weight_files(shards: Shards) -> list[Path]:
-    """The files with the tensors, and the index that names them, unless it is a single file."""
+    """The files with the tensors, and their index; a single file has no index."""
     single = [path.name for path in shards.files] == [SINGLE]  # an index beside it is not read
     return [*shards.files, *([] if single else [shards.files[0].with_name(INDEX)])]
 
@@ -93,7 +94,7 @@ def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
 
 
 def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None) -> None:
-    """Copy the files of the weights, or write them as files of at most ``largest``, such as 5GB."""
+    """Copy the files of weights, or split the weights into files of ``largest``, such as 5GB."""
     if largest is None:
         copy_files(weight_files(shards), source, target)
         return
@@ -105,42 +106,45 @@ def copy_weights(shards: Shards, source: Path, target: Path, largest: str | None
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """Checksums by relative path, without the card; those of safetensors cover header and size."""
-    hashes = {}
+    """Checksums by relative path, without the card.
+
+    The checksum of a safetensors file covers its header and its size.
+    """
+    sums = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != CARD:
-            hashes[name] = _of_header(path) if path.suffix == ".safetensors" else sha256(path)
-    return hashes
+            sums[name] = _of_header(path) if path.suffix == ".safetensors" else sha256(path)
+    return sums
 
 
 def _of_header(path: Path) -> str:
     with path.open("rb") as file:
-        start = file.read(8)
-        header = start + file.read(min(int.from_bytes(start, "little"), _LARGEST_HEADER))
+        length = file.read(8)
+        header = length + file.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
     return hashlib.sha256(header + str(path.stat().st_size).encode()).hexdigest()
 
 
 def check_copy(
-    shards: Shards, target: Path, known: Mapping[str, str], pruned: Collection[str]
+    shards: Shards, target: Path, expected: Mapping[str, str], pruned: Collection[str]
 ) -> None:
     """Raise if a copy differs from the original; delete files that were not copied.
 
     Args:
-        known: the `checksums` of the copy.
+        expected: the `checksums` of the copy.
         pruned: the tensors that may differ.
 
     Raises:
         AptError: a byte differs, or a file is missing.
     """
-    now = checksums(target)
-    for name in now.keys() - known.keys():
+    actual = checksums(target)
+    for name in actual.keys() - expected.keys():
         (target / name).unlink()
     for folder, _, _ in os.walk(target, topdown=False):
         if not os.listdir(folder):
             os.rmdir(folder)
-    for name, checksum in known.items():
-        if now.get(name) != checksum:
+    for name, checksum in expected.items():
+        if actual.get(name) != checksum:
             raise AptError(f"{target / name} was changed")
     copied = Shards(target)
     for name in shards.entries.keys() - set(pruned):
@@ -162,10 +166,10 @@ def save_model(
     """Write weights, configuration and tokenizer.
 
     Args:
-        tokenizer: its tokenizer; None writes no tokenizer.
-        checkpoint: the writer of another format; None writes safetensors as transformers does.
-        max_shard_size: the largest size of a file of weights, such as ``"5GB"``; None leaves it to
-            transformers.
+        tokenizer: the tokenizer; None writes no tokenizer.
+        checkpoint: the writer of another format; None for safetensors, written by transformers.
+        max_shard_size: the largest size of a file of weights, such as ``"5GB"``; None for the
+            default of transformers.
     """
     if checkpoint is None:
         largest = {"max_shard_size": max_shard_size} if max_shard_size else {}
@@ -179,7 +183,7 @@ def save_model(
 
 
 def _declare_tied(model: Any) -> None:
-    """Let transformers 4 save a Mamba 2 whose head is its embedding: its class declares no ties."""
+    """Declare the tied head of a Mamba 2, which transformers 4 otherwise refuses to save."""
     if getattr(model, "_tied_weights_keys", None) == [] and model.config.tie_word_embeddings:
         head = model.get_output_embeddings()
         name = next(name for name, module in model.named_modules() if module is head)
@@ -187,7 +191,7 @@ def _declare_tied(model: Any) -> None:
 
 
 def keep_side_files(source: Path, directory: Path) -> None:
-    """Copy the files of a checkpoint that `save_model` does not write, such as LICENSE."""
+    """Copy the side files that `save_model` has not written, such as LICENSE."""
     copy_files(
         (
             path

@@ -1,4 +1,4 @@
-"""What an export gets and returns: a model on disk, read parameter by parameter."""
+"""The interface of exports: the model on disk, read parameter by parameter, and the result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,21 +10,20 @@ from torch import Tensor, nn
 
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.parameters import read_parameter
-from apt.checkpoints.stored import Stored, find_stored, open_stored
+from apt.checkpoints.stored import Stored, find_stored, open_stored, read_parameter
 from apt.errors import AptError, NotStoredError
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written.
+    """The summary of an exported file.
 
     Attributes:
         type: the type of most weights.
         tensors: the number of tensors.
         size: the bytes of the file.
-        zeros: the zeros in the matrices of the blocks, before the export.
-        kept: those of them that are zero in the file.
+        zeros: the number of zeros in the matrices of the blocks, before the export.
+        kept: the number of these zeros that are zero in the file too.
         notes: a line for each choice that the user might not expect.
     """
 
@@ -37,14 +36,15 @@ class Exported:
 
 
 class Exportable:
-    """A model on disk, of which a parameter at a time is in memory.
+    """A model on disk, of which one parameter at a time is in memory.
 
     Args:
         opened: the model, without weights.
-        type: the type of the weights to write, one of the spec's; None for that of the checkpoint.
-        original: the file of the same format that the model was made from; None if there is none.
-        integers: ``"int8"`` or ``"int4"`` if the weights of the blocks are such integers times
-            scales; else None.
+        type: the type of the weights to write, one of the types of the export's spec; None for the
+            type in the checkpoint.
+        original: the file of the same format from which the model was made; None without one.
+        integers: ``"int8"`` or ``"int4"`` if the weights of the blocks are integers of that type
+            times scales; else None.
 
     Attributes:
         config: the configuration, as an object of transformers.
@@ -71,12 +71,12 @@ class Exportable:
         try:
             return open_stored(self._opened)
         except NotStoredError as error:
-            fault = f"{self.name} is not exported: its tensors cannot be read one by one"
-            raise AptError(fault, "write it anew, with apt-prune convert") from error
+            message = f"{self.name} is not exported: its tensors cannot be read one by one"
+            raise AptError(message, "write it anew, with apt-prune convert") from error
 
     @property
     def is_stored(self) -> bool:
-        """True if the parameters can be read one by one. A run writes a model of which they can."""
+        """True if the parameters can be read one by one, as in each output of a run."""
         return find_stored(self._opened) is not None
 
     @property
@@ -88,7 +88,7 @@ class Exportable:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shapes of the stored parameters and buffers, by their names in the model.
 
-        Of tied parameters, only the stored one is listed.
+        Of several tied parameters, only the stored one is included.
         """
         state = self.module.state_dict()
         return {name: tuple(state[name].shape) for name in self._stored.layout}
@@ -125,7 +125,7 @@ class Export(Protocol):
             target: the path of the file to create.
 
         Returns:
-            What was written, as counted in the file.
+            The summary of the file, with the zeros counted in it.
 
         Raises:
             AptError: the format cannot express the model.

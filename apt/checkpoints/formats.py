@@ -43,7 +43,7 @@ def find_file(location: str, name: str, hub: Hub | None = None) -> Path | None:
 
 
 def find_source_file(source: Source, name: str) -> Path | None:
-    """A file of a model, or None; raises `AptError` if the search fails, as without an answer."""
+    """A file of a model, or None; raises `AptError` if the search fails, as without a network."""
     try:
         return find_file(source.location, name, source.hub)
     except (OSError, ValueError) as error:
@@ -61,7 +61,7 @@ def local_copy(source: Source, ignored: Sequence[str] = ()) -> Path:
 
 
 def open_checkpoint(source: Source, registry: Registry) -> Checkpoint | None:
-    """The checkpoint, if a plugin reads its format; None leaves it to transformers."""
+    """The checkpoint, if a plugin reads its format; None if transformers must read it."""
     path = find_source_file(source, "config.json")
     if path is None:
         return None

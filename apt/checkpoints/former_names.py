@@ -3,7 +3,7 @@
 Many runtimes still use transformers 4. It ignores the field ``rope_parameters`` without a message,
 so that a model gets the default base frequency of its architecture. It refuses the tokenizer class
 ``TokenizersBackend``, and a list of ``extra_special_tokens``. transformers 5 reads the names of
-both.
+both versions.
 """
 
 import json
@@ -22,9 +22,9 @@ def save_config(config: Any, directory: Path) -> None:
 
 
 def add_rope_names(config: Any, directory: Path) -> None:
-    """Add ``rope_theta`` and its relatives to a ``config.json``.
+    """Add the former names of ``rope_parameters``, such as ``rope_theta``, to a ``config.json``.
 
-    The file stays as it is where transformers would read another configuration from it.
+    The file does not change if transformers would read another configuration from the new text.
 
     Args:
         config: the configuration, as it is written in the file.
@@ -32,11 +32,11 @@ def add_rope_names(config: Any, directory: Path) -> None:
     path = directory / "config.json"
     text = path.read_text(encoding="utf-8")
     written = json.loads(text)
-    named = _with_rope_names(written)
-    if named == written:
+    extended = _with_rope_names(written)
+    if extended == written:
         return
     before = _configuration(type(config), directory)
-    _write(path, named)
+    _write(path, extended)
     if before is None or _configuration(type(config), directory) != before:
         path.write_text(text, encoding="utf-8")
 
@@ -46,17 +46,17 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    named = dict(values)
+    renamed = dict(values)
     if values.get("tokenizer_class") == "TokenizersBackend":
-        named["tokenizer_class"] = "PreTrainedTokenizerFast"
+        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
-        named["additional_special_tokens"] = named.pop("extra_special_tokens")
-    if named != values:
-        _write(path, named)
+        renamed["additional_special_tokens"] = renamed.pop("extra_special_tokens")
+    if renamed != values:
+        _write(path, renamed)
 
 
 def _with_rope_names(values: Mapping[str, Any]) -> Values:
-    """A configuration, and those inside it, with the former names of their ``rope_parameters``."""
+    """A configuration and its nested ones, with the former names of their ``rope_parameters``."""
     inner = {
         key: _with_rope_names(value) if isinstance(value, dict) else value
         for key, value in values.items()
@@ -65,23 +65,23 @@ def _with_rope_names(values: Mapping[str, Any]) -> Values:
 
 
 def _rope_names(rope: Any) -> Values:
-    """The former names of the parameters of all layers, or of those with and without windows."""
+    """The former names of rotary parameters, which layers with windows may have of their own."""
     if not isinstance(rope, dict):
         return {}
     if "full_attention" in rope:
         local = _rope_names(rope.get("sliding_attention"))
         names = {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
         return names | _rope_names(rope["full_attention"])
-    outside = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    values = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if rope.get("rope_type", "default") == "default":
-        return outside
-    return outside | {"rope_scaling": {k: v for k, v in rope.items() if k not in outside}}
+        return values
+    return values | {"rope_scaling": {k: v for k, v in rope.items() if k not in values}}
 
 
-def _configuration(kind: Any, directory: Path) -> Values | None:
-    """What transformers reads, without the former names; None if it refuses the file."""
+def _configuration(config_class: Any, directory: Path) -> Values | None:
+    """The configuration as transformers reads it, without the former names; None on an error."""
     try:
-        values: Values = kind.from_pretrained(directory).to_dict()
+        values: Values = config_class.from_pretrained(directory).to_dict()
     except Exception:  # each class has its own checks
         return None
     return _without_former_names(values)

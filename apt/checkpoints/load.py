@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,8 +39,8 @@ def read_config(source: Source) -> Any:
     with _loading(source, _DAMAGED):
         config = AutoConfig.from_pretrained(source.location, **source.options())
         if source.gguf is None and config.model_type in source.location:
-            entries, _ = PretrainedConfig.get_config_dict(source.location, **source.options())
-            if not entries.keys() & {"model_type", "auto_map"}:  # transformers 4 guesses by name
+            values, _ = PretrainedConfig.get_config_dict(source.location, **source.options())
+            if not values.keys() & {"model_type", "auto_map"}:  # transformers 4 guesses by name
                 raise ValueError("config.json has no model_type")
         return without_own_code(config)
 
@@ -51,8 +51,8 @@ def open_skeleton(
     """Open a model without its weights: modules and shapes, on the meta device.
 
     Args:
-        adapter: the name of an adapter; by default that of the model's type.
-        packed: True if a packed or quantised model will do: it can be measured, but not pruned.
+        adapter: the name of an adapter; by default the adapter for the model's type.
+        packed: True to accept a packed or quantised model, which can be measured, but not pruned.
     """
     checkpoint, config = _read_configuration(source, registry)
     if source.gguf is None:  # quantised GGUF weights are converted to plain ones
@@ -65,7 +65,7 @@ def open_skeleton(
 
 
 def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
-    """The checkpoint, if it has another format than that of transformers; the configuration."""
+    """The checkpoint, None in the format of transformers, and the configuration."""
     try:
         return None, read_config(source)
     except AptError as error:
@@ -79,10 +79,10 @@ def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint 
 
 def _skeleton_module(source: Source, config: Any) -> nn.Module:
     """A model without weights, in eval mode."""
-    layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:  # each is a module, even without weights
-        fault = f"{source.reference} does not load: it would have {layers:,} layers"
-        raise AptError(fault, _DAMAGED)
+    count = getattr(config, "num_hidden_layers", 0)
+    if isinstance(count, int) and count > _MOST_LAYERS:  # each is a module, even without weights
+        message = f"{source.reference} does not load: it would have {count:,} layers"
+        raise AptError(message, _DAMAGED)
     with _loading(source, _DAMAGED), torch.device("meta"):
         module = without_weights(config, trust_remote_code=source.trust_remote_code)
     return module.eval()
@@ -94,12 +94,12 @@ def load(
     device: str = "cpu",
     compute: str | None = None,
 ) -> Opened:
-    """Read the weights of what `open_skeleton` opened.
+    """Read the weights of a model from `open_skeleton`.
 
     Args:
-        dtype: the dtype of the weights; None keeps that of the checkpoint's sites (fp32 for GGUF).
-        compute: the name of the dtype that the model is to compute in, or ``auto``; None leaves
-            it in the dtype of its weights. A packed or quantised model stays as it is.
+        dtype: the dtype of the weights; None for the stored dtype of the sites (fp32 for GGUF).
+        compute: the name of the compute dtype, or ``auto``; None for the dtype of the weights. A
+            packed or quantised model ignores it.
 
     Raises:
         AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.
@@ -107,17 +107,17 @@ def load(
     source = skeleton.source
     if not source.on_hub and not source.gguf:
         check_files(Path(source.location))
-    given = {}
+    arguments = {}
     if quantised_with(skeleton.config) == METHOD:
         import apt.runtime.quantizer  # noqa: F401  # registers the format with transformers
 
-        given = {"config": with_weights(skeleton.config)}
+        arguments = {"config": with_weights(skeleton.config)}
     elif source.gguf:
-        given = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
+        arguments = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
     if skeleton.checkpoint is None:
         stored = None if dtype else find_stored(skeleton)  # None: tensors cannot be read one by one
-        own = stored.dtype(skeleton) if stored else None
-        module, missing = _from_pretrained(skeleton, dtype or own, **given)
+        stored_dtype = stored.dtype(skeleton) if stored else None
+        module, missing = _from_pretrained(skeleton, dtype or stored_dtype, **arguments)
     else:
         module, missing = _from_checkpoint(source, skeleton.checkpoint, dtype)
     if missing:
@@ -134,18 +134,18 @@ def load(
 
 
 def _from_pretrained(
-    skeleton: Opened, dtype: torch.dtype | None, **given: Any
+    skeleton: Opened, dtype: torch.dtype | None, **arguments: Any
 ) -> tuple[Any, list[str]]:
-    """The model as transformers reads it, and the names of missing weights."""
+    """The model, read by transformers, and the names of missing weights."""
     source = skeleton.source
-    wanted = dtype or (torch.float32 if source.gguf else "auto")
+    requested = dtype or (torch.float32 if source.gguf else "auto")
     names = _one_name_table() if source.gguf else nullcontext()
     with _loading(source), names, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module, info = opening_class(skeleton.config).from_pretrained(
-            source.location, dtype=wanted, output_loading_info=True,
+            source.location, dtype=requested, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below
-            **source.options(), **given,
+            **source.options(), **arguments,
         )  # fmt: skip
     for mismatch in info.get("mismatched_keys", ()):
         raise _mismatched(source, module, mismatch)
@@ -157,35 +157,36 @@ def _from_pretrained(
 def _one_name_table() -> Iterator[None]:
     """While entered, the table of the names of GGUF tensors is built once.
 
-    transformers builds it for each module of a model, which takes longer than to read the weights.
+    transformers builds the table for each module of a model, which takes longer than the reading
+    of the weights.
     """
     try:
         import gguf
     except ImportError:
         yield
         return
-    made = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = cache(made)
+    build = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(build)
     try:
         yield
     finally:
-        gguf.get_tensor_name_map = made
+        gguf.get_tensor_name_map = build
 
 
 def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
     """The error for a tensor of a wrong shape; transformers 4 gives only its name."""
     name, *shapes = (mismatch,) if isinstance(mismatch, str) else mismatch
-    stored = f"is {tuple(shapes[0])}" if shapes else "has another shape"
+    difference = f"is {tuple(shapes[0])}" if shapes else "has another shape"
     expected = module.state_dict().get(name)
-    wanted = "another" if expected is None else tuple(expected.shape)
-    fault = f"{name} of {source.reference} {stored}, but {wanted} by its configuration"
-    return AptError(fault, "is its config.json the right one?")
+    required = "another" if expected is None else tuple(expected.shape)
+    message = f"{name} of {source.reference} {difference}, but {required} by its configuration"
+    return AptError(message, "is its config.json the right one?")
 
 
 def _from_checkpoint(
     source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
-    """The model as a plugin reads it; each weight keeps its stored dtype if ``dtype`` is None."""
+    """The model, read by a plugin; each weight keeps its stored dtype if ``dtype`` is None."""
     module: Any = _skeleton_module(source, checkpoint.config)
     with _loading(source):
         loaded = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
@@ -212,46 +213,46 @@ def _unquantised(module: Any) -> nn.Module:
     config = type(module.config).from_dict(
         {k: v for k, v in module.config.to_dict().items() if k != "quantization_config"}
     )
-    fresh: Any = type(module)(config).to(next(module.parameters()).dtype)
-    fresh.load_state_dict(module.state_dict())
-    fresh.generation_config = module.generation_config
-    plain: nn.Module = fresh
-    return plain
+    copied: Any = type(module)(config).to(next(module.parameters()).dtype)
+    copied.load_state_dict(module.state_dict())
+    copied.generation_config = module.generation_config
+    return cast(nn.Module, copied)
 
 
 def check_finite(module: nn.Module, reference: str, cast: torch.dtype | None = None) -> None:
     """Raise if a weight is NaN or infinite.
 
     Args:
-        cast: the dtype that its weights were cast to; None if they were not.
+        cast: the dtype to which the weights were cast; None without a cast.
     """
     for name, parameter in module.named_parameters():
         if torch.isfinite(parameter).all():
             continue
         if cast is torch.float16 and not parameter.isnan().any():
-            fault = f"{name} of {reference} has values beyond 65,504, the largest of float16"
-            raise AptError(fault, "use dtype bfloat16 or float32", ("dtype",))
-        fault = f"{name} of {reference} holds values that are not finite"
-        raise AptError(fault, "the checkpoint is damaged; get it again")
+            message = f"{name} of {reference} has values beyond 65,504, the largest of float16"
+            raise AptError(message, "use dtype bfloat16 or float32", ("dtype",))
+        message = f"{name} of {reference} holds values that are not finite"
+        raise AptError(message, "the checkpoint is damaged; get it again")
 
 
 def load_tokenizer(source: Source, other: str | None = None) -> Any:
-    """The tokenizer of the model, or that of ``other``, a directory or hub name."""
-    place, hub, options = source.location, source.hub, source.options()
+    """The tokenizer of the model, or of ``other``, a directory or hub name."""
+    location, hub, options = source.location, source.hub, source.options()
     if other is not None:
-        place, hub = str(expanded(other)), _hub_for_tokenizer(source, other)
+        location, hub = str(expanded(other)), _hub_for_tokenizer(source, other)
         options = {"trust_remote_code": source.trust_remote_code, **hub.options()}
     try:
-        reader = AutoTokenizer.from_pretrained(place, **options)
-        if len(reader) <= len(reader.all_special_tokens):  # some families make one without any file
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        # Some families make a tokenizer without any file.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("there is no file with a vocabulary")
-        return reader
+        return tokenizer
     except Exception as error:  # `tokenizers` raises plain exceptions
-        raise tokenizer_error(other or source.reference, place, error, hub) from error
+        raise tokenizer_error(other or source.reference, location, error, hub) from error
 
 
 def _hub_for_tokenizer(source: Source, name: str) -> Hub:
-    """The settings for the hub for a tokenizer other than the model's."""
+    """The settings of the hub for another tokenizer than the model's."""
     if kind_at(expanded(name)) == "directory":
         return Hub()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -273,7 +274,7 @@ def fingerprint(module: nn.Module) -> str:
 
 @contextmanager
 def _loading(source: Source, hint: str = "is it complete?") -> Iterator[None]:
-    """Turn every exception into an `AptError`: loaders raise many types for damaged files."""
+    """Turn every exception into an `AptError`: loaders raise many types of errors."""
     try:
         yield
     except AptError:

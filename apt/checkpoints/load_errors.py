@@ -16,7 +16,7 @@ from apt.plugin.registry import registry
 
 
 def load_error(source: Source, error: Exception, hint: str) -> AptError:
-    """The message for an exception while a model was loaded; ``hint`` if no remedy is known."""
+    """The error for a model that does not load, with ``hint`` if the cause has no other remedy."""
     if _requires_code(error):
         return _code_error(source.reference)
     if any(isinstance(cause, pickle.UnpicklingError) for cause in _chain(error)):
@@ -25,26 +25,26 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
             "get a safetensors version of it",
         )
     for cause in _chain(error):
-        if isinstance(cause, OSError) and (known := user_error(cause)):
-            return known
-        if known := resource_error(cause):
-            return known
-    if known := _unreadable(Path(source.location), "*.safetensors"):
-        return known
-    if source.on_hub and (known := _hub_error(source, error)):
-        return known
-    if known := _damaged_index(source, error):
-        return known
+        if isinstance(cause, OSError) and (answer := user_error(cause)):
+            return answer
+        if answer := resource_error(cause):
+            return answer
+    if answer := _unreadable(Path(source.location), "*.safetensors"):
+        return answer
+    if source.on_hub and (answer := _hub_error(source, error)):
+        return answer
+    if answer := _damaged_index(source, error):
+        return answer
     if source.gguf is not None:
         if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
-            fault = f"to read {source.reference} needs the package {' and '.join(missing)}"
-            return AptError(fault, "pip install 'apt-prune[gguf]'")
+            message = f"to read {source.reference} needs the package {' and '.join(missing)}"
+            return AptError(message, "pip install 'apt-prune[gguf]'")
         hint = "get the file again: it is damaged, or of a kind that transformers does not read"
     return AptError(f"{source.reference} does not load: {described(error)}", hint)
 
 
 def _hub_error(source: Source, error: Exception) -> AptError | None:
-    """The message for a model that the hub does not provide; None for other failures."""
+    """The error for a model that the hub does not provide; None for other causes."""
     name, causes = shortened(source.reference), {type(cause).__name__ for cause in _chain(error)}
     if source.hub.local and not _is_absent(error):
         return None
@@ -64,13 +64,13 @@ def _hub_error(source: Source, error: Exception) -> AptError | None:
             f"'{name}' has no revision '{source.hub.revision}'", "check its page", ("revision",)
         )
     if causes & {"RepositoryNotFoundError", "HFValidationError"}:
-        fault = f"no such model: '{name}' is neither a local directory nor available on the hub"
-        return AptError(fault, _hub_hint(source.reference))
+        message = f"no such model: '{name}' is neither a local directory nor available on the hub"
+        return AptError(message, _hub_hint(source.reference))
     return None
 
 
 def _is_absent(error: Exception) -> bool:
-    """True if a file was not among the earlier downloads, or the name cannot be one of the hub."""
+    """True if a file was not downloaded earlier, or the name is not valid on the hub."""
     names = {type(cause).__name__ for cause in _chain(error)}
     return bool(names & {"LocalEntryNotFoundError", "HFValidationError"})
 
@@ -81,30 +81,30 @@ def _no_network() -> str:
 
 
 def _unreadable(directory: Path, pattern: str) -> AptError | None:
-    """The message for a file without read permission, which loaders may call missing."""
+    """The error for a file without read permission, which loaders may report as missing."""
     if not directory.is_dir():
         return None
     for path in sorted(directory.glob(pattern)):
         if not os.access(path, os.R_OK, effective_ids=True):
-            fault = f"cannot use {path}: no permission to read it"
-            return AptError(fault, "ask for it, or use a copy")
+            message = f"cannot use {path}: no permission to read it"
+            return AptError(message, "ask for it, or use a copy")
     return None
 
 
 def _damaged_index(source: Source, error: Exception) -> AptError | None:
-    """The message for an index of several files without metadata, which transformers reads."""
+    """The error for an index without the metadata that transformers requires."""
     path, missing = Path(source.location) / INDEX, "metadata"
     if not isinstance(error, KeyError) or error.args != (missing,) or not path.is_file():
         return None
     return AptError(f"{path} has no '{missing}'", "get the checkpoint again")
 
 
-def tokenizer_error(reference: str, place: str, error: Exception, hub: Hub) -> AptError:
-    """The message for an exception that was raised while a tokenizer was loaded from ``place``."""
+def tokenizer_error(reference: str, location: str, error: Exception, hub: Hub) -> AptError:
+    """The error for a tokenizer that does not load from ``location``."""
     if _requires_code(error):
         return _code_error(f"the tokenizer of {reference}")
-    if known := _unreadable(Path(place), "tokenizer*"):
-        return known
+    if answer := _unreadable(Path(location), "tokenizer*"):
+        return answer
     if hub.local and _is_absent(error):
         return AptError(
             f"no such tokenizer: '{reference}' is not a local directory and has not been "
@@ -124,8 +124,8 @@ def _requires_code(error: Exception) -> bool:
 
 
 def _code_error(name: str) -> AptError:
-    fault = f"{name} needs code from its repository, which is not run by default"
-    return AptError(fault, "read that code, then allow it", ("trust_remote_code",))
+    message = f"{name} needs code from its repository, which is not run by default"
+    return AptError(message, "read that code, then allow it", ("trust_remote_code",))
 
 
 def _hub_hint(reference: str) -> str:
@@ -137,7 +137,7 @@ def _hub_hint(reference: str) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, its cause, the cause of that, and so on."""
+    """An exception and all its causes, from the last to the first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,8 +1,8 @@
 """The masks of a pruned model, and their file: one bit for each weight.
 
-The file has a tensor of bytes for each parameter, with 8 weights in a byte, the first one in the
-highest bit; a one means pruned. The shapes of the parameters are in its metadata, and so are the
-orders of inputs that have changed places, and a checksum of all of it.
+The file has a tensor of bytes for each parameter. A byte has the bits of 8 weights, the first
+weight in the highest bit; 1 means pruned. The metadata has the shapes of the parameters, the orders
+of permuted inputs, and a checksum of masks and metadata.
 """
 
 import json
@@ -32,12 +32,13 @@ Masks = dict[str, Tensor]
 """The masks (True where pruned) by the full name of a parameter, in the shape of the parameter."""
 
 Orders = Mapping[str, Sequence[int]]
-"""The column of the dense weight that each column of a pruned weight was, by the full name of a
-site whose inputs have changed places."""
+"""The orders of permuted inputs, by the full names of sites.
+
+The entry for a column of the pruned weight is the index of this column in the dense weight."""
 
 
 def masks_of(model: nn.Module, adapter: Adapter) -> Masks:
-    """The zeros of all parameters that can be pruned and have some."""
+    """The masks of all parameters that can be pruned; a parameter without zeros has no mask."""
     masks: Masks = {}
     for name, block in adapter.blocks(model):
         masks |= block_masks(name, block, adapter)
@@ -45,41 +46,41 @@ def masks_of(model: nn.Module, adapter: Adapter) -> Masks:
 
 
 def block_masks(name: str, block: nn.Module, adapter: Adapter) -> Masks:
-    """The zeros of a block's parameters that can be pruned and have some."""
-    places = [site.parameter for site in adapter.sites(block)]
-    places += [extra.parameter for extra in adapter.extras(block)]
-    zeros = {place: block.get_parameter(place) == 0 for place in dict.fromkeys(places)}
-    return {f"{name}.{place}": mask for place, mask in zeros.items() if bool(mask.any())}
+    """The `masks_of` one block."""
+    paths = [site.parameter for site in adapter.sites(block)]
+    paths += [extra.parameter for extra in adapter.extras(block)]
+    zeros = {path: block.get_parameter(path) == 0 for path in dict.fromkeys(paths)}
+    return {f"{name}.{path}": mask for path, mask in zeros.items() if bool(mask.any())}
 
 
 def sparsity_of(masks: Masks) -> float:
-    """The share of pruned weights in the parameters that have masks; 0 without masks."""
+    """The share of pruned weights in the parameters with masks; 0 without masks."""
     size = sum(mask.numel() for mask in masks.values())
     return sum(int(mask.sum()) for mask in masks.values()) / size if size else 0.0
 
 
 def write_masks(masks: Masks, path: Path, orders: Orders | None = None) -> None:
-    """Write the file of masks, with the orders of inputs that have changed places."""
+    """Write the file of masks, with the orders of permuted inputs."""
     packed = {
         name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
         for name, mask in masks.items()
     }
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    described = {_SHAPES: json.dumps(shapes)}
+    metadata = {_SHAPES: json.dumps(shapes)}
     if orders:
-        described[_ORDERS] = json.dumps({name: [*order] for name, order in orders.items()})
-    described[_CHECKSUM] = _checksum(packed, described)
-    save_file(packed, path, described)
+        metadata[_ORDERS] = json.dumps({name: [*order] for name, order in orders.items()})
+    metadata[_CHECKSUM] = _checksum(packed, metadata)
+    save_file(packed, path, metadata)
 
 
-def _checksum(packed: Mapping[str, Tensor], described: Mapping[str, str]) -> str:
+def _checksum(packed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The SHA-256 of all masks, and of the shapes and orders in the metadata."""
-    whole = sha256()
+    digest = sha256()
     for name in sorted(packed):
-        whole.update(f"{name} ".encode() + packed[name].numpy().tobytes())
+        digest.update(f"{name} ".encode() + packed[name].numpy().tobytes())
     for name in (_SHAPES, _ORDERS):
-        whole.update(described.get(name, "").encode())
-    return whole.hexdigest()
+        digest.update(metadata.get(name, "").encode())
+    return digest.hexdigest()
 
 
 def read_masks(path: Path) -> Masks:
@@ -92,13 +93,14 @@ def read_masks(path: Path) -> Masks:
             names = file.keys()
             if set(names) != set(shapes):
                 raise ValueError("its shapes and tensors have different names")
-            packed, described = {n: file.get_tensor(n) for n in names}, file.metadata()
-            if described.get(_CHECKSUM) not in (None, _checksum(packed, described)):
+            packed, metadata = {n: file.get_tensor(n) for n in names}, file.metadata()
+            if metadata.get(_CHECKSUM) not in (None, _checksum(packed, metadata)):
                 raise ValueError("it was changed since it was written")
             return {name: _unpacked(packed[name], shapes[name]) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        fault = f"{path} is not a file of masks: {first_line(error)}"
-        raise AptError(fault, f"name the directory of a pruned model, or a file {MASKS}") from error
+        message = f"{path} is not a file of masks: {first_line(error)}"
+        hint = f"name the directory of a pruned model, or a file {MASKS}"
+        raise AptError(message, hint) from error
 
 
 def read_orders(path: Path) -> Orders:
@@ -109,14 +111,14 @@ def read_orders(path: Path) -> Orders:
         if not all(map(_is_permutation, orders.values())):
             raise ValueError("an order is no permutation")
     except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
-        fault = f"the orders in {path} cannot be read: {first_line(error)}"
-        raise AptError(fault, "name the directory of the pruned model") from error
+        message = f"the orders in {path} cannot be read: {first_line(error)}"
+        raise AptError(message, "name the directory of the pruned model") from error
     return orders
 
 
 def _is_permutation(order: Any) -> bool:
-    whole = isinstance(order, list) and all(type(index) is int for index in order)
-    return whole and sorted(order) == [*range(len(order))]
+    integers = isinstance(order, list) and all(type(index) is int for index in order)
+    return integers and sorted(order) == [*range(len(order))]
 
 
 def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
@@ -128,14 +130,14 @@ def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
 
 
 def check_masks(masks: Mapping[str, Tensor], model: nn.Module, name: str) -> None:
-    """Raise if masks are those of another model: a parameter is missing, or has another shape."""
+    """Raise if masks belong to another model: a parameter is missing, or has another shape."""
     if not masks:
         raise AptError(f"{name} has no zeros", "name the pruned model")
     parameters = _parameters(model)
     for key, mask in masks.items():
         if key not in parameters:
-            fault = f"{name} has masks of another model: {key} is missing in this one"
-            raise AptError(fault, "name the model that was fine-tuned from the pruned one")
+            message = f"{name} has masks of another model: {key} is missing in this one"
+            raise AptError(message, "name the model that was fine-tuned from the pruned one")
         if parameters[key].shape != mask.shape:
             raise AptError(
                 f"{name} has masks of another model: {key} is {_shape(mask)} there, and "
@@ -152,31 +154,31 @@ def _shape(tensor: Tensor) -> str:
 def permute_as_masked(
     masks: Mapping[str, Tensor], orders: Orders, model: nn.Module, adapter: Adapter
 ) -> bool:
-    """Put the inputs of sites into the order of the pruned model, if they have the former one.
+    """Permute the inputs of sites as in the pruned model, if the model has the original order.
 
-    The weights that a mask removes are small in the order that the mask was made for. So the order
-    is the one in which the masks of these sites remove the smaller sum of squares.
+    Masked weights are small in the order for which the mask was chosen. So the masks are applied
+    to both orders, and the order with the smaller sum of squares of masked weights is used.
 
     Returns:
-        True if the inputs of the model have changed places.
+        True if the inputs of the model were permuted.
     """
     config, before, after = getattr(model, "config", None), 0.0, 0.0
     moves = list[tuple[nn.Module, Permutable, Tensor]]()
     for name, block in adapter.blocks(model):
-        known = {s.name: s for s in adapter.sites(block) if f"{name}.{s.name}" in orders}
-        for permutable in adapter.permutable(block, config) if known else ():
-            if (site := known.get(permutable.reader)) is None:
+        sites = {s.name: s for s in adapter.sites(block) if f"{name}.{s.name}" in orders}
+        for permutable in adapter.permutable(block, config) if sites else ():
+            if (site := sites.get(permutable.reader)) is None:
                 continue
-            if (whole := masks.get(f"{name}.{site.parameter}")) is None:  # it has no zeros
+            if (stored := masks.get(f"{name}.{site.parameter}")) is None:  # it has no zeros
                 continue
-            weight, mask = site.oriented(site.weight(block).detach()), site.slice_of(whole)
+            weight, mask = site.oriented(site.weight(block).detach()), site.slice_of(stored)
             removed = site.oriented(mask).to(weight.device)
             columns = torch.tensor(orders[f"{name}.{site.name}"], device=weight.device)
             if len(columns) != weight.shape[1]:
-                fault = (
-                    f"{name}.{site.name} has {len(columns)} inputs there, {weight.shape[1]} here"
+                raise AptError(
+                    f"the masks are those of another model: {name}.{site.name} has "
+                    f"{len(columns)} inputs there, {weight.shape[1]} here"
                 )
-                raise AptError(f"the masks are those of another model: {fault}")
             before += _energy(weight, removed)
             after += _energy(weight[:, columns], removed)
             moves.append((block, permutable, permutable.order_of(columns)))
@@ -197,23 +199,23 @@ def apply_masks(masks: Mapping[str, Tensor], model: nn.Module) -> tuple[int, flo
     """Set the masked weights to zero.
 
     Returns:
-        The number of weights that were not zero, and their squares as a share of those of all
-        weights in the parameters with masks.
+        The number of masked weights that were not zero, and their share of the sum of squares of
+        all weights in the parameters with masks.
     """
-    parameters, weights, cut, total = _parameters(model), 0, 0.0, 0.0
+    parameters, count, removed, total = _parameters(model), 0, 0.0, 0.0
     for name, mask in masks.items():
         parameter = parameters[name]
         mask = mask.to(parameter.device)
         squares = parameter.float().square()
         total += float(squares.sum(dtype=torch.float64))
-        cut += float(squares[mask].sum(dtype=torch.float64))
-        weights += int((parameter[mask] != 0).sum())
+        removed += float(squares[mask].sum(dtype=torch.float64))
+        count += int((parameter[mask] != 0).sum())
         parameter.masked_fill_(mask, 0)
-    return weights, cut / total if total else 0.0
+    return count, removed / total if total else 0.0
 
 
 def filled(masks: Mapping[str, Tensor], model: nn.Module) -> str | None:
-    """The name of a parameter with a masked weight that is not zero; None if there is none."""
+    """The name of the first parameter with a masked weight that is not zero; None without one."""
     parameters = _parameters(model)
     for name, mask in masks.items():
         if bool(parameters[name][mask.to(parameters[name].device)].any()):

@@ -1,4 +1,4 @@
-"""A model whose blocks stay in its checkpoint while everything else is in memory."""
+"""A model in memory without its blocks, which are read from the checkpoint one at a time."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.parameters import read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
-from apt.checkpoints.stored import pruned_of
+from apt.checkpoints.stored import pruned_of, read_parameter, write_parameters
 from apt.compute import loses, unrounded
 from apt.devices import is_accelerator
 from apt.errors import AptError
@@ -20,12 +19,12 @@ from apt.planning.plan import PlannedBlock
 
 
 class StoredBlocks:
-    """The blocks in a checkpoint.
+    """The blocks of a model in a checkpoint.
 
     Args:
         layout: the tensors of the checkpoint for each parameter of the model.
         blocks: the modules by name, on the meta device.
-        cast: True to give a tensor the dtype that its parameter has on the meta device.
+        cast: True to cast a tensor to the dtype of its parameter on the meta device.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class StoredBlocks:
 
     @contextmanager
     def open(self, name: str, dense: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """While entered, the block is in memory, with its ``dense`` parameters if already read."""
+        """While entered, the block is in memory; ``dense`` has its parameters if already read."""
         block = self._blocks[name]
         _set_parameters(block, self.read(name) if dense is None else dense, self._device)
         try:
@@ -52,7 +51,7 @@ class StoredBlocks:
 
     @contextmanager
     def read_on_call(self) -> Iterator[None]:
-        """While entered, the whole model can run: each block is read anew for each of its calls."""
+        """While entered, the model can run: each call of a block reads its parameters anew."""
         names = {block: name for name, block in self._blocks.items()}
 
         def read(block: nn.Module, args: Any) -> None:
@@ -78,14 +77,14 @@ class StoredBlocks:
         return read
 
     def restore(self, name: str) -> None:
-        """Read the parameters of a block that is in memory from the checkpoint again."""
+        """Replace the parameters of an open block by the stored ones."""
         _set_parameters(self._blocks[name], self.read(name), self._device)
 
     def write(self, name: str, paths: Iterable[str], source: "StoredBlocks") -> None:
-        """Write these parameters of a block that is in memory to the checkpoint.
+        """Write parameters of an open block to the checkpoint.
 
-        Where the block computes in a dtype of less precision, values that have not changed are
-        those of ``source``, the blocks before.
+        If the block computes in a dtype of less precision, values that have not changed since they
+        were read are written as they are in ``source``, the blocks before pruning.
         """
         parameters = (
             (self._layout[f"{name}.{path}"], source.unrounded(f"{name}.{path}", parameter.detach()))
@@ -95,13 +94,13 @@ class StoredBlocks:
         write_parameters(parameters, self._shards)
 
     def unrounded(self, name: str, values: Tensor) -> Tensor:
-        """The values of a parameter, see `apt.compute.unrounded`."""
+        """The values of a parameter, the unchanged ones as stored; see `apt.compute.unrounded`."""
         if not loses(self.stored_dtype(name), values.dtype):
             return values
         return unrounded(values, read_parameter(self._layout[name], values.shape, self._shards))
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter of that full name is stored."""
+        """The stored dtype of a parameter, by its full name."""
         return self._shards.entries[self._layout[name][0].key].dtype
 
     def digest(self, block: PlannedBlock) -> str:
@@ -110,7 +109,7 @@ class StoredBlocks:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A floating-point tensor in another dtype. None, and a tensor of integers, change nothing."""
+    """A floating-point tensor in another dtype; integers, and ``dtype`` None, are not cast."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
@@ -123,38 +122,38 @@ def _unload(block: nn.Module) -> None:
 def _set_parameters(block: nn.Module, tensors: dict[str, Tensor], device: str) -> None:
     """Set the parameters of a block, and empty the dictionary to free memory early."""
     for path in list(tensors):
-        owner, _, own = path.rpartition(".")
+        owner, _, name = path.rpartition(".")
         tensor = tensors.pop(path).to(device, non_blocking=True)
-        setattr(block.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
+        setattr(block.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 
 
 def assemble(
     skeleton: Opened, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model in memory but for its blocks; raises `AptError` if a tensor is missing."""
+    """The model in memory without its blocks; raises `AptError` if a tensor is missing."""
     source = skeleton.source
     module: Any = skeleton_module(
         skeleton.config, dtype, trust_remote_code=source.trust_remote_code
     )
     blocks = skeleton.adapter.blocks(module)
-    inside = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
+    in_blocks = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
     state = module.state_dict()
-    given = {name: layout[name] for name in state if name in layout and name not in inside}
+    stored = {name: layout[name] for name in state if name in layout and name not in in_blocks}
     tensors = {
         name: cast(read_parameter(pieces, state[name].shape, shards), dtype and state[name].dtype)
-        for name, pieces in given.items()
+        for name, pieces in stored.items()
     }
     module.load_state_dict(tensors, strict=False, assign=True)
     module.tie_weights()
     with _without_blocks(module, blocks[0][0].rpartition(".")[0]):
-        _check_complete(skeleton, module, given)
+        _check_complete(skeleton, module, stored)
         module.to(device)
     for owner in (part for _, block in blocks for part in block.modules()):
         for name, buffer in owner.named_buffers(recurse=False):
-            # Some are of type `nn.Parameter`: `setattr` would make them parameters of the block.
+            # Some buffers have the type `nn.Parameter`: `setattr` would register a parameter.
             owner._buffers[name] = buffer.to(device)
-    whole: nn.Module = module
-    return whole
+    model: nn.Module = module
+    return model
 
 
 @contextmanager
@@ -166,10 +165,10 @@ def _without_blocks(module: nn.Module, path: str) -> Iterator[None]:
     module.set_submodule(path, blocks)
 
 
-def _check_complete(skeleton: Opened, module: nn.Module, given: Collection[str]) -> None:
+def _check_complete(skeleton: Opened, module: nn.Module, stored: Collection[str]) -> None:
     """Raise if a weight outside the blocks is neither in the checkpoint nor tied to another."""
-    tied = {p.data_ptr() for n, p in module.state_dict().items() if n in given}
+    tied = {p.data_ptr() for n, p in module.state_dict().items() if n in stored}
     for name, tensor in module.state_dict().items():
-        if name not in given and tensor.data_ptr() not in tied:
-            fault = f"{skeleton.source.reference} lacks {name}, or stores it in an unknown way"
-            raise AptError(fault, "is the checkpoint complete? if so, do not stream it")
+        if name not in stored and tensor.data_ptr() not in tied:
+            message = f"{skeleton.source.reference} lacks {name}, or stores it in an unknown way"
+            raise AptError(message, "is the checkpoint complete? if so, do not stream it")

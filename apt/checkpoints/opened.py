@@ -21,7 +21,7 @@ class Opened:
         module, config: the model and its configuration, as objects of transformers.
         spec, adapter: the adapter of its family.
         checkpoint: the reader and writer of its format; None for the format of transformers.
-        compute: the dtype that a planned run computes in; None for `dtype`.
+        compute: the compute dtype of a planned run; None for `dtype`.
     """
 
     source: Source
@@ -39,15 +39,15 @@ class Opened:
 
     @property
     def runs_in(self) -> torch.dtype:
-        """The dtype that a planned run computes in."""
+        """The compute dtype of a planned run."""
         return self.compute or self.dtype
 
-    def computing(self, asked: str, device: str, dtype: torch.dtype | None = None) -> "Opened":
-        """The same model in a planned run.
+    def computing(self, name: str, device: str, dtype: torch.dtype | None = None) -> "Opened":
+        """The same model with the compute dtype of a planned run.
 
         Args:
-            asked: the name of the compute dtype, or ``auto``.
+            name: the name of the compute dtype, or ``auto``.
             device: the device of the run.
-            dtype: the dtype that its weights are cast to; None for that of the configuration.
+            dtype: the dtype to which the weights are cast; None for that of the configuration.
         """
-        return replace(self, compute=compute_dtype(dtype or self.dtype, device, asked))
+        return replace(self, compute=compute_dtype(dtype or self.dtype, device, name))

@@ -47,16 +47,16 @@ class Shards:
     """The tensors of a directory.
 
     Args:
-        directory: a directory with a single file, or else with several files and their index.
+        directory: a directory with a single file, or with several files and their index.
         single, index: the names of the single file and of the index.
 
     Raises:
-        AptError: there is neither, or a file is damaged.
+        AptError: there is no single file and no index, or a file is damaged.
 
     Attributes:
-        entries: the place of each tensor.
+        entries: the place of each tensor on disk.
         files: the files, sorted.
-        about: the metadata of the index; empty without one.
+        about: the metadata of the index; empty without an index.
     """
 
     def __init__(self, directory: Path, single: str = SINGLE, index: str = INDEX) -> None:
@@ -84,20 +84,20 @@ class Shards:
         raw = torch.empty(entry.size, dtype=torch.uint8)
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            view, done = _bytes(raw), 0
-            while done < entry.size:
-                count = file.readinto(view[done:])
+            view, position = _bytes(raw), 0
+            while position < entry.size:
+                count = file.readinto(view[position:])
                 if not count:
                     raise AptError(f"{entry.file} ends within {name}", "is it complete?")
-                done += count
+                position += count
         return raw.view(entry.dtype).view(entry.shape)
 
     def read_finite(self, name: str) -> Tensor:
         """Read a tensor, and raise if a value is not finite."""
         tensor = self.read(name)
         if not torch.isfinite(tensor).all():
-            fault = f"{name} in {self.entries[name].file} holds values that are not finite"
-            raise AptError(fault, "the checkpoint is damaged; get it again")
+            message = f"{name} in {self.entries[name].file} holds values that are not finite"
+            raise AptError(message, "the checkpoint is damaged; get it again")
         return tensor
 
     def digest(self, names: Iterable[str]) -> str:
@@ -111,24 +111,26 @@ class Shards:
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Write tensors over their own bytes, in their dtypes; raises `OSError` for a link."""
-        files: dict[Path, int] = {}
+        descriptors: dict[Path, int] = {}
         try:
             for name, tensor in tensors:
                 entry = self.entries[name]
                 if tuple(tensor.shape) != entry.shape:
                     raise ValueError(f"{name} is {tuple(tensor.shape)}, not {entry.shape}")
-                if entry.file not in files:
-                    files[entry.file] = os.open(entry.file, os.O_WRONLY | os.O_NOFOLLOW)
+                if entry.file not in descriptors:
+                    descriptors[entry.file] = os.open(entry.file, os.O_WRONLY | os.O_NOFOLLOW)
                 stored = tensor.detach().cpu().to(entry.dtype).contiguous()
                 raw = stored.view(-1).view(torch.uint8)
-                view, done = _bytes(raw), 0
-                while done < entry.size:
-                    done += os.pwrite(files[entry.file], view[done:], entry.start + done)
-            for file in files.values():
-                os.fsync(file)
+                view, position = _bytes(raw), 0
+                while position < entry.size:
+                    position += os.pwrite(
+                        descriptors[entry.file], view[position:], entry.start + position
+                    )
+            for descriptor in descriptors.values():
+                os.fsync(descriptor)
         finally:
-            for file in files.values():
-                os.close(file)
+            for descriptor in descriptors.values():
+                os.close(descriptor)
 
 
 def write_files(
@@ -143,19 +145,19 @@ def write_files(
     Args:
         parts: the tensors and the metadata of each file.
         stem: the beginning of the names of the files.
-        about: the metadata of the index, without the size of all tensors.
+        about: the metadata of the index, without the total size of the tensors.
     """
-    places, size = dict[str, str](), 0
+    file_of, size = dict[str, str](), 0
     for number, (tensors, metadata) in enumerate(parts, 1):
-        place = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
-        name = f"{stem}{place}.safetensors"
+        suffix = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+        name = f"{stem}{suffix}.safetensors"
         save_file(tensors, directory / name, metadata)
         synchronise(directory / name)
-        places |= dict.fromkeys(tensors, name)
+        file_of |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if count > 1:
         index = directory / f"{stem}.safetensors.index.json"
-        write_index(index, {**(about or {}), "total_size": size}, places)
+        write_index(index, {**(about or {}), "total_size": size}, file_of)
 
 
 def synchronise(path: Path) -> None:
@@ -171,7 +173,10 @@ def _bytes(raw: Tensor) -> memoryview:
 
 
 def _files(directory: Path, single: str, index: str) -> tuple[list[Path], dict[str, Any]]:
-    """The single file, or else those of the index with its metadata, as transformers reads them."""
+    """The single file, if it exists; else the files and the metadata of the index.
+
+    transformers has the same order.
+    """
     if (directory / single).is_file():
         return [directory / single], {}
     if (directory / index).is_file():
@@ -182,7 +187,7 @@ def _files(directory: Path, single: str, index: str) -> tuple[list[Path], dict[s
 
 
 def check_files(directory: Path) -> None:
-    """Raise if weights are damaged, or an index names a file outside, which would be read."""
+    """Raise if weights are damaged, or if an index names a file outside the directory."""
     if (directory / INDEX).is_file() or (directory / SINGLE).is_file():
         Shards(directory)
     elif (directory / _PICKLED_INDEX).is_file():
@@ -193,7 +198,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file.
 
     Raises:
-        AptError: the header is not valid, points outside the file, or has tensors that overlap or
+        AptError: the header is not valid, a tensor ends outside the file, or tensors overlap or
             leave gaps, which safetensors does not allow either.
     """
     length = path.stat().st_size
@@ -220,10 +225,10 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _check_dtypes(path: Path, header: dict[str, Any]) -> None:
     """Raise if a tensor has a floating-point dtype of 8 bits or fewer."""
     for name, item in header.items():
-        kind = item["dtype"]
-        if isinstance(kind, str) and kind.startswith(("F8", "F6_", "F4")):
-            fault = f"{name} in {path} is stored as {kind}: the checkpoint is quantised"
-            raise AptError(fault, "prune the original, and quantise the result")
+        dtype = item["dtype"]
+        if isinstance(dtype, str) and dtype.startswith(("F8", "F6_", "F4")):
+            message = f"{name} in {path} is stored as {dtype}: the checkpoint is quantised"
+            raise AptError(message, "prune the original, and quantise the result")
 
 
 def _entry(path: Path, item: Any, base: int, length: int) -> Entry:

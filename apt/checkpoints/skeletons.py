@@ -1,10 +1,10 @@
-"""A model without weights but with everything else that its constructor creates."""
+"""Models without weights, but with all buffers and tables that their constructors create."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,12 +20,12 @@ def skeleton_module(
 ) -> nn.Module:
     """A causal language model, in eval mode, with its parameters on the meta device.
 
-    Everything else, such as buffers and tables of positions, is on the CPU. At no time is more than
-    one parameter in memory, and none of its pages is written.
+    Buffers, such as tables of positions, are on the CPU. At most one parameter at a time is in
+    memory, and its pages are never written.
 
     Args:
-        dtype: the dtype of the model; by default that of its configuration. What its class keeps in
-            fp32, such as a router, has that dtype, as in a model that transformers loads.
+        dtype: the dtype of the model; by default the dtype of its configuration. Parameters that
+            the class keeps in fp32, such as a router, are in fp32, as transformers loads them.
     """
     config = copy.deepcopy(config)
     if dtype is not None:
@@ -35,12 +35,11 @@ def skeleton_module(
     if dtype is not None:
         _keep_fp32(module, dtype)
         _renew_buffers(module, module)
-    whole: nn.Module = module.eval()
-    return whole
+    return cast(nn.Module, module.eval())
 
 
 def _keep_fp32(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give the tensors fp32 that the class keeps in it."""
+    """Cast the tensors that the class keeps in fp32 to fp32."""
     tensors = module.state_dict(keep_vars=True)
     for name in fp32_names(module, dtype, tensors):
         if tensors[name].is_floating_point():
@@ -49,9 +48,10 @@ def _keep_fp32(module: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _renew_buffers(module: nn.Module, owner: Any) -> None:
-    """Compute the buffers anew that are not stored, as transformers does for a loaded model.
+    """Compute the buffers that are not stored anew, as transformers does for a loaded model.
 
-    In the constructor, tables of positions are computed in the dtype of the model.
+    The constructor has computed the tables of positions in the dtype of the model, with less
+    precision.
     """
     for child in module.children():
         _renew_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
@@ -59,32 +59,39 @@ def _renew_buffers(module: nn.Module, owner: Any) -> None:
         owner._init_weights(module)
 
 
-def skeleton_of_class(kind: Any, config: Any, like: Any) -> nn.Module:
-    """As `skeleton_module`, of a class, with the implementations of ``like``."""
-    parts = {name: getattr(like, name, None) for name in getattr(like, "sub_configs", ())}
-    own = {n: e for n, part in parts.items() if (e := getattr(part, "_experts_implementation", 0))}
-    given = {
-        "attn_implementation": getattr(like, "_attn_implementation", None),
-        # A tower for images may refuse one that it is given through the whole.
-        "experts_implementation": own or getattr(like, "_experts_implementation", None),
+def skeleton_of_class(model_class: Any, config: Any, model: Any) -> nn.Module:
+    """A model of a class, with its parameters on the meta device.
+
+    Args:
+        model: the configuration whose implementations of attention and of experts are used.
+    """
+    parts = {name: getattr(model, name, None) for name in getattr(model, "sub_configs", ())}
+    experts_of_part = {
+        n: e for n, part in parts.items() if (e := getattr(part, "_experts_implementation", 0))
     }
-    chosen = {name: value for name, value in given.items() if value}
+    implementations = {
+        "attn_implementation": getattr(model, "_attn_implementation", None),
+        # A tower for images may refuse the implementation that the text part accepts.
+        "experts_implementation": experts_of_part
+        or getattr(model, "_experts_implementation", None),
+    }
+    arguments = {name: value for name, value in implementations.items() if value}
     with _parameters_on_meta():
-        module: nn.Module = kind._from_config(config, **chosen)
+        module: nn.Module = model_class._from_config(config, **arguments)
     return module
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """While entered, modules that this thread creates have their parameters on the meta device."""
-    here = get_ident()
+    thread = get_ident()
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if get_ident() != here or parameter is None or parameter.is_meta:
+        if get_ident() != thread or parameter is None or parameter.is_meta:
             return None
         empty = torch.empty_like(parameter, device="meta")
         moved = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        moved._is_hf_initialized = True  # type: ignore[attr-defined]  # random values take longest
+        moved._is_hf_initialized = True  # type: ignore[attr-defined]  # no slow random values
         return moved
 
     handle = register_module_parameter_registration_hook(on_meta)

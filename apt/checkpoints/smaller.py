@@ -22,18 +22,18 @@ from apt.layouts.pieces import Layout, Piece
 from apt.planning.plan import Plan
 from apt.planning.structure import Removed, removed_groups
 
-_PER_BLOCK = ("layer", "block", "idx")  # in the names of fields that go by block
-_FIRST = ("first_k_dense_replace", "num_dense_layers")  # numbers of first blocks of one kind
+_PER_BLOCK = ("layer", "block", "idx")  # in the names of fields with values for each block
+_FIRST = ("first_k_dense_replace", "num_dense_layers")  # the number of dense blocks at the start
 _INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the blocks of one kind, by their indices."""
 
-_CYCLIC = ("block_types",)  # lists of kinds that begin again where they end
+_CYCLIC = ("block_types",)  # lists of kinds, repeated for all blocks
 
 
 def shrunk(
     model: Any, adapter: Adapter, removed: Mapping[str, Removed], dropped: Collection[str] = ()
 ) -> Any:
-    """A model of the same class without some groups and blocks; the given model does not change.
+    """A model of the same class without some groups and blocks; ``model`` does not change.
 
     Args:
         removed: the removed groups of each block, by the block's name.
@@ -42,18 +42,18 @@ def shrunk(
         The smaller model, which plain transformers saves and opens.
 
     Raises:
-        AptError: a block or a kind of groups does not exist, the blocks do not keep the same number
-            of groups, or the configuration cannot express the smaller model.
+        AptError: a block or a kind of groups does not exist, the numbers of kept groups differ
+            between blocks, or the configuration cannot express the smaller model.
     """
     blocks = adapter.blocks(model)
     config = _smaller_config(adapter, model.config, blocks, removed, dropped)
-    inside = tuple(f"{name}." for name, _ in blocks)
-    state = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(inside)}
+    prefixes = tuple(f"{name}." for name, _ in blocks)
+    state = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(prefixes)}
     kept = ((name, block) for name, block in blocks if name not in dropped)
-    for (place, _), (name, block) in zip(blocks, kept, strict=False):
+    for (target, _), (name, block) in zip(blocks, kept, strict=False):
         removals = _removals(adapter, model.config, block, removed.get(name, {}))
-        own = without(block.state_dict(), removals)
-        state |= {f"{place}.{path}": tensor for path, tensor in own.items()}
+        tensors = without(block.state_dict(), removals)
+        state |= {f"{target}.{path}": tensor for path, tensor in tensors.items()}
     return _built(type(model), config, state, model)
 
 
@@ -73,29 +73,31 @@ def smaller_skeleton(model: Any, adapter: Adapter, plan: Plan) -> Any:
 
 
 def check_writable(skeleton: Opened, plan: Plan, layout: Layout) -> None:
-    """Raise if a parameter is a part of a stored tensor, or if what is removed is cut into pieces.
+    """Raise if a parameter is a part of a stored tensor, or if a group lies in several pieces.
 
-    Experts may be stored one by one: those that are removed are not written. A gate may be stored
-    beside the weight that it is joined with: each has all channels.
+    Experts may be stored one by one: removed experts are not written. A gate and the weight joined
+    with it may be stored apart: each of them has all channels.
     """
-    parts = dict[str, list[tuple[int, range]]]()
+    ranges = dict[str, list[tuple[int, range]]]()
     for planned in plan.blocks:
         for groups in (entry.groups for entry in planned.groups):
             for part in groups.parts:
-                inside = range(part.start + 1, part.start + groups.count * part.each)
-                parts.setdefault(f"{planned.name}.{part.parameter}", []).append((part.dim, inside))
+                interior = range(part.start + 1, part.start + groups.count * part.each)
+                ranges.setdefault(f"{planned.name}.{part.parameter}", []).append(
+                    (part.dim, interior)
+                )
     for name, pieces in layout.items():
         cuts = (
-            (piece.part[dim], inside)
+            (piece.part[dim], interior)
             for piece in pieces
             if piece.part
-            for dim, inside in parts.get(name, ())
+            for dim, interior in ranges.get(name, ())
         )
-        whole = all(
-            isinstance(cut, int) or not {cut.start, cut.stop}.intersection(inside)
-            for cut, inside in cuts
+        separable = all(
+            isinstance(cut, int) or not {cut.start, cut.stop}.intersection(interior)
+            for cut, interior in cuts
         )
-        if any(piece.of for piece in pieces) or not whole:
+        if any(piece.of for piece in pieces) or not separable:
             raise AptError(
                 f"{name} is not stored as one tensor, and cannot be made smaller one by one",
                 "do not stream",
@@ -104,10 +106,10 @@ def check_writable(skeleton: Opened, plan: Plan, layout: Layout) -> None:
 
 
 def _moved(piece: Piece, parameter: str, removals: Sequence[Removal]) -> Piece:
-    """A piece of a parameter, in the one without some groups."""
+    """A piece of a parameter, at its position after the removal of groups."""
 
-    def place(dim: int, end: int) -> int:
-        """The end of a piece, which is not within the entries of groups."""
+    def moved_end(dim: int, end: int) -> int:
+        """The end of a piece; it never lies inside a group."""
         return end - sum(
             len(removed) * part.each
             for groups, removed in removals
@@ -116,7 +118,7 @@ def _moved(piece: Piece, parameter: str, removals: Sequence[Removal]) -> Piece:
         )
 
     part = (
-        slice(place(dim, cut.start), place(dim, cut.stop), cut.step)
+        slice(moved_end(dim, cut.start), moved_end(dim, cut.stop), cut.step)
         if isinstance(cut, slice)
         else cut
         for dim, cut in enumerate(piece.part)
@@ -129,12 +131,12 @@ def write_smaller(
 ) -> None:
     """Write the smaller model of a run that has set columns to zero.
 
-    The blocks are read one by one. Each block that is kept has a file of its own.
+    The blocks are read one by one. Each kept block is written to a separate file.
 
     Args:
         skeleton: the dense model without weights.
         masked: the blocks of ``source``.
-        source: the checkpoint with zeros, which has all blocks.
+        source: the checkpoint with zeros and with all blocks.
         target: an empty directory.
     """
     blocks = skeleton.adapter.blocks(skeleton.module)
@@ -150,34 +152,36 @@ def write_smaller(
 def _stored_parts(
     skeleton: Opened, plan: Plan, masked: StoredBlocks, layout: Layout, shards: Shards
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors outside the blocks, and then those of each block that is kept, by their keys."""
-    inside = {
+    """The tensors outside the blocks, and then the tensors of each kept block, by their keys."""
+    block_keys = {
         piece.key
         for name, block in skeleton.adapter.blocks(skeleton.module)
         for path in tensors_of(block)
         for piece in layout.get(f"{name}.{path}", ())
     }
-    yield {key: shards.read(key) for key in shards.entries if key not in inside}
+    yield {key: shards.read(key) for key in shards.entries if key not in block_keys}
     kept = (planned for planned in plan.blocks if not planned.dropped)
-    for place, planned in zip(plan.blocks, kept, strict=False):
+    for target, planned in zip(plan.blocks, kept, strict=False):
         tensors = {}
         with masked.open(planned.name) as block:
             removed = removed_groups(block, planned)
             removals = _removals(skeleton.adapter, skeleton.config, block, removed)
-            own = {p: t for p, t in tensors_of(block).items() if f"{planned.name}.{p}" in layout}
-            for path, tensor in without(own, removals).items():
+            parameters = {
+                p: t for p, t in tensors_of(block).items() if f"{planned.name}.{p}" in layout
+            }
+            for path, tensor in without(parameters, removals).items():
                 dtype = shards.entries[layout[f"{planned.name}.{path}"][0].key].dtype
-                whole = tensor.detach().to("cpu", dtype)
-                for stored in layout[f"{place.name}.{path}"]:
+                values = tensor.detach().to("cpu", dtype)
+                for stored in layout[f"{target.name}.{path}"]:
                     piece = _moved(stored, path, removals)
                     first = piece.part[0] if piece.part else 0
-                    if not isinstance(first, int) or first < len(whole):  # experts that are left
-                        tensors[piece.key] = piece.given(whole).contiguous()
+                    if not isinstance(first, int) or first < len(values):  # else a removed expert
+                        tensors[piece.key] = piece.given(values).contiguous()
         yield tensors
 
 
 def _last_groups(plan: Plan) -> dict[str, Removed]:
-    """The last groups of each block, as many as a plan removes: shapes depend on the numbers."""
+    """The last groups of each block, as many as a plan removes: only their number matters."""
     return {
         planned.name: {
             entry.groups.kind: range(entry.kept, entry.groups.count) for entry in planned.groups
@@ -187,8 +191,8 @@ def _last_groups(plan: Plan) -> dict[str, Removed]:
 
 
 def _removals(adapter: Adapter, config: Any, block: nn.Module, removed: Removed) -> list[Removal]:
-    known = {groups.kind: groups for groups in adapter.groups(block, config)}
-    return [(known[kind], indices) for kind, indices in removed.items()]
+    groups_of_kind = {groups.kind: groups for groups in adapter.groups(block, config)}
+    return [(groups_of_kind[kind], indices) for kind, indices in removed.items()]
 
 
 def _smaller_config(
@@ -214,19 +218,21 @@ def _smaller_config(
 
 
 def _count_removed(
-    sizes: dict[str, tuple[Groups, int]], block: str, known: Sequence[Groups], removed: Removed
+    sizes: dict[str, tuple[Groups, int]], block: str, present: Sequence[Groups], removed: Removed
 ) -> None:
-    """Add the numbers of a block to those of the blocks before it, which must be the same."""
-    kinds = [groups.kind for groups in known]
+    """Record the removed groups of a block; raise if the blocks before it lose another number."""
+    kinds = [groups.kind for groups in present]
     for kind in removed:
         if kind not in kinds:
-            has = ", ".join(kinds) or "no groups"
-            raise AptError(f"{block} has no groups of kind '{kind}'", f"it has: {has}")
-    for groups in known:
+            available = ", ".join(kinds) or "no groups"
+            raise AptError(f"{block} has no groups of kind '{kind}'", f"it has: {available}")
+    for groups in present:
         count = len(removed.get(groups.kind, ()))
-        _, first = sizes.setdefault(groups.kind, (groups, count))
-        if count != first:
-            raise AptError(f"{block} loses {count} {groups.kind}, and a block before it {first}")
+        _, count_before = sizes.setdefault(groups.kind, (groups, count))
+        if count != count_before:
+            raise AptError(
+                f"{block} loses {count} {groups.kind}, and a block before it {count_before}"
+            )
 
 
 def resized(
@@ -235,23 +241,23 @@ def resized(
     """A copy of a configuration for fewer groups and blocks.
 
     Args:
-        config: the configuration; if it is a multimodal one, its part for text is changed.
-        sizes: the groups of each kind, and the number that is removed.
-        blocks: the indices of the blocks that are kept, of ``count`` blocks.
+        config: the configuration; in a multimodal one, only the part for text changes.
+        sizes: the groups of each kind, and the number of removed groups.
+        blocks: the indices of the kept blocks, of ``count`` blocks.
     """
     text = text_config(config)
     record = text.to_dict()
-    changed: dict[str, Any] = {
+    fields: dict[str, Any] = {
         field: value(groups.count - removed)
         for groups, removed in sizes
         if removed
         for field, value in groups.fields.items()
     }
     if len(blocks) < count:
-        changed["num_hidden_layers"] = len(blocks)
-        changed |= dict(_per_block(record, blocks, count))
-    renamed = getattr(text, "attribute_map", {})
-    record |= {renamed.get(field, field): value for field, value in changed.items()}
+        fields["num_hidden_layers"] = len(blocks)
+        fields |= dict(_per_block(record, blocks, count))
+    names = getattr(text, "attribute_map", {})
+    record |= {names.get(field, field): value for field, value in fields.items()}
     if text is not config:
         part = next(name for name, value in vars(config).items() if value is text)
         record = config.to_dict() | {part: record}
@@ -264,10 +270,10 @@ def resized(
 def _per_block(
     record: Mapping[str, Any], blocks: Sequence[int], count: int
 ) -> Iterator[tuple[str, Any]]:
-    """The fields of a configuration that go by block, with their values for the kept blocks.
+    """The fields with values for each block, with their values for the kept blocks.
 
-    They are lists with one entry a block, lists of the indices of some blocks, mappings by index,
-    and numbers of the first blocks that are of one kind.
+    They are lists with one entry for each block, lists of indices of blocks, mappings by index,
+    and numbers of dense blocks at the start.
     """
     for field, value in record.items():
         if field in _FIRST and isinstance(value, int):
@@ -281,39 +287,41 @@ def _per_block(
         elif isinstance(value, list) and len(value) == count:
             yield field, [value[index] for index in blocks]
         elif isinstance(value, dict) and _are_indices(field, [*map(_index, value)], count):
-            known = {_index(key): (type(key), each) for key, each in value.items()}
-            kept = ((place, known[index]) for place, index in enumerate(blocks) if index in known)
+            values = {_index(key): (type(key), each) for key, each in value.items()}
+            kept = ((place, values[index]) for place, index in enumerate(blocks) if index in values)
             yield field, {kind(place): each for place, (kind, each) in kept}
 
 
 def _are_indices(field: str, values: Sequence[Any], count: int) -> bool:
-    """True for the indices of some blocks; a list of ``count`` numbers has one for each block."""
+    """True for indices of blocks; a list of ``count`` numbers has a value for each block."""
     distinct = all(type(value) is int and 0 <= value < count for value in values)
-    few = len(values) < count or field in _INDICES
-    return distinct and few and 0 < len(values) == len(set(values))
+    partial = len(values) < count or field in _INDICES
+    return distinct and partial and 0 < len(values) == len(set(values))
 
 
 def _index(key: Any) -> Any:
-    """The index that is the key of a mapping, which JSON writes as text."""
+    """The key of a mapping as an index; JSON has keys of text."""
     return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
-def _built(kind: Any, config: Any, state: dict[str, Tensor], model: Any) -> Any:
+def _built(model_class: Any, config: Any, state: dict[str, Tensor], dense: Any) -> Any:
     """A model with this configuration and these tensors."""
-    config.dtype = model.dtype
+    config.dtype = dense.dtype
     try:
-        built: Any = skeleton_of_class(kind, config, model.config)
-        loaded = built.load_state_dict(state, strict=False, assign=True)
+        smaller_model: Any = skeleton_of_class(model_class, config, dense.config)
+        loaded = smaller_model.load_state_dict(state, strict=False, assign=True)
     except Exception as error:  # a class may refuse a configuration in any way
-        raise _inexpressible(kind, first_line(error)) from error
-    built.tie_weights()
-    missing = set(loaded.missing_keys).intersection(name for name, _ in built.named_parameters())
-    if wrong := [*loaded.unexpected_keys, *missing]:
-        raise _inexpressible(kind, f"{sorted(wrong)[0]} does not fit")
-    if getattr(model, "generation_config", None) is not None:
-        built.generation_config = copy.deepcopy(model.generation_config)
-    return built.to(model.device).train(model.training)
+        raise _inexpressible(model_class, first_line(error)) from error
+    smaller_model.tie_weights()
+    missing = set(loaded.missing_keys).intersection(
+        name for name, _ in smaller_model.named_parameters()
+    )
+    if problems := [*loaded.unexpected_keys, *missing]:
+        raise _inexpressible(model_class, f"{sorted(problems)[0]} does not fit")
+    if getattr(dense, "generation_config", None) is not None:
+        smaller_model.generation_config = copy.deepcopy(dense.generation_config)
+    return smaller_model.to(dense.device).train(dense.training)
 
 
-def _inexpressible(kind: Any, reason: str) -> AptError:
-    return AptError(f"{kind.__name__} cannot express these sizes: {reason}")
+def _inexpressible(model_class: Any, reason: str) -> AptError:
+    return AptError(f"{model_class.__name__} cannot express these sizes: {reason}")

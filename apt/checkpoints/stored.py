@@ -4,7 +4,7 @@ Most outputs are copies of such a checkpoint in which the pruned tensors are ove
 tensors and files do not change.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.former_names import save_tokenizer
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.parameters import write_parameters
 from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError, NotStoredError
 from apt.layouts.conversions import Converted, converted
@@ -28,53 +27,53 @@ def layout_of(skeleton: Opened, shards: Shards) -> Layout:
     """The pieces of all parameters in a checkpoint.
 
     Raises:
-        NotStoredError: a parameter of a block is missing, has another shape, or is not made of
-            pieces of what is stored.
+        NotStoredError: a parameter of a block is missing, has another shape, or does not consist
+            of pieces of stored tensors.
         AptError: a parameter is stored as integers.
     """
-    layout, faults = dict[str, Sequence[Piece]](), dict[str, str]()
-    state, found = skeleton.module.state_dict(), converted(skeleton.module, shards.shapes)
-    for name, made in found.items():
-        if made.fault:
-            faults[name] = f": {made.fault}"
+    layout, problems = dict[str, Sequence[Piece]](), dict[str, str]()
+    state, conversions = skeleton.module.state_dict(), converted(skeleton.module, shards.shapes)
+    for name, conversion in conversions.items():
+        if conversion.fault:
+            problems[name] = f": {conversion.fault}"
         else:
-            _check_stored(name, state[name], made, shards)
-            layout[name] = made.pieces
-    named = list(skeleton.module.named_parameters(remove_duplicate=False))
-    owners = {parameter: name for name, parameter in named if name in layout}
+            _check_stored(name, state[name], conversion, shards)
+            layout[name] = conversion.pieces
+    parameters = list(skeleton.module.named_parameters(remove_duplicate=False))
+    owners = {parameter: name for name, parameter in parameters if name in layout}
     for block, module in skeleton.adapter.blocks(skeleton.module):
         for path, parameter in module.named_parameters():
             name = f"{block}.{path}"
-            if name not in layout and parameter in owners:  # that of another block
+            if name not in layout and parameter in owners:  # shared with another block
                 layout[name] = layout[owners[parameter]]
             dtypes = {shards.entries[piece.key].dtype for piece in layout.get(name, ())}
             if len(dtypes) != 1:
                 raise NotStoredError(
                     f"{skeleton.source.reference} cannot be streamed: {name} is stored differently "
-                    f"than in the model{faults.get(name, '')}",
+                    f"than in the model{problems.get(name, '')}",
                     "do not stream it",
                     ("stream",),
                 )
     return layout
 
 
-def _check_stored(name: str, tensor: Tensor, made: Converted, shards: Shards) -> None:
+def _check_stored(name: str, tensor: Tensor, conversion: Converted, shards: Shards) -> None:
     """Raise if a parameter is stored in another shape or as integers."""
-    if made.shape != tuple(tensor.shape):
+    if conversion.shape != tuple(tensor.shape):
         raise NotStoredError(
-            f"{name} has shape {made.shape} in the checkpoint, "
+            f"{name} has shape {conversion.shape} in the checkpoint, "
             f"{tuple(tensor.shape)} by its configuration",
             "is config.json that of another checkpoint?",
         )
     if tensor.is_floating_point() and any(
-        not shards.entries[piece.key].dtype.is_floating_point for piece in made.pieces
+        not shards.entries[piece.key].dtype.is_floating_point for piece in conversion.pieces
     ):
-        fault = f"{name} is stored as integers: the checkpoint is quantised"
-        raise AptError(fault, "prune the original, and quantise the result")
+        message = f"{name} is stored as integers: the checkpoint is quantised"
+        raise AptError(message, "prune the original, and quantise the result")
 
 
 def pruned_tensors(plan: Plan, layout: Layout) -> list[str]:
-    """The names in the checkpoint of the tensors that pruning changes."""
+    """The stored names of the tensors that pruning changes."""
     return [key for block in plan.blocks for key in pruned_of(block, layout)]
 
 
@@ -94,10 +93,36 @@ def pruned_parameters(block: PlannedBlock) -> list[str]:
     for entry in block.disconnected:
         groups = entry.groups
         outputs = [part.path(group) for part in groups.outputs for group in range(groups.count)]
-        inside = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # of experts, all change
+        inside = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # all weights of experts
         parts = [part.parameter for part in groups.parts if part.parameter.startswith(inside)]
         paths += parts if groups.routed and not groups.members else outputs
     return list(dict.fromkeys(paths))
+
+
+def read_parameter(pieces: Sequence[Piece], shape: Sequence[int], shards: Shards) -> Tensor:
+    """A parameter, assembled from its pieces; raises `AptError` if a value is not finite."""
+    if len(pieces) == 1 and pieces[0].whole:
+        return shards.read_finite(pieces[0].key)
+    parameter = torch.empty(*shape, dtype=shards.entries[pieces[0].key].dtype)
+    for piece in pieces:
+        parameter[piece.part] = piece.taken(shards.read_finite(piece.key))
+    return parameter
+
+
+def write_parameters(parameters: Iterable[tuple[Sequence[Piece], Tensor]], shards: Shards) -> None:
+    """Write the pieces of parameters over the bytes of their stored tensors."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for pieces, parameter in parameters:
+            for piece in pieces:
+                values = piece.given(parameter.detach())
+                if piece.of:  # the rest of the stored tensor stays
+                    stored = shards.read(piece.key)
+                    stored[piece.of] = values.to(stored)
+                    values = stored
+                yield piece.key, values
+
+    shards.write(tensors())
 
 
 # Files on the hub that transformers does not read either.
@@ -116,9 +141,9 @@ class Stored:
     def dtype(self, skeleton: Opened, plan: Plan | None = None) -> torch.dtype:
         """The dtype of the model: the stored dtype of its sites.
 
-        Other tensors, such as norms and routers, may have another one, and so may the
-        configuration. If the sites, with the extras of a ``plan``, have several dtypes, it is fp32,
-        so that none of them is rounded.
+        Norms and routers may be stored in another dtype, and the configuration may name another
+        one. If the sites, with the extras of a ``plan``, have several dtypes, the result is fp32,
+        so that no value is rounded.
         """
         names = {
             f"{name}.{site.parameter}"
@@ -131,7 +156,7 @@ class Stored:
         return dtypes.pop() if len(dtypes) == 1 else _WIDEST
 
     def equals(self, model: nn.Module, names: Iterable[str]) -> bool:
-        """True if these parameters equal the stored tensors: transformers may transform them."""
+        """True if parameters equal the stored tensors; transformers may have transformed them."""
         return all(
             torch.equal(
                 parameter[piece.part].cpu(),
@@ -169,12 +194,12 @@ class Stored:
 def open_stored(skeleton: Opened) -> Stored:
     """The checkpoint; raises `AptError` if its tensors are not the parameters of the model."""
     if skeleton.checkpoint is not None or skeleton.source.gguf:
-        fault = "only checkpoints of transformers can be streamed"
-        raise NotStoredError(fault, "convert it first with apt-prune convert", ("stream",))
+        message = "only checkpoints of transformers can be streamed"
+        raise NotStoredError(message, "convert it first with apt-prune convert", ("stream",))
     directory = local_directory(skeleton)
     if directory / "config.json" not in side_files(directory):
-        fault = f"{directory / 'config.json'} is a link to a file outside the checkpoint"
-        raise NotStoredError(fault, "copy that file into the checkpoint")
+        message = f"{directory / 'config.json'} is a link to a file outside the checkpoint"
+        raise NotStoredError(message, "copy that file into the checkpoint")
     shards = Shards(directory)
     return Stored(directory, shards, layout_of(skeleton, shards))
 

@@ -13,7 +13,15 @@ from apt.planning.plan import Plan, PlannedBlock
 
 @dataclass(frozen=True)
 class Verdict:
-    """The check of one site: its zeros, of all its weights, and the fault if it has one."""
+    """The result of the check of one site.
+
+    Attributes:
+        name: the full name of the site.
+        holds: True if the site meets its pattern and the expected number of zeros.
+        zeros: the number of zeros.
+        size: the number of weights.
+        detail: the reason if the check has failed.
+    """
 
     name: str
     holds: bool
@@ -33,7 +41,7 @@ def verify(
 def block_verdicts(
     planned: PlannedBlock, block: nn.Module, expected: Mapping[str, int] | None = None
 ) -> Iterator[Verdict]:
-    """Count the zeros of a block: ``expected`` by site, or at least those of its pattern."""
+    """Check the zeros of a block: ``expected`` numbers by site, or the minimum of its pattern."""
     exact = expected or {}
     for entry in planned.pruned:
         assert entry.pattern is not None
@@ -49,11 +57,11 @@ def zeros_of(
     written: Callable[[str], AbstractContextManager[nn.Module]],
     visit: Callable[[str, nn.Module], None] = lambda name, block: None,
 ) -> dict[str, int]:
-    """The zeros of each site of a model that a run has written.
+    """The zeros of each site in the output of a run.
 
     Args:
-        written: a context in which the block of a name, as written, is in memory.
-        visit: called with each block and its name.
+        written: opens a written block by its name.
+        visit: called with the name and the module of each block.
 
     Raises:
         RuntimeError: a site does not meet its pattern.

@@ -1,4 +1,4 @@
-"""Models as GGUF files: every tensor and every entry, and the models that cannot be written."""
+"""Export of GGUF files: tensors and entries, and the errors for unsupported models."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 pytest.importorskip("accelerate", reason="the extra [gguf] is not installed")
 
 from apt_plugins.gguf_files.layouts import CHANGES  # noqa: E402
-from apt_plugins.gguf_files.own_integers import as_q4_0  # noqa: E402
 from apt_plugins.gguf_files.vocabulary import name_of_steps  # noqa: E402
+from apt_plugins.gguf_files.writing import as_q4_0  # noqa: E402
 
 import apt as package  # noqa: E402
 from apt.options import ExportRun  # noqa: E402
@@ -65,20 +65,22 @@ def small(original, output_of):
 
 
 def equal(directory, path, dtype=torch.float32):
-    """True if a file has the tensors of a directory, bit for bit, with the values of a dtype."""
+    """True if a file has the tensors of a directory, its matrices rounded to a dtype."""
     stored = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
-    made = read(path, dtype=torch.float32).state_dict()
-    assert stored.keys() == made.keys()
+    exported = read(path, dtype=torch.float32).state_dict()
+    assert stored.keys() == exported.keys()
     matrices = {name for name, tensor in stored.items() if tensor.ndim > 1}
     return all(
-        torch.equal(made[name], tensor.to(dtype).float() if name in matrices else tensor)
+        torch.equal(exported[name], tensor.to(dtype).float() if name in matrices else tensor)
         for name, tensor in stored.items()
     )
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-def test_a_pruned_model_has_the_same_tensors_and_metadata(apt, original, pruned, tmp_path, kind):
-    shutil.copyfile(original, "tiny.gguf")  # where the report's name is looked for
+def test_exported_model_has_the_tensors_and_metadata_of_the_original(
+    apt, original, pruned, tmp_path, kind
+):
+    shutil.copyfile(original, "tiny.gguf")  # the name in the report, in the current directory
     run = apt("export", pruned, "--type", kind, "-o", "out.gguf", "--json")
     assert run.code == 0, run.err
     record = json.loads(run.out)
@@ -97,7 +99,7 @@ def test_a_pruned_model_has_the_same_tensors_and_metadata(apt, original, pruned,
     assert names[0] == names[1]
 
 
-def test_a_type_is_by_default_that_of_the_checkpoint(apt, original, pruned, tmp_path):
+def test_default_type_is_the_dtype_of_the_checkpoint(apt, original, pruned, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.bfloat16)
     model.save_pretrained("half")
     run = apt("export", "half", "--source", original, "-o", "out.gguf")
@@ -108,7 +110,7 @@ def test_a_type_is_by_default_that_of_the_checkpoint(apt, original, pruned, tmp_
     assert kinds == {"BF16", "F32"}
 
 
-def test_a_smaller_model_differs_in_its_sizes_alone(apt, original, small, tmp_path):
+def test_smaller_model_changes_only_entries_of_sizes(apt, original, small, tmp_path):
     run = apt("export", small, "--source", original, "-o", "out.gguf")
     assert run.code == 0, run.err
     before, after = entries(original), entries(tmp_path / "out.gguf")
@@ -129,13 +131,14 @@ def test_a_smaller_model_differs_in_its_sizes_alone(apt, original, small, tmp_pa
 
 
 @pytest.mark.parametrize(("kind", "keeps"), [("q8_0", True), ("q4_0", True), ("q4_1", False)])
-def test_zeros_are_counted_in_what_is_written(apt, original, pruned, tmp_path, kind, keeps):
+def test_report_counts_the_zeros_in_the_written_file(apt, original, pruned, tmp_path, kind, keeps):
     run = apt("export", pruned, "--source", original, "--type", kind, "-o", "q.gguf", "--json")
     assert run.code == 0, run.err
     record = json.loads(run.out)
-    made, stored = read(tmp_path / "q.gguf").model, AutoModelForCausalLM.from_pretrained(pruned)
+    exported = read(tmp_path / "q.gguf").model
+    stored = AutoModelForCausalLM.from_pretrained(pruned)
     kept = sum(
-        int(((weight == 0) & (made.get_parameter(name) == 0)).sum())
+        int(((weight == 0) & (exported.get_parameter(name) == 0)).sum())
         for name, weight in stored.model.named_parameters()
         if name.startswith("layers.") and weight.ndim > 1
     )
@@ -149,34 +152,34 @@ def test_zeros_are_counted_in_what_is_written(apt, original, pruned, tmp_path, k
 
 
 @pytest.mark.parametrize(("dtype", "group"), [("bfloat16", 32), ("float32", 64)])
-def test_a_model_of_integers_has_the_same_ones_in_the_file(apt, original, pruned, dtype, group):
-    how = ("--sparsity", 0, "--quantize", "int4", "--scale-group", group, "--dtype", dtype)
-    run = apt("prune", pruned, *how, *SHORT, "--effort", "fast", "-o", "whole")
+def test_stored_integers_are_the_same_in_the_file(apt, original, pruned, dtype, group):
+    grid = ("--sparsity", 0, "--quantize", "int4", "--scale-group", group, "--dtype", dtype)
+    run = apt("prune", pruned, *grid, *SHORT, "--effort", "fast", "-o", "integers")
     assert run.code == 0, run.err
-    run = apt("export", "whole", "--source", original, "-o", "q.gguf")
+    run = apt("export", "integers", "--source", original, "-o", "q.gguf")
     assert run.code == 0, run.err
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("q.gguf").tensors}
     assert types["blk.0.ffn_down.weight"] == "Q4_0"
     assert "matrices have the integers of the model" in run.err
-    made = read(Path("q.gguf")).model
-    stored = AutoModelForCausalLM.from_pretrained("whole", dtype=torch.float32).model
-    step = 2**-8 if dtype == "bfloat16" else 2**-10  # a scale is fp16 there
+    exported = read(Path("q.gguf")).model
+    stored = AutoModelForCausalLM.from_pretrained("integers", dtype=torch.float32).model
+    step = 2**-8 if dtype == "bfloat16" else 2**-10  # the file has scales in fp16
     for name, weight in stored.named_parameters():
         if name.startswith("layers.") and weight.ndim > 1:
-            torch.testing.assert_close(made.get_parameter(name), weight, rtol=step, atol=0)
+            torch.testing.assert_close(exported.get_parameter(name), weight, rtol=step, atol=0)
 
 
-def test_scales_that_fp16_cannot_express_are_chosen_anew():
+def test_as_q4_0_returns_none_for_scales_outside_fp16():
     integers = torch.randint(-7, 8, (4, 64), generator=torch.Generator().manual_seed(0)).float()
-    written = as_q4_0((integers * 0.01).numpy())
+    packed = as_q4_0((integers * 0.01).numpy())
     stacked = as_q4_0((integers * 0.01).view(2, 2, 64).numpy())
-    assert (stacked == written.reshape(2, 2, -1)).all()
+    assert (stacked == packed.reshape(2, 2, -1)).all()
     for scale in (1e6, 1e-8):
         assert as_q4_0((integers * scale).numpy()) is None
     assert as_q4_0((integers + 0.01 * torch.randn(4, 64)).numpy()) is None
 
 
-def test_rows_without_whole_blocks_are_of_another_type(apt, original, small):
+def test_matrices_with_partial_blocks_are_f16(apt, original, small):
     run = apt("export", small, "--source", original, "--type", "q8_0", "-o", "q.gguf")
     assert run.code == 0, run.err
     assert "4 matrices are f16: their rows are not multiples of Q8_0's blocks" in run.err
@@ -185,10 +188,10 @@ def test_rows_without_whole_blocks_are_of_another_type(apt, original, small):
     assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
 
 
-def test_every_type_of_the_help_is_one_that_the_package_makes():
+def test_help_lists_the_types_that_the_package_quantises():
     types = registry().exports.get("gguf").types
-    said = next(one.option.help for one in ExportRun.OPTIONS if one.name == "type")
-    assert said.rpartition("gguf: ")[2] == f"{', '.join(types[:-1])} or {types[-1]}."
+    text = next(one.option.help for one in ExportRun.OPTIONS if one.name == "type")
+    assert text.rpartition("gguf: ")[2] == f"{', '.join(types[:-1])} or {types[-1]}."
     values = torch.randn(2, 64).numpy()
     for kind in types:
         gguf.quantize(values, gguf.GGMLQuantizationType[kind.upper()])
@@ -205,12 +208,14 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("architecture", CHANGES)
-def test_what_transformers_reads_is_written_back(apt, tmp_path, tokenizer, architecture):
+def test_export_of_a_converted_file_restores_tensors_and_entries(
+    apt, tmp_path, tokenizer, architecture
+):
     kind, fields = FAMILIES[architecture]
-    given = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    sizes = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
              "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
-    config = getattr(transformers, kind)(**given | fields)
+    config = getattr(transformers, kind)(**sizes | fields)
     write_random(tmp_path / "a.gguf", architecture, config, tokenizer)
     assert apt("convert", "a.gguf", "-o", "a").code == 0
     run = apt("export", "a", "-o", "b.gguf")
@@ -219,12 +224,12 @@ def test_what_transformers_reads_is_written_back(apt, tmp_path, tokenizer, archi
     assert [t.name for t in before.tensors] == [t.name for t in after.tensors]
     for one, other in zip(before.tensors, after.tensors, strict=True):
         values = [torch.tensor(tensor.data) for tensor in (one, other)]
-        # The logarithm of A, and norms less 1, are rounded.
+        # The logarithm of A, and norms minus 1, are rounded.
         torch.testing.assert_close(*values, rtol=2e-6, atol=2e-7 if "norm" in one.name else 0)
-    known, made = (entries(tmp_path / name) for name in ("a.gguf", "b.gguf"))
-    differing = {key for key in made if known.get(key) != made[key]}
+    original, exported = (entries(tmp_path / name) for name in ("a.gguf", "b.gguf"))
+    differing = {key for key in exported if original.get(key) != exported[key]}
     heads = {f"{architecture}.attention.{kind}_length" for kind in ("key", "value")}
-    assert differing <= {"general.file_type", *heads}  # which transformers does not read
+    assert differing <= {"general.file_type", *heads}  # transformers does not read these entries
 
 
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -239,7 +244,7 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ("Qwen3Config", {"head_dim": 128}),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_was_no_gguf_is_one(apt, tmp_path, tokenizer, kind, fields):
+def test_checkpoint_without_an_original_is_exported(apt, tmp_path, tokenizer, kind, fields):
     checkpoint_of(tokenizer, kind, **fields)
     run = apt("export", "model", "-o", "out.gguf")
     assert run.code == 0, run.err
@@ -247,20 +252,20 @@ def test_a_checkpoint_that_was_no_gguf_is_one(apt, tmp_path, tokenizer, kind, fi
     tokens = random_tokens(2, 12)
     stored = AutoModelForCausalLM.from_pretrained("model")
     torch.testing.assert_close(read(tmp_path / "out.gguf")(tokens).logits, stored(tokens).logits)
-    if kind == "LlamaConfig":  # transformers has the words of Qwen for all files of Qwen
+    if kind == "LlamaConfig":  # transformers uses the steps of Qwen for all files of Qwen
         text = TEXT.read_text()[:2000]
-        made = AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
-        own = made(text, add_special_tokens=False)["input_ids"]  # transformers 4 adds one
-        assert own == tokenizer(text)["input_ids"]
+        exported = AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
+        tokens = exported(text, add_special_tokens=False)["input_ids"]  # transformers 4 adds one
+        assert tokens == tokenizer(text)["input_ids"]
     fields = gguf.GGUFReader("out.gguf").fields
-    if kind != "Qwen2Config":  # transformers has the words and the end of Qwen 2 for each of these
+    if kind != "Qwen2Config":  # transformers uses the steps and the end of Qwen 2 for its files
         assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
         assert fields["tokenizer.ggml.tokens"].contents()[-2:] == ["[PAD2048]", "[PAD2049]"]
     assert fields["general.name"].contents() == "model"
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
 
 
-def test_a_token_with_number_0_is_not_a_missing_one(apt, tokenizer):
+def test_special_token_with_number_0_is_written(apt, tokenizer):
     checkpoint_of(tokenizer, bos_token_id=5, eos_token_id=7)
     assert apt("export", "model", "-o", "out.gguf").code == 0
     fields = gguf.GGUFReader("out.gguf").fields
@@ -269,11 +274,11 @@ def test_a_token_with_number_0_is_not_a_missing_one(apt, tokenizer):
     assert ids == {"bos": 0, "eos": 0}
 
 
-def test_scaled_rotary_frequencies_are_a_tensor(apt, tokenizer):
+def test_scaled_rotary_frequencies_are_written_as_a_tensor(apt, tokenizer):
     checkpoint_of(tokenizer, rope_scaling=SCALED)
     assert apt("export", "model", "-o", "out.gguf").code == 0
     last = gguf.GGUFReader("out.gguf").tensors[-1]
-    # By the paper of Llama 3: as they are above 4 turns of 128 positions, by 8 below one.
+    # Llama 3: factor 1 above 4 rotations in 128 positions, factor 8 below one rotation.
     assert last.name == "rope_freqs.weight"
     assert last.data.tolist() == pytest.approx([1, 2.339, 8, 8], rel=1e-3)
 
@@ -281,7 +286,7 @@ def test_scaled_rotary_frequencies_are_a_tensor(apt, tokenizer):
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # of Qwen 2; that of Llama 3 has 1 to 3 digits
+)  # the pattern of Qwen 2; Llama 3 has 1 to 3 digits
 
 
 @pytest.mark.parametrize(
@@ -303,13 +308,13 @@ WORDS = (
         ([Whitespace()], {}, None),
     ],
 )  # fmt: skip
-def test_a_tokenizer_is_known_by_its_steps(steps, merges, name):
-    made = Tokenizer(BPE(**merges))
-    made.pre_tokenizer = Sequence(steps) if len(steps) > 1 else steps[0]
-    assert name_of_steps(json.loads(made.to_str())) == name
+def test_name_of_steps_recognises_tokenizers_by_all_steps(steps, merges, name):
+    tokenizer = Tokenizer(BPE(**merges))
+    tokenizer.pre_tokenizer = Sequence(steps) if len(steps) > 1 else steps[0]
+    assert name_of_steps(json.loads(tokenizer.to_str())) == name
 
 
-def one_line(run, *texts):
+def assert_one_line(run, *texts):
     assert run.code == 2, run.err
     assert len(run.err.splitlines()) == 1
     assert all(text in run.err for text in texts), run.err
@@ -330,34 +335,34 @@ def one_line(run, *texts):
         (("zoo:llama", "--source", TEXT, "-o", "x.gguf"), ["is not a GGUF file", "--source"]),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(apt, arguments, texts):
-    one_line(apt("export", *arguments), *texts)
+def test_wrong_arguments_are_errors_of_one_line(apt, arguments, texts):
+    assert_one_line(apt("export", *arguments), *texts)
     assert not list(Path().iterdir())
 
 
-def test_a_file_is_replaced_on_request_only(apt):
+def test_existing_file_is_replaced_only_with_overwrite(apt):
     for _ in range(2):
         shutil.copyfile(TEXT, "x.gguf")
-        one_line(apt("export", "zoo:llama", "-o", "x.gguf"), "x.gguf exists", "--overwrite")
+        assert_one_line(apt("export", "zoo:llama", "-o", "x.gguf"), "x.gguf exists", "--overwrite")
         assert Path("x.gguf").read_bytes() == TEXT.read_bytes()
         assert apt("export", "zoo:llama", "-o", "x.gguf", "--overwrite").code == 0
         assert gguf.GGUFReader("x.gguf").tensors
         assert sorted(path.name for path in Path().iterdir()) == ["x.gguf"]
 
 
-def test_nothing_is_left_of_a_file_that_cannot_be_written(apt, tokenizer):
+def test_failed_export_leaves_the_existing_file(apt, tokenizer):
     checkpoint_of(tokenizer)
     model = AutoModelForCausalLM.from_pretrained("model")
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = 1e6
     model.save_pretrained("model")
     shutil.copyfile(TEXT, "x.gguf")
     run = apt("export", "model", "--type", "f16", "--overwrite", "-o", "x.gguf")
-    one_line(run, "blk.1.ffn_down.weight has values beyond 65,504", "--type")
+    assert_one_line(run, "blk.1.ffn_down.weight has values beyond 65,504", "--type")
     assert sorted(path.name for path in Path().iterdir()) == ["model", "x.gguf"]
     assert Path("x.gguf").read_bytes() == TEXT.read_bytes()
 
 
-def test_a_disk_that_becomes_full_is_named(apt, original, pruned, tmp_path):
+def test_full_disk_is_an_error_with_the_file_name(apt, original, pruned, tmp_path):
     with mounted(tmp_path / "disk", "-o", "size=64k") as folder:
         run = apt("export", pruned, "--source", original, "-o", folder / "small.gguf")
         assert run.code == 2
@@ -365,23 +370,23 @@ def test_a_disk_that_becomes_full_is_named(apt, original, pruned, tmp_path):
         assert not any(folder.iterdir())
 
 
-def test_a_file_that_the_model_was_not_made_from_is_refused(apt, original, pruned, tokenizer):
-    one_line(apt("export", pruned, "-o", "x.gguf"), "was made from tiny.gguf", "--source")
+def test_wrong_original_is_refused(apt, original, pruned, tokenizer):
+    assert_one_line(apt("export", pruned, "-o", "x.gguf"), "was made from tiny.gguf", "--source")
     checkpoint_of(tokenizer)
     run = apt("export", "model", "--source", original, "-o", "x.gguf")
-    one_line(run, "it has 2,048 tokens, not 2,050")
-    checkpoint_of(tokenizer, vocab_size=2048)  # with a head of its own, which the file has not
+    assert_one_line(run, "it has 2,048 tokens, not 2,050")
+    checkpoint_of(tokenizer, vocab_size=2048)  # with a head, which the file does not have
     run = apt("export", "model", "--source", original, "-o", "x.gguf")
-    one_line(run, "it has no output.weight for lm_head.weight")
+    assert_one_line(run, "it has no output.weight for lm_head.weight")
     checkpoint_of(tokenizer, "Qwen2Config", vocab_size=2048)
     run = apt("export", "model", "--source", original, "-o", "x.gguf")
-    one_line(run, "its architecture is llama, not qwen2")
+    assert_one_line(run, "its architecture is llama, not qwen2")
     damaged = Path("cut.gguf")
     damaged.write_bytes(original.read_bytes()[:5000])
-    one_line(apt("export", pruned, "--source", "cut.gguf", "-o", "x.gguf"), "is damaged")
+    assert_one_line(apt("export", pruned, "--source", "cut.gguf", "-o", "x.gguf"), "is damaged")
 
 
-def test_blocks_of_several_kinds_stay_where_they_are(apt, tmp_path, tokenizer):
+def test_gemma2_with_fewer_blocks_is_refused(apt, tmp_path, tokenizer):
     config = transformers.Gemma2Config(
         vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -392,7 +397,7 @@ def test_blocks_of_several_kinds_stay_where_they_are(apt, tmp_path, tokenizer):
     AutoModelForCausalLM.from_config(config).save_pretrained("a")
     tokenizer.save_pretrained("a")
     run = apt("export", "a", "--source", "a.gguf", "-o", "b.gguf")
-    one_line(run, "are of several kinds")
+    assert_one_line(run, "are of several kinds")
 
 
 @pytest.mark.parametrize(
@@ -403,14 +408,14 @@ def test_blocks_of_several_kinds_stay_where_they_are(apt, tmp_path, tokenizer):
          ["rotary frequencies of type 'linear'"]),
     ],
 )  # fmt: skip
-def test_what_is_not_known_with_certainty_is_left_to_the_converter(apt, tokenizer, fields, texts):
+def test_unsupported_attention_is_refused_with_the_converter(apt, tokenizer, fields, texts):
     checkpoint_of(tokenizer, **fields)
     run = apt("export", "model", "-o", "x.gguf")
-    one_line(run, *texts, "run llama.cpp's convert_hf_to_gguf.py", "model")
+    assert_one_line(run, *texts, "run llama.cpp's convert_hf_to_gguf.py", "model")
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "said"),
+    ("kind", "fields", "message"),
     [
         ("Llama", {"hidden_act": "gelu"}, "has hidden_act 'gelu', and llama.cpp runs models of"),
         ("Mistral", {"hidden_act": "relu"}, "of type 'mistral' with 'silu' alone"),
@@ -423,16 +428,16 @@ def test_what_is_not_known_with_certainty_is_left_to_the_converter(apt, tokenize
         ("Mamba", {"hidden_act": "gelu"}, "of type 'mamba' with 'silu' alone"),
     ],
 )
-def test_a_function_that_the_file_cannot_express_is_refused(apt, tokenizer, kind, fields, said):
+def test_configuration_that_gguf_cannot_express_is_refused(apt, tokenizer, kind, fields, message):
     checkpoint_of(tokenizer, kind=f"{kind}Config", **fields)
     result = apt("export", "model", "-o", "m.gguf")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert "GGUF cannot express this model" in result.err
     assert not Path("m.gguf").exists()
 
 
-def test_scaled_frequencies_are_of_llama_alone(apt, tokenizer):
+def test_scaled_frequencies_outside_llama_are_refused(apt, tokenizer):
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
     checkpoint_of(tokenizer, kind="Qwen2Config", rope_scaling=scaling)
@@ -441,47 +446,49 @@ def test_scaled_frequencies_are_of_llama_alone(apt, tokenizer):
     assert "rotary frequencies of type 'llama3'" in result.err
 
 
-def test_an_unknown_tokenizer_is_left_to_the_converter(apt, tokenizer):
+def test_unknown_tokenizer_is_refused_with_the_converter(apt, tokenizer):
     checkpoint_of(tokenizer)
-    place = Path("model/tokenizer.json")
-    record = json.loads(place.read_text())
+    path = Path("model/tokenizer.json")
+    record = json.loads(path.read_text())
     steps = [{"type": "Digits", "individual_digits": False}, record["pre_tokenizer"]]
     record["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    place.write_text(json.dumps(record))
-    one_line(apt("export", "model", "-o", "x.gguf"), "tokenizer of model is none that is known")
+    path.write_text(json.dumps(record))
+    assert_one_line(
+        apt("export", "model", "-o", "x.gguf"), "tokenizer of model is none that is known"
+    )
 
 
 def test_packed_models_and_files_are_refused(apt, original):
     small = ("--sparsity", "0.8", "--method", "magnitude", *SHORT)
     assert apt("prune", "zoo:llama", *small, "-o", "p", "--pack", "packed").code == 0
-    one_line(apt("export", "packed", "-o", "x.gguf"), "packed is packed", "apt-prune unpack")
-    one_line(apt("export", original, "-o", "x.gguf"), "is not a directory", "prune it")
+    assert_one_line(apt("export", "packed", "-o", "x.gguf"), "packed is packed", "apt-prune unpack")
+    assert_one_line(apt("export", original, "-o", "x.gguf"), "is not a directory", "prune it")
 
 
-def test_pickled_weights_are_converted_first(apt, tokenizer):
+def test_pickled_weights_are_exported_after_a_conversion(apt, tokenizer):
     checkpoint_of(tokenizer)
     state = AutoModelForCausalLM.from_pretrained("model").state_dict()
     torch.save(state, "model/pytorch_model.bin")
     Path("model/model.safetensors").unlink()
     run = apt("export", "model", "-o", "x.gguf")
-    one_line(run, "its tensors cannot be read one by one", "apt-prune convert")
+    assert_one_line(run, "its tensors cannot be read one by one", "apt-prune convert")
     assert "--stream" not in run.err
     assert apt("convert", "model", "-o", "plain").code == 0
     assert apt("export", "plain", "-o", "x.gguf").code == 0
 
 
-def test_the_package_is_asked_for_before_anything_else(apt, monkeypatch):
+def test_missing_package_gguf_is_the_first_error(apt, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     run = apt("export", "nowhere", "-o", "x.gguf")
-    one_line(run, "gguf files need the package gguf", "pip install 'apt-prune[gguf]'")
+    assert_one_line(run, "gguf files need the package gguf", "pip install 'apt-prune[gguf]'")
 
 
-def test_a_converted_directory_is_not_named_like_a_file(apt):
+def test_convert_refuses_an_output_named_like_a_file(apt):
     run = apt("convert", "zoo:llama", "-o", "x.gguf")
-    one_line(run, "apt-prune export x -o x.gguf", "--output")
+    assert_one_line(run, "apt-prune export x -o x.gguf", "--output")
 
 
-def test_a_run_writes_the_file_beside_its_directory(apt, original, tmp_path):
+def test_prune_writes_the_file_beside_its_directory(apt, original, tmp_path):
     Path("elsewhere").mkdir()
     shutil.copyfile(original, "elsewhere/tiny.gguf")
     run = apt("prune", "elsewhere/tiny.gguf", "--pattern", "2:4", "--method", "magnitude", *SHORT,
@@ -494,14 +501,14 @@ def test_a_run_writes_the_file_beside_its_directory(apt, original, tmp_path):
     assert [key for key in before if before[key] != after[key]] == []
     assert apt("verify", "x").code == 0
     again = apt("prune", "elsewhere/tiny.gguf", *SHORT, "-o", "y", "--export", "x.gguf")
-    one_line(again, "x.gguf exists", "--export")
+    assert_one_line(again, "x.gguf exists", "--export")
     inside = apt("prune", "zoo:llama", *SHORT, "-o", "y", "--export", "y/x.gguf")
-    one_line(inside, "export y/x.gguf is inside the output", "--export")
-    one_line(apt("prune", "zoo:llama", *SHORT, "--export", "y.bin"), "the suffix of y.bin")
+    assert_one_line(inside, "export y/x.gguf is inside the output", "--export")
+    assert_one_line(apt("prune", "zoo:llama", *SHORT, "--export", "y.bin"), "the suffix of y.bin")
     assert not Path("y").exists()
 
 
-def test_a_program_exports_what_it_shrinks(apt, original, tmp_path):
+def test_shrink_run_of_a_program_exports_its_model(apt, original, tmp_path):
     run = package.ShrinkRun(
         model=str(original), output=Path("small"), export=Path("small.gguf"), samples=4, seqlen=24,
         sizes={"channels": 40}, calibration=str(TEXT), effort="fast",
@@ -510,7 +517,7 @@ def test_a_program_exports_what_it_shrinks(apt, original, tmp_path):
     assert equal("small", tmp_path / "small.gguf")
 
 
-def test_a_model_that_cannot_be_exported_is_refused_before_the_run(apt):
+def test_unsupported_model_is_refused_before_the_run(apt):
     run = apt(
         "prune", "zoo:opt", "--sparsity", 0.5, "--method", "magnitude", *SHORT, "-o", "x.gguf"
     )
@@ -520,9 +527,7 @@ def test_a_model_that_cannot_be_exported_is_refused_before_the_run(apt):
     assert not Path("x.gguf").exists()
 
 
-def test_a_gguf_file_of_a_family_that_is_not_written_is_refused_before_the_run(
-    apt, tmp_path, tokenizer
-):
+def test_unsupported_gguf_file_is_refused_before_the_run(apt, tmp_path, tokenizer):
     config = transformers.StableLmConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=64, tie_word_embeddings=False,
@@ -534,7 +539,7 @@ def test_a_gguf_file_of_a_family_that_is_not_written_is_refused_before_the_run(
     assert not Path("x").exists()
 
 
-def test_the_error_for_programs_is_the_same(tmp_path):
+def test_export_model_raises_the_error_of_the_command(tmp_path):
     from apt.engine.export import export_model
 
     run = ExportRun(model="zoo:llama", output=tmp_path / "x.gguf", type="q9")
@@ -542,7 +547,7 @@ def test_the_error_for_programs_is_the_same(tmp_path):
         export_model(run, registry())
 
 
-def test_a_recovery_that_is_complete_is_exported(apt, original, pruned):
+def test_complete_recovery_is_exported_on_resume(apt, original, pruned):
     shutil.copyfile(original, "tiny.gguf")
     command = ("recover", pruned, "--kind", "layers", "--blocks", 3, "--steps", 8, "--checks", 2,
                "--batch", 4, "--rate", 1e-2, *SHORT[2:], "-o", "out")  # fmt: skip
@@ -553,7 +558,7 @@ def test_a_recovery_that_is_complete_is_exported(apt, original, pruned):
     assert Path("out.gguf").is_file()
 
 
-def test_weights_in_fp64_become_f32(apt, checkpoint):
+def test_weights_in_fp64_are_exported_as_f32(apt, checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float64)
     shutil.copytree(checkpoint("llama"), "wide")
     model.save_pretrained("wide")

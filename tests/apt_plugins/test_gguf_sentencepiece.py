@@ -1,4 +1,4 @@
-"""Tokenizers of SentencePiece in GGUF files: the same pieces by scores as by merges."""
+"""Tokenizers of SentencePiece in GGUF files: scores and merges give the same pieces."""
 
 import json
 from functools import cache
@@ -28,8 +28,8 @@ RUNS = 8  # the longest run of spaces that is a token
 
 
 @cache
-def learned():
-    """The scores of tokens: bytes, runs of spaces of one score, words, and characters."""
+def token_scores():
+    """The scores of tokens: bytes, words, characters, and runs of spaces with one score."""
     words = Tokenizer(BPE())
     words.pre_tokenizer = Metaspace()
     words.train_from_iterator([TEXT.read_text()], BpeTrainer(vocab_size=600, show_progress=False))
@@ -42,20 +42,21 @@ def learned():
 
 
 def tokenizer_of(normalizer=LEGACY, steps=None):
-    """A tokenizer as transformers makes it from a file of SentencePiece."""
-    vocabulary = {token: number for number, token in enumerate(learned())}
-    merges = generate_merges(vocabulary, learned())
-    made = Tokenizer(BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    """A tokenizer, converted from SentencePiece as transformers converts it."""
+    vocabulary = {token: number for number, token in enumerate(token_scores())}
+    merges = generate_merges(vocabulary, token_scores())
+    model = BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
     if normalizer is not None:
-        made.normalizer = normalizer
+        tokenizer.normalizer = normalizer
     if steps is not None:
-        made.pre_tokenizer = steps
-    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL)
+        tokenizer.pre_tokenizer = steps
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-cached = cache(tokenizer_of)
+default_tokenizer = cache(tokenizer_of)
 
 
 def record_of(tokenizer):
@@ -63,7 +64,7 @@ def record_of(tokenizer):
 
 
 def joined(text, pieces, vocabulary):
-    """The pieces of a text as llama.cpp joins them: by score, of equal ones the leftmost."""
+    """The pieces of a text, joined by llama.cpp's rule: highest score first, then leftmost."""
     parts = list(text)
     while True:
         pairs = [
@@ -81,17 +82,17 @@ PARTS = st.sampled_from([*"aeinorst.,", *(" " * length for length in (1, 2, 5, 1
 
 
 @given(st.lists(PARTS, min_size=1, max_size=30))
-def test_scores_join_the_pieces_that_merges_join(parts):
-    tokenizer, text = cached(), "".join(parts)
+def test_scores_and_merges_make_the_same_tokens(parts):
+    tokenizer, text = default_tokenizer(), "".join(parts)
     pieces = pieces_of(record_of(tokenizer), tokenizer.get_added_vocab())
     marked = SPACE + text.replace(" ", SPACE)
     assert joined(marked, pieces, tokenizer.get_vocab()) == tokenizer.tokenize(text)
 
 
-def test_a_file_has_kinds_and_scores(apt, tmp_path):
-    made = tokenizer_of()
-    made.add_tokens(["two words"])
-    checkpoint_of(made, vocab_size=len(made) + 1)
+def test_exported_tokenizer_has_kinds_and_scores(apt, tmp_path):
+    tokenizer = tokenizer_of()
+    tokenizer.add_tokens(["two words"])
+    checkpoint_of(tokenizer, vocab_size=len(tokenizer) + 1)
     run = apt("export", "model", "-o", "out.gguf")
     assert run.code == 0, run.err
     fields = gguf.GGUFReader("out.gguf").fields
@@ -101,11 +102,11 @@ def test_a_file_has_kinds_and_scores(apt, tmp_path):
     kinds = dict(zip(entry["tokens"], entry["token_type"], strict=True))
     kind = gguf.TokenType
     expected = {"<unk>": kind.UNKNOWN, "<s>": kind.CONTROL, "<0x0A>": kind.BYTE, "e": kind.NORMAL,
-                "two words": kind.USER_DEFINED, f"[PAD{len(made)}]": kind.UNUSED}  # fmt: skip
+                "two words": kind.USER_DEFINED, f"[PAD{len(tokenizer)}]": kind.UNUSED}  # fmt: skip
     assert {token: kinds[token] for token in expected} == expected
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
     text = TEXT.read_text()[:2000] + " €"
-    assert again(text)["input_ids"] == made(text)["input_ids"]
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 MARKS = {"replacement": SPACE, "split": False}
@@ -125,15 +126,17 @@ MARKS = {"replacement": SPACE, "split": False}
         (None, None, None),
     ],
 )
-def test_the_space_before_a_text_is_known_by_the_steps(normalizer, steps, prefix):
-    found = pieces_of(record_of(tokenizer_of(normalizer, steps)), SPECIAL.values())
-    assert (found and found.prefix) == prefix
+def test_prefix_space_follows_from_the_normalizer_and_steps(normalizer, steps, prefix):
+    pieces = pieces_of(record_of(tokenizer_of(normalizer, steps)), SPECIAL.values())
+    assert (pieces and pieces.prefix) == prefix
 
 
-def of_several(merges):
-    """The place of a merge that is not the first of its token, a word."""
-    made = ["".join(pair) for pair in merges]
-    return next(at for at, token in enumerate(made) if at and token == made[at - 1] != SPACE * 2)
+def second_merge(merges):
+    """The index of the second merge of a word."""
+    tokens = ["".join(pair) for pair in merges]
+    return next(
+        at for at, token in enumerate(tokens) if at and token == tokens[at - 1] != SPACE * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def of_several(merges):
     [
         lambda model: model["merges"].pop(5),
         lambda model: model["merges"].reverse(),
-        lambda model: model["merges"].insert(0, model["merges"].pop(of_several(model["merges"]))),
+        lambda model: model["merges"].insert(0, model["merges"].pop(second_merge(model["merges"]))),
         lambda model: model["vocab"].pop("<0x41>"),
         lambda model: model["vocab"].update(q_=len(model["vocab"])),
         lambda model: model.update(byte_fallback=False),
@@ -149,8 +152,8 @@ def of_several(merges):
         lambda model: model.update(type="Unigram"),
     ],
 )
-def test_pieces_that_llama_cpp_would_join_in_another_way_are_refused(change):
-    record = record_of(cached())
+def test_pieces_of_returns_none_where_llama_cpp_would_differ(change):
+    record = record_of(default_tokenizer())
     assert pieces_of(record, SPECIAL.values())
     change(record["model"])
     assert pieces_of(record, SPECIAL.values()) is None

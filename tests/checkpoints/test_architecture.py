@@ -26,16 +26,16 @@ def refusal(path, adapter=None):
 
 @pytest.mark.parametrize("adapter", [None, "auto"])
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         *((name, "is an encoder-decoder model (type '") for name in ENCODER_DECODERS),
         *((name, "is an encoder (type '") for name in ENCODERS),
         *((name, "of which transformers has no causal language model") for name in OTHERS),
     ],
 )
-def test_what_is_no_causal_language_model_is_told(tmp_path, name, said, adapter):
+def test_other_kinds_of_model_are_refused_with_their_kind(tmp_path, name, message, adapter):
     getattr(transformers, name)().save_pretrained(tmp_path)
-    assert said in refusal(tmp_path, adapter)
+    assert message in refusal(tmp_path, adapter)
     assert "APT prunes causal language models" in refusal(tmp_path, adapter)
 
 
@@ -53,7 +53,7 @@ def test_what_is_no_causal_language_model_is_told(tmp_path, name, said, adapter)
     ids=str,
 )
 @pytest.mark.parametrize("command", ["prune", "inspect"])
-def test_quantised_checkpoints_are_refused(apt, edited, settings, method, command):
+def test_quantised_checkpoints_are_refused_with_the_method(apt, edited, settings, method, command):
     run = apt(command, edited("llama", quantization_config=settings))
     assert run.code == 2
     assert f"is quantised with {method}, and its weights cannot be pruned" in run.err
@@ -61,7 +61,7 @@ def test_quantised_checkpoints_are_refused(apt, edited, settings, method, comman
     assert len(run.err.splitlines()) == 1
 
 
-def test_decoders_made_of_encoders_are_let_through(tmp_path):
+def test_bert_as_decoder_opens_with_the_automatic_adapter(tmp_path):
     config = transformers.BertConfig(
         is_decoder=True, vocab_size=64, hidden_size=32, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=64,
@@ -71,18 +71,18 @@ def test_decoders_made_of_encoders_are_let_through(tmp_path):
     assert opened.spec.name == "auto"
 
 
-def test_code_of_its_own_may_be_a_causal_language_model(tmp_path):
+def test_model_with_code_in_its_repository_asks_to_allow_the_code(tmp_path):
     auto = {"AutoModelForCausalLM": "theirs.Model"}
     config = transformers.ViTConfig().to_dict() | {"auto_map": auto}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "needs code from its repository" in refusal(tmp_path)
 
 
-def test_the_class_that_a_configuration_names_opens_it(tmp_path):
-    """Qwen3.5 has a class for text alone, which leaves the tower for images out."""
-    whole = pytest.importorskip("transformers.models.qwen3_5").Qwen3_5Config()
-    assert class_of(whole).__name__ == "Qwen3_5ForConditionalGeneration"
+def test_class_of_follows_the_architectures_of_the_configuration(tmp_path):
+    """The class of Qwen3.5 for text alone has no tower for images."""
+    multimodal = pytest.importorskip("transformers.models.qwen3_5").Qwen3_5Config()
+    assert class_of(multimodal).__name__ == "Qwen3_5ForConditionalGeneration"
     assert class_of(transformers.LlavaConfig()).__name__ == "LlavaForConditionalGeneration"
-    for wrong in (["LlamaForCausalLM"], ["NoSuchClass"], 5, [5], None):  # of another type, or none
-        config = transformers.GPT2Config(architectures=wrong)
+    for names in (["LlamaForCausalLM"], ["NoSuchClass"], 5, [5], None):  # another type, or invalid
+        config = transformers.GPT2Config(architectures=names)
         assert class_of(config).__name__ == "GPT2LMHeadModel"

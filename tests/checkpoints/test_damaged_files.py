@@ -1,4 +1,4 @@
-"""Whatever a configuration or a journal says, it is read or refused in one line."""
+"""Any configuration or journal is read, or refused with an error of one line."""
 
 import json
 from contextlib import contextmanager
@@ -40,19 +40,19 @@ configs = st.builds(
 
 @contextmanager
 def one_line():
-    """An error for users may come, of one line."""
+    """Allow an `AptError` of one line."""
     try:
         yield
     except AptError as error:
         if "\n" in str(error):
-            raise AssertionError("an error of several lines") from error
+            raise AssertionError("the error has several lines") from error
 
 
 @anything
 @given(config=configs, width=values)
 @example(config={"ssm_cfg": {"layer": "Mamba2", "headdim": 0}, "n_layer": 1}, width=8)
 @example(config={"ssm_cfg": "Mamba1", "n_layer": 1}, width=8)
-def test_a_configuration_of_mamba_ssm(tmp_path, config, width):
+def test_any_configuration_of_mamba_ssm_opens_or_is_refused_in_one_line(tmp_path, config, width):
     (tmp_path / "config.json").write_text(json.dumps({**config, "d_model": width}))
     with one_line():
         assert open_skeleton(find(str(tmp_path), registry()), registry()).checkpoint is not None
@@ -80,7 +80,9 @@ def config_of(variant):
 @example(variant="llama", field="num_attention_heads", value=0)
 @example(variant="llama", field="num_hidden_layers", value=2**70)
 @example(variant="bloom", field="model_type", value=None)
-def test_a_configuration_of_transformers(tmp_path, variant, field, value):
+def test_any_configuration_of_transformers_opens_or_is_refused_in_one_line(
+    tmp_path, variant, field, value
+):
     config = config_of(variant) | {field: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with one_line():
@@ -88,14 +90,14 @@ def test_a_configuration_of_transformers(tmp_path, variant, field, value):
         make_plan(model.module, model.adapter, parse_pattern("2:4"))
 
 
-def test_a_configuration_nested_without_end(tmp_path):
+def test_configuration_with_endless_nesting_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"d_model":' + "[" * 100_000)
     with pytest.raises(AptError, match="^[^\n]* does not load[^\n]*$"):
         open_skeleton(find(str(tmp_path), registry()), registry())
 
 
 @pytest.mark.parametrize("stored", [[1, 2], {"backbone": 3}, torch.zeros(3), {1: torch.zeros(3)}])
-def test_weights_of_mamba_ssm_that_are_no_weights(tmp_path, stored):
+def test_invalid_weights_of_mamba_ssm_are_refused(tmp_path, stored):
     native = {"d_model": 8, "n_layer": 1, "vocab_size": 16}
     (tmp_path / "config.json").write_text(json.dumps(native))
     torch.save(stored, tmp_path / "pytorch_model.bin")
@@ -124,7 +126,7 @@ lines = st.one_of(
 
 @anything
 @given(given=st.lists(lines, max_size=4), tail=st.binary(max_size=20), sealed=st.booleans())
-def test_a_journal(tmp_path, given, tail, sealed):
+def test_any_journal_is_read_or_refused_in_one_line(tmp_path, given, tail, sealed):
     work = Staging(tmp_path / "out")
     work.folder.mkdir(exist_ok=True)
     work.journal.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Files of transformers 5 have the names that transformers 4 reads."""
+"""Files that transformers 5 writes also have the names of transformers 4."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ def read(path):
 
 
 def llama(directory, **values):
-    """A configuration from a file of transformers 4."""
+    """A configuration that was read from a file of transformers 4."""
     config = LlamaConfig(num_hidden_layers=1, hidden_size=32).to_dict()
     config.pop("rope_parameters", None)
     (directory / "config.json").write_text(json.dumps(config | values))
@@ -27,7 +27,7 @@ def llama(directory, **values):
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA_3])
-def test_the_rotary_embedding_has_its_former_names(tmp_path, scaling):
+def test_saved_config_has_rope_theta_and_rope_scaling(tmp_path, scaling):
     config = llama(tmp_path, rope_theta=500000.0, rope_scaling=scaling)
     save_config(config, tmp_path)
     written = read(tmp_path / "config.json")
@@ -36,7 +36,7 @@ def test_the_rotary_embedding_has_its_former_names(tmp_path, scaling):
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_each_kind_of_attention_has_its_former_name(tmp_path):
+def test_saved_config_of_gemma3_has_both_base_frequencies(tmp_path):
     written = {
         "model_type": "gemma3_text", "num_hidden_layers": 6, "rope_theta": 7e6,
         "rope_local_base_freq": 7e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
@@ -49,12 +49,12 @@ def test_each_kind_of_attention_has_its_former_name(tmp_path):
 
 
 class Nested(PretrainedConfig):
-    """A configuration within another one, as of models with images."""
+    """A configuration with a nested one, as multimodal models have."""
 
     model_type = "nested"
 
 
-def test_a_configuration_inside_another_has_them(tmp_path):
+def test_nested_configuration_has_former_names(tmp_path):
     inner = {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
     save_config(Nested(language=inner), tmp_path)
     written = read(tmp_path / "config.json")
@@ -74,7 +74,7 @@ class Strict(PretrainedConfig):
 
 
 class Changed(PretrainedConfig):
-    """A configuration of which the former names change another value."""
+    """A configuration in which the former names change another value."""
 
     model_type = "changed"
 
@@ -84,7 +84,7 @@ class Changed(PretrainedConfig):
 
 
 @pytest.mark.parametrize("kind", [Strict, Changed])
-def test_a_configuration_that_is_read_otherwise_stays(tmp_path, kind):
+def test_config_is_unchanged_if_former_names_change_its_meaning(tmp_path, kind):
     config = kind(language={"rope_parameters": {"rope_theta": 7.0}})
     config.rope_parameters = {"rope_theta": 7.0, "rope_type": "default"}
     config.save_pretrained(tmp_path)
@@ -93,8 +93,8 @@ def test_a_configuration_that_is_read_otherwise_stays(tmp_path, kind):
     assert (tmp_path / "config.json").read_text() == text
 
 
-def test_outputs_have_them(apt, tmp_path):
-    """A model that is written anew, here in another dtype, opens in transformers 4 and 5."""
+def test_converted_model_opens_in_transformers_4_and_5(apt, tmp_path):
+    """`convert` writes configuration and tokenizer anew, here with another dtype."""
     assert apt("convert", "zoo:llama", "--dtype", "float32", "-o", "fp32").code == 0
     values = read(tmp_path / "fp32/config.json")
     assert values["rope_theta"] == 10000.0
@@ -104,7 +104,7 @@ def test_outputs_have_them(apt, tmp_path):
     assert tokenizer.decode(tokenizer("A text.")["input_ids"]).strip() == "A text."
 
 
-def test_special_tokens_have_their_former_name(checkpoint, tmp_path):
+def test_saved_tokenizer_has_additional_special_tokens(checkpoint, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("llama"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
     save_tokenizer(tokenizer, tmp_path)

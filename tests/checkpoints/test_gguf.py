@@ -20,7 +20,7 @@ def file(tmp_path, tokenizer):
     return tmp_path / "tiny.gguf", model
 
 
-def test_a_gguf_file_is_pruned_to_a_plain_directory(apt, file):
+def test_pruned_gguf_file_becomes_a_directory_of_transformers(apt, file):
     path, original = file
     sample = random_tokens(samples=2)
     small = ("--samples", 4, "--seqlen", 32, "--calibration", TEXT)
@@ -33,18 +33,17 @@ def test_a_gguf_file_is_pruned_to_a_plain_directory(apt, file):
         assert torch.isfinite(pruned(sample).logits).all()
     weight = pruned.model.layers[1].mlp.up_proj.weight
     assert int(((weight.view(-1, 4) != 0).sum(1) > 2).sum()) == 0
-    kept = weight != 0
     dense = original.model.layers[0].self_attn.q_proj.weight
     first = pruned.model.layers[0].self_attn.q_proj.weight
     assert torch.corrcoef(torch.stack([dense[first != 0], first[first != 0]]))[0, 1] > 0.7
-    assert kept.any()
+    assert (weight != 0).any()
 
 
-def test_a_smaller_model_is_a_gguf_file_like_any_other(apt, file, tokenizer):
+def test_shrunk_model_survives_a_round_trip_through_gguf(apt, file, tokenizer):
     sizes = ("--size", "channels=40", "--blocks", 2)
-    made = apt("shrink", file[0], *sizes, "--samples", 4, "--seqlen", 24, "--calibration", TEXT,
+    run = apt("shrink", file[0], *sizes, "--samples", 4, "--seqlen", 24, "--calibration", TEXT,
                "--effort", "fast", "-o", "small")  # fmt: skip
-    assert made.code == 0, made.err
+    assert run.code == 0, run.err
     small = AutoModelForCausalLM.from_pretrained("small").eval()
     write_llama("small.gguf", small, small.config, tokenizer)
     opened = AutoModelForCausalLM.from_pretrained(".", gguf_file="small.gguf").eval()

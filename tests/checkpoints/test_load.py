@@ -1,4 +1,4 @@
-"""Loading: every source, and every way in which a checkpoint can be bad."""
+"""Loading of models from every source, and the errors for damaged checkpoints."""
 
 import json
 import pickle
@@ -29,7 +29,7 @@ def damaged(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_zoo_models_load_in_their_own_dtype(name):
+def test_zoo_models_load_in_bfloat16(name):
     model = loaded(f"zoo:{name}")
     assert model.spec.name == name
     assert next(model.module.parameters()).dtype == torch.bfloat16
@@ -37,13 +37,13 @@ def test_zoo_models_load_in_their_own_dtype(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_directory_keeps_its_dtype_unless_told(checkpoint, dtype):
+def test_directory_loads_in_its_stored_or_the_requested_dtype(checkpoint, dtype):
     path = checkpoint("opt-350m", dtype=dtype)
     assert next(loaded(path).module.parameters()).dtype == dtype
     assert next(loaded(path, dtype=torch.float32).module.parameters()).dtype == torch.float32
 
 
-def test_an_adapter_that_does_not_load_is_one_line(checkpoint):
+def test_adapter_that_does_not_import_is_an_error_of_one_line(checkpoint):
     adapters = registry().adapters
     specs = {**adapters.specs, "llama": replace(adapters.get("llama"), target="typo:Mine")}
     installed = replace(registry(), adapters=replace(adapters, specs=specs))
@@ -51,7 +51,7 @@ def test_an_adapter_that_does_not_load_is_one_line(checkpoint):
         open_skeleton(find(str(checkpoint("llama")), installed), installed)
 
 
-def test_a_shell_holds_no_weights(checkpoint):
+def test_skeleton_has_all_parameters_on_the_meta_device(checkpoint):
     skeleton = open_skeleton(find(str(checkpoint("bloom")), registry()), registry())
     assert {p.device.type for p in skeleton.module.parameters()} == {"meta"}
 
@@ -65,22 +65,22 @@ def test_a_shell_holds_no_weights(checkpoint):
         ("nowhere.gguf", "no such model"),
     ],
 )
-def test_what_is_not_there_is_named(reference, message):
+def test_unknown_reference_is_an_error_with_a_reason(reference, message):
     with pytest.raises(AptError, match=message):
         find(reference, registry())
 
 
-def test_a_near_miss_is_suggested(damaged):
+def test_misspelled_directory_gets_a_suggestion(damaged):
     with pytest.raises(AptError, match=r"did you mean '.*model'"):
         find(f"{damaged}l", registry())
 
 
-def test_a_directory_without_a_config_is_no_model(tmp_path):
+def test_directory_without_a_config_is_refused(tmp_path):
     with pytest.raises(AptError, match=r"has no config\.json"):
         find(str(tmp_path), registry())
 
 
-def test_a_truncated_checkpoint_is_one_line(damaged):
+def test_truncated_checkpoint_is_an_error_of_one_line(damaged):
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(AptError, match="is damaged") as caught:
@@ -88,7 +88,7 @@ def test_a_truncated_checkpoint_is_one_line(damaged):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_weights_are_never_made_up(damaged):
+def test_missing_weight_is_an_error_with_its_name(damaged):
     weights = load_file(damaged / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
@@ -96,7 +96,7 @@ def test_missing_weights_are_never_made_up(damaged):
         loaded(damaged)
 
 
-def test_weights_that_are_not_finite_are_named(damaged):
+def test_weight_that_is_not_finite_is_an_error_with_its_name(damaged):
     weights = load_file(damaged / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"][1, 2] = float("nan")
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
@@ -110,7 +110,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("payload", [True, False], ids=["code", "tensors"])
-def test_pickles_load_only_if_they_hold_nothing_but_tensors(damaged, payload, monkeypatch):
+def test_pickle_with_objects_other_than_tensors_is_refused(damaged, payload, monkeypatch):
     monkeypatch.chdir(damaged)
     weights = load_file("model.safetensors")
     Path("model.safetensors").unlink()
@@ -125,7 +125,7 @@ def test_pickles_load_only_if_they_hold_nothing_but_tensors(damaged, payload, mo
     assert not Path("pwned").exists()
 
 
-def test_remote_code_is_off(damaged):
+def test_remote_code_is_refused_and_not_run(damaged):
     config = json.loads((damaged / "config.json").read_text())
     config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
     (damaged / "config.json").write_text(json.dumps(config))
@@ -136,14 +136,14 @@ def test_remote_code_is_off(damaged):
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"model_type": "no_such_type"}', "[]"])
-def test_configs_that_are_none(damaged, text):
+def test_invalid_config_is_an_error_of_one_line(damaged, text):
     (damaged / "config.json").write_text(text)
     with pytest.raises(AptError) as caught:
         loaded(damaged)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_tokenizer_of_a_family_that_makes_an_empty_one(checkpoint, tmp_path):
+def test_missing_tokenizer_of_mamba_is_an_error(checkpoint, tmp_path):
     shutil.copytree(checkpoint("mamba"), tmp_path, dirs_exist_ok=True)
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
@@ -151,14 +151,14 @@ def test_a_missing_tokenizer_of_a_family_that_makes_an_empty_one(checkpoint, tmp
         load_tokenizer(find(str(tmp_path), registry()))
 
 
-def test_a_missing_tokenizer_is_one_line(damaged):
+def test_missing_tokenizer_is_an_error(damaged):
     for file in damaged.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(AptError, match="no tokenizer"):
         load_tokenizer(find(str(damaged), registry()))
 
 
-def test_a_fingerprint_changes_with_any_weight(damaged):
+def test_fingerprint_changes_with_a_weight(damaged):
     model = AutoModelForCausalLM.from_pretrained(damaged)
     before = fingerprint(model)
     assert fingerprint(AutoModelForCausalLM.from_pretrained(damaged)) == before
@@ -167,7 +167,7 @@ def test_a_fingerprint_changes_with_any_weight(damaged):
     assert fingerprint(model) != before
 
 
-def test_a_shape_that_is_not_the_configurations_is_named(damaged):
+def test_stored_shape_that_differs_from_the_config_is_an_error(damaged):
     weights = load_file(damaged / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name] = weights[name][:-3].contiguous()
@@ -176,7 +176,7 @@ def test_a_shape_that_is_not_the_configurations_is_named(damaged):
         loaded(damaged)
 
 
-def test_weights_beyond_float16_are_told_from_damage(damaged):
+def test_weight_beyond_float16_has_an_error_of_its_own(damaged):
     weights = load_file(damaged / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"][1, 2] = 1e9
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
@@ -186,7 +186,7 @@ def test_weights_beyond_float16_are_told_from_damage(damaged):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"model_type": ["llama"]}, "a list or an object where a single value belongs"),
         ({"hidden_act": "sillu"}, "'sillu' is missing or unknown"),
@@ -195,14 +195,14 @@ def test_weights_beyond_float16_are_told_from_damage(damaged):
     ],
     ids=str,
 )
-def test_damaged_configurations_are_told_by_what_is_wrong(edited, fields, said):
+def test_damaged_config_is_an_error_with_the_cause(edited, fields, message):
     with pytest.raises(AptError) as caught:
         loaded(edited("llama", **fields))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).endswith("is its config.json damaged?")
 
 
-def test_a_wrong_configuration_is_not_taken_for_a_wrong_index(damaged):
+def test_wrong_config_beside_an_index_is_reported_as_wrong_config(damaged):
     in_several_files(damaged)
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"hidden_act": "sillu"}))
@@ -215,24 +215,24 @@ def in_several_files(directory, **index):
     (directory / "model.safetensors").rename(directory / name)
     names = dict.fromkeys(load_file(directory / name), name)
     index = {"metadata": {}, "weight_map": names, **index}
-    known = {key: value for key, value in index.items() if value is not None}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(known))
+    entries = {key: value for key, value in index.items() if value is not None}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(entries))
 
 
 @pytest.mark.parametrize("lacking", ["weight_map", "metadata"])
-def test_an_index_that_lacks_an_entry_is_named(damaged, lacking):
+def test_index_without_an_entry_is_an_error_with_its_name(damaged, lacking):
     in_several_files(damaged, **{lacking: None})
     with pytest.raises(AptError, match=rf"index\.json has no '{lacking}'"):
         loaded(damaged)
 
 
-def test_a_configuration_that_is_nested_too_deeply_is_one_line(damaged):
+def test_deeply_nested_config_is_an_error(damaged):
     (damaged / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(AptError, match="a JSON file of it is nested too deeply"):
         loaded(damaged)
 
 
-def test_a_tokenizer_with_code_of_its_own_is_told(damaged):
+def test_tokenizer_with_code_in_its_repository_asks_to_allow_the_code(damaged):
     path = damaged / "tokenizer_config.json"
     code = {"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}, "tokenizer_class": "Theirs"}
     path.write_text(json.dumps(json.loads(path.read_text()) | code))

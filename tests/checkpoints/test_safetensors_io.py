@@ -1,4 +1,4 @@
-"""Safetensors files read and written in place, and what strangers may put into them."""
+"""Safetensors files read and written in place, and the errors for damaged or hostile files."""
 
 import json
 import struct
@@ -30,14 +30,14 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_tensors_are_read_as_safetensors_reads_them(directory):
+def test_shards_read_the_stored_tensors(directory):
     shards = Shards(directory)
     assert shards.entries.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert torch.equal(shards.read(name), tensor)
 
 
-def test_tensors_are_written_over_themselves_and_nothing_else_changes(directory):
+def test_write_changes_only_the_given_tensor(directory):
     size = (directory / "model.safetensors").stat().st_size
     changed = torch.zeros_like(TENSORS["b.weight"])
     Shards(directory).write([("b.weight", changed)])
@@ -52,12 +52,12 @@ def test_tensors_are_written_over_themselves_and_nothing_else_changes(directory)
 
 
 def index(directory, weights):
-    if (directory / "model.safetensors").exists():  # it would be read without the index
+    if (directory / "model.safetensors").exists():  # else it is read before the index
         (directory / "model.safetensors").rename(directory / "first.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
-def test_several_files_are_one_checkpoint(directory):
+def test_shards_read_several_files_by_their_index(directory):
     save_file({"c": torch.ones(2)}, directory / "second.safetensors")
     index(directory, dict.fromkeys(TENSORS, "first.safetensors") | {"c": "second.safetensors"})
     shards = Shards(directory)
@@ -65,8 +65,8 @@ def test_several_files_are_one_checkpoint(directory):
     assert torch.equal(shards.read("b.bias"), TENSORS["b.bias"])
 
 
-def test_a_single_file_goes_before_an_index(directory, tmp_path_factory):
-    """An index may have been left behind when the weights were merged."""
+def test_single_file_is_read_before_an_index(directory, tmp_path_factory):
+    """The index may be left from before the files were merged."""
     path = directory / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"old": "gone.safetensors"}}))
     shards, copy = Shards(directory), tmp_path_factory.mktemp("copy")
@@ -76,13 +76,13 @@ def test_a_single_file_goes_before_an_index(directory, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "x/y", "..", "", "a\\b"])
-def test_files_outside_the_directory_are_refused(directory, name):
+def test_index_with_a_file_outside_the_directory_is_refused(directory, name):
     index(directory, {"a": name})
     with pytest.raises(AptError, match="outside its directory"):
         Shards(directory)
 
 
-def test_what_is_missing_or_twice_there_is_told(directory, tmp_path):
+def test_missing_files_duplicate_tensors_and_damaged_indices_are_errors(directory, tmp_path):
     index(directory, {"a": "third.safetensors"})
     with pytest.raises(AptError, match=r"lacks third\.safetensors"):
         Shards(directory)
@@ -98,7 +98,7 @@ def test_what_is_missing_or_twice_there_is_told(directory, tmp_path):
         Shards(tmp_path / "empty")
 
 
-def test_a_file_that_ends_early_is_told(directory):
+def test_truncated_file_is_an_error(directory):
     shards = Shards(directory)
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-40])
@@ -139,7 +139,7 @@ entries = st.fixed_dictionaries(
     size=st.none() | st.integers(0, 2**64 - 1),
     rest=st.binary(max_size=32),
 )
-def test_no_header_breaks_the_reader(tmp_path, raw, size, rest):
+def test_any_header_is_read_within_the_file_or_refused(tmp_path, raw, size, rest):
     path = tmp_path / "any.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw) if size is None else size) + raw + rest)
     with suppress(AptError):
@@ -151,7 +151,7 @@ def test_no_header_breaks_the_reader(tmp_path, raw, size, rest):
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(raw=st.binary(max_size=64) | headers.map(lambda h: json.dumps({"weight_map": h}).encode()))
-def test_no_index_breaks_the_reader(tmp_path, raw):
+def test_any_index_without_files_is_refused(tmp_path, raw):
     (tmp_path / "model.safetensors.index.json").write_bytes(raw)
     with pytest.raises(AptError):
         Shards(tmp_path)

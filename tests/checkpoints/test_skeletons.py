@@ -1,4 +1,4 @@
-"""A model without its weights has all else that it makes, and streams whatever its layers are."""
+"""Skeletons have the buffers and dtypes of loaded models, and streamed runs give equal results."""
 
 import json
 from dataclasses import replace
@@ -85,14 +85,14 @@ def written(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), GEMMA3, RWKV], ids=lambda c: c.model_type)
-def test_parameters_are_empty_and_buffers_are_the_models_own(config):
+def test_skeleton_has_meta_parameters_and_the_buffers_of_the_model(config):
     model = skeleton_module(config, trust_remote_code=False)
     assert not model.training
     assert all(parameter.is_meta for parameter in model.parameters())
-    whole = AutoModelForCausalLM.from_config(config)
-    expected = dict(whole.named_buffers())
+    complete = AutoModelForCausalLM.from_config(config)
+    expected = dict(complete.named_buffers())
     assert {n: p.shape for n, p in model.named_parameters()} == {
-        n: p.shape for n, p in whole.named_parameters()
+        n: p.shape for n, p in complete.named_parameters()
     }
     assert dict(model.named_buffers()).keys() == expected.keys()
     for name, buffer in model.named_buffers():
@@ -101,7 +101,7 @@ def test_parameters_are_empty_and_buffers_are_the_models_own(config):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [GLM4_MOE, GPT_OSS], ids=lambda config: config.model_type)
-def test_dtypes_are_those_that_transformers_loads(config, dtype, tmp_path):
+def test_skeleton_has_the_dtypes_of_a_loaded_model(config, dtype, tmp_path):
     """Routers stay in fp32 beside any other dtype, and the norms of gpt-oss beside fp16."""
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
@@ -113,8 +113,8 @@ def test_dtypes_are_those_that_transformers_loads(config, dtype, tmp_path):
     assert bool(kept) == (config is GLM4_MOE or dtype is torch.float16)
 
 
-def test_buffers_that_are_not_stored_are_those_of_a_loaded_model(tmp_path):
-    """GPT-J's table of positions: computed in bf16, it would have other angles."""
+def test_skeleton_has_the_unstored_buffers_of_a_loaded_model(tmp_path):
+    """GPT-J's table of positions would have other angles if it were computed in bf16."""
     config = GPTJConfig(
         n_embd=32, n_layer=2, n_head=2, rotary_dim=8, vocab_size=64, n_positions=64, **IDS
     )
@@ -127,48 +127,48 @@ def test_buffers_that_are_not_stored_are_those_of_a_loaded_model(tmp_path):
     assert all(torch.equal(buffers[name], buffer) for name, buffer in expected.items())
 
 
-def test_what_another_thread_makes_has_its_weights(monkeypatch):
-    made = []
+def test_modules_of_another_thread_keep_their_weights(monkeypatch):
+    modules = []
 
     class Config:
         pass
 
     def elsewhere(config, trust_remote_code):
-        thread = Thread(target=lambda: made.append(torch.nn.Linear(2, 2)))
+        thread = Thread(target=lambda: modules.append(torch.nn.Linear(2, 2)))
         thread.start()
         thread.join()
         return torch.nn.Linear(2, 2)
 
     monkeypatch.setattr("apt.checkpoints.skeletons.without_weights", elsewhere)
     assert skeleton_module(Config(), trust_remote_code=False).weight.is_meta
-    assert not made[0].weight.is_meta
+    assert not modules[0].weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 @pytest.mark.parametrize("config", [GEMMA3, *MIXTURES], ids=lambda config: config.model_type)
-def test_layers_of_all_kinds_stream_to_the_same_bytes(config, written, apt):
-    """Gemma 3 has a rotary table for each kind, which a model of one block would lack.
+def test_streamed_run_writes_the_same_bytes_as_one_in_memory(config, written, apt):
+    """Gemma 3 has a rotary table for each kind of layer, and a model of one block has only one.
 
-    Experts are stored one by one in other names (Mixtral), or as they are (Llama 4).
+    Mixtral's experts are stored one by one under other names; Llama 4's are stored stacked.
     """
     folder, _ = written(config)
-    found = {}
-    for name, how in (("memory", ()), ("disk", ("--stream",))):
-        command = (folder, "--adapter", "auto", *DATA, *how)
+    perplexities = {}
+    for name, options in (("memory", ()), ("disk", ("--stream",))):
+        command = (folder, "--adapter", "auto", *DATA, *options)
         result = apt("prune", *command, "--calibration", TEXT, "--effort", "fast", "-o", name)
         assert result.code == 0, result.err
         evaluated = apt("eval", *command, "--data", TEXT, "--json")
         assert evaluated.code == 0, evaluated.err
-        found[name] = json.loads(evaluated.out)["perplexity"]
+        perplexities[name] = json.loads(evaluated.out)["perplexity"]
     memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))
     assert memory.entries.keys() == disk.entries.keys() == Shards(folder).entries.keys()
     assert all(torch.equal(memory.read(name), disk.read(name)) for name in memory.entries)
-    assert found["disk"] == pytest.approx(found["memory"], rel=1e-6)
+    assert perplexities["disk"] == pytest.approx(perplexities["memory"], rel=1e-6)
 
 
 @torch.no_grad()
-def test_layers_that_count_themselves_are_assembled(written):
-    """RWKV: what a block begins with depends on how many there are."""
+def test_assembled_rwkv_computes_the_same_perplexity(written):
+    """In RWKV, a block depends on the number of blocks."""
     folder, model = written(RWKV)
     skeleton = open_skeleton(find(str(folder), registry()), registry(), "auto")
     skeleton = replace(skeleton, adapter=RwkvAdapter())
@@ -182,7 +182,7 @@ def test_layers_that_count_themselves_are_assembled(written):
     assert perplexity(module, tokens) == perplexity(model, tokens)
 
 
-def test_what_the_checkpoint_lacks_outside_the_blocks_is_named(written):
+def test_missing_tensor_outside_the_blocks_is_an_error_with_its_name(written):
     folder, model = written(GEMMA3)
     state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
     del state["model.norm.weight"]

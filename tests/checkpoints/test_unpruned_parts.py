@@ -1,4 +1,4 @@
-"""What an output has of its checkpoint: every file and tensor that is not pruned, as it was."""
+"""Outputs keep every file and every unpruned tensor of the checkpoint without a change."""
 
 import json
 import os
@@ -28,14 +28,14 @@ def prune(request, apt):
 
 
 def rewritten(folder, change):
-    """The checkpoint with another tensor in place of each."""
+    """Replace each tensor of a checkpoint by ``change(name, tensor)``."""
     path = folder / "model.safetensors"
     tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def untouched(before, after):
-    """Whether every tensor that is no site is there with its dtype and its bytes."""
+def assert_only_sites_changed(before, after):
+    """Check that all dtypes are the same, and all tensors except the sites."""
     old, new = Shards(before), Shards(after)
     assert old.entries.keys() == new.entries.keys()
     for name, entry in old.entries.items():
@@ -44,41 +44,43 @@ def untouched(before, after):
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
-def test_every_tensor_keeps_its_own_dtype(checkpoint, prune, apt, effort):
+def test_tensors_of_two_dtypes_keep_their_dtypes(checkpoint, prune, apt, effort):
     model = Path(shutil.copytree(checkpoint("llama"), "mixed"))
-    exact = 1 + torch.arange(32) * 2**-12  # is not what it was once it is rounded to bf16
+    exact = 1 + torch.arange(32) * 2**-12  # bf16 would round these values
     rewritten(model, lambda n, x: x.bfloat16() if x.ndim > 1 else exact.clone())
     run = prune(model, *QUICK, "--effort", effort)
     assert run.code == 0, run.err
-    untouched(model, Path("out"))
+    assert_only_sites_changed(model, Path("out"))
     assert apt("verify", "out").code == 0
 
 
-def test_sites_of_two_dtypes(checkpoint, apt):
-    """What follows a block gets its weights as they are stored, streamed or not."""
+def test_sites_of_two_dtypes_give_the_same_bytes_in_memory_and_streamed(checkpoint, apt):
+    """The blocks after a pruned block see its stored weights, in memory and streamed."""
     model = Path(shutil.copytree(checkpoint("llama"), "mixed"))
     rewritten(model, lambda name, x: x.bfloat16() if "mlp" in name else x)
     for name, mode in MODES.items():
         run = apt("prune", model, "-o", name, *QUICK, "--effort", "fast", *mode)
         assert run.code == 0, run.err
-        untouched(model, Path(name))
+        assert_only_sites_changed(model, Path(name))
         assert apt("verify", name).code == 0
     memory, stream = (Shards(Path(name)) for name in MODES)
     assert all(torch.equal(memory.read(name), stream.read(name)) for name in memory.entries)
 
 
-@pytest.mark.parametrize(("said", "stored"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_configuration_that_says_another_dtype(checkpoint, prune, apt, said, stored):
+@pytest.mark.parametrize(
+    ("configured", "stored"), [("float32", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_stored_dtype_is_kept_against_the_configuration(checkpoint, prune, apt, configured, stored):
     model = Path(shutil.copytree(checkpoint("llama"), "other"))
     rewritten(model, lambda name, x: x.to(getattr(torch, stored)))
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    (model / "config.json").write_text(json.dumps(config | {"dtype": configured}))
     run = prune(model, *QUICK)
     assert run.code == 0, run.err
-    untouched(model, Path("out"))
+    assert_only_sites_changed(model, Path("out"))
 
 
-def test_tensors_and_files_that_the_configuration_does_not_mention(checkpoint, prune):
+def test_unknown_tensors_and_side_files_are_kept(checkpoint, prune):
     model = Path(shutil.copytree(checkpoint("llama"), "more"))
     path = model / "model.safetensors"
     save_file(load_file(path) | {"mtp.head": torch.ones(3)}, path, metadata={"format": "pt"})
@@ -88,7 +90,7 @@ def test_tensors_and_files_that_the_configuration_does_not_mention(checkpoint, p
     (model / "generation_config.json").write_text('{"of_our_own": 1}')
     run = prune(model, *WANDA)
     assert run.code == 0, run.err
-    untouched(model, Path("out"))
+    assert_only_sites_changed(model, Path("out"))
     for name in ("LICENSE", "preprocessor_config.json", "generation_config.json", "config.json"):
         assert (Path("out") / name).read_bytes() == (model / name).read_bytes()
     card = Path("out/README.md").read_text()
@@ -107,7 +109,7 @@ ODD_CARDS = {
 
 
 @pytest.mark.parametrize("kind", ODD_CARDS)
-def test_no_card_of_the_original_costs_the_model(kind, tmp_path):
+def test_odd_card_of_the_original_still_gives_a_card(kind, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     for folder in (source, target):
         folder.mkdir()
@@ -119,7 +121,7 @@ def test_no_card_of_the_original_costs_the_model(kind, tmp_path):
     assert "- pruned" in card
 
 
-def test_what_transformers_writes_keeps_the_other_files(apt, tokenizer):
+def test_checkpoint_of_pickled_weights_keeps_its_side_files(apt, tokenizer):
     random_model("llama").save_pretrained("plain")
     tokenizer.save_pretrained("plain")
     model = Path("plain")
@@ -136,7 +138,7 @@ def test_what_transformers_writes_keeps_the_other_files(apt, tokenizer):
     assert Path("converted/LICENSE").read_text() == "licence"
 
 
-def test_links_out_of_the_checkpoint_do_not_travel(checkpoint, prune, tmp_path):
+def test_links_out_of_the_checkpoint_are_not_copied(checkpoint, prune, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "secret.txt").write_text("secret")
@@ -155,7 +157,7 @@ def test_links_out_of_the_checkpoint_do_not_travel(checkpoint, prune, tmp_path):
     assert not Path("out/notes.txt").exists()
 
 
-def test_a_snapshot_of_the_hub_is_links_to_blobs(checkpoint, prune):
+def test_links_of_a_hub_snapshot_are_copied_as_files(checkpoint, prune):
     blobs, snapshot = Path("models--o--n/blobs"), Path("models--o--n/snapshots/abc")
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -170,7 +172,7 @@ def test_a_snapshot_of_the_hub_is_links_to_blobs(checkpoint, prune):
 
 @pytest.mark.parametrize("name", ["../elsewhere/model.safetensors", "/ABSOLUTE", "a\\b"])
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickled"])
-def test_an_index_that_leads_out_of_the_checkpoint(checkpoint, prune, apt, name, pickled):
+def test_index_with_a_path_outside_the_checkpoint_is_refused(checkpoint, prune, apt, name, pickled):
     model = Path(shutil.copytree(checkpoint("llama"), "model"))
     Path("elsewhere").mkdir()
     weights = Path(shutil.move(model / "model.safetensors", "elsewhere/model.safetensors"))
@@ -184,7 +186,7 @@ def test_an_index_that_leads_out_of_the_checkpoint(checkpoint, prune, apt, name,
 
 
 def header(path, change):
-    """Change the header of a safetensors file, which keeps its length."""
+    """Change the header of a safetensors file, but not its length."""
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     entries = json.loads(raw[8 : 8 + size])
@@ -193,13 +195,13 @@ def header(path, change):
     path.write_bytes(raw[:8] + text.ljust(size) + raw[8 + size :])
 
 
-def test_what_memory_refuses_streams_refuse(checkpoint, prune):
+def test_damaged_headers_are_refused_in_memory_and_streamed(checkpoint, prune):
     norms = [f"model.layers.{i}.input_layernorm.weight" for i in (0, 1)]
 
     def overlap(entries):
         entries[norms[0]]["data_offsets"] = entries[norms[1]]["data_offsets"]
 
-    for damage, said in (
+    for damage, message in (
         (lambda path: header(path, overlap), "is damaged: ValueError"),
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid"), "LFS"),
         (lambda path: header(path, lambda e: e[norms[0]].update(dtype="F8_E4M3")), "quantised"),
@@ -208,13 +210,13 @@ def test_what_memory_refuses_streams_refuse(checkpoint, prune):
         damage(model / "model.safetensors")
         run = prune(model, *WANDA)
         assert run.code == 2, run.err
-        assert said in run.err
+        assert message in run.err
         shutil.rmtree(model)
     assert os.listdir() == []
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
-def test_values_outside_the_sites_that_are_not_finite(checkpoint, prune, name):
+def test_nonfinite_values_outside_the_sites_are_refused(checkpoint, prune, name):
     model = Path(shutil.copytree(checkpoint("llama"), "model"))
     nan = torch.tensor(float("nan"))
     rewritten(model, lambda key, x: x * nan if key == name else x)
@@ -225,17 +227,17 @@ def test_values_outside_the_sites_that_are_not_finite(checkpoint, prune, name):
     assert os.listdir() == ["model"]
 
 
-def test_files_of_weights_of_a_size(checkpoint, prune, apt):
+def test_max_shard_size_limits_the_files_of_weights(checkpoint, prune, apt):
     run = prune(checkpoint("llama"), *WANDA, "--max-shard-size", "60KB")
     assert run.code == 0, run.err
     assert len(list(Path("out").glob("*.safetensors"))) > 3
     assert all(path.stat().st_size < 300_000 for path in Path("out").glob("*.safetensors"))
     assert apt("verify", "out").code == 0
-    untouched(checkpoint("llama"), Path("out"))
+    assert_only_sites_changed(checkpoint("llama"), Path("out"))
     AutoModelForCausalLM.from_pretrained("out")
 
 
-def test_a_report_names_no_folder_of_this_machine(checkpoint, prune, tmp_path):
+def test_report_has_no_absolute_paths(checkpoint, prune, tmp_path):
     text = Path(shutil.copyfile(TEXT, tmp_path / "mine.txt"))
     options = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--method", "wanda")
     run = prune(checkpoint("llama"), *options, "--calibration", text, "--eval", text)
@@ -246,7 +248,7 @@ def test_a_report_names_no_folder_of_this_machine(checkpoint, prune, tmp_path):
     assert "mine.txt" in report
 
 
-def test_a_weight_of_zeros_and_a_report_with_infinity(checkpoint, prune, apt):
+def test_site_of_zeros_gives_a_report_of_valid_json(checkpoint, prune, apt):
     model = Path(shutil.copytree(checkpoint("llama"), "zeros"))
     name = "model.layers.1.mlp.down_proj.weight"
     rewritten(model, lambda key, x: x * 0 if key == name else x)
@@ -259,7 +261,7 @@ def test_a_weight_of_zeros_and_a_report_with_infinity(checkpoint, prune, apt):
     assert apt("verify", "out").code == 0
 
 
-def test_a_measure_that_fails_at_the_end_loses_nothing(checkpoint, prune, apt, monkeypatch):
+def test_failed_final_metric_keeps_the_written_model(checkpoint, prune, apt, monkeypatch):
     from apt.plugin.registry import registry
 
     spec, calls = registry().evaluators.get("perplexity"), []
@@ -281,7 +283,7 @@ def test_a_measure_that_fails_at_the_end_loses_nothing(checkpoint, prune, apt, m
     assert not Path(".out.apt").exists()
 
 
-def test_weights_of_whole_numbers_and_of_another_shape(checkpoint, prune):
+def test_integer_weights_and_wrong_shapes_are_refused(checkpoint, prune):
     site, table = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
     for name, change in ((site, lambda x: x.to(torch.int8)), (table, lambda x: x[:100].clone())):
         model = Path(shutil.copytree(checkpoint("llama"), "model"))

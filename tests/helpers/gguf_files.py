@@ -30,7 +30,7 @@ def permuted(weight, heads):
 
 
 def write_tokenizer(writer, tokenizer, count=2048):
-    """The first tokens: the reader of the package needs most of its time for them."""
+    """Write the first tokens only: the package's reader is slow for many tokens."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])[:count]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([token for token, _ in vocabulary])
@@ -50,7 +50,7 @@ def finish(writer):
 
 
 def write_llama(path, model, config, tokenizer, describe=lambda writer: None, tokens=2048):
-    """A LLaMA without a head of its own; ``describe`` adds metadata.
+    """Write a LLaMA with a tied head; ``describe`` adds metadata.
 
     The tokenizer has the first ``tokens``.
     """
@@ -79,7 +79,7 @@ def write_llama(path, model, config, tokenizer, describe=lambda writer: None, to
 
 
 def names_by_transformers(model, architecture, blocks):
-    """The parameters by the names of their tensors."""
+    """The names of parameters by the names of their tensors."""
     given = {"model_type": architecture, "num_layers": blocks}
     if "processor" in signature(get_gguf_hf_weights_map).parameters:  # not in transformers 4.57
         given["processor"] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
@@ -87,7 +87,7 @@ def names_by_transformers(model, architecture, blocks):
 
 
 def write_random(path, architecture, config, tokenizer):
-    """A file of an architecture with random tensors, of which transformers decides what they are.
+    """A file with random tensors, with the names that transformers has for an architecture.
 
     The shapes are those of the model of a configuration.
     """
@@ -113,7 +113,7 @@ def write_random(path, architecture, config, tokenizer):
 
 
 def read(path, **options):
-    """The model of a file, as transformers reads it."""
+    """The model in a file, read by transformers."""
     kept = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=kept, **options
@@ -131,7 +131,7 @@ def entries(path):
 
 
 def checkpoint_of(tokenizer, kind="LlamaConfig", **fields):
-    """Write a random model that no GGUF file was to the directory ``model``."""
+    """Write a random model without an original GGUF file to the directory ``model``."""
     given = {"vocab_size": 2050, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
              "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}  # fmt: skip

@@ -8,9 +8,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from apt.checkpoints.parameters import read_parameter, write_parameters
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.stored import layout_of
+from apt.checkpoints.stored import layout_of, read_parameter, write_parameters
 from apt.errors import NotStoredError
 from apt.layouts import conversions
 from apt.layouts.conversions import converted

@@ -1,7 +1,7 @@
-"""The plan of a file for a model that was not made from one: what the package's own means allow.
+"""The plan of a GGUF file for a checkpoint that was not made from a GGUF file.
 
-The names of tensors come from the package, and the entries are those that llama.cpp's converter
-writes. This file is for the families and the tokenizers of which all of that is known.
+The names of tensors come from the package gguf, and the entries are the same as those of
+llama.cpp's converter. Only families and tokenizers with known names and entries are supported.
 """
 
 from pathlib import Path
@@ -16,13 +16,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from apt.errors import AptError
 from apt.extending import Exportable
 from apt_plugins.gguf_files.layouts import CONVERTER, architecture_of
-from apt_plugins.gguf_files.number_types import file_type
-from apt_plugins.gguf_files.tensors import planned_of, tensor_names
+from apt_plugins.gguf_files.tensors import file_type, planned_of, tensor_names
 from apt_plugins.gguf_files.vocabulary import add_vocabulary
 from apt_plugins.gguf_files.writing import Planned
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
-_SCALED = "llama3"  # the scaling of rotary frequencies that is a tensor in GGUF, of llama alone
+_SCALED = "llama3"  # the scaling of rotary frequencies that GGUF stores as a tensor; llama only
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -32,24 +31,26 @@ def from_checkpoint(
     """A writer with all metadata, and the tensors to write.
 
     Raises:
-        AptError: the family or the tokenizer is not known here.
+        AptError: the family or the tokenizer is not supported.
     """
     architecture, config = architecture_of(model), model.config
     if architecture not in _FAMILIES:
-        fault = f"{model.name} was not made from a GGUF file, and is of type '{config.model_type}'"
-        raise _unknown(model, fault)
+        message = (
+            f"{model.name} was not made from a GGUF file, and is of type '{config.model_type}'"
+        )
+        raise _unsupported(model, message)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         architecture == "llama" and getattr(config, "sliding_window", None)
     ):
-        raise _unknown(model, f"{model.name} attends within a window")
+        raise _unsupported(model, f"{model.name} attends within a window")
     rope = rotary(config)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
     if scaling not in ("default", *([_SCALED] if architecture == "llama" else [])):
-        raise _unknown(model, f"{model.name} has rotary frequencies of type '{scaling}'")
+        raise _unsupported(model, f"{model.name} has rotary frequencies of type '{scaling}'")
     names = tensor_names(model, architecture)
-    tensors = [planned_of(model, *pair, architecture, kind) for pair in names.items()]
+    tensors = [planned_of(model, *item, architecture, kind) for item in names.items()]
     if scaling == _SCALED:
-        factors = _factors(config, float(rope["rope_theta"]))
+        factors = _rotary_factors(config, float(rope["rope_theta"]))
         tensors.append(Planned(_FREQUENCIES, factors.shape, Type.F32, lambda: factors))
     writer = gguf.GGUFWriter(target, architecture)
     total = sum(int(np.prod(planned.shape)) for planned in tensors)
@@ -62,17 +63,19 @@ def from_checkpoint(
     return writer, tensors
 
 
-def _unknown(model: Exportable, fault: str) -> AptError:
-    return AptError(fault, f"{CONVERTER} {model.directory}")
+def _unsupported(model: Exportable, message: str) -> AptError:
+    return AptError(message, f"{CONVERTER} {model.directory}")
 
 
 def rotary(config: Any) -> dict[str, Any]:
-    """The parameters of the rotary embedding, of transformers 4 or 5."""
-    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", 10_000.0), **given}
+    """The parameters of the rotary embedding, from a configuration of transformers 4 or 5."""
+    parameters = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
+    return {"rope_theta": getattr(config, "rope_theta", 10_000.0), **parameters}
 
 
-def _factors(config: Any, base: float) -> np.ndarray[Any, Any]:
+def _rotary_factors(config: Any, base: float) -> np.ndarray[Any, Any]:
     """The factors by which the frequencies of rotary pairs are divided."""
     scaled, _ = ROPE_INIT_FUNCTIONS[_SCALED](config, torch.device("cpu"))
     steps = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))

@@ -8,22 +8,22 @@ import gguf
 from apt.extending import Exportable, Exported
 from apt_plugins.gguf_files.checkpoint import from_checkpoint
 from apt_plugins.gguf_files.layouts import architecture_of
-from apt_plugins.gguf_files.number_types import own_type, smaller_rows
 from apt_plugins.gguf_files.original import from_original
+from apt_plugins.gguf_files.tensors import has_partial_blocks, weight_type
 from apt_plugins.gguf_files.writing import Counts, Planned, write_file
 
 
 def export(model: Exportable, target: Path) -> Exported:
     """Write a model as a GGUF file; `apt.extending.Export`.
 
-    If the model was made from such a file, all that need not differ is copied from it. Otherwise
-    the metadata and the tokenizer are those of the checkpoint, for the families and tokenizers of
-    which they are known.
+    If the model was made from a GGUF file, unchanged metadata and tensors are copied from that
+    file. Otherwise the metadata and the tokenizer are made from the checkpoint, for the supported
+    families and tokenizers.
 
     Raises:
-        AptError: the format cannot express the model, or a family or tokenizer is not known.
+        AptError: the format cannot express the model, or its family or tokenizer is not supported.
     """
-    kind = own_type(model)
+    kind = weight_type(model)
     writer, tensors = _planned(model, target, kind)
     counts = write_file(writer, tensors, kind)
     return Exported(
@@ -33,26 +33,26 @@ def export(model: Exportable, target: Path) -> Exported:
 
 
 def check(model: Exportable) -> None:
-    """Raise `AptError` if the format cannot express a model, or it is not known here."""
+    """Raise `AptError` if the format cannot express a model, or the model is not supported."""
     architecture_of(model)
-    if model.is_stored:  # else a run writes it anew, in another form
-        _planned(model, Path(model.name), own_type(model))
+    if model.is_stored:  # else the run writes other tensors
+        _planned(model, Path(model.name), weight_type(model))
 
 
 def _planned(
     model: Exportable, target: Path, kind: gguf.GGMLQuantizationType
 ) -> tuple[gguf.GGUFWriter, list[Planned]]:
-    """A writer, which has written nothing yet, and the tensors to write."""
-    described = from_checkpoint if model.original is None else from_original
-    return described(model, target, kind)
+    """A writer with all metadata, which has not written yet, and the tensors to write."""
+    plan_of = from_checkpoint if model.original is None else from_original
+    return plan_of(model, target, kind)
 
 
 def _notes(
     tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType, counts: Counts
 ) -> list[str]:
-    """Lines about rows that are too short for the type, and about a model's own integers."""
-    whole = (planned for planned in tensors if planned.type is gguf.GGMLQuantizationType.F16)
-    short = sum(smaller_rows(planned.shape, kind) for planned in whole)
+    """Lines about rows that do not fit the type, and about matrices of stored integers."""
+    f16_tensors = (planned for planned in tensors if planned.type is gguf.GGMLQuantizationType.F16)
+    short = sum(has_partial_blocks(planned.shape, kind) for planned in f16_tensors)
     lines = {
         f"matrices are f16: their rows are not multiples of {kind.name}'s blocks": short,
         "matrices have the integers of the model": counts.integers,

@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint as entries of GGUF, for those of which llama.cpp has the steps.
+"""The tokenizer of a checkpoint as entries of GGUF.
 
-llama.cpp cuts text into words by code of its own, which ``tokenizer.ggml.pre`` names. Its converter
-recognises a tokenizer by what it makes of a text. Here the steps themselves must be the same.
-Tokenizers of SentencePiece cut no words.
+llama.cpp cuts text into words by steps of its own, and ``tokenizer.ggml.pre`` names them. Its
+converter recognises a tokenizer by the tokens of a sample text. Here the steps of the tokenizer
+must be the same as those of llama.cpp. Tokenizers of SentencePiece do not cut text into words.
 """
 
 import json
@@ -28,17 +28,17 @@ _STEPS = {
     (("Split", _WORDS.format(digits="{1,3}")), _BYTES): "llama-bpe",
     (("Split", _WORDS.format(digits="")), _BYTES): "qwen2",
 }
-"""The names of sequences of steps."""
+"""The names in llama.cpp of sequences of steps."""
 
-_WHOLE_WORDS = ("llama-bpe",)  # those that look up a word before they merge its bytes
-_UNNEEDED = ("NFC",)  # a normalizer that the converter leaves out too
+_WHOLE_WORDS = ("llama-bpe",)  # with a lookup of each word before its bytes are merged
+_UNNEEDED = ("NFC",)  # a normalizer that the converter ignores too
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
     """Add tokens, merges or scores, special tokens and the chat template.
 
     Raises:
-        AptError: llama.cpp may not make the same tokens of a text.
+        AptError: llama.cpp may make other tokens.
     """
     tokenizer = model.tokenizer()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -55,49 +55,53 @@ def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
         _add_tokens(writer, tokenizer, model.config.vocab_size, pieces)
         writer.add_add_space_prefix(pieces.prefix)
     else:
-        fault = f"the tokenizer of {model.name} is none that is known here"
-        raise AptError(fault, f"{CONVERTER} {model.directory}")
+        message = f"the tokenizer of {model.name} is none that is known here"
+        raise AptError(message, f"{CONVERTER} {model.directory}")
     _add_special(writer, tokenizer, model)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def name_of_steps(record: dict[str, Any]) -> str | None:
-    """The name of a tokenizer's steps in llama.cpp; None if there is none."""
+    """The name of a tokenizer's steps in llama.cpp; None for steps without a name."""
     model, normalizer = record.get("model", {}), record.get("normalizer")
-    first = record.get("pre_tokenizer") or {}
-    steps = first.get("pretokenizers", []) if first.get("type") == "Sequence" else [first]
-    name = _STEPS.get(tuple(map(_step, steps)))
-    same = (
+    pre_tokenizer = record.get("pre_tokenizer") or {}
+    steps = (
+        pre_tokenizer.get("pretokenizers", [])
+        if pre_tokenizer.get("type") == "Sequence"
+        else [pre_tokenizer]
+    )
+    name = _STEPS.get(tuple(map(_step_key, steps)))
+    supported = (
         model.get("type") == "BPE"
         and not any(model.get(key) for key in ("byte_fallback", "dropout", "unk_token"))
         and bool(model.get("ignore_merges")) == (name in _WHOLE_WORDS)
         and (normalizer is None or normalizer.get("type") in _UNNEEDED)
     )
-    return name if same else None
+    return name if supported else None
 
 
-def _step(step: dict[str, Any]) -> tuple[Any, ...]:
-    """A step, by all that changes where it cuts."""
+def _step_key(step: dict[str, Any]) -> tuple[Any, ...]:
+    """The fields of a step on which the positions of its cuts depend."""
     kind = step.get("type")
     if kind == "ByteLevel":
         return kind, step.get("add_prefix_space", True), step.get("use_regex", True)
     if kind == "Digits":
         return kind, step.get("individual_digits")
-    usual = step.get("behavior") == "Isolated" and not step.get("invert")
-    return (kind, step.get("pattern", {}).get("Regex")) if usual else (kind,)
+    isolated = step.get("behavior") == "Isolated" and not step.get("invert")
+    return (kind, step.get("pattern", {}).get("Regex")) if isolated else (kind,)
 
 
 def _add_tokens(
     writer: gguf.GGUFWriter, tokenizer: Any, count: int, pieces: Pieces | None = None
 ) -> None:
-    """The tokens by number, with their kinds and the scores of ``pieces``.
+    """Add the list of tokens, with their kinds and the scores of ``pieces``.
 
-    Numbers without a token get one that is unused.
+    A number without a token gets an unused token.
     """
-    known = {number: text for text, number in tokenizer.get_vocab().items()}
+    texts = {number: text for text, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    tokens = [(known.get(at, f"[PAD{at}]"), _kind(at, known, added)) for at in range(count)]
+    tokens = [(texts.get(at, f"[PAD{at}]"), _kind(at, texts, added)) for at in range(count)]
     if pieces is not None:
         tokens = [_piece(*token, tokenizer.unk_token) for token in tokens]
         writer.add_token_scores([pieces.score(text) for text, _ in tokens])
@@ -105,9 +109,9 @@ def _add_tokens(
     writer.add_token_types([kind for _, kind in tokens])
 
 
-def _kind(number: int, known: Container[int], added: Mapping[int, Any]) -> TokenType:
-    """The kind of a token, of which ``known`` ones have a text."""
-    if number not in known:
+def _kind(number: int, numbers: Container[int], added: Mapping[int, Any]) -> TokenType:
+    """The kind of a token; ``numbers`` are the tokens with a text."""
+    if number not in numbers:
         return TokenType.UNUSED
     if number not in added:
         return TokenType.NORMAL
@@ -115,7 +119,7 @@ def _kind(number: int, known: Container[int], added: Mapping[int, Any]) -> Token
 
 
 def _piece(text: str, kind: TokenType, unknown: str | None) -> tuple[str, TokenType]:
-    """A token of SentencePiece, which has two kinds more."""
+    """A token of SentencePiece, which has two more kinds."""
     if text == unknown:
         return text, TokenType.UNKNOWN
     if text in BYTES:
@@ -125,28 +129,30 @@ def _piece(text: str, kind: TokenType, unknown: str | None) -> tuple[str, TokenT
 
 
 def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, model: Exportable) -> None:
-    """The special tokens, and those that the tokenizer adds to a text."""
+    """Add the special tokens, and the entries for the tokens added at the ends of a text."""
     ids = {
-        kind: _number(model.config, kind) if own is None else own  # the first token is number 0
+        kind: _number(model.config, kind)
+        if tokenizer_id is None
+        else tokenizer_id  # the first token is number 0
         for kind in ("bos", "eos", "unk", "pad")
-        for own in [getattr(tokenizer, f"{kind}_token_id", None)]
+        for tokenizer_id in [getattr(tokenizer, f"{kind}_token_id", None)]
     }
     for kind, number in ids.items():
         if number is not None:
             getattr(writer, f"add_{kind}_token_id")(number)
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     begins, ends = ([ids[kind]] if ids[kind] is not None else [] for kind in ("bos", "eos"))
-    whole = tokenizer("a")["input_ids"]
+    encoded = tokenizer("a")["input_ids"]
     for bos, eos in ((False, False), (True, False), (False, True), (True, True)):
-        if whole == begins * bos + plain + ends * eos:
+        if encoded == begins * bos + plain + ends * eos:
             writer.add_add_bos_token(bos)
             writer.add_add_eos_token(eos)
             return
-    fault = f"the tokenizer of {model.name} adds other tokens than the first and the last"
-    raise AptError(fault, f"{CONVERTER} {model.directory}")
+    message = f"the tokenizer of {model.name} adds other tokens than the first and the last"
+    raise AptError(message, f"{CONVERTER} {model.directory}")
 
 
 def _number(config: Any, kind: str) -> int | None:
-    """A token of the configuration, which may have several of a kind."""
+    """A special token in the configuration; None if it has several of that kind."""
     number = getattr(config, f"{kind}_token_id", None)
     return number if isinstance(number, int) else None

@@ -1,4 +1,8 @@
-"""The tensors of a GGUF file, of which one at a time is in memory."""
+"""Writing of a GGUF file, with one tensor at a time in memory.
+
+A model that was made with ``--quantize int4`` keeps its integers in the file. The quantiser of the
+package gguf would round them again: its scale is the weight of the largest magnitude in a block.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,12 +12,19 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Type
+from torch import Tensor
 
 from apt.errors import AptError
-from apt_plugins.gguf_files.own_integers import as_q4_0
+from apt.runtime.rounding import exact_integers
 
 Array = np.ndarray[Any, Any]
+
+BLOCK = 32
+"""The columns that share a scale in ``q4_0``."""
+
+_SCALE_ERROR = 2.0**-9  # the error of a scale in fp16, relative to it: half a step of bf16
 
 
 @dataclass(frozen=True)
@@ -21,11 +32,11 @@ class Planned:
     """A tensor to write.
 
     Attributes:
-        name: its name in GGUF.
-        shape: its shape, with the columns last, as numpy and torch have it.
+        name: the name in GGUF.
+        shape: the shape, with the columns last, as in numpy and torch.
         type: the type in the file.
-        values: makes its values, in fp32; or its bytes as they are in another file, if ``raw``.
-        raw: True to write what ``values`` makes as it is.
+        values: returns the values in fp32; or, if ``raw``, the bytes from another file.
+        raw: True to write the result of ``values`` as it is.
     """
 
     name: str
@@ -36,19 +47,19 @@ class Planned:
 
     @property
     def size(self) -> int:
-        """Its bytes in the file."""
+        """The number of bytes in the file."""
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // block * size
 
 
 @dataclass
 class Counts:
-    """What was counted in the matrices of the blocks.
+    """Counts over the matrices of the blocks.
 
     Attributes:
-        zeros: their zeros.
-        kept: the zeros that are zero in the file.
-        integers: the matrices whose own integers are in the file.
+        zeros: the number of zeros.
+        kept: the number of these zeros that are zero in the file.
+        integers: the number of matrices whose stored integers are in the file.
     """
 
     zeros: int = 0
@@ -60,7 +71,7 @@ def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned], kind: Type) 
     """Write a file, and read it back.
 
     Args:
-        writer: the writer, with all metadata but what follows from the type.
+        writer: the writer, with all metadata except the version of the quantisation.
 
     Raises:
         AptError: a value is too large for its type.
@@ -76,33 +87,33 @@ def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned], kind: Type) 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    counts, hashes = Counts(), []
+    counts, digests = Counts(), []
     for planned in tensors:
         data = _data(planned, counts)
-        hashes.append(_hash(data))
+        digests.append(_hash(data))
         writer.write_tensor_data(data)
     path = writer.path
     writer.close()
-    for tensor, planned, known in zip(
-        gguf.GGUFReader(str(path)).tensors, tensors, hashes, strict=True
+    for tensor, planned, digest in zip(
+        gguf.GGUFReader(str(path)).tensors, tensors, digests, strict=True
     ):
-        if tensor.name != planned.name or _hash(tensor.data) != known:
+        if tensor.name != planned.name or _hash(tensor.data) != digest:
             raise RuntimeError(f"{planned.name} was not written as it is")
     return counts
 
 
 def _data(planned: Planned, counts: Counts) -> Array:
-    """What is written of a tensor. The zeros of a matrix of a block are counted."""
+    """The bytes to write for a tensor; the zeros of a matrix of a block are counted."""
     values = np.ascontiguousarray(planned.values())
     if planned.raw:
         return values
-    own = as_q4_0(values) if planned.type is Type.Q4_0 else None
-    counts.integers += own is not None
+    stored_integers = as_q4_0(values) if planned.type is Type.Q4_0 else None
+    counts.integers += stored_integers is not None
     with np.errstate(over="ignore"):
-        data = gguf.quantize(values, planned.type) if own is None else own
+        data = gguf.quantize(values, planned.type) if stored_integers is None else stored_integers
     if planned.type is Type.F16 and not np.isfinite(data).all():
-        fault = f"{planned.name} has values beyond 65,504, the largest of f16"
-        raise AptError(fault, "write bf16 or f32", ("type",))
+        message = f"{planned.name} has values beyond 65,504, the largest of f16"
+        raise AptError(message, "write bf16 or f32", ("type",))
     if planned.name.startswith("blk.") and len(planned.shape) > 1:
         zero = values == 0
         counts.zeros += int(zero.sum())
@@ -112,3 +123,38 @@ def _data(planned: Planned, counts: Counts) -> Array:
 
 def _hash(data: Array) -> bytes:
     return blake2b(np.ascontiguousarray(data).view(np.uint8).data, digest_size=16).digest()
+
+
+def as_q4_0(values: Array) -> Array | None:
+    """The bytes (…, in / 32 · 18) of a matrix (…, in) in fp32 as ``q4_0``.
+
+    Each block has its scale in fp16, then its integers plus 8 as halves of bytes: the first 16
+    integers are the lower halves.
+
+    Returns:
+        The bytes; None if the matrix does not consist of integers from −7 to 7 times a scale for
+        each block, or if fp16 cannot express a scale.
+    """
+    stored = _in_narrowest_dtype(torch.from_numpy(values).flatten(0, -2))
+    first = exact_integers(stored[:8], "int4", BLOCK)  # most matrices end here, after little work
+    grid = first and exact_integers(stored, "int4", BLOCK)
+    if grid is None:
+        return None
+    integers, scales = grid[0], grid[1].float()
+    half = scales.half()
+    if ((half.float() - scales).abs() > _SCALE_ERROR * scales).any():
+        return None
+    rows, groups = scales.shape
+    levels = (integers + 8).to(torch.uint8).view(rows, groups, 2, BLOCK // 2)
+    halves = levels[:, :, 0] | (levels[:, :, 1] << 4)
+    packed = torch.cat([half.view(rows, groups, 1).view(torch.uint8), halves], 2)
+    return packed.view(*values.shape[:-1], -1).numpy()
+
+
+def _in_narrowest_dtype(values: Tensor) -> Tensor:
+    """Values in the narrowest dtype that expresses them, to which the products were rounded."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = values.to(dtype)
+        if torch.equal(narrow.float(), values):
+            return narrow
+    return values
