@@ -21,6 +21,7 @@ from apt.checkpoints.formats import Checkpoint, open_checkpoint
 from apt.checkpoints.load_errors import load_error, tokenizer_error
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import check_files
+from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import find_stored, open_stored, read_parameter
 from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import AptError, shortened
@@ -211,9 +212,9 @@ def _from_weights(
     skeleton: Opened, read: Callable[[], dict[str, Tensor]], dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
     """The model, read by a plugin; each weight keeps its stored dtype if ``dtype`` is None."""
-    source = skeleton.source
-    module: Any = _skeleton_module(source, skeleton.config)
+    source, trust = skeleton.source, skeleton.source.trust_remote_code
     with _loading(source):
+        module: Any = skeleton_module(skeleton.config, trust_remote_code=trust)
         loaded = module.load_state_dict(read(), strict=False, assign=True)
     module.tie_weights()
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
