@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.smaller import shrunk
-from apt.checkpoints.stored import open_stored
 from apt.locations.model_source import find
 from apt.output.report import Report
 from apt.plugin import registry as registries
