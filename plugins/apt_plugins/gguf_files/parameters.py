@@ -141,7 +141,9 @@ def _plain(
     return Parameter(shape, (stored,), expand, compress if change else None, by_rows)
 
 
-def _special(name: str, config: Any, shape: tuple[int, ...], shapes: Shapes) -> Parameter | None:
+def _special(
+    name: str, config: Any, shape: tuple[int, ...], shapes: Shapes
+) -> Parameter | None:
     """A parameter that is a stack of experts, or is made of several tensors."""
     found = _BLOCK.search(name)
     if found is None:
@@ -174,9 +176,7 @@ def _stack(
 
     def expand(given: Sequence[Tensor]) -> Tensor:
         gate, up = given[0].chunk(2, 1) if len(given) == 1 else given
-        joined = (
-            torch.stack([gate, up], 2).flatten(1, 2) if interleaved else torch.cat([gate, up], 1)
-        )
+        joined = torch.stack([gate, up], 2).flatten(1, 2) if interleaved else torch.cat([gate, up], 1)
         return joined.mT.contiguous() if transposed else joined
 
     def compress(value: Tensor) -> Sequence[Tensor]:

@@ -74,7 +74,11 @@ def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
 
 
 def write_sliced(
-    file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices, target: Path
+    file: StoredFile,
+    config: Any,
+    parameters: Mapping[str, Parameter],
+    slices: Slices,
+    target: Path,
 ) -> None:
     """Write the file of a smaller model, and compare it with the original.
 
@@ -93,7 +97,9 @@ def write_sliced(
         raise
 
 
-def _tensors(file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices) -> list[Sliced]:
+def _tensors(
+    file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices
+) -> list[Sliced]:
     """The tensors of the smaller file, in the order of the original."""
     renamed = _renamed(file, slices.blocks)
     chosen = _chosen(file, parameters, slices, renamed)
