@@ -29,6 +29,7 @@ Values = dict[str, Any]
 
 FREQUENCIES = "rope_freqs.weight"
 _HEAD, _QUERY_BIAS = "output.weight", "attn_q.bias"
+_MOST_BLOCKS = 10_000  # each is a module, even without weights
 _SIGMOID = 2  # the value of the entry expert_gating_func
 _CHUNK, _MAVERICK = 8192, 128  # constants in llama.cpp's code of llama4
 
@@ -168,7 +169,8 @@ _FAMILIES: Mapping[str, _Family] = {
 """Families of mixtures by architecture; ``llama`` only for files with experts."""
 
 _MENDED: Mapping[str, Mapping[str, str]] = {
-    "qwen2": _HEAD_SIZE, "qwen3": _HEAD_SIZE,
+    "qwen2": _HEAD_SIZE, "qwen3": _HEAD_SIZE, "gpt2": {"context_length": "n_positions"},
+    "falcon": {"feed_forward_length": "ffn_hidden_size"},
     "minimax-m2": {"expert_feed_forward_length": "intermediate_size"},
 }  # fmt: skip
 """Fields that transformers does not read, of architectures that it reads otherwise."""
@@ -187,6 +189,9 @@ def config_of(file: StoredFile) -> Any:
     """
     entries = {"vocab_size": file.token_count, **file.entries}
     factors = _rotary_factors(file)
+    if not 0 < entries.get("block_count", 1) <= _MOST_BLOCKS:
+        message = f"{file.path} has {entries['block_count']:,} blocks by its entries"
+        raise AptError(message, "the file is damaged; get it again", ("source",))
     try:
         if is_mixture(file.architecture, entries):
             return mixture_config(

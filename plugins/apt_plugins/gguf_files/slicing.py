@@ -6,8 +6,9 @@ for the number of blocks, of experts and of weights, and those with a value for 
 
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -40,6 +41,8 @@ _CONFIGURED = {
     "expert_group_used_count": "topk_group",
 }  # fmt: skip
 """Entries for values that may change with the number of experts, by field."""
+_LITE = (26, 27)
+"""The numbers of blocks of a deepseek2 without a bottleneck of queries that llama.cpp opens."""
 _KINDS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Fields of configurations with the kind of each block."""
 
@@ -52,13 +55,13 @@ class Sliced:
         name: its name.
         source: the tensor whose bytes it has.
         rows: the kept entries of the first dimension of the source; None for all.
-        values: new values in fp32; None for the bytes of the source.
+        values: returns new values in fp32; None for the bytes of the source.
     """
 
     name: str
     source: str
     rows: Sequence[int] | None = None
-    values: Tensor | None = None
+    values: Callable[[], Tensor] | None = None
 
 
 def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
@@ -155,19 +158,28 @@ def _chosen(
             raise AptError(message, "blocks keep their order in a GGUF file")
         if rows is not None:
             check_rows(file, source, before)
-        values = _new_values(name, parameter, slices.values.get(name))
-        for tensor, new, value in zip(before.tensors, parameter.tensors, values, strict=True):
-            chosen[tensor] = Sliced(new, tensor, rows, value)
+        new_values = _new_values(name, parameter, slices.values)
+        pairs = zip(before.tensors, parameter.tensors, strict=True)
+        for place, (tensor, new) in enumerate(pairs):
+            chosen[tensor] = Sliced(new, tensor, rows, new_values and partial(new_values, place))
     return chosen
 
 
-def _new_values(name: str, parameter: Parameter, value: Tensor | None) -> Sequence[Tensor | None]:
-    """The new values of the tensors of a parameter; None for the stored ones."""
-    if value is None:
-        return [None] * len(parameter.tensors)
-    if parameter.compress is None:
-        raise AptError(f"new values of {name} cannot be written in a GGUF file")
-    return parameter.compress(value.detach().to("cpu", torch.float32).reshape(parameter.shape))
+def _new_values(
+    name: str, parameter: Parameter, values: Mapping[str, Tensor]
+) -> Callable[[int], Tensor] | None:
+    """A function that returns new values of a tensor of a parameter; None without new values."""
+    compress = parameter.compress
+    if name not in values:
+        return None
+    if compress is None:
+        raise AptError(f"new values of {name} cannot be written in a GGUF file", "keep them")
+
+    def of(place: int) -> Tensor:
+        value = values[name].detach().to("cpu", torch.float32)
+        return compress(value.reshape(parameter.shape))[place]
+
+    return of
 
 
 def _check_types(file: StoredFile, tensors: Sequence[Sliced]) -> None:
@@ -205,6 +217,10 @@ def _changed_entries(
         value = getattr(slices.config, name, None)
         if isinstance(value, int) and isinstance(before.get(key), int):
             after[key] = value
+    if file.architecture == "deepseek2" and "attention.q_lora_rank" not in before:
+        if len(kept) != count and len(kept) not in _LITE:
+            message = f"llama.cpp opens {file.path} with 26 or 27 blocks only"
+            raise AptError(message, "remove experts, or another number of blocks", ("drop",))
     shapes = _shapes(file, tensors)
     _check_kinds(file, config, slices, reread(file, config, after, shapes))
     changes = {
@@ -322,7 +338,7 @@ def _string(text: str) -> bytes:
 def _data(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
     """The bytes of a tensor of the smaller file, in parts."""
     if tensor.values is not None:
-        values = np.ascontiguousarray(tensor.values.numpy())
+        values = np.ascontiguousarray(tensor.values().numpy())
         with np.errstate(over="ignore"):
             data = gguf.quantize(values, file.type_of(tensor.source))
         if file.type_of(tensor.source) is Type.F16 and not np.isfinite(data).all():
