@@ -213,8 +213,8 @@ def test_new_values_are_rounded_in_the_type_of_their_tensor(file, tmp_path, case
     slices = slices_of(checkpoint, BLOCKS.get(case, [0, 2, 3]))
     name = next(n for n in slices.sources if "layers.1." in n and "experts.gate_up" in n)
     names = [name, name.replace("gate_up_proj", "down_proj")]
-    names += [next(n for n in slices.sources if "layers.1." in n and "router.w" in n
-                   or "layers.1.mlp.gate.w" in n)]  # fmt: skip
+    routers = ("layers.1.mlp.gate.w", "layers.1.mlp.router.w", "layers.1.feed_forward.router.w")
+    names += [name for name in slices.sources if any(router in name for router in routers)]
     names += [n for n in slices.sources if "layers.1." in n and n.endswith("q_proj.weight")]
     for changed in names:
         rows = slices.rows.get(changed)
@@ -354,5 +354,3 @@ def test_llama_cpp_computes_the_smaller_model(file, tmp_path, case):
     expected = log_probabilities(model)[-1]
     theirs = torch.tensor([found[str(token)] for token in range(300)])
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-3)
-
-

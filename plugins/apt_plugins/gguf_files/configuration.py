@@ -41,6 +41,9 @@ _COMMON = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size", "expert_used_count": "num_experts_per_tok",
 }  # fmt: skip
+_WIDTHS = {
+    "moe_intermediate_size": "ffn_gate_exps", "shared_expert_intermediate_size": "ffn_gate_shexp",
+}  # fmt: skip
 _HEAD_SIZE = {"attention.key_length": "head_dim"}
 
 
@@ -66,9 +69,7 @@ class _Family:
 
 
 def _qwen2_moe(values: Values, entries: Entries, shapes: Shapes) -> None:
-    for name, tensor in {
-        "moe_intermediate_size": "ffn_gate_exps", "shared_expert_intermediate_size": "ffn_gate_shexp"
-    }.items():  # fmt: skip
+    for name, tensor in _WIDTHS.items():
         if not values.get(name) and (shape := shapes.get(f"blk.0.{tensor}.weight")):
             values[name] = shape[-2]  # old files have no such entry
     values["qkv_bias"] = f"blk.0.{_QUERY_BIAS}" in shapes

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from apt.checkpoints.quantised import Slices
 from apt.errors import AptError
-from apt_plugins.gguf_files.configuration import Entries, Shapes, config_of, is_mixture, reread
-from apt_plugins.gguf_files.parameters import Parameter, missing_parameters, parameters_of
+from apt_plugins.gguf_files.configuration import Shapes, config_of, reread
+from apt_plugins.gguf_files.parameters import Parameter, parameters_of
 from apt_plugins.gguf_files.stored import StoredFile
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -77,11 +77,7 @@ def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
 
 
 def write_sliced(
-    file: StoredFile,
-    config: Any,
-    parameters: Mapping[str, Parameter],
-    slices: Slices,
-    target: Path,
+    file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices, target: Path
 ) -> None:
     """Write the file of a smaller model, and compare it with the original.
 
@@ -100,9 +96,7 @@ def write_sliced(
         raise
 
 
-def _tensors(
-    file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices
-) -> list[Sliced]:
+def _tensors(file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices) -> list[Sliced]:
     """The tensors of the smaller file, in the order of the original."""
     renamed = _renamed(file, slices.blocks)
     chosen = _chosen(file, parameters, slices, renamed)
@@ -147,10 +141,11 @@ def _chosen(
         if tensor in renamed
     }  # fmt: skip
     smaller = parameters_of(slices.config, file.architecture, shapes)
-    for name in missing_parameters(slices.config, smaller):
-        raise AptError(f"{name} of the smaller model is made of no tensor of {file.path}")
     chosen = dict[str, Sliced]()
     for name, parameter in smaller.items():
+        if parameter is None or name not in slices.sources:
+            message = f"{name} of the smaller model is made of no tensor of {file.path}"
+            raise AptError(message, "only experts and blocks are removed from a GGUF file")
         source, rows = slices.sources[name], slices.rows.get(name)
         before = parameters[source]
         if tuple(map(renamed.get, before.tensors)) != parameter.tensors:
@@ -217,10 +212,10 @@ def _changed_entries(
         value = getattr(slices.config, name, None)
         if isinstance(value, int) and isinstance(before.get(key), int):
             after[key] = value
-    if file.architecture == "deepseek2" and "attention.q_lora_rank" not in before:
-        if len(kept) != count and len(kept) not in _LITE:
-            message = f"llama.cpp opens {file.path} with 26 or 27 blocks only"
-            raise AptError(message, "remove experts, or another number of blocks", ("drop",))
+    lite = file.architecture == "deepseek2" and "attention.q_lora_rank" not in before
+    if lite and len(kept) not in (count, *_LITE):
+        message = f"llama.cpp opens {file.path} with 26 or 27 blocks only"
+        raise AptError(message, "remove experts, or another number of blocks", ("drop",))
     shapes = _shapes(file, tensors)
     _check_kinds(file, config, slices, reread(file, config, after, shapes))
     changes = {
@@ -240,28 +235,34 @@ def _shapes(file: StoredFile, tensors: Sequence[Sliced]) -> dict[str, tuple[int,
 
 
 def _check_kinds(file: StoredFile, config: Any, slices: Slices, found: Any) -> None:
-    """Raise `AptError` if llama.cpp would compute the smaller model otherwise."""
-    kept = list(slices.blocks)
-    for name in _KINDS:
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list) and [kinds[block] for block in kept] != getattr(found, name):
-            message = f"the blocks of {file.path} are of several kinds, which follow from positions"
-            raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
-    if isinstance(layers := getattr(config, "moe_layers", None), list):
-        if [kept.index(layer) for layer in layers if layer in kept] != list(found.moe_layers):
-            message = f"the blocks with experts of {file.path} follow from their positions"
-            raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
-    before, after = config.to_dict(), found.to_dict()
-    derived = slices.experts is not None
-    for name in sorted(before.keys() & after.keys() - _FOLLOWING) if derived else ():
+    """Raise if llama.cpp would compute the smaller model otherwise.
+
+    Args:
+        config: the configuration of the original.
+        found: that of the smaller model by the entries of its file.
+    """
+    if _kinds_of(config, slices.blocks) != _kinds_of(found, range(found.num_hidden_layers)):
+        message = f"the blocks of {file.path} are of several kinds, which follow from positions"
+        raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
+    before, after, wanted = config.to_dict(), found.to_dict(), slices.config.to_dict()
+    same = before.keys() & after.keys() - _FOLLOWING if slices.experts is not None else set()
+    for name in sorted(same):
         if before[name] != after[name]:
             message = f"llama.cpp computes {name} of {file.architecture} from the number of experts"
             raise AptError(message, f"{file.path} keeps its number of experts")
-    wanted = slices.config.to_dict()
     for name in sorted(after.keys() & wanted.keys() & _SIZES):
         if wanted[name] != after[name]:
             message = f"the smaller model of {file.path} has another {name}: {wanted[name]}"
             raise AptError(message, "only experts and blocks are removed from a GGUF file")
+
+
+def _kinds_of(config: Any, blocks: Sequence[int]) -> list[list[Any]]:
+    """The kinds of some blocks by each field of a configuration that has kinds."""
+    fields = (getattr(config, name, None) for name in _KINDS)
+    kinds = [[kinds[block] for block in blocks] for kinds in fields if isinstance(kinds, list)]
+    if isinstance(layers := getattr(config, "moe_layers", None), list):
+        kinds.append([block in layers for block in blocks])
+    return kinds
 
 
 _FOLLOWING = {
