@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from apt.adapter import Adapter
 from apt.checkpoints.architecture import check_kind, opening_class, quantised_with, without_weights
@@ -228,12 +228,11 @@ def _from_weights(
     skeleton: Opened, read: Callable[[], Weights], dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
     """The model, read by a plugin; each weight keeps its stored dtype if ``dtype`` is None."""
-    source = skeleton.source
-    module: Any = skeleton_module(
-        skeleton.config, dtype or torch.float32, trust_remote_code=source.trust_remote_code
-    )
-    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    source, trust = skeleton.source, skeleton.source.trust_remote_code
     with _loading(source):
+        given = dtype or torch.float32
+        module: Any = skeleton_module(skeleton.config, given, trust_remote_code=trust)
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         weights = {
             name: tensor if dtype is None else tensor.to(dtypes.get(name, dtype))
             for name, tensor in read()
@@ -291,13 +290,23 @@ def load_tokenizer(source: Source, other: str | None = None) -> Any:
         location, hub = str(expanded(other)), _hub_for_tokenizer(source, other)
         options = {"trust_remote_code": source.trust_remote_code, **hub.options()}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        tokenizer = _read_tokenizer(location, options)
         # Some families make a tokenizer without any file.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("there is no file with a vocabulary")
         return tokenizer
     except Exception as error:  # `tokenizers` raises plain exceptions
         raise tokenizer_error(other or source.reference, location, error, hub) from error
+
+
+def _read_tokenizer(location: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(location, **options)
+    except Exception:
+        if "gguf_file" not in options:
+            raise
+        # The automatic class reads the configuration too, though not of all architectures.
+        return PreTrainedTokenizerFast.from_pretrained(location, **options)
 
 
 def _hub_for_tokenizer(source: Source, name: str) -> Hub:

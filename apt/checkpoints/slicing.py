@@ -159,9 +159,7 @@ def _cut(
                     return None
                 place -= sum(row < place for row in gone)
                 piece = replace(piece, part=_with(piece.part, part.dim, place))
-            elif gone and (
-                piece.of or _stored_dim(piece, part.dim) or len(range(size)[place]) < size
-            ):
+            elif gone and (piece.of or _stored_dim(piece, part.dim) or place != slice(0, size, 1)):
                 raise _not_sliced(piece.key, f"its {groups.kind} are not its rows")
             elif gone:
                 rows = [row for row in range(size) if row not in gone]

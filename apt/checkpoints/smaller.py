@@ -191,6 +191,7 @@ def last_groups(plan: Plan) -> dict[str, Removed]:
 
 
 def removals_of(adapter: Adapter, config: Any, block: nn.Module, removed: Removed) -> list[Removal]:
+    """The groups of a block that lose some, with the indices that are removed."""
     groups_of_kind = {groups.kind: groups for groups in adapter.groups(block, config)}
     return [(groups_of_kind[kind], indices) for kind, indices in removed.items()]
 

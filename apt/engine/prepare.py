@@ -39,6 +39,9 @@ def open_model(
     same = source.gguf is None or source.has_kind_of(options.output)
     expanded = same and isinstance(options, ShrinkRun)
     opened = open_skeleton(source, registry, options.adapter, expanded=expanded)
+    if source.has_kind_of(options.output) and opened.quantised is None:
+        fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
+        raise AptError(fault, "name a directory as the output", ("output",))
     if options.adapter is None and opened.spec.default:
         kind = opened.config.model_type
         notice(f"adapter: {opened.spec.name} (default, since none is for type '{kind}' alone)")

@@ -81,7 +81,7 @@ class RowBytes:
         config.pop("quantization_config")
         self.config = AutoConfig.for_model(**config)
         with safe_open(self.files[0], "pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  # not a mapping
                 if name.endswith(".scale"):
                     continue
                 whole, kind = name.removesuffix(".bytes"), "int8" if ".bytes" in name else "f32"

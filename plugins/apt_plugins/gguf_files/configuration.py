@@ -247,11 +247,11 @@ def mixture_config(
     values["tie_word_embeddings"] = _HEAD not in shapes
     values["attention_bias"] = f"blk.0.{_QUERY_BIAS}" in shapes
     family.adjust(values, entries, shapes)
-    tokens = {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values["rope_scaling"] = _scaling(entries, values, factors)
     if values["model_type"] == "gpt_oss" and values["rope_scaling"]["rope_type"] == "yarn":
         values["rope_scaling"]["truncate"] = False
-    return AutoConfig.for_model(**values, **tokens)
+    return AutoConfig.for_model(**values, **special)
 
 
 def _same_for_all(entry: str, value: Any) -> Any:

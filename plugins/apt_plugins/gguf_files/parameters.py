@@ -73,7 +73,7 @@ def parameters_of(config: Any, architecture: str, shapes: Shapes) -> dict[str, P
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
     found = dict[str, Parameter | None]()
-    for name in (name for name in state if name not in tied):
+    for name in [name for name in state if name not in tied]:
         shape = tuple(state[name].shape)
         parameter = _special(name, config, shape, shapes)
         if parameter is None and (stored := _stored_name(name, names, shapes)):
@@ -91,9 +91,9 @@ def _stored_name(name: str, names: gguf.TensorNameMap, shapes: Shapes) -> str | 
             return f"blk.{block[1]}.{stored}"
     parts = name.split(".")
     for known in (name, ".".join(parts[1:])):  # some names in the table lack the model's prefix
-        stored = names.get_name(known, try_suffixes=_SUFFIXES)
-        for candidate in (stored, f"{stored}.weight"):
-            if stored is not None and candidate in shapes:
+        found = names.get_name(known, try_suffixes=_SUFFIXES)
+        for candidate in (found, f"{found}.weight"):
+            if found is not None and candidate in shapes:
                 return candidate
     return None
 
@@ -142,7 +142,9 @@ def _special(name: str, config: Any, shape: tuple[int, ...], shapes: Shapes) -> 
         return _stack(name, block, config.model_type, shape, shapes)
     if name.endswith(".shared_mlp.input_linear.weight"):
         pair = tuple(f"{block}ffn_{part}_shexp.weight" for part in ("gate", "up"))
-        return Parameter(shape, pair, torch.cat, lambda value: value.chunk(2), by_rows=False)
+        return Parameter(
+            shape, pair, lambda given: torch.cat(list(given)), lambda value: value.chunk(2), by_rows=False
+        )  # fmt: skip
     if name.endswith(".kv_b_proj.weight") and f"{block}attn_k_b.weight" in shapes:
         return _latent(block, shape, shapes)
     return None
