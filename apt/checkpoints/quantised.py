@@ -60,16 +60,20 @@ class QuantisedCheckpoint(Protocol):
 
     Attributes:
         config: the configuration, as an object of transformers, without quantisation.
-        tensors: all tensors of the model by the names that a plain checkpoint of transformers has.
-            Experts that the file stores as one stack have the name, the shape and the order of
-            dimensions of the parameter of transformers, such as ``mlp.experts.gate_up_proj``, even
-            if the file has a stack for each of two joined weights.
         files: the files of the checkpoint.
     """
 
     config: Any
-    tensors: Mapping[str, ExpandedTensor]
     files: Sequence[Path]
+
+    @property
+    def tensors(self) -> Mapping[str, ExpandedTensor]:
+        """All tensors of the model by the names that a plain checkpoint of transformers has.
+
+        Experts that the file stores as one stack have the name, the shape and the order of
+        dimensions of the parameter of transformers, such as ``mlp.experts.gate_up_proj``, even if
+        the file has a stack for each of two joined weights.
+        """
 
     def read(self, name: str) -> Tensor:
         """A tensor, expanded; raises `AptError` if its bytes are damaged."""

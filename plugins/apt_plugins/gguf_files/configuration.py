@@ -17,6 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from apt.errors import AptError
+from apt_plugins.gguf_files.parameters import GGUF_ARCHS
 from apt_plugins.gguf_files.stored import StoredFile
 from apt_plugins.gguf_files.writing import Array
 
@@ -169,6 +170,12 @@ _FAMILIES: Mapping[str, _Family] = {
 }  # fmt: skip
 """Families of mixtures by architecture; ``llama`` only for files with experts."""
 
+_COUNTS = {
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+}  # fmt: skip
+"""Fields that change with the number of experts, of architectures that transformers reads."""
+
 _MENDED: Mapping[str, Mapping[str, str]] = {
     "qwen2": _HEAD_SIZE, "qwen3": _HEAD_SIZE, "gpt2": {"context_length": "n_positions"},
     "falcon": {"feed_forward_length": "ffn_hidden_size"},
@@ -219,6 +226,10 @@ def reread(file: StoredFile, config: Any, entries: Entries, shapes: Shapes) -> A
         return mixture_config(file.architecture, given, shapes, file.special_tokens, factors)
     smaller = copy.deepcopy(config)
     smaller.num_hidden_layers = entries["block_count"]
+    for entry, names in _COUNTS.items():
+        for name in names:
+            if entry in entries and hasattr(smaller, name):
+                setattr(smaller, name, entries[entry])
     values = smaller.to_dict()
     positions = not any(isinstance(value, list) for value in entries.values())
     if positions and values.get("layer_types"):  # derived again from the positions of the blocks
@@ -266,9 +277,9 @@ def _same_for_all(entry: str, value: Any) -> Any:
 def _mended(file: StoredFile, entries: Entries, factors: Array | None) -> Any:
     """The configuration that transformers reads, with the entries that it does not read."""
     known = {file.architecture, file.architecture.replace("-", "_")}
-    if not known & set(GGUF_SUPPORTED_ARCHITECTURES):
+    if not known & {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS}:
         raise _InexpressibleError("transformers does not read this architecture")
-    if entries.get("expert_count") and file.architecture not in _MENDED:
+    if entries.get("expert_count") and not known & {*_MENDED, *GGUF_ARCHS}:
         raise _InexpressibleError("transformers does not read its experts")
     config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
     for entry, name in _MENDED.get(file.architecture, {}).items():
