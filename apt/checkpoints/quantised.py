@@ -60,6 +60,10 @@ class QuantisedCheckpoint(Protocol):
 
     Attributes:
         config: the configuration, as an object of transformers, without quantisation.
+        tensors: all tensors of the model by the names that a plain checkpoint of transformers has.
+            Experts that the file stores as one stack have the name, the shape and the order of
+            dimensions of the parameter of transformers, such as ``mlp.experts.gate_up_proj``, even
+            if the file has a stack for each of two joined weights.
         files: the files of the checkpoint.
     """
 
@@ -68,12 +72,7 @@ class QuantisedCheckpoint(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, ExpandedTensor]:
-        """All tensors of the model by the names that a plain checkpoint of transformers has.
-
-        Experts that the file stores as one stack have the name, the shape and the order of
-        dimensions of the parameter of transformers, such as ``mlp.experts.gate_up_proj``, even if
-        the file has a stack for each of two joined weights.
-        """
+        """See above; a property, which may be computed on its first use."""
 
     def read(self, name: str) -> Tensor:
         """A tensor, expanded; raises `AptError` if its bytes are damaged."""
