@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from apt.checkpoints.formats import Checkpoint, find_file
     from apt.checkpoints.load import load, load_tokenizer, open_skeleton
     from apt.checkpoints.opened import Opened
+    from apt.checkpoints.quantised import ExpandedTensor, QuantisedCheckpoint, Slices
     from apt.engine.machine import choose_device, read_dtype
     from apt.engine.prepare import capped
     from apt.engine.text import check_same_vocabulary
@@ -42,11 +43,11 @@ if TYPE_CHECKING:
     from apt.text.ids import check_vocabulary
 
 __all__ = [
-    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpertChoice", "Export",
-    "Exportable", "Exported", "Finding",
-    "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "Recovery",
-    "Registry", "RoutedExperts", "Source", "Split", "Teacher", "Trainable", "Unallocated",
-    "Unrecovered", "capped",
+    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpandedTensor", "ExpertChoice",
+    "Export", "Exportable", "Exported", "Finding",
+    "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite",
+    "QuantisedCheckpoint", "Recovery", "Registry", "RoutedExperts", "Slices", "Source", "Split",
+    "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
     "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
     "eval_mode", "find_file", "hub_documents", "load", "load_tokenizer", "loss_without",
     "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry", "relative_error",
@@ -59,6 +60,7 @@ _LAZY = {
     "apt.checkpoints.formats": ("Checkpoint", "find_file"),
     "apt.checkpoints.load": ("load", "load_tokenizer", "open_skeleton"),
     "apt.checkpoints.opened": ("Opened",),
+    "apt.checkpoints.quantised": ("ExpandedTensor", "QuantisedCheckpoint", "Slices"),
     "apt.engine.machine": ("choose_device", "read_dtype"),
     "apt.engine.prepare": ("capped",),
     "apt.engine.text": ("check_same_vocabulary",),

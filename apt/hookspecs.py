@@ -14,12 +14,13 @@ from apt.plugin.specs import (
     FormatSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
 )
 
 __all__ = [
     "API", "OLDEST_API", "AdapterSpec", "AllocationSpec", "CalibrationSpec", "CommandSpec",
-    "EvaluatorSpec", "ExportSpec", "FormatSpec", "MethodSpec", "PatternSpec", "RecoverySpec",
-    "ShrinkMethodSpec", "hookimpl",
+    "EvaluatorSpec", "ExportSpec", "FormatSpec", "MethodSpec", "PatternSpec", "QuantisedFormatSpec",
+    "RecoverySpec", "ShrinkMethodSpec", "hookimpl",
 ]  # fmt: skip

@@ -170,7 +170,8 @@ def _value_parameter(
 def _typer_type(declared: Declared) -> Any:
     """The type with which typer reads the value."""
     if declared.repeatable:
-        item = get_args(declared.kind)[0] if get_origin(declared.kind) is tuple else str
+        is_plain = get_origin(declared.kind) is tuple and declared.option.read is None
+        item = get_args(declared.kind)[0] if is_plain else str
         return list[item]  # type: ignore[valid-type]
     if (
         declared.option.read is not None

@@ -57,7 +57,7 @@ def default_forecast(
 ) -> PlannedRun:
     """The plan of a run with default options, for a model and a pattern."""
     device = choose_device(run.device)
-    skeleton = open_skeleton(source, registry, run.adapter)
+    skeleton = open_skeleton(source, registry, run.adapter, expanded=True)
     if run.on is None or run.compute != "auto":  # the other devices multiply all dtypes fast
         skeleton = skeleton.computing(run.compute, device)
     selection, pattern = selection_of(run), pattern_of(run) or read_pattern(DEFAULT_PATTERN)

@@ -22,15 +22,17 @@ from apt.text.datasets import digest
 class ModelStore(BlockStore):
     """The model of a run, with the journal, folder and time of the run.
 
-    There are three kinds: a model of a program, `apt.engine.caller_model.CallerModel`; a checkpoint
-    in memory, `apt.engine.in_memory.InMemory`; and a checkpoint whose blocks stay on disk,
-    `apt.engine.streamed.Streamed`.
+    There are four kinds: a model of a program, `apt.engine.caller_model.CallerModel`; a checkpoint
+    in memory, `apt.engine.in_memory.InMemory`; a checkpoint whose blocks stay on disk,
+    `apt.engine.streamed.Streamed`; and a quantised checkpoint, `apt.engine.in_place.InPlace`.
 
     Attributes:
         journal: the journal of the run.
         folder: a folder for the files of a training.
         precision: the dtype of the stored weights, and the dtype that the model computes in.
         opening: the seconds until the model was open and measured.
+        rounded: the kinds of numbers in which changed tensors of a quantised checkpoint are
+            rounded again, by their names.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class ModelStore(BlockStore):
         self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
         self._cast: ComputeDtype | None = None
         self.journal = Journal()
+        self.rounded: dict[str, str] = {}
 
     @cached_property
     def weights(self) -> str:

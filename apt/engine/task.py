@@ -79,6 +79,11 @@ class Task:
         return bool(getattr(self.options, "stream", False))
 
     @property
+    def in_place(self) -> bool:
+        """True if the output has the stored bytes of a quantised checkpoint."""
+        return self.skeleton.quantised is not None
+
+    @property
     def resume(self) -> bool:
         """True to continue an interrupted run."""
         return bool(getattr(self.options, "resume", False))
@@ -119,9 +124,11 @@ class Task:
         raise NotImplementedError
 
     def open(self, written: Path) -> Opened:
-        """The changed model in a directory, without weights."""
-        source = replace(self.skeleton.source, location=str(written), gguf=None)
-        return open_skeleton(source, self.registry, self.skeleton.spec.name)
+        """The changed model in a directory or a file, without weights."""
+        is_file, adapter = written.is_file(), self.skeleton.spec.name
+        folder, name = (written.parent, written.name) if is_file else (written, None)
+        source = replace(self.skeleton.source, location=str(folder), gguf=name)
+        return open_skeleton(source, self.registry, adapter, expanded=self.in_place)
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float

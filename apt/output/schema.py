@@ -142,6 +142,7 @@ _STRUCTURE = object_with(
     { "experts": object_of(
             object_with({"removed": list_of(count), "merged": list_of(row_of(count, count))})
         ),
+        "rounded": object_of(text),
         "candidates": list_of(
             object_with(
                 {"loss": number, "share": number, "blocks": count, "groups": object_of(count)}

@@ -25,6 +25,7 @@ from apt.plugin.specs import (
     FormatSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
     Spec,
@@ -97,6 +98,7 @@ class Registry:
 
     adapters: Catalog[AdapterSpec]
     formats: Catalog[FormatSpec]
+    quantised_formats: Catalog[QuantisedFormatSpec]
     exports: Catalog[ExportSpec]
     methods: Catalog[MethodSpec]
     patterns: Catalog[PatternSpec]
@@ -328,6 +330,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     return Registry(
         loader.catalog("adapter", hook.apt_adapters, AdapterSpec),
         loader.catalog("format", hook.apt_formats, FormatSpec),
+        loader.catalog("quantised format", hook.apt_quantised_formats, QuantisedFormatSpec),
         loader.catalog("export format", hook.apt_exports, ExportSpec),
         loader.catalog("method", hook.apt_methods, MethodSpec),
         loader.catalog("pattern", hook.apt_patterns, PatternSpec),

@@ -117,6 +117,16 @@ class FormatSpec(Spec):
 
 
 @dataclass(frozen=True)
+class QuantisedFormatSpec(Spec):
+    """A format of quantised checkpoints whose experts and blocks are removed byte by byte.
+
+    Its target is a function of an `apt.locations.model_source.Source`. It returns an
+    `apt.extending.QuantisedCheckpoint`, or None if the checkpoint has another format. It is asked
+    about every model that is opened, so it first looks at what is cheap to read.
+    """
+
+
+@dataclass(frozen=True)
 class ExportSpec(Spec):
     """A file format of other software, which ``apt-prune export`` writes.
 

@@ -9,6 +9,7 @@ from apt.hookspecs import (
     ExportSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
     hookimpl,
@@ -125,6 +126,17 @@ def apt_exports() -> list[ExportSpec]:
             "apt_plugins.gguf_files.export:export", ".gguf",
             ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
             ("gguf",), "pip install 'apt-prune[gguf]'", "apt_plugins.gguf_files.export:check",
+        )
+    ]  # fmt: skip
+
+
+@hookimpl
+def apt_quantised_formats() -> list[QuantisedFormatSpec]:
+    """GGUF."""
+    return [
+        QuantisedFormatSpec(
+            "gguf", "files of llama.cpp and Ollama, in all their types of numbers",
+            "apt_plugins.gguf_files.quantised:open_file",
         )
     ]  # fmt: skip
 
