@@ -81,10 +81,10 @@ class InPlace(Streamed):
         slices = self._slicing.slices(changed.plan, self._removed)
         slices = replace(slices, values=self._changed.named(slices.sources))
         is_file = self._task.skeleton.source.gguf is not None
-        self._small = work.out / work.output.name if is_file else work.out
+        self._smaller_directory = work.out / work.output.name if is_file else work.out
         if not is_file:
             work.out.rmdir()
-        self._checkpoint.write_sliced(slices, self._small)
+        self._checkpoint.write_sliced(slices, self._smaller_directory)
         if not is_file:
             keep_side_files(self._stored.directory, work.out)
         self.status("writing", "verifying")
@@ -93,8 +93,8 @@ class InPlace(Streamed):
 
     def _verify(self, slices: Slices) -> None:
         """Raise if the written model does not open, or has other values than the checkpoint."""
-        assert self._small is not None
-        small = self._task.open(self._small)
+        assert self._smaller_directory is not None
+        small = self._task.open(self._smaller_directory)
         open_stored(small)
         assert small.quantised is not None
         if differing := small.quantised.tensors.keys() ^ slices.sources.keys():
