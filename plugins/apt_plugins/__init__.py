@@ -9,6 +9,7 @@ from apt.hookspecs import (
     ExportSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
     hookimpl,
@@ -171,6 +172,18 @@ def apt_recoveries() -> list[RecoverySpec]:
                      f"{kinds}:distill", "after arXiv 1503.02531", 2e-4, teacher=True,
                      options=("hidden", "top", "move_masks")),
     ]  # fmt: skip
+
+
+@hookimpl
+def apt_quantised_formats() -> list[QuantisedFormatSpec]:
+    """Directories of safetensors files in the common formats of quantised weights."""
+    return [
+        QuantisedFormatSpec(
+            "safetensors",
+            "FP8, MXFP4, compressed-tensors, AWQ, GPTQ, bitsandbytes in 4 bits, and MLX",
+            "apt_plugins.quantised_directories.opening:open_directory",
+        )
+    ]
 
 
 @hookimpl
