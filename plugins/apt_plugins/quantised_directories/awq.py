@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apt.extending import Entry, ExpandedTensor
-from apt_plugins.quantised_directories.arithmetic import unpacked
+from apt_plugins.quantised_directories.arithmetic import grouped, unpacked
 from apt_plugins.quantised_directories.format import (
     Cut,
     Format,
@@ -61,11 +61,11 @@ class Awq(Format):
         values, zeros = (_in_order(parts[role], shape[0]) for role in ("integers", "zeros"))
         group = shape[1] // len(zeros)
         scales = parts["scales"].float()
-        matrix = (values - zeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
-        return matrix.T
+        values = values - zeros.repeat_interleave(group, 0)
+        return values.mul(scales.repeat_interleave(group, 0)).T
 
 
 def _in_order(words: Tensor, count: int) -> Tensor:
     """Integers in the order of the outputs, fp32 (rows, count)."""
-    values = unpacked(words, _BITS, count).unflatten(-1, (-1, _IN_WORD))
+    values = grouped(unpacked(words, _BITS, count), _IN_WORD)
     return values[..., torch.tensor(_PLACES)].flatten(-2).float()

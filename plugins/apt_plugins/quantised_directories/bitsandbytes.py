@@ -1,4 +1,4 @@
-"""The 4-bit numbers of bitsandbytes: NF4 and FP4, in groups with the largest absolute value of each.
+"""The 4-bit numbers of bitsandbytes: NF4 and FP4, in groups with the largest value of each.
 
 These values may be quantised again, as bytes with a table, in groups of their own.
 """

@@ -1,4 +1,4 @@
-"""GPTQ: integers packed along the inputs of a matrix that is (in, out), with a group for each input.
+"""GPTQ: integers packed along the inputs of a matrix that is (in, out), in groups of inputs.
 
 The first version of the format stores zero points less 1.
 """

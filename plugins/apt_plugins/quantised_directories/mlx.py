@@ -12,7 +12,13 @@ from torch import Tensor
 
 from apt.errors import AptError
 from apt.extending import Entry, ExpandedTensor
-from apt_plugins.quantised_directories.arithmetic import EXPONENT_BIAS, FP4, packed, unpacked
+from apt_plugins.quantised_directories.arithmetic import (
+    EXPONENT_BIAS,
+    FP4,
+    grouped,
+    packed,
+    unpacked,
+)
 from apt_plugins.quantised_directories.format import Cut, Format, Parts, unsupported
 
 _DENSE = (
@@ -83,20 +89,19 @@ class Mlx(Format):
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
         """The integers times the scales of their groups, plus the biases."""
         group, bits, mode = self._scheme(stem)
-        values = unpacked(parts["numbers"], bits, shape[-1])
-        grouped = values.unflatten(-1, (-1, group))
+        groups = grouped(unpacked(parts["numbers"], bits, shape[-1]), group)
         if mode == "mxfp4":
             exponents = parts["scales"].int().unsqueeze(-1) - EXPONENT_BIAS
-            return torch.ldexp(FP4[grouped.int()], exponents).flatten(-2)
+            return torch.ldexp(FP4[groups.int()], exponents).flatten(-2)
         scales, biases = (parts[role].float().unsqueeze(-1) for role in ("scales", "biases"))
-        return (grouped.float() * scales + biases).flatten(-2)
+        return groups.float().mul(scales).add(biases).flatten(-2)
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """Integers, scales and biases by the rule of MLX: the value farthest from 0 is exact."""
         group, bits, mode = self._scheme(stem)
         if mode != "affine":
             return super().rounded(stem, values, stored)
-        groups, most = values.unflatten(-1, (-1, group)), 2**bits - 1
+        groups, most = grouped(values, group), 2**bits - 1
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         from_low = low.abs() > high.abs()
         scales = ((high - low) / most).clamp(min=1e-7)
