@@ -96,7 +96,7 @@ class CompressedTensors(Format):
         if zeros is not None:
             each = self._spread(stem, zeros.float().reshape(grid), shape, parts.get("order"))
             values = values - each
-        return values.mul(scales)
+        return scales.mul(values)
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """Symmetric integers, or FP8, whose largest number is that of each group."""

@@ -19,7 +19,7 @@ from apt_plugins.quantised_directories.format import (
     unsupported,
 )
 
-_BITS = (2, 4, 8)
+_BITS = (2, 3, 4, 8)
 
 
 class Gptq(Format):
