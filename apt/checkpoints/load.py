@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from apt.adapter import Adapter
 from apt.checkpoints.architecture import check_kind, opening_class, quantised_with, without_weights
+from apt.checkpoints.expanded import open_quantised
 from apt.checkpoints.formats import Checkpoint, open_checkpoint
 from apt.checkpoints.load_errors import load_error, tokenizer_error
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import check_files
-from apt.checkpoints.stored import find_stored
+from apt.checkpoints.skeletons import skeleton_module
+from apt.checkpoints.stored import find_stored, open_stored, read_parameter
 from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import AptError, shortened
 from apt.locations.hub import Hub
@@ -46,22 +48,34 @@ def read_config(source: Source) -> Any:
 
 
 def open_skeleton(
-    source: Source, registry: Registry, adapter: str | None = None, *, packed: bool = False
+    source: Source,
+    registry: Registry,
+    adapter: str | None = None,
+    *,
+    packed: bool = False,
+    expanded: bool = False,
 ) -> Opened:
     """Open a model without its weights: modules and shapes, on the meta device.
 
     Args:
         adapter: the name of an adapter; by default the adapter for the model's type.
         packed: True to accept a packed or quantised model, which can be measured, but not pruned.
+        expanded: True to read a quantised checkpoint by expanding its tensors, if a plugin reads
+            its format.
     """
-    checkpoint, config = _read_configuration(source, registry)
+    quantised, checkpoint = None, None
+    if expanded and (found := open_quantised(source, registry)) is not None:
+        source, quantised = found
+        config = quantised.config
+    else:
+        checkpoint, config = _read_configuration(source, registry)
     if source.gguf is None:  # quantised GGUF weights are converted to plain ones
         check_kind(source.reference, config, packed=packed)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.make()
     instance.check(config)
     module = _skeleton_module(source, config)
-    return Opened(source, module, config, spec, instance, checkpoint)
+    return Opened(source, module, config, spec, instance, checkpoint, quantised=quantised)
 
 
 def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
@@ -105,7 +119,7 @@ def load(
         AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.
     """
     source = skeleton.source
-    if not source.on_hub and not source.gguf:
+    if not source.on_hub and not source.gguf and skeleton.quantised is None:
         check_files(Path(source.location))
     arguments = {}
     if quantised_with(skeleton.config) == METHOD:
@@ -114,12 +128,14 @@ def load(
         arguments = {"config": with_weights(skeleton.config)}
     elif source.gguf:
         arguments = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
-    if skeleton.checkpoint is None:
+    if skeleton.quantised is not None:
+        module, missing = _from_weights(skeleton, _expanded(skeleton), dtype)
+    elif skeleton.checkpoint is None:
         stored = None if dtype else find_stored(skeleton)  # None: tensors cannot be read one by one
         stored_dtype = stored.dtype(skeleton) if stored else None
         module, missing = _from_pretrained(skeleton, dtype or stored_dtype, **arguments)
     else:
-        module, missing = _from_checkpoint(source, skeleton.checkpoint, dtype)
+        module, missing = _from_weights(skeleton, skeleton.checkpoint.read, dtype)
     if missing:
         raise AptError(
             f"{source.reference} lacks {len(missing)} weights of {type(module).__name__}, "
@@ -183,13 +199,23 @@ def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
     return AptError(message, "is its config.json the right one?")
 
 
-def _from_checkpoint(
-    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
+def _expanded(skeleton: Opened) -> Callable[[], dict[str, Tensor]]:
+    """A function that reads the weights of a quantised checkpoint."""
+    stored, state = open_stored(skeleton), skeleton.module.state_dict()
+    return lambda: {
+        name: read_parameter(pieces, state[name].shape, stored.shards)
+        for name, pieces in stored.layout.items()
+    }
+
+
+def _from_weights(
+    skeleton: Opened, read: Callable[[], dict[str, Tensor]], dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
     """The model, read by a plugin; each weight keeps its stored dtype if ``dtype`` is None."""
-    module: Any = _skeleton_module(source, checkpoint.config)
+    source, trust = skeleton.source, skeleton.source.trust_remote_code
     with _loading(source):
-        loaded = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
+        module: Any = skeleton_module(skeleton.config, trust_remote_code=trust)
+        loaded = module.load_state_dict(read(), strict=False, assign=True)
     module.tie_weights()
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if loaded.unexpected_keys:

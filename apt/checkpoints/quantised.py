@@ -61,7 +61,9 @@ class QuantisedCheckpoint(Protocol):
     Attributes:
         config: the configuration, as an object of transformers, without quantisation.
         tensors: all tensors of the model by the names that a plain checkpoint of transformers has.
-            Experts that the file stores as one stack have the name of the stack.
+            Experts that the file stores as one stack have the name, the shape and the order of
+            dimensions of the parameter of transformers, such as ``mlp.experts.gate_up_proj``, even
+            if the file has a stack for each of two joined weights.
         files: the files of the checkpoint.
     """
 
@@ -79,7 +81,8 @@ class QuantisedCheckpoint(Protocol):
         """Write a smaller model, whose tensors have the stored bytes of their sources.
 
         Tensors keep their order, their kinds of numbers and their alignment. All metadata stays,
-        but for what describes the number of blocks, of experts and of weights.
+        but for what describes the number of blocks, of experts and of weights. In a directory,
+        these are the weights and ``config.json``: the caller copies all other files.
 
         Args:
             target: the file, or the directory for a format of directories. It does not exist.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
+from apt.checkpoints.expanded import Expanded
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.former_names import save_tokenizer
 from apt.checkpoints.opened import Opened
@@ -193,6 +194,9 @@ class Stored:
 
 def open_stored(skeleton: Opened) -> Stored:
     """The checkpoint; raises `AptError` if its tensors are not the parameters of the model."""
+    if skeleton.quantised is not None:
+        expanded = Expanded(skeleton.quantised)
+        return Stored(expanded.files[0].parent, expanded, layout_of(skeleton, expanded))
     if skeleton.checkpoint is not None or skeleton.source.gguf:
         message = "only checkpoints of transformers can be streamed"
         raise NotStoredError(message, "convert it first with apt-prune convert", ("stream",))

@@ -29,7 +29,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     from apt.output.staging import whole_directory, write_errors
 
     check_place(run, source, (run.tokenizer,), notice)
-    skeleton = open_skeleton(source, registry())
+    skeleton = open_skeleton(source, registry(), expanded=source.gguf is None)
     try:
         tokenizer = load_tokenizer(source, run.tokenizer)
     except AptError as error:

@@ -156,7 +156,8 @@ def _valued(
 def _kind(one: Declared) -> Any:
     """The type by which typer reads the value."""
     if one.repeatable:
-        item = get_args(one.kind)[0] if get_origin(one.kind) is tuple else str
+        plain = get_origin(one.kind) is tuple and one.option.read is None
+        item = get_args(one.kind)[0] if plain else str
         return list[item]  # type: ignore[valid-type]
     if one.option.read is not None or get_origin(one.kind) is Literal or str in one.kinds:
         return str

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.copies import REPORT
 from apt.checkpoints.exporting import Exported
 from apt.cli.export import exported_line
 from apt.cli.interruptions import interrupted
@@ -20,7 +19,7 @@ from apt.engine.prune_task import PruneTask
 from apt.engine.run import Watcher, Work, drive
 from apt.engine.task import Task
 from apt.options import ConfigOptions, write_options
-from apt.output.report import Report
+from apt.output.report import Report, report_of
 from apt.output.staging import resumable
 from apt.packing.directory import Packed
 
@@ -108,7 +107,7 @@ class CommandWatcher(Watcher):
 
 def _written(output: Path) -> int | None:
     """The time at which the report of an output was written; None if there is none."""
-    report = output / REPORT
+    report = report_of(output)
     return report.stat().st_mtime_ns if report.is_file() else None
 
 

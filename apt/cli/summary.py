@@ -137,6 +137,12 @@ def _show_kinds(report: Report) -> None:
 
 def _show_warnings(report: Report) -> None:
     """Print lines about raised damping and about too few tokens."""
+    if rounded := report.structure.get("rounded"):
+        name, kind = next(iter(rounded.items()))
+        say(
+            f"{len(rounded)} tensors have new values, rounded again in their own kinds of numbers "
+            f"({name}: {kind}); all others have their stored bytes"
+        )
     asked = report.options["damping"]
     for event in report.sites:
         if event.damping is not None and event.damping > asked:

@@ -56,7 +56,7 @@ def _decided(task: "PruneTask", status: Status) -> Plan:
 def usual_forecast(run: InspectRun, source: Source, registry: Registry, notice: Notice) -> Planned:
     """The plan of a run with default options, for a model and a pattern."""
     device = choose_device(run.device)
-    skeleton = open_skeleton(source, registry, run.adapter)
+    skeleton = open_skeleton(source, registry, run.adapter, expanded=True)
     if run.on is None or run.compute != "auto":  # the other devices multiply all dtypes fast
         skeleton = skeleton.computing(run.compute, device)
     selection, pattern = selection_of(run), pattern_of(run) or NM(2, 4)

@@ -129,7 +129,22 @@ def with_names(options: R, registry: Registry, notice: Callable[[str], None]) ->
         notice(f"calibration: {options.calibration} (default)")
     if options.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(made, registry)])))
+    if _is_cut_out(made, source, registry):
+        return Named(made, source)
     return Named(_with_export(made, registry, notice), source)
+
+
+def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:
+    """True if a run writes a file of the kind of its model, without some experts or blocks.
+
+    Such a file has the stored bytes of its model. All other files are exported.
+    """
+    if not isinstance(options, ShrinkRun) or not source.has_kind_of(options.directory):
+        return False
+    if options.explicit:
+        return options.sizes.keys() <= {"experts"}
+    named = options.method and registry.shrink_methods.get(options.method).chooses
+    return options.mode == "depth" or (options.mode in (None, "width") and named == "experts")
 
 
 def _with_export(options: W, registry: Registry, notice: Callable[[str], None]) -> W:

@@ -17,9 +17,10 @@ from apt.files.journal import check_same
 from apt.files.writing import check_file
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded
+from apt.options import ShrinkRun
 from apt.output.json_values import json_value
 from apt.output.location import check_not_input, check_output
-from apt.output.report import Report, read_report
+from apt.output.report import Report, read_report, report_beside
 from apt.output.staging import resumable
 from apt.plugin.registry import Registry
 
@@ -35,7 +36,12 @@ def open_model(
     """
     options, source = named.options, named.source
     check_place(options, source, texts, notice)
-    opened = open_skeleton(source, registry, options.adapter)
+    same = source.gguf is None or source.has_kind_of(options.output)
+    expanded = same and isinstance(options, ShrinkRun)
+    opened = open_skeleton(source, registry, options.adapter, expanded=expanded)
+    if source.has_kind_of(options.output) and opened.quantised is None:
+        fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
+        raise AptError(fault, "name a directory as the output", ("output",))
     if options.adapter is None and opened.spec.default:
         kind = opened.config.model_type
         notice(f"adapter: {opened.spec.name} (default, since none is for type '{kind}' alone)")
@@ -61,6 +67,10 @@ def check_place(options: Any, source: Source, texts: Sequence[str | None], notic
             fault = f"export {file} is inside the output"
             raise AptError(fault, "choose another file", ("export",))
         check_file(file, overwrite=options.overwrite, inputs=inputs, options=("export",))
+    if source.has_kind_of(output):
+        for path in (output, report_beside(output)):
+            check_file(path, overwrite=options.overwrite, inputs=inputs, options=("output",))
+        return
     if getattr(options, "resume", False) and (resumable(output) or read_report(output)):
         check_not_input(output, inputs)
         return

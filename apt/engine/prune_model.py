@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
-from apt.events import ExpertsRemoved, SitePruned
+from apt.events import Done, ExpertsRemoved, SitePruned
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
@@ -61,7 +62,9 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         The report with the record of each site.
     """
     tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
-    done, structure = prune_blocks(store, job, tokens), {}
+    done, structure = list[Done](), dict[str, Any]()
+    if job.recipe.error_aware or any(block.changes for block in job.plan.blocks):
+        done = prune_blocks(store, job, tokens)
     if job.structure is not None:
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)

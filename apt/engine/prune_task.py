@@ -16,6 +16,7 @@ from apt.distributed.launch import whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
 from apt.engine.export import check_exportable
+from apt.engine.in_place import check_sliceable, without_rounding
 from apt.engine.machine import check_tokens, choose_device, read_dtype
 from apt.engine.opening import Named, pattern_of, selection_of
 from apt.engine.packing import check_packed_place
@@ -148,6 +149,8 @@ class PruneTask(Task):
         report = prune_model(store, text, replace(self.job, plan=plan), report)
         if self.training is not None:
             report = _trained(self.training, store, report)
+        if self.in_place:
+            report = replace(report, structure=report.structure | {"rounded": store.rounded})
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
         return Changed(report, plan, save_masks=save_masks)
 
@@ -207,6 +210,9 @@ def prepare_pruning(
     seqlen = capped(options.seqlen, skeleton, notice)
     streams, adapter = options.stream or options.resume, skeleton.spec.name
     options = replace(options, stream=streams, adapter=adapter, seqlen=seqlen)
+    in_place = skeleton.quantised is not None
+    if in_place and isinstance(options, ShrinkRun):
+        options = without_rounding(options, notice)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
         _, method, job = made(options, skeleton, lambda line: None)
         options = ranks.share(
@@ -216,6 +222,8 @@ def prepare_pruning(
         left = replace(options, minutes=max(minutes - taken, 0.0))
         training = training_of(left, skeleton, registry, device)
     options, method, job = made(options, skeleton, notice)
+    if in_place and isinstance(options, ShrinkRun):
+        job = check_sliceable(skeleton, job, options)
     if named.options.method is None:
         notice(f"method: {method.name} (default)")
     task = PruneTask(

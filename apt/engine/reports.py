@@ -34,9 +34,7 @@ def report_beside(source: Source) -> dict[str, Any]:
     Raises:
         AptError: it is damaged.
     """
-    if source.on_hub or source.gguf:
-        return {}
-    return read_report(Path(source.location)) or {}
+    return {} if source.on_hub else read_report(Path(source.location, source.gguf or "")) or {}
 
 
 def continued(record: dict[str, Any] | None, skeleton: Opened, where: Path) -> Report:

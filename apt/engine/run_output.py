@@ -18,6 +18,7 @@ from apt.checkpoints.stored import local_directory
 from apt.checkpoints.verify import zeros_of
 from apt.distributed.ranks import Ranks
 from apt.engine.in_memory import InMemory
+from apt.engine.in_place import InPlace
 from apt.engine.streamed import Streamed
 from apt.engine.task import WITHOUT_EFFECT, Changed, Task
 from apt.engine.text import Text
@@ -28,7 +29,7 @@ from apt.locations.paths import portable
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, read_report, versions
-from apt.output.staging import Staging, write_errors
+from apt.output.staging import FileStaging, Staging, write_errors
 from apt.output.timeline import Timeline
 
 
@@ -60,11 +61,13 @@ class RunOutput:
 
     def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
         self.task, self.ranks, self._timeline = task, ranks, timeline
-        kind = Streamed if task.stream else InMemory
+        kind = InPlace if task.in_place else Streamed if task.stream else InMemory
         self.store: InMemory | Streamed = kind(task, ranks, timeline.observe, timeline.status)
-        self.work = Staging(task.options.output, task.options.overwrite)
+        self._is_file = task.skeleton.source.has_kind_of(task.options.output)
+        staging = FileStaging if self._is_file else Staging
+        self.work = staging(task.options.output, task.options.overwrite)
         self.store.folder = self.work.folder
-        self._resumable = task.stream or task.resumable
+        self._resumable = (task.stream and not task.in_place) or task.resumable
         if self._resumable:
             self.store.journal = self.work.journal
         if getattr(task.options, "activations", None) == "disk":
@@ -84,7 +87,7 @@ class RunOutput:
 
     def _errors(self) -> AbstractContextManager[None]:
         """Turn errors of the disk into an `AptError`."""
-        if self.task.stream:
+        if self._resumable and self.task.stream:
             return write_errors(self.work.name, "correct that, then resume the run", ("resume",))
         return write_errors(self.work.name)
 
@@ -238,7 +241,9 @@ class RunOutput:
         report = self.task.finished(report, scores, self._timeline.record(), seconds)
         if self._problem is not None:
             report = replace(report, problems=[*report.problems, self._problem.record])
-        write_card(directory, report, None if skeleton.source.gguf else local_directory(skeleton))
+        if not self._is_file:
+            original = None if skeleton.source.gguf else local_directory(skeleton)
+            write_card(directory, report, original)
         return report.write(directory, changed)
 
     def complete(self, report: Report) -> Report:

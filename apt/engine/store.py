@@ -22,14 +22,16 @@ class ModelStore(BlockStore):
     """A model, and the surroundings of a run.
 
     Its kinds are a model that a program passes, `apt.engine.given.GivenModel`, a checkpoint that is
-    read into memory, `apt.engine.in_memory.InMemory`, and one whose blocks stay on disk,
-    `apt.engine.streamed.Streamed`.
+    read into memory, `apt.engine.in_memory.InMemory`, one whose blocks stay on disk,
+    `apt.engine.streamed.Streamed`, and a quantised one, `apt.engine.in_place.InPlace`.
 
     Attributes:
         journal: the journal of the run.
         folder: a folder for what a training keeps on disk.
         precision: the dtype of the stored weights, and the dtype that the model computes in.
         opening: the seconds until the model was open and measured.
+        rounded: the kinds of numbers in which changed tensors of a quantised checkpoint are
+            rounded again, by their names.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class ModelStore(BlockStore):
         self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
         self._cast: ComputeDtype | None = None
         self.journal = Journal()
+        self.rounded: dict[str, str] = {}
 
     @cached_property
     def weights(self) -> str:

@@ -69,6 +69,11 @@ class Task:
         return bool(getattr(self.options, "stream", False))
 
     @property
+    def in_place(self) -> bool:
+        """True if the output has the stored bytes of a quantised checkpoint."""
+        return self.skeleton.quantised is not None
+
+    @property
     def resume(self) -> bool:
         """True if an interrupted run is to be continued."""
         return bool(getattr(self.options, "resume", False))
@@ -107,9 +112,12 @@ class Task:
         raise NotImplementedError
 
     def open(self, written: Path) -> Opened:
-        """The changed model in a directory, without weights."""
-        source = replace(self.skeleton.source, location=str(written), gguf=None)
-        return open_skeleton(source, self.registry, self.skeleton.spec.name)
+        """The changed model in a directory or a file, without weights."""
+        place = {"location": str(written), "gguf": None}
+        if written.is_file():
+            place = {"location": str(written.parent), "gguf": written.name}
+        source, adapter = replace(self.skeleton.source, **place), self.skeleton.spec.name
+        return open_skeleton(source, self.registry, adapter, expanded=self.in_place)
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float

@@ -51,6 +51,10 @@ class Source:
         path = Path(self.location) / (self.gguf or "")
         return [path] if path.exists() else []
 
+    def has_kind_of(self, path: Path) -> bool:
+        """True if it is a file, and a path has the suffix of such files."""
+        return self.gguf is not None and path.suffix == Path(self.gguf).suffix
+
     def options(self) -> dict[str, Any]:
         """The arguments for every ``from_pretrained``."""
         gguf = {"gguf_file": self.gguf} if self.gguf else {}

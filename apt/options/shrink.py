@@ -46,6 +46,19 @@ def read_sizes(texts: list[str]) -> dict[str, int | float]:
     return sizes
 
 
+def read_indices(texts: list[Any]) -> tuple[int, ...]:
+    """The indices in texts such as ``20`` and ``20,21``.
+
+    Raises:
+        AptError: a text has another form.
+    """
+    parts = [part.strip() for text in texts for part in str(text).split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        hint = "write the numbers of blocks from 0 on, such as 20,21"
+        raise AptError(f"drop {wrong[0] or ','} is no index of a block", hint, ("drop",))
+    return tuple(map(int, parts))
+
+
 @options
 class ShrinkOptions(Options):
     """The options of a smaller model."""
@@ -81,8 +94,10 @@ class ShrinkOptions(Options):
         "Keep N blocks, in place of --keep.", default=None, panel=SIZE, metavar="N"
     )
     drop: tuple[int, ...] = option(
-        "Drop the block with this index, from 0, in place of --keep; repeatable.",
-        default=(), panel=SIZE, metavar="INDEX",
+        "Drop the blocks with these indices, from 0, such as 20,21, in place of --keep; "
+        "repeatable.",
+        default=(), panel=SIZE, metavar="INDEX", read=read_indices,
+        text=lambda indices: [str(index) for index in indices],
     )  # fmt: skip
     evaluations: int = option(
         "Candidates that --search evaluates at most.",

@@ -157,7 +157,7 @@ class Report:
     @classmethod
     @checked
     def read(cls, directory: Path | str) -> "Report":
-        """The report in ``directory``.
+        """The report in ``directory``, or beside the file of a model.
 
         Raises:
             AptError: there is no report, or it cannot be read.
@@ -269,9 +269,19 @@ def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def read_report(directory: Path) -> dict[str, Any] | None:
-    """The record in ``directory``, or None; raises `AptError` if it is damaged."""
-    path = directory / REPORT
+def report_beside(file: Path) -> Path:
+    """The path of the report of a model that is a single file: NAME.apt_report.json."""
+    return file.with_name(f"{file.stem}.{REPORT}")
+
+
+def report_of(model: Path) -> Path:
+    """The path of the report in a directory, or beside a file."""
+    return report_beside(model) if model.is_file() else model / REPORT
+
+
+def read_report(model: Path) -> dict[str, Any] | None:
+    """The record of a directory or a file, or None; raises `AptError` if it is damaged."""
+    path = report_of(model)
     if not path.is_file():
         return None
     try:

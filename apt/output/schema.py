@@ -139,6 +139,7 @@ _STRUCTURE = entries(
     { "experts": named(
             entries({"removed": many(count), "merged": many(row(count, count))})
         ),
+        "rounded": named(text),
         "candidates": many(
             entries({"loss": number, "share": number, "blocks": count, "groups": named(count)})
         ),

@@ -23,7 +23,7 @@ from apt.files.locking import locked
 from apt.files.renaming import exchange, rename_new
 from apt.files.writing import check_file
 from apt.output.location import cannot_write, check_replaceable, staging_folder
-from apt.output.report import listed_files, read_report
+from apt.output.report import listed_files, read_report, report_beside
 
 _JOURNAL, _FINISHED = "journal.jsonl", "finished"
 
@@ -216,6 +216,32 @@ class Staging:
             for path in (Path(parent) / name for name in (*folders, *names)):
                 if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
                     raise self.journal.damaged(f"{path} is a link")
+
+
+class FileStaging(Staging):
+    """The staging folder of a run whose output is a file, with its report beside it."""
+
+    def publish(self) -> None:
+        """Move the file to its place, and then its report; delete the staging folder.
+
+        Raises:
+            AptError: a file that may not be replaced was created there. The result then stays in
+                the staging folder, which is in the message.
+        """
+        hint = f"the result is complete, in {self.out}"
+        places = {self.output.name: self.output, REPORT: report_beside(self.output)}
+        set_permissions(self.out)
+        with write_errors(self.name, hint):
+            flush(self.out)
+            for path in places.values():
+                check_file(path, overwrite=self.overwrite)
+            for name, path in places.items():
+                if self.overwrite:
+                    (self.out / name).replace(path)
+                else:
+                    rename_new(self.out / name, path)
+            flush_folder(self.output.parent)
+        self._remove()
 
 
 def _put_back(aside: Path, place: Path) -> None:

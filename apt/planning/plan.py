@@ -191,6 +191,11 @@ class PlannedBlock:
         return {entry.groups.kind: entry.kept for entry in self.groups}
 
     @property
+    def changes(self) -> bool:
+        """True if a weight of the block may change."""
+        return bool(self.pruned or self.groups or self.extras or self.permutable)
+
+    @property
     def pruned(self) -> list[PlannedSite]:
         """The sites that do not stay dense."""
         return [site for site in self.sites if site.pattern is not None]

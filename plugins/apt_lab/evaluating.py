@@ -130,7 +130,8 @@ def _skeletons(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
     from apt.checkpoints.stored import open_stored
     from apt.extending import check_same_vocabulary, open_skeleton
 
-    model = open_skeleton(sources[0], registry(), run.adapter, packed=not run.stream)
+    whole = not run.stream
+    model = open_skeleton(sources[0], registry(), run.adapter, packed=whole, expanded=run.stream)
     if run.adapter is not None:
         for _, block in model.adapter.blocks(model.module):
             model.adapter.sites(block)  # raises if the adapter is for another family

@@ -1,0 +1,115 @@
+"""A GGUF file as a checkpoint whose tensors are expanded one by one, and sliced byte by byte."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from apt.checkpoints.quantised import ExpandedTensor, QuantisedCheckpoint, Slices
+from apt.errors import AptError
+from apt.locations.model_source import Source
+
+if TYPE_CHECKING:
+    from apt_plugins.gguf_files.parameters import Parameter
+
+_EXPANDED = 1 << 24  # values that are expanded at a time
+
+
+def open_file(source: Source) -> QuantisedCheckpoint | None:
+    """The checkpoint of a GGUF file; None if the source is none, or the package gguf is missing.
+
+    Raises:
+        AptError: the file is damaged or split, or its architecture is not read.
+    """
+    if source.gguf is None or find_spec("gguf") is None:
+        return None
+    return GgufCheckpoint(Path(source.location) / source.gguf)
+
+
+class GgufCheckpoint:
+    """A GGUF file as a `QuantisedCheckpoint`."""
+
+    config: Any
+    files: Sequence[Path]
+
+    def __init__(self, path: Path) -> None:
+        """Read the header; raises `AptError` as `open_file` does."""
+        from apt_plugins.gguf_files.configuration import config_of
+        from apt_plugins.gguf_files.stored import StoredFile
+
+        self.file = StoredFile(path)
+        self.files = [path]
+        self.config = config_of(self.file)
+
+    @cached_property
+    def parameters(self) -> "Mapping[str, Parameter]":
+        """The parameters of the model, as they lie in the file; raises `AptError` if not all do."""
+        from apt_plugins.gguf_files.parameters import missing_parameters, parameters_of
+
+        found = parameters_of(self.config, self.file.architecture, self.file.shapes)
+        path = self.file.path
+        for name in missing_parameters(self.config, found):
+            message = f"{path} has no tensor of the right size for {name} of transformers"
+            raise AptError(message, "is the file complete?", ("source",))
+        used = {tensor for parameter in found.values() for tensor in parameter.tensors}
+        for tensor in self.file.shapes.keys() - used:
+            if not tensor.startswith("rope_"):
+                message = f"{path} has {tensor}, which belongs to no parameter of transformers"
+                raise AptError(message, "use its original checkpoint", ("source",))
+        return found
+
+    @cached_property
+    def tensors(self) -> Mapping[str, ExpandedTensor]:
+        """All parameters of the model; stacks of experts have the names that modules give them."""
+        return {
+            name: ExpandedTensor(parameter.shape, torch.float32, self._kinds(parameter))
+            for name, parameter in self.parameters.items()
+        }
+
+    def _kinds(self, parameter: "Parameter") -> str:
+        """The types of the tensors of a parameter, such as ``q4_K``."""
+        kinds = (self.file.type_of(tensor).name for tensor in parameter.tensors)
+        return "+".join(dict.fromkeys(kind.lower().replace("_k", "_K") for kind in kinds))
+
+    def read(self, name: str) -> Tensor:
+        """A parameter in fp32; a large one is expanded in parts."""
+        parameter = self.parameters[name]
+        count, rest = parameter.shape[0], prod(parameter.shape[1:])
+        if not parameter.by_rows or count * rest <= _EXPANDED:
+            return self._part(name, parameter, None)
+        values = torch.empty(parameter.shape)
+        step = max(1, _EXPANDED // rest)
+        for start in range(0, count, step):
+            rows = range(start, min(start + step, count))
+            values[start : start + step] = self._part(name, parameter, rows)
+        return values
+
+    def _part(self, name: str, parameter: "Parameter", rows: range | None) -> Tensor:
+        """Some rows of a parameter; all for None."""
+        ranges = (rows or range(self.file.shapes[tensor][0]) for tensor in parameter.tensors)
+        given = [
+            torch.from_numpy(self.file.read(tensor, each.start, each.stop))
+            for tensor, each in zip(parameter.tensors, ranges, strict=True)
+        ]
+        values = parameter.expand(given)
+        if tuple(values.shape) != (len(rows) if rows else parameter.shape[0], *parameter.shape[1:]):
+            message = f"{name} of {self.file.path} has another shape than {parameter.shape}"
+            raise AptError(message, "is the file damaged?", ("source",))
+        return values
+
+    def check_sliceable(self, name: str) -> None:
+        """Raise `AptError` if the rows of a parameter have another order in the file."""
+        from apt_plugins.gguf_files.slicing import check_rows
+
+        check_rows(self.file, name, self.parameters[name])
+
+    def write_sliced(self, slices: Slices, target: Path) -> None:
+        """Write a smaller model; `QuantisedCheckpoint.write_sliced`."""
+        from apt_plugins.gguf_files.slicing import write_sliced
+
+        write_sliced(self.file, self.config, self.parameters, slices, target)

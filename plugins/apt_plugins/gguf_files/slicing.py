@@ -1,0 +1,355 @@
+"""A smaller model as a GGUF file with the stored bytes of a larger one.
+
+Entries and tensors keep their order, their types and the alignment. Changed are only the entries
+for the number of blocks, of experts and of weights, and those with a value for each block.
+"""
+
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValueType as Kind
+from torch import Tensor
+
+from apt.checkpoints.quantised import Slices
+from apt.errors import AptError
+from apt_plugins.gguf_files.configuration import Entries, Shapes, config_of, is_mixture, reread
+from apt_plugins.gguf_files.parameters import Parameter, missing_parameters, parameters_of
+from apt_plugins.gguf_files.stored import StoredFile
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_EXPERTS = "_exps."
+_SIZE, _BLOCKS = "general.size_label", "block_count"
+_NOT_PER_BLOCK = ("rope.dimension_sections",)
+_SCALARS = {
+    Kind.UINT8: "<B", Kind.INT8: "<b", Kind.UINT16: "<H", Kind.INT16: "<h", Kind.UINT32: "<I",
+    Kind.INT32: "<i", Kind.FLOAT32: "<f", Kind.BOOL: "<?", Kind.UINT64: "<Q", Kind.INT64: "<q",
+    Kind.FLOAT64: "<d",
+}  # fmt: skip
+_CONFIGURED = {
+    "expert_used_count": "num_experts_per_tok", "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+}  # fmt: skip
+"""Entries for values that may change with the number of experts, by field."""
+_KINDS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+"""Fields of configurations with the kind of each block."""
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A tensor of the smaller file.
+
+    Attributes:
+        name: its name.
+        source: the tensor whose bytes it has.
+        rows: the kept entries of the first dimension of the source; None for all.
+        values: new values in fp32; None for the bytes of the source.
+    """
+
+    name: str
+    source: str
+    rows: Sequence[int] | None = None
+    values: Tensor | None = None
+
+
+def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
+    """Raise `AptError` if the rows of a parameter cannot be cut out of a file."""
+    hint = "remove experts or blocks, or convert the file"
+    if not parameter.by_rows:
+        raise AptError(f"the rows of {name} have another order in {file.path}", hint)
+    for tensor in parameter.tensors:
+        block, _ = gguf.GGML_QUANT_SIZES[file.type_of(tensor)]
+        if len(file.shapes[tensor]) == 1 and block > 1:
+            kind = file.type_of(tensor).name
+            raise AptError(f"the entries of {tensor} share scales ({kind}) in {file.path}", hint)
+
+
+def write_sliced(
+    file: StoredFile,
+    config: Any,
+    parameters: Mapping[str, Parameter],
+    slices: Slices,
+    target: Path,
+) -> None:
+    """Write the file of a smaller model, and compare it with the original.
+
+    Raises:
+        AptError: the format cannot express the smaller model.
+    """
+    tensors = _tensors(file, parameters, slices)
+    changes = _changed_entries(file, config, slices, tensors)
+    _check_types(file, tensors)
+    try:
+        with target.open("xb") as output:
+            digests = _write(output, file, changes, tensors)
+        _verify(file, target, tensors, digests)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _tensors(
+    file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices
+) -> list[Sliced]:
+    """The tensors of the smaller file, in the order of the original."""
+    renamed = _renamed(file, slices.blocks)
+    chosen = _chosen(file, parameters, slices, renamed)
+    used = {tensor for parameter in parameters.values() for tensor in parameter.tensors}
+    return [
+        chosen[source] if source in used else Sliced(name, source)
+        for source, name in renamed.items()
+        if source in chosen or source not in used
+    ]
+
+
+def _renamed(file: StoredFile, blocks: Sequence[int]) -> dict[str, str]:
+    """The names of tensors in the smaller file by their names in the original."""
+    count = int(file.entries[_BLOCKS])
+    if not blocks or list(blocks) != sorted(set(blocks) & set(range(count))):
+        raise AptError(f"{file.path} has blocks 0 to {count - 1}", f"not {list(blocks)}")
+    places = {block: place for place, block in enumerate(blocks)}
+    renamed = dict[str, str]()
+    for name in file.shapes:
+        found = _BLOCK.match(name)
+        if found is None:
+            renamed[name] = name
+        elif int(found[1]) in places:
+            renamed[name] = f"blk.{places[int(found[1])]}.{name[found.end() :]}"
+    return renamed
+
+
+def _chosen(
+    file: StoredFile,
+    parameters: Mapping[str, Parameter],
+    slices: Slices,
+    renamed: Mapping[str, str],
+) -> dict[str, Sliced]:
+    """The tensors of the parameters of the smaller model, by their names in the original."""
+    shapes = {
+        renamed[tensor]: (len(slices.rows.get(name, range(parameter.shape[0]))), *shape[1:])
+        if parameter.by_rows else shape
+        for name, source in slices.sources.items()
+        for parameter in [parameters[source]]
+        for tensor in parameter.tensors
+        for shape in [file.shapes[tensor]]
+        if tensor in renamed
+    }  # fmt: skip
+    smaller = parameters_of(slices.config, file.architecture, shapes)
+    for name in missing_parameters(slices.config, smaller):
+        raise AptError(f"{name} of the smaller model is made of no tensor of {file.path}")
+    chosen = dict[str, Sliced]()
+    for name, parameter in smaller.items():
+        source, rows = slices.sources[name], slices.rows.get(name)
+        before = parameters[source]
+        if tuple(map(renamed.get, before.tensors)) != parameter.tensors:
+            message = f"{name} of the smaller model cannot be made of {source}"
+            raise AptError(message, "blocks keep their order in a GGUF file")
+        if rows is not None:
+            check_rows(file, source, before)
+        values = _new_values(name, parameter, slices.values.get(name))
+        for tensor, new, value in zip(before.tensors, parameter.tensors, values, strict=True):
+            chosen[tensor] = Sliced(new, tensor, rows, value)
+    return chosen
+
+
+def _new_values(name: str, parameter: Parameter, value: Tensor | None) -> Sequence[Tensor | None]:
+    """The new values of the tensors of a parameter; None for the stored ones."""
+    if value is None:
+        return [None] * len(parameter.tensors)
+    if parameter.compress is None:
+        raise AptError(f"new values of {name} cannot be written in a GGUF file")
+    return parameter.compress(value.detach().to("cpu", torch.float32).reshape(parameter.shape))
+
+
+def _check_types(file: StoredFile, tensors: Sequence[Sliced]) -> None:
+    """Raise `AptError` if new values cannot be rounded to the type of their tensor."""
+    for tensor in tensors:
+        if tensor.values is not None:
+            kind = file.type_of(tensor.source)
+            try:
+                gguf.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
+            except NotImplementedError as error:
+                message = f"{tensor.source} is of type {kind.name}, to which no value is rounded"
+                hint = "leave out the compensation, or convert the file to q8_0 or q4_0"
+                raise AptError(message, hint) from error
+
+
+def _changed_entries(
+    file: StoredFile, config: Any, slices: Slices, tensors: Sequence[Sliced]
+) -> dict[str, Any]:
+    """The entries with new values, by their whole keys.
+
+    Raises:
+        AptError: the smaller model needs other entries than those that are known to follow.
+    """
+    before, after = dict(file.entries), dict(file.entries)
+    count, kept = int(before[_BLOCKS]), list(slices.blocks)
+    after[_BLOCKS] = len(kept)
+    for key, value in before.items():
+        if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK:
+            after[key] = [value[block] for block in kept]
+    if leading := before.get("leading_dense_block_count"):
+        after["leading_dense_block_count"] = sum(block < leading for block in kept)
+    if slices.experts is not None:
+        after["expert_count"] = slices.experts
+    for key, name in _CONFIGURED.items():
+        value = getattr(slices.config, name, None)
+        if isinstance(value, int) and isinstance(before.get(key), int):
+            after[key] = value
+    shapes = _shapes(file, tensors)
+    _check_kinds(file, config, slices, reread(file, config, after, shapes))
+    changes = {
+        f"{file.architecture}.{key}": value for key, value in after.items() if value != before[key]
+    }
+    if _SIZE in file.reader.fields and shapes != file.shapes:
+        changes[_SIZE] = _size_label(shapes)
+    return changes
+
+
+def _shapes(file: StoredFile, tensors: Sequence[Sliced]) -> dict[str, tuple[int, ...]]:
+    shapes = dict[str, tuple[int, ...]]()
+    for tensor in tensors:
+        first, *rest = file.shapes[tensor.source]
+        shapes[tensor.name] = (first if tensor.rows is None else len(tensor.rows), *rest)
+    return shapes
+
+
+def _check_kinds(file: StoredFile, config: Any, slices: Slices, found: Any) -> None:
+    """Raise `AptError` if llama.cpp would compute the smaller model otherwise."""
+    kept = list(slices.blocks)
+    for name in _KINDS:
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list) and [kinds[block] for block in kept] != getattr(found, name):
+            message = f"the blocks of {file.path} are of several kinds, which follow from positions"
+            raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
+    if isinstance(layers := getattr(config, "moe_layers", None), list):
+        if [kept.index(layer) for layer in layers if layer in kept] != list(found.moe_layers):
+            message = f"the blocks with experts of {file.path} follow from their positions"
+            raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
+    before, after = config.to_dict(), found.to_dict()
+    derived = slices.experts is not None
+    for name in sorted(before.keys() & after.keys() - _FOLLOWING) if derived else ():
+        if before[name] != after[name]:
+            message = f"llama.cpp computes {name} of {file.architecture} from the number of experts"
+            raise AptError(message, f"{file.path} keeps its number of experts")
+    wanted = slices.config.to_dict()
+    for name in sorted(after.keys() & wanted.keys() & _SIZES):
+        if wanted[name] != after[name]:
+            message = f"the smaller model of {file.path} has another {name}: {wanted[name]}"
+            raise AptError(message, "only experts and blocks are removed from a GGUF file")
+
+
+_FOLLOWING = {
+    *_KINDS, *_CONFIGURED.values(), "moe_layers", "num_hidden_layers", "num_experts",
+    "num_local_experts", "n_routed_experts", "first_k_dense_replace", "max_window_layers",
+}  # fmt: skip
+"""Fields that follow from the number of blocks and of experts."""
+_SIZES = {
+    "num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "hidden_size",
+    "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "first_k_dense_replace", "vocab_size", "num_experts_per_tok", "n_group", "topk_group",
+}  # fmt: skip
+"""Fields in which the smaller model and its file must agree."""
+
+
+def _size_label(shapes: Shapes) -> str:
+    total = sum(map(prod, shapes.values()))
+    experts = {name: shape for name, shape in shapes.items() if _EXPERTS in name}
+    if not experts:
+        return str(gguf.size_label(total, total, 0, 0))
+    count, routed = next(iter(experts.values()))[0], sum(map(prod, experts.values()))
+    return str(gguf.size_label(total, total - routed, routed // count, count))
+
+
+def _write(
+    output: BinaryIO, file: StoredFile, changes: Mapping[str, Any], tensors: Sequence[Sliced]
+) -> list[bytes]:
+    """Write a file; returns the digests of the tensors."""
+    fields = {k: f for k, f in file.reader.fields.items() if not k.startswith("GGUF.")}
+    version = int(file.reader.fields["GGUF.version"].contents())
+    output.write(struct.pack("<IIQQ", gguf.GGUF_MAGIC, version, len(tensors), len(fields)))
+    for key, field in fields.items():
+        stored = b"".join(part.tobytes() for part in field.parts)
+        output.write(_entry(key, field, changes[key]) if key in changes else stored)
+    alignment, offset = int(file.reader.alignment), 0
+    shapes = _shapes(file, tensors)
+    for tensor in tensors:
+        shape, kind = shapes[tensor.name], file.type_of(tensor.source)
+        output.write(_string(tensor.name) + struct.pack("<I", len(shape)))
+        output.write(struct.pack(f"<{len(shape)}QIQ", *reversed(shape), kind, offset))
+        size = file.row_bytes(tensor.source) * shape[0]
+        offset += size + -size % alignment
+    output.write(bytes(-output.tell() % alignment))
+    digests = []
+    for tensor in tensors:
+        digest = blake2b(digest_size=16)
+        for data in _data(file, tensor):
+            output.write(data)
+            digest.update(data)
+        output.write(bytes(-output.tell() % alignment))
+        digests.append(digest.digest())
+    return digests
+
+
+def _entry(key: str, field: gguf.ReaderField, value: Any) -> bytes:
+    """An entry with another value of the same type."""
+    kind, *inside = field.types
+    header = _string(key) + struct.pack("<I", kind)
+    if kind is not Kind.ARRAY:
+        return header + _value(kind, value)
+    items = b"".join(_value(inside[-1], item) for item in value)
+    return header + struct.pack("<IQ", inside[-1], len(value)) + items
+
+
+def _value(kind: Kind, value: Any) -> bytes:
+    return _string(value) if kind is Kind.STRING else struct.pack(_SCALARS[kind], value)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _data(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
+    """The bytes of a tensor of the smaller file, in parts."""
+    if tensor.values is not None:
+        values = np.ascontiguousarray(tensor.values.numpy())
+        with np.errstate(over="ignore"):
+            data = gguf.quantize(values, file.type_of(tensor.source))
+        if file.type_of(tensor.source) is Type.F16 and not np.isfinite(data).all():
+            message = f"new values of {tensor.source} are beyond 65,504, the largest of f16"
+            raise AptError(message, "leave out the compensation")
+        yield np.ascontiguousarray(data).tobytes()
+    elif tensor.rows is None:
+        yield from file.chunks(tensor.source, 0, file.shapes[tensor.source][0])
+    else:
+        for row in tensor.rows:
+            yield from file.chunks(tensor.source, row, row + 1)
+
+
+def _verify(
+    file: StoredFile, target: Path, tensors: Sequence[Sliced], digests: Sequence[bytes]
+) -> None:
+    """Raise if the file was not written as planned."""
+    written = StoredFile(target)
+    kinds = [file.type_of(tensor.source) for tensor in tensors]
+    if list(written.shapes.items()) != list(_shapes(file, tensors).items()) or kinds != [
+        written.type_of(name) for name in written.shapes
+    ]:
+        raise RuntimeError(f"{target} was not written as it is")
+    for name, digest in zip(written.shapes, digests, strict=True):
+        found = blake2b(digest_size=16)
+        for data in written.chunks(name, 0, written.shapes[name][0]):
+            found.update(data)
+        if found.digest() != digest:
+            raise RuntimeError(f"{name} of {target} was not written as it is")
+    config_of(written)
