@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apt.adapter.recording import eval_mode
     from apt.calibration.batches import Batch, enter
-    from apt.checkpoints.copies import copy_files, side_files
     from apt.checkpoints.exporting import Export, Exportable, Exported
     from apt.checkpoints.formats import Checkpoint, find_file, find_source_file, local_copy
     from apt.checkpoints.load import load, load_tokenizer, open_skeleton
@@ -56,17 +55,16 @@ __all__ = [
     "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "QuantisedCheckpoint",
     "Recovery", "Registry", "RoutedExperts", "Shards", "Slices", "Source", "Split", "Teacher",
     "Trainable", "Unallocated", "Unrecovered", "capped", "check_same_vocabulary",
-    "check_vocabulary", "choose_device", "copy_files", "divergence", "enter", "eval_mode",
+    "check_vocabulary", "choose_device", "divergence", "enter", "eval_mode",
     "find_file", "find_source_file", "hub_documents", "load", "load_tokenizer", "local_copy",
     "loss_without", "next_token_loss", "open_skeleton", "read_dtype", "read_file",
-    "read_metadata", "registry", "relative_error", "side_files", "sparsity_of", "synchronise",
+    "read_metadata", "registry", "relative_error", "sparsity_of", "synchronise",
     "train_only", "try_import", "unstructured", "write_header",
 ]  # fmt: skip
 _LAZY = {
     "apt.adapter.recording": ("eval_mode",),
     "apt.calibration.batches": ("Batch", "enter"),
     "apt.checkpoints.exporting": ("Export", "Exportable", "Exported"),
-    "apt.checkpoints.copies": ("copy_files", "side_files"),
     "apt.checkpoints.formats": ("Checkpoint", "find_file", "find_source_file", "local_copy"),
     "apt.checkpoints.load": ("load", "load_tokenizer", "open_skeleton"),
     "apt.checkpoints.opened": ("Opened",),

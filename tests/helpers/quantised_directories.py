@@ -294,7 +294,8 @@ def slices_of(checkpoint, made, kept, blocks, values=None):
         elif tensor.shape[0] == 8 and ("experts" in parts or {"gate", "router"} & {*parts}):
             rows[".".join(parts)] = kept[block]
         sources[".".join(parts)] = name
-    record = {**checkpoint.config.to_dict(), made.count: count, "num_hidden_layers": len(blocks)}
+    field = checkpoint.config.attribute_map.get(made.count, made.count)
+    record = {**checkpoint.config.to_dict(), field: count, "num_hidden_layers": len(blocks)}
     for per_block in ("layer_types", "mlp_layer_types"):
         if isinstance(record.get(per_block), list):
             record[per_block] = [record[per_block][block] for block in blocks]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from apt.errors import AptError
-from apt.extending import Shards, Slices, copy_files, side_files
+from apt.extending import Shards, Slices
 from apt_plugins.quantised_directories.configuration import (
-    rename_beside,
     smaller_record,
+    write_beside,
     write_record,
 )
 from apt_plugins.quantised_directories.format import (
@@ -59,7 +59,7 @@ class QuantisedDirectory:
         used = {key for matrix in matrices.values() for key in matrix.keys.values()}
         self._matrices = {**matrices, **plain_tensors(scheme, used)}
         self.tensors = {name: matrix.expanded for name, matrix in self._matrices.items()}
-        self.files = [directory / "config.json", *self._shards.files]
+        self.files = self._shards.files
 
     def read(self, name: str) -> Tensor:
         """A tensor, expanded; raises `AptError` if a value is not finite."""
@@ -89,6 +89,8 @@ class QuantisedDirectory:
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model, whose tensors have the stored bytes of their sources.
 
+        These are the files of weights, which keep their split, their index and ``config.json``.
+
         Args:
             slices: the smaller model.
             target: a directory that does not exist.
@@ -103,9 +105,8 @@ class QuantisedDirectory:
         parameters = sum(torch.Size(self._shape(name, slices)).numel() for name in slices.sources)
         target.mkdir()
         try:
-            copy_files(side_files(self._directory), self._directory, target)
             write_record(record, target / "config.json")
-            rename_beside(self._directory, target, renaming)
+            write_beside(self._directory, target, renaming)
             write_shards(tensors, self._shards, target, parameters)
         except BaseException:
             remove_partial(target)

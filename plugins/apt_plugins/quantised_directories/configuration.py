@@ -56,8 +56,8 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def rename_beside(source: Path, target: Path, renaming: Renaming) -> None:
-    """Write the new names of modules to copies of other descriptions of the quantisation."""
+def write_beside(source: Path, target: Path, renaming: Renaming) -> None:
+    """Write other descriptions of the quantisation in which names of modules change."""
     for path in (source / name for name in _BESIDE):
         if path.is_file():
             try:
@@ -85,6 +85,6 @@ def _resized(record: Mapping[str, Any], before: Any, after: Any) -> dict[str, An
         if isinstance(inner, dict) and all(hasattr(part, "to_dict") for part in parts):
             result[field] = _resized(inner, *parts)
             continue
-        names = [name for name, own in former.items() if own == field and name in record]
-        result |= dict.fromkeys([field, *names], value)
+        names = [field, *(name for name, own in former.items() if own == field)]
+        result |= dict.fromkeys([name for name in names if name in record] or [field], value)
     return result
