@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from apt.locations.model_source import Source
+from apt.output.report import Report
 from tests.helpers.quantised_directories import MADE, removed_by_hand, slices_of, write
 
 opening = pytest.importorskip("apt_plugins.quantised_directories.opening")
@@ -137,3 +138,23 @@ def test_transformers_reads_the_same_weights_before_and_after(kind, directory, t
     by_hand = removed_by_hand(checkpoint, slices)
     expected = plain_model(by_hand, slices.config, tmp_path / "by_hand")
     assert_same(expected, own_reader(kind, tmp_path / "small"))
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_run_removes_experts_and_a_block(kind, directory, tmp_path, tokenizer, apt):
+    tokenizer.save_pretrained(directory)
+    made = write(kind, directory, vocab_size=2048)
+    small = tmp_path / "small"
+    options = ("--size", "experts=4", "--drop", 1, "--samples", 4, "--seqlen", 16)
+    result = apt("shrink", directory, *options, "-o", small)
+    assert result.code == 0, result.err
+    structure = Report.read(small).structure
+    assert structure["rounded"] == {}
+    assert structure["groups"]["experts"] == {"kept": 4, "of": 8}
+    removed = {int(n.rpartition(".")[2]): x["removed"] for n, x in structure["experts"].items()}
+    kept = {block: [e for e in range(8) if e not in removed.get(block, ())] for block in BLOCKS}
+    whole, after = opened(directory), opened(small)
+    slices = slices_of(whole, made, kept, BLOCKS)
+    for name, tensor in removed_by_hand(whole, slices).items():
+        assert torch.equal(after.read(name), tensor), name
+    assert (small / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()

@@ -223,10 +223,10 @@ MADE = {
 }  # fmt: skip
 
 
-def write(kind, directory):
+def write(kind, directory, **sizes):
     """Write a quantised directory of two files, with an index; returns what was made how."""
     made = MADE[kind]
-    model = mixture(made.family, **{**SIZES, **made.sizes}).to(torch.bfloat16)
+    model = mixture(made.family, **{**SIZES, **made.sizes, **sizes}).to(torch.bfloat16)
     model.save_pretrained(directory / "plain")
     config = json.loads((directory / "plain/config.json").read_text())
     tensors = load_file(directory / "plain/model.safetensors")
@@ -240,7 +240,6 @@ def write(kind, directory):
     shutil.rmtree(directory / "plain")
     write_files(directory, stored)
     (directory / "config.json").write_text(json.dumps({**config, **made.config}))
-    (directory / "tokenizer_config.json").write_text('{"kept": "as it is"}')
     return made
 
 
