@@ -21,6 +21,7 @@ _TYPES = {
     },
     "gpt_oss": {"num_local_experts": 8},
     "mixtral": {"num_local_experts": 8, "intermediate_size": 24},
+    "llama": {},  # dense
     "llama4_text": {"num_local_experts": 8, "intermediate_size_mlp": 24, "num_experts_per_tok": 1},
 }  # fmt: skip
 

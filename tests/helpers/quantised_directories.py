@@ -1,7 +1,6 @@
 """Directories of quantised safetensors files of tiny random mixtures, written by plain rules."""
 
 import json
-import shutil
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +14,10 @@ SIZES = {
     "num_hidden_layers": 3, "dtype": torch.bfloat16,
 }  # fmt: skip
 NF4 = torch.tensor([
-    -1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
-    0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
 ])  # fmt: skip
 
 
@@ -212,6 +213,10 @@ MADE = {
         "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head", *_ROUTERS],
     }}),
+    "nf4-dense": Made("llama", nf4, {"quantization_config": {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
+    }}),
     "mlx": Made(
         "qwen3_moe", mlx(4), {"quantization": _MLX, "quantization_config": _MLX},
         (*Made.chosen, "mlp.gate", "embed_tokens", "lm_head"),
@@ -223,13 +228,16 @@ MADE = {
 }  # fmt: skip
 
 
-def write(kind, directory, **sizes):
-    """Write a quantised directory of two files, with an index; returns what was made how."""
-    made = MADE[kind]
+def write_directory(kind, directory, **sizes):
+    """Write a quantised directory of two files, with an index, and the plain one beside it.
+
+    Returns what was made how.
+    """
+    made, plain = MADE[kind], directory.with_name("plain")
     model = mixture(made.family, **{**SIZES, **made.sizes, **sizes}).to(torch.bfloat16)
-    model.save_pretrained(directory / "plain")
-    config = json.loads((directory / "plain/config.json").read_text())
-    tensors = load_file(directory / "plain/model.safetensors")
+    model.save_pretrained(plain)
+    config = json.loads((plain / "config.json").read_text())
+    tensors = load_file(plain / "model.safetensors")
     if kind.startswith("mlx"):
         tensors = _stacked(tensors)
     stored = {}
@@ -237,7 +245,6 @@ def write(kind, directory, **sizes):
         module = name.removesuffix(".weight")
         chosen = module.endswith(made.chosen) and "router" not in name
         stored |= made.parts(name, tensor) if chosen else {name: tensor}
-    shutil.rmtree(directory / "plain")
     write_files(directory, stored)
     (directory / "config.json").write_text(json.dumps({**config, **made.config}))
     return made
@@ -274,7 +281,7 @@ def _stacked(tensors):
 def slices_of(checkpoint, made, kept, blocks, values=None):
     """The slices of a model with some blocks, and the experts ``kept[block]`` of each."""
     sources, rows = {}, {}
-    count = len(next(iter(kept.values())))
+    count = len(kept[0]) if made.family != "llama" else None
     for name, tensor in checkpoint.tensors.items():
         parts = name.split(".")
         if "layers" not in parts:
@@ -293,8 +300,9 @@ def slices_of(checkpoint, made, kept, blocks, values=None):
         elif tensor.shape[0] == 8 and ("experts" in parts or {"gate", "router"} & {*parts}):
             rows[".".join(parts)] = kept[block]
         sources[".".join(parts)] = name
-    field = checkpoint.config.attribute_map.get(made.count, made.count)
-    record = {**checkpoint.config.to_dict(), field: count, "num_hidden_layers": len(blocks)}
+    record = {**checkpoint.config.to_dict(), "num_hidden_layers": len(blocks)}
+    if count is not None:
+        record[checkpoint.config.attribute_map.get(made.count, made.count)] = count
     for per_block in ("layer_types", "mlp_layer_types"):
         if isinstance(record.get(per_block), list):
             record[per_block] = [record[per_block][block] for block in blocks]

@@ -74,7 +74,7 @@ def group_sizes(shape: Sequence[int], grid: Sequence[int], given: Sequence[int] 
     for size, count, known in zip(shape, grid, stated, strict=True):
         if known and -(-size // known) == count:
             sizes.append(known)
-        elif count and size % count == 0:
+        elif not known and count and size % count == 0:
             sizes.append(size // count)
         else:
             raise ValueError(f"scales of shape {tuple(grid)} for {tuple(shape)}")

@@ -208,16 +208,31 @@ def is_beside(key: str) -> bool:
 
 
 def plain_tensors(scheme: Format, used: Iterable[str]) -> dict[str, Matrix]:
-    """The tensors that are not quantised, by their expanded names."""
+    """The tensors that are not quantised, by their expanded names.
+
+    Raises:
+        AptError: a tensor is a part of a quantised matrix that lacks another part.
+    """
     others = scheme.shards.entries.keys() - set(used)
     found: dict[str, Matrix] = {}
     for key in (key for key in scheme.shards.entries if key in others and not is_beside(key)):
         entry = scheme.shards.entries[key]
+        _check_plain(scheme, key, entry)
         expanded = ExpandedTensor(entry.shape, entry.dtype, kind_of(entry.dtype))
         for name, place in scheme.names(key, entry.shape[0] if entry.shape else 0):
             cuts = {PLAIN: Cut.ROWS if entry.shape else Cut.WHOLE}
             found[name] = Matrix(_slice_of(expanded, place), {PLAIN: key}, cuts, place)
     return found
+
+
+def _check_plain(scheme: Format, key: str, entry: Entry) -> None:
+    """Raise if a tensor is a part of a matrix that lacks the part with the ``marker``."""
+    if entry.dtype.itemsize == 1 and entry.dtype.is_floating_point:
+        raise damaged(key, "it is FP8, and its scales are missing")
+    for ending in set(scheme.endings.values()) - {"", scheme.last}:
+        if key.endswith(ending):
+            stem = key.removesuffix(ending)
+            raise damaged(f"{stem}{scheme.last}", f"{stem}{scheme.marker} is missing")
 
 
 def _slice_of(stack: ExpandedTensor, place: int | None) -> ExpandedTensor:
