@@ -135,11 +135,10 @@ class CompressedTensors(Format):
         """The sizes of blocks by the configuration, if all groups of modules have the same."""
         weights = [group.get("weights") or {} for group in _groups(self.about)]
         blocks = [each.get("block_structure") or (1, each.get("group_size")) for each in weights]
-        only = blocks[0] if blocks and all(each == blocks[0] for each in blocks) else ()
-        if not all(isinstance(size, int) and size > 0 for size in only):
-            return []
         strategies = {str(each.get("strategy", "group")) for each in weights}
-        return [int(size) for size in only] if strategies <= {"group", "block"} else []
+        if not strategies <= {"group", "block"} or any(each != blocks[0] for each in blocks):
+            return []
+        return [size for size in blocks[0] if isinstance(size, int) and size > 0]
 
     def _shape(self, stem: str, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a packed matrix, which is stored beside it."""
