@@ -24,6 +24,7 @@ class Opened:
         checkpoint: the reader and writer of its format; None for the format of transformers.
         compute: the compute dtype of a planned run; None for `dtype`.
         quantised: the quantised checkpoint, if its tensors are expanded when they are read.
+        plain: the reader of a GGUF file whose weights, once read, are those of a plain model.
     """
 
     source: Source
@@ -34,6 +35,7 @@ class Opened:
     checkpoint: Checkpoint | None = None
     compute: torch.dtype | None = None
     quantised: QuantisedCheckpoint | None = None
+    plain: QuantisedCheckpoint | None = None
 
     @property
     def dtype(self) -> torch.dtype:

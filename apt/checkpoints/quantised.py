@@ -68,8 +68,11 @@ class QuantisedCheckpoint(Protocol):
     """
 
     config: Any
-    tensors: Mapping[str, ExpandedTensor]
     files: Sequence[Path]
+
+    @property
+    def tensors(self) -> Mapping[str, ExpandedTensor]:
+        """See above; a property, which may be computed on its first use."""
 
     def read(self, name: str) -> Tensor:
         """A tensor, expanded; raises `AptError` if its bytes are damaged."""

@@ -1,5 +1,6 @@
 """The tensors of a smaller model as parts of the stored tensors: whole tensors and whole rows."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -60,17 +61,20 @@ class Slicing:
         config = smaller_config(skeleton.adapter, skeleton.config, blocks, removed, plan.dropped)
         kept = [index for index, planned in enumerate(plan.blocks) if not planned.dropped]
         sources, rows = self._beside(kept), dict[str, Sequence[int]]()
+        users = dict[str, int]()
         for place, index in enumerate(kept):
             for each in self.block(index, removed.get(plan.blocks[index].name, {}), place):
-                if each.target in sources and (plan.dropped or each.rows is not None):
+                shared = users.setdefault(each.source, index) != index
+                if shared and (plan.dropped or each.rows is not None):
                     raise _not_sliced(each.source, "several blocks use it")
                 sources[each.target] = each.source
                 if each.rows is not None:
                     rows[each.target] = each.rows
         experts = {e.kept for b in plan.blocks for e in b.groups if e.groups.routed}
-        ordered = {target: source for target, source in _in_order(sources, self._stored)}
+        order = {key: place for place, key in enumerate(self._stored.shards.entries)}
+        sources = dict(sorted(sources.items(), key=lambda pair: order[pair[1]]))
         number = experts.pop() if experts else None
-        return Slices(config, ordered, rows, kept, number, values or {})
+        return Slices(config, sources, rows, kept, number, values or {})
 
     def provisional(self, plan: Plan) -> Slices:
         """The same for the last experts of each block: only their number matters."""
@@ -126,22 +130,25 @@ class Slicing:
     def _beside(self, kept: Sequence[int]) -> dict[str, str]:
         """The stored tensors that are no parameter of a block.
 
-        Those under the name of a block, which the model does not use, go with it.
+        Those under the name of a block, which the model does not use, go with it. Those of a block
+        that the model does not have, such as one that predicts further tokens, are left out.
         """
-        inside, prefixes = set[str](), dict[str, int]()
+        inside, before = set[str](), set[str]()
         for index, (name, _) in enumerate(self._blocks):
             for path in self._paths(index):
                 for piece in self._stored.layout[f"{name}.{path}"]:
                     inside.add(piece.key)
-                    before, found, _ = _split(piece.key, index)
-                    prefixes |= {f"{before}{index}.": index} if found else {}
-        places, found = {index: place for place, index in enumerate(kept)}, dict[str, str]()
-        for key in self._stored.shards.entries:
-            owner = next((i for prefix, i in prefixes.items() if key.startswith(prefix)), None)
-            if key in inside or (owner is not None and owner not in places):
-                continue
-            found[key if owner is None else _renumbered(key, owner, places[owner])] = key
-        return found
+                    if (parts := _split(piece.key, index)) is not None:
+                        before.add(parts[0])
+        places, beside = {index: place for place, index in enumerate(kept)}, dict[str, str]()
+        numbered = re.compile(f"({'|'.join(map(re.escape, before))})([0-9]+)[.]")
+        for key in self._stored.shards.entries.keys() - inside:
+            found = numbered.match(key)
+            if found is None:
+                beside[key] = key
+            elif (owner := int(found[2])) in places:
+                beside[_renumbered(key, owner, places[owner])] = key
+        return beside
 
 
 def _cut(
@@ -194,25 +201,19 @@ def _moved_member(path: str, removals: Sequence[Removal]) -> str | None:
     return path
 
 
-def _split(key: str, index: int) -> tuple[str, bool, str]:
-    """What is before and after the number of a block in a name, which is its first such part."""
-    parts = key.split(".")
-    if str(index) not in parts:
-        return key, False, ""
-    at = parts.index(str(index))
-    return "".join(f"{part}." for part in parts[:at]), True, ".".join(parts[at + 1 :])
+def _split(key: str, index: int) -> tuple[str, str] | None:
+    """What is before and after the number of a block in a name, of which it is the first such part.
+
+    None if the name has no such number.
+    """
+    before, found, after = f".{key}".partition(f".{index}.")
+    return (f"{before}."[1:], after) if found else None
 
 
 def _renumbered(key: str, index: int, place: int) -> str:
     """The name of a tensor of block ``index`` as one of block ``place``."""
-    before, found, after = _split(key, index)
-    return f"{before}{place}.{after}" if found and index != place else key
-
-
-def _in_order(sources: Mapping[str, str], stored: Stored) -> Iterator[tuple[str, str]]:
-    """The tensors in the order in which their sources are stored."""
-    order = {name: place for place, name in enumerate(stored.shards.entries)}
-    return iter(sorted(sources.items(), key=lambda pair: order[pair[1]]))
+    parts = _split(key, index)
+    return key if parts is None else f"{parts[0]}{place}.{parts[1]}"
 
 
 def _not_sliced(name: str, why: str) -> AptError:

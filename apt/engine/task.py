@@ -113,10 +113,9 @@ class Task:
 
     def open(self, written: Path) -> Opened:
         """The changed model in a directory or a file, without weights."""
-        place = {"location": str(written), "gguf": None}
-        if written.is_file():
-            place = {"location": str(written.parent), "gguf": written.name}
-        source, adapter = replace(self.skeleton.source, **place), self.skeleton.spec.name
+        is_file, adapter = written.is_file(), self.skeleton.spec.name
+        folder, name = (written.parent, written.name) if is_file else (written, None)
+        source = replace(self.skeleton.source, location=str(folder), gguf=name)
         return open_skeleton(source, self.registry, adapter, expanded=self.in_place)
 
     def finished(

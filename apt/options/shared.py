@@ -286,7 +286,8 @@ class OutputOptions(ShardOptions):
     """Options for the output of a run."""
 
     output: Path | None = option(
-        "Directory to write. NAME.gguf means the directory NAME, and --export NAME.gguf.",
+        "Directory to write. NAME.gguf means the directory NAME, and --export NAME.gguf; where "
+        "shrink removes only experts or blocks from a GGUF file, the file alone.",
         default=None, panel=OUTPUT, short="-o",
     )  # fmt: skip
     export: Path | None = option(

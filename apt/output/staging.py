@@ -231,10 +231,13 @@ class FileStaging(Staging):
         hint = f"the result is complete, in {self.out}"
         places = {self.output.name: self.output, REPORT: report_beside(self.output)}
         set_permissions(self.out)
+        for path in places.values():
+            try:
+                check_file(path, overwrite=self.overwrite)
+            except AptError as error:
+                raise AptError(f"{error.message}, and was not replaced", hint) from error
         with write_errors(self.name, hint):
             flush(self.out)
-            for path in places.values():
-                check_file(path, overwrite=self.overwrite)
             for name, path in places.items():
                 if self.overwrite:
                     (self.out / name).replace(path)

@@ -131,6 +131,17 @@ def apt_exports() -> list[ExportSpec]:
 
 
 @hookimpl
+def apt_quantised_formats() -> list[QuantisedFormatSpec]:
+    """GGUF."""
+    return [
+        QuantisedFormatSpec(
+            "gguf", "files of llama.cpp and Ollama, in all their types of numbers",
+            "apt_plugins.gguf_files.quantised:open_file",
+        )
+    ]  # fmt: skip
+
+
+@hookimpl
 def apt_allocations() -> list[AllocationSpec]:
     """The same sparsity for all sites, published allocations, and APT's own."""
     published, own = "apt_plugins.allocations", "apt_plugins.budget"

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.smaller import shrunk
-from apt.checkpoints.stored import open_stored
 from apt.locations.model_source import find
 from apt.output.report import Report
 from apt.plugin import registry as registries
@@ -113,6 +112,15 @@ def test_blocks_and_experts_are_removed_together(quantised, apt, tmp_path):
     assert result.code == 0, result.err
     structure = Report.read(small).structure
     assert same_parameters(loaded(small).module, by_hand(loaded(model), structure))
+
+
+def test_tensors_that_the_model_does_not_use_go_with_their_block(quantised, apt, tmp_path):
+    model, small = quantised("llama"), tmp_path / "small"
+    more = {n: torch.ones(2) for n in ("model.layers.2.unused", "model.layers.3.mtp", "beside.1.x")}
+    save_file(stored(model) | more, model / FILE)
+    assert apt("shrink", model, "--drop", 1, *SMALL, "-o", small).code == 0
+    left = {name for name, tensor in stored(small).items() if tensor.shape == (2,)}
+    assert left == {"model.layers.1.unused", "beside.1.x"}
 
 
 def test_compensation_rounds_the_last_weights_of_experts_and_names_them(quantised, apt, tmp_path):

@@ -24,7 +24,7 @@ MODELS = {
         "n_routed_experts": 8, "n_shared_experts": 2, "q_lora_rank": None, **MLA
     }),
     "gpt-oss": ("gpt_oss", {"num_local_experts": 8, "sliding_window": 8}),
-    "olmoe": ("olmoe", {"num_experts": 8}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_key_value_heads": 4}),
     "granitemoe": ("granitemoe", {
         "num_local_experts": 8, "attention_multiplier": 0.1, "embedding_multiplier": 2.0,
         "residual_multiplier": 0.7, "logits_scaling": 0.5,

@@ -29,6 +29,7 @@ Values = dict[str, Any]
 
 FREQUENCIES = "rope_freqs.weight"
 _HEAD, _QUERY_BIAS = "output.weight", "attn_q.bias"
+_MOST_BLOCKS = 10_000  # each is a module, even without weights
 _SIGMOID = 2  # the value of the entry expert_gating_func
 _CHUNK, _MAVERICK = 8192, 128  # constants in llama.cpp's code of llama4
 
@@ -39,6 +40,9 @@ _COMMON = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size", "expert_used_count": "num_experts_per_tok",
+}  # fmt: skip
+_WIDTHS = {
+    "moe_intermediate_size": "ffn_gate_exps", "shared_expert_intermediate_size": "ffn_gate_shexp",
 }  # fmt: skip
 _HEAD_SIZE = {"attention.key_length": "head_dim"}
 
@@ -65,9 +69,7 @@ class _Family:
 
 
 def _qwen2_moe(values: Values, entries: Entries, shapes: Shapes) -> None:
-    for name, tensor in {
-        "moe_intermediate_size": "ffn_gate_exps", "shared_expert_intermediate_size": "ffn_gate_shexp"
-    }.items():  # fmt: skip
+    for name, tensor in _WIDTHS.items():
         if not values.get(name) and (shape := shapes.get(f"blk.0.{tensor}.weight")):
             values[name] = shape[-2]  # old files have no such entry
     values["qkv_bias"] = f"blk.0.{_QUERY_BIAS}" in shapes
@@ -168,7 +170,8 @@ _FAMILIES: Mapping[str, _Family] = {
 """Families of mixtures by architecture; ``llama`` only for files with experts."""
 
 _MENDED: Mapping[str, Mapping[str, str]] = {
-    "qwen2": _HEAD_SIZE, "qwen3": _HEAD_SIZE,
+    "qwen2": _HEAD_SIZE, "qwen3": _HEAD_SIZE, "gpt2": {"context_length": "n_positions"},
+    "falcon": {"feed_forward_length": "ffn_hidden_size"},
     "minimax-m2": {"expert_feed_forward_length": "intermediate_size"},
 }  # fmt: skip
 """Fields that transformers does not read, of architectures that it reads otherwise."""
@@ -187,6 +190,9 @@ def config_of(file: StoredFile) -> Any:
     """
     entries = {"vocab_size": file.token_count, **file.entries}
     factors = _rotary_factors(file)
+    if not 0 < entries.get("block_count", 1) <= _MOST_BLOCKS:
+        message = f"{file.path} has {entries['block_count']:,} blocks by its entries"
+        raise AptError(message, "the file is damaged; get it again", ("source",))
     try:
         if is_mixture(file.architecture, entries):
             return mixture_config(
@@ -241,11 +247,11 @@ def mixture_config(
     values["tie_word_embeddings"] = _HEAD not in shapes
     values["attention_bias"] = f"blk.0.{_QUERY_BIAS}" in shapes
     family.adjust(values, entries, shapes)
-    tokens = {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values["rope_scaling"] = _scaling(entries, values, factors)
     if values["model_type"] == "gpt_oss" and values["rope_scaling"]["rope_type"] == "yarn":
         values["rope_scaling"]["truncate"] = False
-    return AutoConfig.for_model(**values, **tokens)
+    return AutoConfig.for_model(**values, **special)
 
 
 def _same_for_all(entry: str, value: Any) -> Any:

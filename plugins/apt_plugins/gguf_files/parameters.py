@@ -58,38 +58,29 @@ class Parameter:
     by_rows: bool = True
 
 
-def parameters_of(config: Any, architecture: str, shapes: Shapes) -> dict[str, Parameter]:
+def parameters_of(config: Any, architecture: str, shapes: Shapes) -> dict[str, Parameter | None]:
     """The parameters of the model of a configuration, by name.
 
     Args:
         shapes: the shapes of the tensors of the file.
 
     Returns:
-        The parameters, without those that have no tensor in the file.
+        The parameters; None for those that have no tensor of the right size in the file.
     """
     with torch.device("meta"):
         state = without_weights(config, trust_remote_code=False).state_dict()
     kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
-    found = dict[str, Parameter]()
-    for name, tensor in state.items():
-        if name in tied:
-            continue
-        parameter = _special(name, config, tuple(tensor.shape), shapes)
+    found = dict[str, Parameter | None]()
+    for name in [name for name in state if name not in tied]:
+        shape = tuple(state[name].shape)
+        parameter = _special(name, config, shape, shapes)
         if parameter is None and (stored := _stored_name(name, names, shapes)):
-            parameter = _plain(stored, tuple(tensor.shape), architecture, config, shapes)
-        if parameter is not None and all(stored in shapes for stored in parameter.tensors):
-            found[name] = parameter
+            parameter = _plain(stored, shape, architecture, config, shapes)
+        is_whole = parameter is not None and all(each in shapes for each in parameter.tensors)
+        found[name] = parameter if is_whole else None
     return found
-
-
-def missing_parameters(config: Any, found: Mapping[str, Parameter]) -> list[str]:
-    """The parameters of the model of a configuration that were not found."""
-    with torch.device("meta"):
-        state = without_weights(config, trust_remote_code=False).state_dict()
-    tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
-    return [name for name in state if name not in found and name not in tied]
 
 
 def _stored_name(name: str, names: gguf.TensorNameMap, shapes: Shapes) -> str | None:
@@ -100,9 +91,9 @@ def _stored_name(name: str, names: gguf.TensorNameMap, shapes: Shapes) -> str | 
             return f"blk.{block[1]}.{stored}"
     parts = name.split(".")
     for known in (name, ".".join(parts[1:])):  # some names in the table lack the model's prefix
-        stored = names.get_name(known, try_suffixes=_SUFFIXES)
-        for candidate in (stored, f"{stored}.weight"):
-            if stored is not None and candidate in shapes:
+        found = names.get_name(known, try_suffixes=_SUFFIXES)
+        for candidate in (found, f"{found}.weight"):
+            if found is not None and candidate in shapes:
                 return candidate
     return None
 
@@ -117,7 +108,7 @@ def _plain(
     reordered = any(part in stored for part in _REORDERED.get(architecture, ()))
     by_rows = not reordered and shapes[stored][0] == shape[0]
     processor = TENSOR_PROCESSORS.get(architecture)
-    if processor is None or ".ffn_" in stored and "_exps" in stored or "moe" in architecture:
+    if processor is None or "moe" in architecture:
         return Parameter(shape, (stored,), lambda given: given[0].reshape(-1, *shape[1:]),
                          lambda value: [value.reshape(shapes[stored])], by_rows)  # fmt: skip
     values = config.to_dict()
@@ -141,9 +132,7 @@ def _plain(
     return Parameter(shape, (stored,), expand, compress if change else None, by_rows)
 
 
-def _special(
-    name: str, config: Any, shape: tuple[int, ...], shapes: Shapes
-) -> Parameter | None:
+def _special(name: str, config: Any, shape: tuple[int, ...], shapes: Shapes) -> Parameter | None:
     """A parameter that is a stack of experts, or is made of several tensors."""
     found = _BLOCK.search(name)
     if found is None:
@@ -153,7 +142,9 @@ def _special(
         return _stack(name, block, config.model_type, shape, shapes)
     if name.endswith(".shared_mlp.input_linear.weight"):
         pair = tuple(f"{block}ffn_{part}_shexp.weight" for part in ("gate", "up"))
-        return Parameter(shape, pair, torch.cat, lambda value: value.chunk(2), by_rows=False)
+        return Parameter(
+            shape, pair, lambda given: torch.cat(list(given)), lambda value: value.chunk(2), by_rows=False
+        )  # fmt: skip
     if name.endswith(".kv_b_proj.weight") and f"{block}attn_k_b.weight" in shapes:
         return _latent(block, shape, shapes)
     return None
@@ -176,7 +167,9 @@ def _stack(
 
     def expand(given: Sequence[Tensor]) -> Tensor:
         gate, up = given[0].chunk(2, 1) if len(given) == 1 else given
-        joined = torch.stack([gate, up], 2).flatten(1, 2) if interleaved else torch.cat([gate, up], 1)
+        joined = (
+            torch.stack([gate, up], 2).flatten(1, 2) if interleaved else torch.cat([gate, up], 1)
+        )
         return joined.mT.contiguous() if transposed else joined
 
     def compress(value: Tensor) -> Sequence[Tensor]:

@@ -49,13 +49,15 @@ class GgufCheckpoint:
     @cached_property
     def parameters(self) -> "Mapping[str, Parameter]":
         """The parameters of the model, as they lie in the file; raises `AptError` if not all do."""
-        from apt_plugins.gguf_files.parameters import missing_parameters, parameters_of
+        from apt_plugins.gguf_files.parameters import parameters_of
 
-        found = parameters_of(self.config, self.file.architecture, self.file.shapes)
-        path = self.file.path
-        for name in missing_parameters(self.config, found):
-            message = f"{path} has no tensor of the right size for {name} of transformers"
-            raise AptError(message, "is the file complete?", ("source",))
+        path, found = self.file.path, dict[str, "Parameter"]()
+        made = parameters_of(self.config, self.file.architecture, self.file.shapes)
+        for name, parameter in made.items():
+            if parameter is None:
+                message = f"{path} has no tensor of the right size for {name} of transformers"
+                raise AptError(message, "is the file complete?", ("source",))
+            found[name] = parameter
         used = {tensor for parameter in found.values() for tensor in parameter.tensors}
         for tensor in self.file.shapes.keys() - used:
             if not tensor.startswith("rope_"):

@@ -6,8 +6,9 @@ for the number of blocks, of experts and of weights, and those with a value for 
 
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from apt.checkpoints.quantised import Slices
 from apt.errors import AptError
-from apt_plugins.gguf_files.configuration import Entries, Shapes, config_of, is_mixture, reread
-from apt_plugins.gguf_files.parameters import Parameter, missing_parameters, parameters_of
+from apt_plugins.gguf_files.configuration import Shapes, config_of, reread
+from apt_plugins.gguf_files.parameters import Parameter, parameters_of
 from apt_plugins.gguf_files.stored import StoredFile
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -40,6 +41,8 @@ _CONFIGURED = {
     "expert_group_used_count": "topk_group",
 }  # fmt: skip
 """Entries for values that may change with the number of experts, by field."""
+_LITE = (26, 27)
+"""The numbers of blocks of a deepseek2 without a bottleneck of queries that llama.cpp opens."""
 _KINDS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Fields of configurations with the kind of each block."""
 
@@ -52,13 +55,13 @@ class Sliced:
         name: its name.
         source: the tensor whose bytes it has.
         rows: the kept entries of the first dimension of the source; None for all.
-        values: new values in fp32; None for the bytes of the source.
+        values: returns new values in fp32; None for the bytes of the source.
     """
 
     name: str
     source: str
     rows: Sequence[int] | None = None
-    values: Tensor | None = None
+    values: Callable[[], Tensor] | None = None
 
 
 def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
@@ -74,11 +77,7 @@ def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
 
 
 def write_sliced(
-    file: StoredFile,
-    config: Any,
-    parameters: Mapping[str, Parameter],
-    slices: Slices,
-    target: Path,
+    file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices, target: Path
 ) -> None:
     """Write the file of a smaller model, and compare it with the original.
 
@@ -97,9 +96,7 @@ def write_sliced(
         raise
 
 
-def _tensors(
-    file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices
-) -> list[Sliced]:
+def _tensors(file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices) -> list[Sliced]:
     """The tensors of the smaller file, in the order of the original."""
     renamed = _renamed(file, slices.blocks)
     chosen = _chosen(file, parameters, slices, renamed)
@@ -144,10 +141,11 @@ def _chosen(
         if tensor in renamed
     }  # fmt: skip
     smaller = parameters_of(slices.config, file.architecture, shapes)
-    for name in missing_parameters(slices.config, smaller):
-        raise AptError(f"{name} of the smaller model is made of no tensor of {file.path}")
     chosen = dict[str, Sliced]()
     for name, parameter in smaller.items():
+        if parameter is None or name not in slices.sources:
+            message = f"{name} of the smaller model is made of no tensor of {file.path}"
+            raise AptError(message, "only experts and blocks are removed from a GGUF file")
         source, rows = slices.sources[name], slices.rows.get(name)
         before = parameters[source]
         if tuple(map(renamed.get, before.tensors)) != parameter.tensors:
@@ -155,19 +153,28 @@ def _chosen(
             raise AptError(message, "blocks keep their order in a GGUF file")
         if rows is not None:
             check_rows(file, source, before)
-        values = _new_values(name, parameter, slices.values.get(name))
-        for tensor, new, value in zip(before.tensors, parameter.tensors, values, strict=True):
-            chosen[tensor] = Sliced(new, tensor, rows, value)
+        new_values = _new_values(name, parameter, slices.values)
+        pairs = zip(before.tensors, parameter.tensors, strict=True)
+        for place, (tensor, new) in enumerate(pairs):
+            chosen[tensor] = Sliced(new, tensor, rows, new_values and partial(new_values, place))
     return chosen
 
 
-def _new_values(name: str, parameter: Parameter, value: Tensor | None) -> Sequence[Tensor | None]:
-    """The new values of the tensors of a parameter; None for the stored ones."""
-    if value is None:
-        return [None] * len(parameter.tensors)
-    if parameter.compress is None:
-        raise AptError(f"new values of {name} cannot be written in a GGUF file")
-    return parameter.compress(value.detach().to("cpu", torch.float32).reshape(parameter.shape))
+def _new_values(
+    name: str, parameter: Parameter, values: Mapping[str, Tensor]
+) -> Callable[[int], Tensor] | None:
+    """A function that returns new values of a tensor of a parameter; None without new values."""
+    compress = parameter.compress
+    if name not in values:
+        return None
+    if compress is None:
+        raise AptError(f"new values of {name} cannot be written in a GGUF file", "keep them")
+
+    def of(place: int) -> Tensor:
+        value = values[name].detach().to("cpu", torch.float32)
+        return compress(value.reshape(parameter.shape))[place]
+
+    return of
 
 
 def _check_types(file: StoredFile, tensors: Sequence[Sliced]) -> None:
@@ -205,6 +212,10 @@ def _changed_entries(
         value = getattr(slices.config, name, None)
         if isinstance(value, int) and isinstance(before.get(key), int):
             after[key] = value
+    lite = file.architecture == "deepseek2" and "attention.q_lora_rank" not in before
+    if lite and len(kept) not in (count, *_LITE):
+        message = f"llama.cpp opens {file.path} with 26 or 27 blocks only"
+        raise AptError(message, "remove experts, or another number of blocks", ("drop",))
     shapes = _shapes(file, tensors)
     _check_kinds(file, config, slices, reread(file, config, after, shapes))
     changes = {
@@ -224,28 +235,34 @@ def _shapes(file: StoredFile, tensors: Sequence[Sliced]) -> dict[str, tuple[int,
 
 
 def _check_kinds(file: StoredFile, config: Any, slices: Slices, found: Any) -> None:
-    """Raise `AptError` if llama.cpp would compute the smaller model otherwise."""
-    kept = list(slices.blocks)
-    for name in _KINDS:
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list) and [kinds[block] for block in kept] != getattr(found, name):
-            message = f"the blocks of {file.path} are of several kinds, which follow from positions"
-            raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
-    if isinstance(layers := getattr(config, "moe_layers", None), list):
-        if [kept.index(layer) for layer in layers if layer in kept] != list(found.moe_layers):
-            message = f"the blocks with experts of {file.path} follow from their positions"
-            raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
-    before, after = config.to_dict(), found.to_dict()
-    derived = slices.experts is not None
-    for name in sorted(before.keys() & after.keys() - _FOLLOWING) if derived else ():
+    """Raise if llama.cpp would compute the smaller model otherwise.
+
+    Args:
+        config: the configuration of the original.
+        found: that of the smaller model by the entries of its file.
+    """
+    if _kinds_of(config, slices.blocks) != _kinds_of(found, range(found.num_hidden_layers)):
+        message = f"the blocks of {file.path} are of several kinds, which follow from positions"
+        raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
+    before, after, wanted = config.to_dict(), found.to_dict(), slices.config.to_dict()
+    same = before.keys() & after.keys() - _FOLLOWING if slices.experts is not None else set()
+    for name in sorted(same):
         if before[name] != after[name]:
             message = f"llama.cpp computes {name} of {file.architecture} from the number of experts"
             raise AptError(message, f"{file.path} keeps its number of experts")
-    wanted = slices.config.to_dict()
     for name in sorted(after.keys() & wanted.keys() & _SIZES):
         if wanted[name] != after[name]:
             message = f"the smaller model of {file.path} has another {name}: {wanted[name]}"
             raise AptError(message, "only experts and blocks are removed from a GGUF file")
+
+
+def _kinds_of(config: Any, blocks: Sequence[int]) -> list[list[Any]]:
+    """The kinds of some blocks by each field of a configuration that has kinds."""
+    fields = (getattr(config, name, None) for name in _KINDS)
+    kinds = [[kinds[block] for block in blocks] for kinds in fields if isinstance(kinds, list)]
+    if isinstance(layers := getattr(config, "moe_layers", None), list):
+        kinds.append([block in layers for block in blocks])
+    return kinds
 
 
 _FOLLOWING = {
@@ -322,7 +339,7 @@ def _string(text: str) -> bytes:
 def _data(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
     """The bytes of a tensor of the smaller file, in parts."""
     if tensor.values is not None:
-        values = np.ascontiguousarray(tensor.values.numpy())
+        values = np.ascontiguousarray(tensor.values().numpy())
         with np.errstate(over="ignore"):
             data = gguf.quantize(values, file.type_of(tensor.source))
         if file.type_of(tensor.source) is Type.F16 and not np.isfinite(data).all():
