@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-FP4 = torch.cat([FP4, -FP4])
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_FP4 = torch.cat([_FP4, -_FP4])
 """The 16 values of FP4 (one bit of sign, two of exponent, one of mantissa) by their codes."""
 
-EXPONENT_BIAS = 127
-"""The byte of the scale 1 of MX formats; the scales are powers of two."""
+_EXPONENT_BIAS = 127
+_POWERS = (torch.arange(256, dtype=torch.int32) << 23).view(torch.float32)  # 2 ** (byte - 127)
+_POWERS[0] = 2.0**-_EXPONENT_BIAS
 
 _LARGEST_FP8 = 448.0
 
@@ -114,17 +115,24 @@ def fp8_scales(largest: Tensor, dtype: torch.dtype, power_of_two: bool = False) 
     if power_of_two or dtype.itemsize == 1:
         scales = scales.log2().ceil().exp2()
     if dtype == torch.uint8:
-        return (scales.log2() + EXPONENT_BIAS).to(dtype)
+        return (scales.log2() + _EXPONENT_BIAS).to(dtype)
     return scales.to(dtype)
 
 
 def as_scales(stored: Tensor) -> Tensor:
     """Stored scales in fp32; bytes are exponents of two."""
     if stored.dtype == torch.uint8:
-        return (stored.float() - EXPONENT_BIAS).exp2()
+        return _POWERS[stored.int()]
     return stored.float()
 
 
 def as_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest numbers of FP8."""
     return values.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(dtype)
+
+
+def fp4(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of FP4 in bytes (…, n), the lower half first: (…, 2 · n)."""
+    codes = torch.arange(256)
+    pairs = torch.stack([_FP4[codes & 15], _FP4[codes >> 4]], -1).to(dtype)
+    return torch.nn.functional.embedding(stored.int(), pairs).flatten(-2)

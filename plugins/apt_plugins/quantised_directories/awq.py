@@ -15,6 +15,8 @@ from apt_plugins.quantised_directories.format import (
     Cut,
     Format,
     Parts,
+    check_floats,
+    check_words,
     quantization_of,
     unsupported,
 )
@@ -47,6 +49,8 @@ class Awq(Format):
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
         """A matrix, whose outputs are packed with one another."""
         integers, zeros, scales = (entries[role] for role in self.endings)
+        check_words(integers, zeros)
+        check_floats(scales)
         rows, words = integers.shape
         groups, out = scales.shape
         if zeros.shape != (groups, words) or out != words * _IN_WORD or rows % groups:

@@ -57,11 +57,16 @@ class BitsAndBytes(Format):
             raise ValueError(f"{entries['numbers'].size} bytes in {groups} groups for {shape}")
         if entries["values"].shape != (16,):
             raise ValueError(f"a table of {entries['values'].shape} values")
+        if min(shape) < 1 or ("nested_largest" not in entries) != (
+            entries["largest"].dtype.is_floating_point
+        ):
+            raise ValueError(f"{shape} numbers with {entries['largest'].dtype} for each group")
         if "nested_largest" in entries:
             nested = math.prod(entries["nested_largest"].shape)
             size, table = int(state["nested_blocksize"]), entries["nested_values"].shape
-            if nested != -(-groups // size) or table != (256,) or "nested_offset" not in state:
+            if nested != -(-groups // size) or table != (256,) or "nested_values" not in entries:
                 raise ValueError(f"{nested} nested groups for {groups}")
+            float(state["nested_offset"])
         expanded = ExpandedTensor(shape, dtype, str(state["quant_type"]))
         return expanded, dict.fromkeys(entries, Cut.NEVER)
 

@@ -24,6 +24,8 @@ from apt_plugins.quantised_directories.format import (
     Cut,
     Format,
     Parts,
+    check_floats,
+    check_words,
     damaged,
     quantization_of,
     unsupported,
@@ -66,12 +68,15 @@ class CompressedTensors(Format):
         numbers = entries.get("packed") or entries["values"]
         shape = numbers.shape
         stored = "fp8" if numbers.dtype.is_floating_point else "int8"
+        check_floats(entries["scales"])
         if "packed" in entries:
+            check_words(numbers, *([entries["zeros"]] if "zeros" in entries else []))
             shape = self._shape(stem, numbers.shape)
             stored = f"int{self._bits(shape[-1], numbers.shape[-1])}"
         grid = _grid(entries["scales"].shape, len(shape))
         sizes = group_sizes(shape, grid, self._block)
         follow = Cut.WHOLE if grid[0] == 1 else Cut.ROWS if sizes[0] == 1 else Cut.NEVER
+        _check_zeros(entries, shape, grid, stored)
         zeros = Cut.NEVER if "packed" in entries and len(shape) == 2 else follow
         cuts = {
             "packed": Cut.ROWS, "values": Cut.ROWS, "scales": follow, "zeros": zeros,
@@ -168,6 +173,20 @@ class CompressedTensors(Format):
         if order.shape != shape[-1:] or int(order.max()) >= grid.shape[-1]:
             raise damaged(f"{stem}{self.endings['order']}", "it names groups that do not exist")
         return grid[..., order.long()]
+
+
+def _check_zeros(
+    entries: Mapping[str, Entry], shape: tuple[int, ...], grid: tuple[int, ...], stored: str
+) -> None:
+    """Raise `ValueError` if zero points, which are packed along the rows, do not fit the scales."""
+    if "zeros" not in entries:
+        return
+    found, expected = _grid(entries["zeros"].shape, len(shape)), grid
+    if "packed" in entries:
+        words = -(-grid[-2] * int(stored.removeprefix("int")) // 32)
+        expected = (*grid[:-2], words, grid[-1])
+    if found != expected:
+        raise ValueError(f"zero points of shape {found} with scales of {grid}")
 
 
 def _groups(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -189,11 +189,27 @@ def quantised_matrices(scheme: Format) -> dict[str, Matrix]:
         entries = {role: scheme.shards.entries[each] for role, each in keys.items()}
         try:
             expanded, cuts = scheme.matrix(stem, entries)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if 0 in expanded.shape:
+                raise ValueError(f"its shape would be {expanded.shape}")
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise damaged(f"{stem}{scheme.last}", str(error) or type(error).__name__) from error
         for name, place in scheme.names(f"{stem}{scheme.last}", expanded.shape[0]):
             found[name] = Matrix(_slice_of(expanded, place), keys, cuts, place)
     return found
+
+
+def check_words(*entries: Entry) -> None:
+    """Raise `ValueError` if packed integers do not lie in words of 32 bits."""
+    for entry in entries:
+        if entry.dtype not in (torch.int32, torch.uint32):
+            raise ValueError(f"its integers are in {entry.dtype}, not in words of 32 bits")
+
+
+def check_floats(*entries: Entry) -> None:
+    """Raise `ValueError` if scales are no floating-point numbers of 16 bits or more."""
+    for entry in entries:
+        if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
+            raise ValueError(f"its scales are {entry.dtype}")
 
 
 _BESIDE = re.compile(r"(^|[._])([qkv]|kv|input|activation|output)_(global_)?(scale|zero_point)$")

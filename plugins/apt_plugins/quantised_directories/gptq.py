@@ -14,6 +14,8 @@ from apt_plugins.quantised_directories.format import (
     Cut,
     Format,
     Parts,
+    check_floats,
+    check_words,
     damaged,
     quantization_of,
     unsupported,
@@ -61,6 +63,8 @@ class Gptq(Format):
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
         """A matrix, whose outputs are packed with one another in the zero points."""
         integers, zeros, scales = (entries[role] for role in ("integers", "zeros", "scales"))
+        check_words(integers, zeros)
+        check_floats(scales)
         words, out = integers.shape
         columns = words * 32 // self._bits
         groups = scales.shape[0]

@@ -12,14 +12,8 @@ from torch import Tensor
 
 from apt.errors import AptError
 from apt.extending import Entry, ExpandedTensor
-from apt_plugins.quantised_directories.arithmetic import (
-    EXPONENT_BIAS,
-    FP4,
-    grouped,
-    packed,
-    unpacked,
-)
-from apt_plugins.quantised_directories.format import Cut, Format, Parts, unsupported
+from apt_plugins.quantised_directories.arithmetic import as_scales, fp4, grouped, packed, unpacked
+from apt_plugins.quantised_directories.format import Cut, Format, Parts, check_floats, unsupported
 
 _DENSE = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3",
@@ -73,11 +67,15 @@ class Mlx(Format):
         numbers, scales = entries["numbers"], entries["scales"]
         columns = scales.shape[-1] * group
         affine = mode == "affine"
+        if affine:
+            check_floats(scales, *([entries["biases"]] if "biases" in entries else []))
         fits = numbers.shape == (*scales.shape[:-1], columns * bits // 32)
         if not fits or numbers.dtype != torch.uint32 or not 2 <= bits <= 8:
             raise ValueError(
                 f"{bits} bits in groups of {group}: {numbers.shape} words, scales {scales.shape}"
             )
+        if not affine and scales.dtype != torch.uint8:
+            raise ValueError(f"its scales are {scales.dtype}, not bytes")
         if affine and ("biases" not in entries or entries["biases"].shape != scales.shape):
             raise ValueError(f"{stem}.biases is missing, or has another shape than the scales")
         shape = (*scales.shape[:-1], columns)
@@ -89,10 +87,10 @@ class Mlx(Format):
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
         """The integers times the scales of their groups, plus the biases."""
         group, bits, mode = self._scheme(stem)
-        groups = grouped(unpacked(parts["numbers"], bits, shape[-1]), group)
         if mode == "mxfp4":
-            exponents = parts["scales"].int().unsqueeze(-1) - EXPONENT_BIAS
-            return torch.ldexp(FP4[groups.int()], exponents).flatten(-2)
+            numbers = fp4(parts["numbers"].view(torch.uint8), torch.float32)
+            return (grouped(numbers, group) * as_scales(parts["scales"]).unsqueeze(-1)).flatten(-2)
+        groups = grouped(unpacked(parts["numbers"], bits, shape[-1]), group)
         scales, biases = (parts[role].float().unsqueeze(-1) for role in ("scales", "biases"))
         return groups.float().mul(scales).add(biases).flatten(-2)
 

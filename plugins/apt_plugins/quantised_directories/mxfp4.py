@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apt.extending import Entry, ExpandedTensor
-from apt_plugins.quantised_directories.arithmetic import EXPONENT_BIAS, FP4, unpacked
+from apt_plugins.quantised_directories.arithmetic import as_scales, fp4
 from apt_plugins.quantised_directories.format import Cut, Format, Parts, quantization_of
 
 _GROUP = 32  # numbers with one scale
@@ -47,11 +47,10 @@ class Mxfp4(Format):
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
         """The numbers times the powers of two, expert by expert."""
         stack = torch.empty(shape, dtype=self.dtype)
-        values = FP4.to(self.dtype)
         for place, (blocks, scales) in enumerate(
             zip(parts["blocks"], parts["scales"], strict=True)
         ):
-            numbers = values[unpacked(blocks, 4, _GROUP).int()]  # (out, groups, 32)
-            exponents = scales.int().unsqueeze(-1) - EXPONENT_BIAS
-            stack[place] = torch.ldexp(numbers, exponents).flatten(1).T
+            numbers = fp4(blocks, self.dtype)  # (out, groups, 32)
+            powers = as_scales(scales).unsqueeze(-1).to(self.dtype)
+            stack[place] = (numbers * powers).flatten(1).T
         return stack
