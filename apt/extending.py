@@ -12,17 +12,10 @@ if TYPE_CHECKING:
     from apt.adapter.recording import eval_mode
     from apt.calibration.batches import Batch, enter
     from apt.checkpoints.exporting import Export, Exportable, Exported
-    from apt.checkpoints.formats import Checkpoint, find_file, find_source_file, local_copy
+    from apt.checkpoints.formats import Checkpoint, find_file
     from apt.checkpoints.load import load, load_tokenizer, open_skeleton
     from apt.checkpoints.opened import Opened
     from apt.checkpoints.quantised import ExpandedTensor, QuantisedCheckpoint, Slices
-    from apt.checkpoints.safetensors_io import (
-        Entry,
-        Shards,
-        read_metadata,
-        synchronise,
-        write_header,
-    )
     from apt.engine.machine import choose_device, read_dtype
     from apt.engine.prepare import capped
     from apt.engine.text import check_same_vocabulary
@@ -50,28 +43,24 @@ if TYPE_CHECKING:
     from apt.text.ids import check_vocabulary
 
 __all__ = [
-    "Allocation", "Batch", "BlockChoice", "Checkpoint", "Entry", "ExpandedTensor",
-    "ExpertChoice", "Export", "Exportable", "Exported", "Finding", "GroupScores", "Loss",
-    "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "QuantisedCheckpoint",
-    "Recovery", "Registry", "RoutedExperts", "Shards", "Slices", "Source", "Split", "Teacher",
-    "Trainable", "Unallocated", "Unrecovered", "capped", "check_same_vocabulary",
-    "check_vocabulary", "choose_device", "divergence", "enter", "eval_mode",
-    "find_file", "find_source_file", "hub_documents", "load", "load_tokenizer", "local_copy",
-    "loss_without", "next_token_loss", "open_skeleton", "read_dtype", "read_file",
-    "read_metadata", "registry", "relative_error", "sparsity_of", "synchronise",
-    "train_only", "try_import", "unstructured", "write_header",
+    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpandedTensor", "ExpertChoice",
+    "Export", "Exportable", "Exported", "Finding",
+    "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite",
+    "QuantisedCheckpoint", "Recovery", "Registry", "RoutedExperts", "Slices", "Source", "Split",
+    "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
+    "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
+    "eval_mode", "find_file", "hub_documents", "load", "load_tokenizer", "loss_without",
+    "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry", "relative_error",
+    "sparsity_of", "train_only", "try_import", "unstructured",
 ]  # fmt: skip
 _LAZY = {
     "apt.adapter.recording": ("eval_mode",),
     "apt.calibration.batches": ("Batch", "enter"),
     "apt.checkpoints.exporting": ("Export", "Exportable", "Exported"),
-    "apt.checkpoints.formats": ("Checkpoint", "find_file", "find_source_file", "local_copy"),
+    "apt.checkpoints.formats": ("Checkpoint", "find_file"),
     "apt.checkpoints.load": ("load", "load_tokenizer", "open_skeleton"),
     "apt.checkpoints.opened": ("Opened",),
     "apt.checkpoints.quantised": ("ExpandedTensor", "QuantisedCheckpoint", "Slices"),
-    "apt.checkpoints.safetensors_io": (
-        "Entry", "Shards", "read_metadata", "synchronise", "write_header",
-    ),
     "apt.engine.machine": ("choose_device", "read_dtype"),
     "apt.engine.prepare": ("capped",),
     "apt.engine.text": ("check_same_vocabulary",),

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from apt.extending import Entry, ExpandedTensor
+from apt.checkpoints.safetensors_io import Entry
+from apt.extending import ExpandedTensor
 from apt_plugins.quantised_directories.arithmetic import grouped, unpacked
 from apt_plugins.quantised_directories.format import (
     Cut,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError
-from apt.extending import Shards, Slices
+from apt.extending import Slices
 from apt_plugins.quantised_directories.configuration import (
     smaller_record,
     write_beside,

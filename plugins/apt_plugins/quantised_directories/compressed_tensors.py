@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from apt.checkpoints.safetensors_io import Entry
 from apt.errors import AptError
-from apt.extending import Entry, ExpandedTensor
+from apt.extending import ExpandedTensor
 from apt_plugins.quantised_directories.arithmetic import (
     as_fp8,
     fp8_scales,

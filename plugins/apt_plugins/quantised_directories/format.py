@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from apt.checkpoints.safetensors_io import Entry, Shards
 from apt.errors import AptError
-from apt.extending import Entry, ExpandedTensor, Shards
+from apt.extending import ExpandedTensor
 
 Parts = Mapping[str, Tensor]
 """The stored tensors of a matrix, by their roles."""

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, arange
 
-from apt.extending import Entry, ExpandedTensor
+from apt.checkpoints.safetensors_io import Entry
+from apt.extending import ExpandedTensor
 from apt_plugins.quantised_directories.arithmetic import unpacked
 from apt_plugins.quantised_directories.format import (
     Cut,

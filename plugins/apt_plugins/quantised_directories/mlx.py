@@ -5,13 +5,15 @@ The layouts are those that mlx-lm writes. MLX itself is not needed.
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from apt.checkpoints.safetensors_io import Entry
 from apt.errors import AptError
-from apt.extending import Entry, ExpandedTensor
+from apt.extending import ExpandedTensor
 from apt_plugins.quantised_directories.arithmetic import as_scales, fp4, grouped, packed, unpacked
 from apt_plugins.quantised_directories.format import Cut, Format, Parts, check_floats, unsupported
 
@@ -58,6 +60,11 @@ class Mlx(Format):
         own = self.about.get(stem)
         about = {**self.about, **own} if isinstance(own, dict) else self.about
         return int(about["group_size"]), int(about["bits"]), str(about.get("mode", "affine"))
+
+    @cached_property
+    def _stacked(self) -> bool:
+        """True if experts are in stacks; those of a few families are stored one by one."""
+        return any(_STACK.search(key) for key in self.shards.entries)
 
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
@@ -119,8 +126,8 @@ class Mlx(Format):
         """The experts of a stack, one by one; other tensors have the names of transformers."""
         stack = _STACK.search(key)
         if stack is None:
-            if _EXPERT.search(key):
-                raise AptError(f"{key} is not stacked, as mlx-lm has it", "convert it again")
+            if self._stacked and _EXPERT.search(key):
+                raise AptError(f"{key} is not in a stack, as other experts are", "convert it again")
             return [(key, None)]
         matrix = stack[1]
         if self.record["model_type"] in _BY_NUMBER:
@@ -130,7 +137,7 @@ class Mlx(Format):
     def location(self, name: str) -> tuple[str, int | None]:
         """The stack of an expert's matrix, and its place there."""
         expert = _EXPERT.search(name)
-        if expert is None:
+        if expert is None or not self._stacked:
             return name, None
         matrices = {number: matrix for matrix, number in _NUMBERS.items()}
         matrix = matrices.get(expert[2], expert[2])

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from apt.checkpoints.formats import find_source_file, local_copy
+from apt.checkpoints.safetensors_io import Shards
 from apt.errors import AptError, described
-from apt.extending import Shards, Source, find_source_file, local_copy
+from apt.extending import Source
 from apt_plugins.quantised_directories.awq import Awq
 from apt_plugins.quantised_directories.bitsandbytes import BitsAndBytes
 from apt_plugins.quantised_directories.checkpoint import QuantisedDirectory

@@ -10,8 +10,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from apt.checkpoints.safetensors_io import Entry, Shards, read_metadata, synchronise, write_header
 from apt.errors import AptError
-from apt.extending import Entry, Shards, read_metadata, synchronise, write_header
 from apt.files.index import write_index
 
 _CHUNK = 2**24  # bytes that are copied at once
