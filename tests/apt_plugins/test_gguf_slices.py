@@ -17,11 +17,12 @@ from apt_plugins.gguf_files.quantised import GgufCheckpoint, open_file  # noqa: 
 from gguf import GGMLQuantizationType as Type  # noqa: E402
 
 from apt import AptError  # noqa: E402
+from apt.checkpoints.load import load_tokenizer  # noqa: E402
 from apt.checkpoints.quantised import Slices  # noqa: E402
 from apt.layouts.conversions import converted  # noqa: E402
 from apt.locations.model_source import find  # noqa: E402
 from apt.plugin.registry import registry  # noqa: E402
-from tests.helpers.gguf_mixtures import MODELS, random_mixture, write_mixture  # noqa: E402
+from tests.helpers.gguf_mixtures import MODELS, random_mixture, write_mixture, write_qwen35moe  # noqa: E402
 
 KEPT = [1, 2, 4, 6]
 BLOCKS = {"gpt-oss": [0, 3], "llama4": [0, 1, 6, 7], "deepseek2-v2": [0, 1, 2, 3]}
@@ -151,6 +152,32 @@ def test_kept_experts_have_the_stored_bytes(file, tmp_path, case, kind):
     stored = {name: small.read(name) for name in small.tensors}
     expected = log_probabilities(model_of(slices.config, by_hand))
     assert torch.equal(log_probabilities(model_of(small.config, stored)), expected)
+
+
+def test_architecture_with_a_mapping_of_transformers_is_read_and_sliced(tmp_path, tokenizer):
+    write_qwen35moe(tmp_path / "a.gguf", tokenizer, Type.Q8_0)
+    checkpoint = GgufCheckpoint(tmp_path / "a.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="a.gguf", dtype=torch.float32, config=checkpoint.config
+    )
+    state = theirs.state_dict()
+    assert checkpoint.tensors.keys() == state.keys()
+    assert all(torch.equal(checkpoint.read(name), state[name]) for name in state)
+    slices = slices_of(checkpoint, [0, 1, 2, 3])
+    checkpoint.write_sliced(slices, tmp_path / "small.gguf")
+    files = (gguf.GGUFReader(str(tmp_path / name)) for name in ("a.gguf", "small.gguf"))
+    assert_same_bytes(*files, [0, 1, 2, 3])
+    with pytest.raises(AptError, match="several kinds"):
+        checkpoint.write_sliced(slices_of(checkpoint, [0, 1, 3]), tmp_path / "other.gguf")
+
+
+def test_tokenizer_of_any_architecture_is_read(file, tokenizer):
+    """transformers reads the tokenizers of its supported architectures alone."""
+    for case in ("deepseek2", "olmoe"):
+        read = load_tokenizer(find(str(file(case)[0]), registry()))
+        tokens = read("the same words")["input_ids"]
+        assert tokens
+        assert read.decode(tokens).endswith("the same words")
 
 
 def test_entries_follow_and_all_others_keep_their_bytes_and_order(file, tmp_path):

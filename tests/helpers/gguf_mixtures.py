@@ -65,8 +65,9 @@ def random_mixture(case, size=64, blocks=4, **changed):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.ndim > 1:
-            torch.nn.init.normal_(tensor, std=1.5 * size**-0.5)
+        if tensor.ndim > 1:  # wide gaps between the scores of experts survive rounded inputs
+            routes = "router" in name or name.endswith("mlp.gate.weight")
+            torch.nn.init.normal_(tensor, std=(6 if routes else 1.5) * size**-0.5)
         elif "bias" in name or "sinks" in name:
             torch.nn.init.normal_(tensor, std=0.3)
         elif "norm" in name:
@@ -229,5 +230,55 @@ def write_mixture(path, model, case, tokenizer, kind=Type.F32, describe=lambda w
     write_tokenizer(writer, tokenizer, TOKENS)
     for name, values in tensors_of(model, architecture).items():
         data, of = stored(name, values, kind, draw)
+        writer.add_tensor(name, data, raw_dtype=of)
+    finish(writer)
+
+
+def write_qwen35moe(path, tokenizer, kind=Type.F32):
+    """Write a random Qwen 3.5: linear attention in three of four blocks, 8 experts in each."""
+    size, experts, values, keys = 64, 8, (4, 16), (2, 16)
+    mixed = 2 * keys[0] * keys[1] + values[0] * values[1]
+    writer, draw = gguf.GGUFWriter(path, "qwen35moe"), np.random.default_rng(0)
+    counts = {
+        "context_length": 128, "block_count": 4, "embedding_length": size,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 32,
+        "attention.value_length": 32, "full_attention_interval": 4, "ssm.conv_kernel": 4,
+        "ssm.state_size": keys[1], "ssm.group_count": keys[0], "ssm.time_step_rank": values[0],
+        "ssm.inner_size": values[0] * values[1], "rope.dimension_count": 8,
+        "expert_feed_forward_length": size, "expert_shared_feed_forward_length": size,
+        "expert_count": experts, "expert_used_count": 2,
+    }  # fmt: skip
+    for key, value in counts.items():
+        writer.add_uint32(f"qwen35moe.{key}", value)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_array("qwen35moe.rope.dimension_sections", [1, 1, 2, 0])
+    write_tokenizer(writer, tokenizer, TOKENS)
+    shapes = {"token_embd.weight": (TOKENS, size), "output.weight": (TOKENS, size),
+              "output_norm.weight": (size,)}  # fmt: skip
+    linear = {
+        "attn_qkv.weight": (mixed, size), "attn_gate.weight": (64, size),
+        "ssm_alpha.weight": (values[0], size), "ssm_beta.weight": (values[0], size),
+        "ssm_conv1d.weight": (mixed, 4), "ssm_norm.weight": (values[1],),
+        "ssm_out.weight": (size, 64), "ssm_a": (values[0],), "ssm_dt.bias": (values[0],),
+    }  # fmt: skip
+    full = {
+        "attn_q.weight": (256, size), "attn_k.weight": (64, size), "attn_v.weight": (64, size),
+        "attn_output.weight": (size, 128), "attn_q_norm.weight": (32,),
+        "attn_k_norm.weight": (32,),
+    }  # fmt: skip
+    routed = {
+        "attn_norm.weight": (size,), "post_attention_norm.weight": (size,),
+        "ffn_gate_inp.weight": (experts, size), "ffn_gate_inp_shexp.weight": (size,),
+        **{f"ffn_{part}_exps.weight": (experts, size, size) for part in ("gate", "up", "down")},
+        **{f"ffn_{part}_shexp.weight": (size, size) for part in ("gate", "up", "down")},
+    }  # fmt: skip
+    for block in range(4):
+        parts = {**(full if block == 3 else linear), **routed}
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in parts.items()}
+    for name, shape in shapes.items():
+        values = draw.normal(size=shape).astype(np.float32) * size**-0.5
+        values += "norm" in name
+        data, of = stored(name, -abs(values) if name.endswith("ssm_a") else values, kind, draw)
         writer.add_tensor(name, data, raw_dtype=of)
     finish(writer)

@@ -5,8 +5,7 @@ adds the missing ones, and reads families of mixtures that transformers does not
 without an entry are those with which llama.cpp computes the architecture.
 """
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from apt.errors import AptError
+from apt_plugins.gguf_files.parameters import GGUF_ARCHS
 from apt_plugins.gguf_files.stored import StoredFile
 from apt_plugins.gguf_files.writing import Array
 
@@ -169,6 +169,13 @@ _FAMILIES: Mapping[str, _Family] = {
 }  # fmt: skip
 """Families of mixtures by architecture; ``llama`` only for files with experts."""
 
+_COUNTS = {
+    "block_count": ("num_hidden_layers",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+}  # fmt: skip
+"""Fields that change with the numbers of blocks and experts."""
+
 _MENDED: Mapping[str, Mapping[str, str]] = {
     "qwen2": _HEAD_SIZE, "qwen3": _HEAD_SIZE, "gpt2": {"context_length": "n_positions"},
     "falcon": {"feed_forward_length": "ffn_hidden_size"},
@@ -205,24 +212,29 @@ def config_of(file: StoredFile) -> Any:
         raise AptError(message, "use its original checkpoint", ("source",)) from error
 
 
-def reread(file: StoredFile, config: Any, entries: Entries, shapes: Shapes) -> Any:
+def reread(
+    file: StoredFile, config: Any, entries: Entries, shapes: Shapes, kinds: Sequence[Any] | None
+) -> Any:
     """The configuration of a smaller model, as this module would read it of its file.
 
     Args:
         config: the configuration of the model of a file.
         entries: the entries of the file of the smaller model.
         shapes: the shapes of the tensors of that file.
+        kinds: the kinds of the blocks, if entries have them; None if they follow from positions.
     """
     if is_mixture(file.architecture, entries):
         given = {"vocab_size": file.token_count, **entries}
         factors = _rotary_factors(file)
         return mixture_config(file.architecture, given, shapes, file.special_tokens, factors)
-    smaller = copy.deepcopy(config)
-    smaller.num_hidden_layers = entries["block_count"]
-    values = smaller.to_dict()
-    positions = not any(isinstance(value, list) for value in entries.values())
-    if positions and values.get("layer_types"):  # derived again from the positions of the blocks
-        values["layer_types"] = None
+    values = config.to_dict()
+    for entry, names in _COUNTS.items():
+        for name in names:
+            stored = getattr(config, "attribute_map", {}).get(name, name)
+            if entry in entries and stored in values:
+                values[stored] = entries[entry]
+    if values.get("layer_types"):
+        values["layer_types"] = kinds
     return type(config).from_dict(values)
 
 
@@ -266,9 +278,9 @@ def _same_for_all(entry: str, value: Any) -> Any:
 def _mended(file: StoredFile, entries: Entries, factors: Array | None) -> Any:
     """The configuration that transformers reads, with the entries that it does not read."""
     known = {file.architecture, file.architecture.replace("-", "_")}
-    if not known & set(GGUF_SUPPORTED_ARCHITECTURES):
+    if not known & {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS}:
         raise _InexpressibleError("transformers does not read this architecture")
-    if entries.get("expert_count") and file.architecture not in _MENDED:
+    if entries.get("expert_count") and not known & {*_MENDED, *GGUF_ARCHS}:
         raise _InexpressibleError("transformers does not read its experts")
     config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
     for entry, name in _MENDED.get(file.architecture, {}).items():

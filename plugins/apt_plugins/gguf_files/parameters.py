@@ -15,6 +15,12 @@ from apt.checkpoints.architecture import without_weights
 from apt_plugins.gguf_files.layouts import CHANGES
 from apt_plugins.gguf_files.writing import Array
 
+try:
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+except ImportError:  # before transformers 5.24
+    GGUF_ARCHS = {}
+
 Shapes = Mapping[str, tuple[int, ...]]
 Expand = Callable[[Sequence[Tensor]], Tensor]
 """A function of the tensors of a file, in fp32, to the parameter."""
@@ -68,7 +74,10 @@ def parameters_of(config: Any, architecture: str, shapes: Shapes) -> dict[str, P
         The parameters; None for those that have no tensor of the right size in the file.
     """
     with torch.device("meta"):
-        state = without_weights(config, trust_remote_code=False).state_dict()
+        module = without_weights(config, trust_remote_code=False)
+    state = module.state_dict()
+    if architecture in GGUF_ARCHS:
+        return _by_transformers(module, config, GGUF_ARCHS[architecture](config), shapes)
     kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
@@ -81,6 +90,60 @@ def parameters_of(config: Any, architecture: str, shapes: Shapes) -> dict[str, P
         is_whole = parameter is not None and all(each in shapes for each in parameter.tensors)
         found[name] = parameter if is_whole else None
     return found
+
+
+def _by_transformers(
+    module: Any, config: Any, mapping: Sequence[Any], shapes: Shapes
+) -> dict[str, Parameter | None]:
+    """The parameters of an architecture for which transformers has a mapping of its own."""
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    owners = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    sources = dict[str, dict[str, str]]()
+    for stored in shapes:
+        name, pattern = rename_source_key(stored, renamings, converters)
+        if name in state:
+            sources.setdefault(name, {})[pattern or ""] = stored
+    tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
+    return {
+        name: _converted(sources[name], owners, shape, config, shapes) if name in sources else None
+        for name, shape in state.items()
+        if name not in tied
+    }
+
+
+def _converted(
+    sources: Mapping[str, str],
+    owners: Mapping[str, Any],
+    shape: tuple[int, ...],
+    config: Any,
+    shapes: Shapes,
+) -> Parameter:
+    """A parameter that transformers makes of the tensors of some patterns."""
+    converter = owners.get(next(iter(sources)))
+    if converter is None:
+        (stored,) = sources.values()
+        return Parameter(shape, (stored,), lambda given: given[0], lambda value: [value])
+    patterns = [pattern for pattern in converter.source_patterns if pattern in sources]
+
+    def expand(given: Sequence[Tensor]) -> Tensor:
+        values: dict[str, Any] = dict(zip(patterns, given, strict=True))
+        for operation in converter.operations:
+            values = operation.convert(
+                values, source_patterns=patterns, target_patterns=converter.target_patterns,
+                config=config,
+            )  # fmt: skip
+        (made,) = values.values()
+        return made[0] if isinstance(made, list) else made
+
+    joined = len(patterns) == 2 and len(shape) == 3
+
+    def compress(value: Tensor) -> Sequence[Tensor]:
+        return [part.contiguous() for part in value.chunk(2, 1)]
+
+    tensors = tuple(sources[pattern] for pattern in patterns)
+    return Parameter(shape, tensors, expand, compress if joined else None, by_rows=joined)
 
 
 def _stored_name(name: str, names: gguf.TensorNameMap, shapes: Shapes) -> str | None:
@@ -143,8 +206,8 @@ def _special(name: str, config: Any, shape: tuple[int, ...], shapes: Shapes) -> 
     if name.endswith(".shared_mlp.input_linear.weight"):
         pair = tuple(f"{block}ffn_{part}_shexp.weight" for part in ("gate", "up"))
         return Parameter(
-            shape, pair, lambda given: torch.cat(list(given)), lambda value: value.chunk(2), by_rows=False
-        )  # fmt: skip
+            shape, pair, lambda given: torch.cat(list(given)), lambda value: value.chunk(2), False
+        )
     if name.endswith(".kv_b_proj.weight") and f"{block}attn_k_b.weight" in shapes:
         return _latent(block, shape, shapes)
     return None

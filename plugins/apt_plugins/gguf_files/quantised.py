@@ -60,10 +60,17 @@ class GgufCheckpoint:
             found[name] = parameter
         used = {tensor for parameter in found.values() for tensor in parameter.tensors}
         for tensor in self.file.shapes.keys() - used:
-            if not tensor.startswith("rope_"):
+            if not tensor.startswith("rope_") and not self._predicts_more(tensor):
                 message = f"{path} has {tensor}, which belongs to no parameter of transformers"
                 raise AptError(message, "use its original checkpoint", ("source",))
         return found
+
+    def _predicts_more(self, tensor: str) -> bool:
+        """True for a tensor of a block that predicts further tokens, which no model has."""
+        extra = int(self.file.entries.get("nextn_predict_layers", 0))
+        count = int(self.file.entries["block_count"])
+        last = (f"blk.{block}." for block in range(count - extra, count))
+        return extra > 0 and tensor.startswith(tuple(last))
 
     @cached_property
     def tensors(self) -> Mapping[str, ExpandedTensor]:

@@ -84,6 +84,9 @@ def write_sliced(
     Raises:
         AptError: the format cannot express the smaller model.
     """
+    if file.entries.get("nextn_predict_layers"):
+        message = f"{file.path} has blocks that predict further tokens, whose experts nothing chose"
+        raise AptError(message, "get a file without them", ("source",))
     tensors = _tensors(file, parameters, slices)
     changes = _changed_entries(file, config, slices, tensors)
     _check_types(file, tensors)
@@ -201,9 +204,11 @@ def _changed_entries(
     before, after = dict(file.entries), dict(file.entries)
     count, kept = int(before[_BLOCKS]), list(slices.blocks)
     after[_BLOCKS] = len(kept)
-    for key, value in before.items():
-        if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK:
-            after[key] = [value[block] for block in kept]
+    per_block = {
+        key: value for key, value in before.items()
+        if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK
+    }  # fmt: skip
+    after |= {key: [value[block] for block in kept] for key, value in per_block.items()}
     if leading := before.get("leading_dense_block_count"):
         after["leading_dense_block_count"] = sum(block < leading for block in kept)
     if slices.experts is not None:
@@ -217,7 +222,9 @@ def _changed_entries(
         message = f"llama.cpp opens {file.path} with 26 or 27 blocks only"
         raise AptError(message, "remove experts, or another number of blocks", ("drop",))
     shapes = _shapes(file, tensors)
-    _check_kinds(file, config, slices, reread(file, config, after, shapes))
+    kinds = getattr(config, "layer_types", None) if per_block else None
+    found = reread(file, config, after, shapes, kinds and [kinds[block] for block in kept])
+    _check_kinds(file, config, slices, found)
     changes = {
         f"{file.architecture}.{key}": value for key, value in after.items() if value != before[key]
     }
