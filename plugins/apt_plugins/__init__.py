@@ -132,12 +132,17 @@ def apt_exports() -> list[ExportSpec]:
 
 @hookimpl
 def apt_quantised_formats() -> list[QuantisedFormatSpec]:
-    """GGUF."""
+    """GGUF, and directories of safetensors files in the common formats of quantised weights."""
     return [
         QuantisedFormatSpec(
             "gguf", "files of llama.cpp and Ollama, in all their types of numbers",
             "apt_plugins.gguf_files.quantised:open_file",
-        )
+        ),
+        QuantisedFormatSpec(
+            "safetensors",
+            "FP8, MXFP4, compressed-tensors, AWQ, GPTQ, bitsandbytes in 4 bits, and MLX",
+            "apt_plugins.quantised_directories.opening:open_directory",
+        ),
     ]  # fmt: skip
 
 
