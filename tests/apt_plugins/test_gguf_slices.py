@@ -372,11 +372,24 @@ def test_llama_cpp_computes_the_smaller_model(file, tmp_path, case):
     blocks = LITE if lite else BLOCKS.get(case, [0, 2, 3])
     slices = slices_of(checkpoint, blocks, experts)
     checkpoint.write_sliced(slices, tmp_path / "small.gguf")
-    command = [sys.executable, "-c", LLAMA, tmp_path / "small.gguf", json.dumps(TOKENS.tolist())]
+    assert_llama_cpp_agrees(tmp_path / "small.gguf")
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp is not installed")
+def test_llama_cpp_computes_the_smaller_model_of_linear_attention(tmp_path, tokenizer):
+    write_qwen35moe(tmp_path / "a.gguf", tokenizer)
+    checkpoint = GgufCheckpoint(tmp_path / "a.gguf")
+    checkpoint.write_sliced(slices_of(checkpoint, [0, 1, 2, 3]), tmp_path / "small.gguf")
+    assert_llama_cpp_agrees(tmp_path / "small.gguf")
+
+
+def assert_llama_cpp_agrees(path):
+    """The next token has the same probabilities in llama.cpp as in transformers."""
+    command = [sys.executable, "-c", LLAMA, path, json.dumps(TOKENS.tolist())]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "FOUND" in answer.stdout, answer.stderr[-2000:]
     found = json.loads(answer.stdout.split("FOUND")[1])
-    small = GgufCheckpoint(tmp_path / "small.gguf")
+    small = GgufCheckpoint(path)
     model = model_of(small.config, {name: small.read(name) for name in small.tensors})
     expected = log_probabilities(model)[-1]
     theirs = torch.tensor([found[str(token)] for token in range(300)])
