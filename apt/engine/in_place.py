@@ -27,10 +27,10 @@ from apt.engine.streamed import Streamed
 from apt.engine.task import Changed
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.events import Done
+from apt.events import Done, ExpertsRemoved
 from apt.options import ShrinkRun
 from apt.output.staging import Staging
-from apt.planning.structure import Removed, removed_groups
+from apt.planning.structure import Removed
 from apt.pruning.block_store import BlockStore
 
 
@@ -66,8 +66,10 @@ class InPlace(Streamed):
         """Record the experts that a block has lost, and put new weights aside."""
         BlockStore.keep(self, name, block, done)
         planned = next(entry for entry in self._plan.blocks if entry.name == name)
-        self._removed[name] = removed_groups(block, planned)
-        if self.ranks.first and rounds(self._task):
+        lost = [each.experts for each in done if isinstance(each, ExpertsRemoved)]
+        kinds = [entry.groups.kind for entry in planned.disconnected if entry.groups.routed]
+        self._removed[name] = dict(zip(kinds, lost, strict=True))
+        if self.ranks.first and _rounds(self._task):
             values = dict(self._slicing.changed(planned, block, self._removed[name]))
             self._changed.add(values, self.folder / "scratch" / f"{name}.safetensors")
             self.rounded |= {key: self._checkpoint.tensors[key].stored for key in values}
@@ -136,9 +138,11 @@ class _Changed(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def rounds(task: Any) -> bool:
+def _rounds(task: Any) -> bool:
     """True if a run may change weights that are kept."""
-    return bool(task.options.compensate or task.job.recipe.error_aware)
+    recipe = task.job.recipe
+    experts = recipe.experts
+    return bool(recipe.error_aware or (experts and (experts.compensate or experts.merge)))
 
 
 def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
@@ -156,13 +160,15 @@ def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
         if value:
             fault = f"stored bytes are copied, and {why}"
             raise AptError(fault, f"leave out {name}", (name,))
-    if run.compensate is None and run.error_aware is None:
+    if run.compensate is None and not run.error_aware:
         notice("compensate: False (default, so that no stored weight is rounded again)")
-        run = replace(run, compensate=False, error_aware=False)
+        run = replace(run, compensate=False)
+    if run.error_aware is None and not run.compensate:
+        run = replace(run, error_aware=False)
     return replace(run, stream=True)
 
 
-def check_sliceable(opened: Opened, job: Pruning, run: ShrinkRun) -> Pruning:
+def check_sliceable(opened: Opened, job: Pruning, run: ShrinkRun, notice: Notice) -> Pruning:
     """The pruning without the merging of experts, unless kept weights may be rounded again.
 
     Raises:
@@ -178,7 +184,11 @@ def check_sliceable(opened: Opened, job: Pruning, run: ShrinkRun) -> Pruning:
             )
     slices = Slicing(opened, open_stored(opened)).provisional(job.plan)
     check_writable_slices(opened.quantised, {slices.sources[name] for name in slices.rows})
-    if run.compensate or job.recipe.experts is None:
+    experts = job.recipe.experts
+    if experts is None or not experts.merge or run.compensate or run.error_aware:
         return job
-    experts = replace(job.recipe.experts, merge=False)
-    return replace(job, recipe=replace(job.recipe, experts=experts))
+    notice(
+        f"method {run.method}: removed experts are not merged, so that no weight is rounded again"
+    )
+    unmerged = replace(experts, merge=False)
+    return replace(job, recipe=replace(job.recipe, experts=unmerged))

@@ -223,7 +223,7 @@ def prepare_pruning(
         training = training_of(left, skeleton, registry, device)
     options, method, job = made(options, skeleton, notice)
     if in_place and isinstance(options, ShrinkRun):
-        job = check_sliceable(skeleton, job, options)
+        job = check_sliceable(skeleton, job, options, notice)
     if named.options.method is None:
         notice(f"method: {method.name} (default)")
     task = PruneTask(
