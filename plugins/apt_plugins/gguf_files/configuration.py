@@ -331,7 +331,7 @@ _LLAMA3 = {
 
 def _llama3(factors: Array, values: Values) -> dict[str, Any]:
     """The parameters of LLaMA 3's scaling that give some divisors of frequencies."""
-    scaling = {**_LLAMA3, "factor": float(factors.max())}
+    scaling = {**_LLAMA3, "factor": round(float(factors.max()), 3)}
     size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     config = AutoConfig.for_model(
         "llama", head_dim=size, hidden_size=values["hidden_size"],
