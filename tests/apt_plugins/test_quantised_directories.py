@@ -422,9 +422,7 @@ def test_a_pattern_that_would_match_other_modules_is_refused(directory, tmp_path
     path.write_text(json.dumps(config))
     checkpoint = opened(directory)
     slices = slices_of(checkpoint, made, KEPT, BLOCKS)
-    with pytest.raises(
-        AptError, match="matches model.layers.2.mlp but not model.layers.1.mlp,"
-    ):
+    with pytest.raises(AptError, match="matches model.layers.2.mlp but not model.layers.1.mlp,"):
         checkpoint.write_sliced(slices, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
