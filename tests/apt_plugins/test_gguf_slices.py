@@ -126,7 +126,7 @@ def test_expanded_tensors_and_configuration_are_those_of_the_model(file, case):
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert parameters.keys() == state.keys() - tied
     assert all(piece.whole for each in parameters.values() for piece in each.pieces)
-    assert not any(each.fault for each in parameters.values())
+    assert not any(each.problem for each in parameters.values())
     opened = model_of(checkpoint.config, {n: checkpoint.read(n) for n in checkpoint.tensors})
     torch.testing.assert_close(
         log_probabilities(opened), log_probabilities(model), rtol=0, atol=1e-5
