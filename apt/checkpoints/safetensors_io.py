@@ -96,7 +96,9 @@ class Shards:
     def read_finite(self, name: str) -> Tensor:
         """Read a tensor, and raise if a value is not finite."""
         tensor = self.read(name)
-        parts = tensor.reshape(-1).split(_AT_ONCE)  # `isfinite` needs a copy of what it checks
+        parts = torch.split(
+            tensor.reshape(-1), _AT_ONCE
+        )  # `isfinite` needs a copy of what it checks
         if not all(torch.isfinite(part).all() for part in parts):
             message = f"{name} in {self.entries[name].file} holds values that are not finite"
             raise AptError(message, "the checkpoint is damaged; get it again")
