@@ -283,7 +283,20 @@ def test_new_values_are_rounded_in_the_kind_of_their_source(kind, directory, tmp
             assert torch.equal(small.read(name), tensor), name
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "awq", "gptq", "nf4"])
+def test_mxfp4_keeps_its_own_values_and_rounds_others(directory, tmp_path, write):
+    made = write("mxfp4", directory)
+    checkpoint = opened(directory)
+    slices = slices_of(checkpoint, made, KEPT, BLOCKS)
+    same, other = (f"model.layers.{block}.mlp.experts.down_proj" for block in range(2))
+    kept = removed_by_hand(checkpoint, slices)
+    values = {same: kept[same], other: torch.randn(kept[other].shape)}
+    checkpoint.write_sliced(replace(slices, values=values), tmp_path / "small")
+    small = opened(tmp_path / "small")
+    assert torch.equal(small.read(same), values[same])
+    assert (small.read(other) - values[other]).norm() / values[other].norm() < 0.13
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "nf4"])
 def test_new_values_are_refused_where_they_are_not_rounded(kind, directory, tmp_path, write):
     made = write(kind, directory)
     checkpoint = opened(directory)
@@ -475,3 +488,25 @@ def test_a_run_removes_experts_and_a_block(kind, directory, tmp_path, tokenizer,
     for name, tensor in removed_by_hand(whole, slices).items():
         assert torch.equal(after.read(name), tensor), name
     assert (small / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
+def test_a_run_with_compensation_rounds_again_in_fp8(directory, tmp_path, tokenizer, apt):
+    tokenizer.save_pretrained(directory)
+    write_directory("fp8", directory, vocab_size=2048)
+    options = ("--size", "experts=4", "--samples", 4, "--seqlen", 16, "--compensate")
+    result = apt("shrink", directory, *options, "-o", tmp_path / "small")
+    assert result.code == 0, result.err
+    rounded = Report.read(tmp_path / "small").structure["rounded"]
+    assert len(rounded) == 12
+    assert set(rounded.values()) == {"fp8"}
+
+
+def test_a_run_on_a_truncated_directory_is_one_line(directory, tmp_path, tokenizer, apt, write):
+    tokenizer.save_pretrained(directory)
+    write("mlx", directory)
+    cut_file(directory)
+    result = apt("shrink", directory, "--size", "experts=4", "-o", tmp_path / "small")
+    assert result.code == 2
+    assert "is damaged" in result.err
+    assert result.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plain"]

@@ -136,3 +136,20 @@ def fp4(stored: Tensor, dtype: torch.dtype) -> Tensor:
     codes = torch.arange(256)
     pairs = torch.stack([_FP4[codes & 15], _FP4[codes >> 4]], -1).to(dtype)
     return torch.nn.functional.embedding(stored.int(), pairs).flatten(-2)
+
+
+def as_mxfp4(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest numbers of FP4 for groups of values (…, n), and the bytes of their scales (…).
+
+    The scale is the power of two by which the largest value of a group lies from 4 to 8, as the
+    specification of the MX formats has it.
+    """
+    largest = groups.abs().amax(-1)
+    exponents = (largest.frexp().exponent - 3).clamp(-_EXPONENT_BIAS, _EXPONENT_BIAS)
+    scales = torch.where(largest > 0, exponents + _EXPONENT_BIAS, 0).to(torch.uint8)
+    values = groups / as_scales(scales).unsqueeze(-1)
+    codes = (
+        torch.bucketize(values.abs().contiguous(), (_FP4[:7] + _FP4[1:8]) / 2)
+        + 8 * values.signbit()
+    )
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8), scales

@@ -87,6 +87,16 @@ class QuantisedDirectory:
                 "remove them from the original, and quantise the result",
             )
 
+    def check_rounding(self, name: str) -> None:
+        """Raise `AptError` if new values of a tensor cannot be rounded in its kind of numbers."""
+        roles = self._matrices[name].keys
+        if PLAIN not in roles and not self._scheme.can_round(self._scheme.stem(name), roles):
+            raise AptError(
+                f"{name} is stored as {self._scheme.title}, in which APT rounds no new values",
+                "choose what is removed without compensation",
+                ("compensate",),
+            )
+
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model, whose tensors have the stored bytes of their sources.
 
@@ -100,6 +110,8 @@ class QuantisedDirectory:
             AptError: rows of a tensor cannot be cut out, new values cannot be rounded, or
                 ``config.json`` cannot express the smaller model. Nothing is written then.
         """
+        for name in slices.values:
+            self.check_rounding(slices.sources[name])
         renaming = self._renaming(slices)
         record = smaller_record(self._record, self.config, slices.config, renaming)
         tensors = [*self._sliced(slices), *self._beside(renaming)]

@@ -3,7 +3,7 @@
 The formats are ``pack-quantized``, ``int-quantized``, ``float-quantized`` and ``naive-quantized``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -104,10 +104,12 @@ class CompressedTensors(Format):
             values = values - each
         return scales.mul(values)
 
+    def can_round(self, stem: str, roles: Iterable[str]) -> bool:
+        """True for symmetric numbers in groups of neighbours."""
+        return not {"zeros", "order"}.intersection(roles)
+
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """Symmetric integers, or FP8, whose largest number is that of each group."""
-        if "zeros" in stored or "order" in stored:
-            return super().rounded(stem, values, stored)
         dtype = stored["scales"].dtype
         numbers = stored["values"] if "values" in stored else stored["packed"]
         rows = (numbers.shape[0], *values.shape[1:])

@@ -102,22 +102,19 @@ class Format(ABC):
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
         """The values of a matrix, in fp32 or in the dtype of the expanded tensor."""
 
+    def can_round(self, stem: str, roles: Iterable[str]) -> bool:
+        """True if new values of a matrix with these parts can be rounded."""
+        return False
+
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """The parts for new values, by their roles; parts that are not among them stay.
 
         Args:
-            stem: the stem of the source.
+            stem: the stem of the source, of which `can_round` is true.
             values: the new values, in fp32.
             stored: the parts of the source, which may have more rows.
-
-        Raises:
-            AptError: new values cannot be rounded in this format.
         """
-        raise AptError(
-            f"{stem}{self.last} is stored as {self.title}, in which APT rounds no new values",
-            "choose the experts without compensation",
-            ("compensate",),
-        )
+        raise NotImplementedError
 
     def names(self, key: str, count: int) -> list[tuple[str, int | None]]:
         """The expanded names for a stored name, and the index of each in the stack.

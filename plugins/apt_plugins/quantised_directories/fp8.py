@@ -3,7 +3,7 @@
 Scales are those by which the stored numbers are multiplied, in spite of their name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +63,10 @@ class BlockFp8(Format):
         scales = as_scales(parts["scales"])
         scales = scales.reshape(_grid(scales.shape, len(shape)))
         return parts["values"].float() * spread(scales, shape, self._block)
+
+    def can_round(self, stem: str, roles: Iterable[str]) -> bool:
+        """True."""
+        return True
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """Numbers whose largest of each block is the largest of FP8."""

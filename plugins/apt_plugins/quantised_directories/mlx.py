@@ -4,7 +4,7 @@ The layouts are those that mlx-lm writes. MLX itself is not needed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -101,11 +101,13 @@ class Mlx(Format):
         scales, biases = (parts[role].float().unsqueeze(-1) for role in ("scales", "biases"))
         return groups.float().mul(scales).add(biases).flatten(-2)
 
+    def can_round(self, stem: str, roles: Iterable[str]) -> bool:
+        """True for integers with scales and biases."""
+        return self._scheme(stem)[2] == "affine"
+
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """Integers, scales and biases by the rule of MLX: the value farthest from 0 is exact."""
-        group, bits, mode = self._scheme(stem)
-        if mode != "affine":
-            return super().rounded(stem, values, stored)
+        group, bits, _ = self._scheme(stem)
         groups, most = grouped(values, group), 2**bits - 1
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         from_low = low.abs() > high.abs()

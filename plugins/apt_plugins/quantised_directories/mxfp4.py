@@ -3,7 +3,7 @@
 The stored stacks are (experts, out, groups, 16 bytes); those of the model are (experts, in, out).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apt.checkpoints.safetensors_io import Entry
 from apt.extending import ExpandedTensor
-from apt_plugins.quantised_directories.arithmetic import as_scales, fp4
+from apt_plugins.quantised_directories.arithmetic import as_mxfp4, as_scales, fp4, grouped
 from apt_plugins.quantised_directories.format import Cut, Format, Parts, quantization_of
 
 _GROUP = 32  # numbers with one scale
@@ -55,3 +55,13 @@ class Mxfp4(Format):
             powers = as_scales(scales).unsqueeze(-1).to(self.dtype)
             stack[place] = (numbers * powers).flatten(1).T
         return stack
+
+    def can_round(self, stem: str, roles: Iterable[str]) -> bool:
+        """True."""
+        return True
+
+    def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
+        """The nearest numbers, by the rule of the MX formats."""
+        found = [as_mxfp4(grouped(expert.T, _GROUP)) for expert in values]
+        blocks, scales = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return {"blocks": blocks, "scales": scales}
