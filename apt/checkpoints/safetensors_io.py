@@ -24,6 +24,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+_AT_ONCE = 2**22  # values
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -95,7 +96,10 @@ class Shards:
     def read_finite(self, name: str) -> Tensor:
         """Read a tensor, and raise if a value is not finite."""
         tensor = self.read(name)
-        if not torch.isfinite(tensor).all():
+        parts = torch.split(
+            tensor.reshape(-1), _AT_ONCE
+        )  # `isfinite` needs a copy of what it checks
+        if not all(torch.isfinite(part).all() for part in parts):
             message = f"{name} in {self.entries[name].file} holds values that are not finite"
             raise AptError(message, "the checkpoint is damaged; get it again")
         return tensor
