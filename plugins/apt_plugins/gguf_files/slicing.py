@@ -23,7 +23,7 @@ from torch import Tensor
 
 from apt.checkpoints.quantised import Slices
 from apt.errors import AptError
-from apt_plugins.gguf_files.configuration import Shapes, config_of, reread
+from apt_plugins.gguf_files.configuration import Shapes, reread
 from apt_plugins.gguf_files.header import SCALARS, Entry
 from apt_plugins.gguf_files.parameters import Parameter, parameters_of
 from apt_plugins.gguf_files.stored import StoredFile
@@ -89,7 +89,7 @@ def write_sliced(
     try:
         with target.open("xb") as output:
             digests = _write(output, file, changes, tensors)
-        _verify(file, target, tensors, digests)
+        _verify(file, target, changes, tensors, digests)
     except BaseException:
         target.unlink(missing_ok=True)
         raise
@@ -352,10 +352,18 @@ def _data(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
 
 
 def _verify(
-    file: StoredFile, target: Path, tensors: Sequence[Sliced], digests: Sequence[bytes]
+    file: StoredFile,
+    target: Path,
+    changes: Mapping[str, Any],
+    tensors: Sequence[Sliced],
+    digests: Sequence[bytes],
 ) -> None:
     """Raise if the file was not written as planned."""
     written = StoredFile(target)
+    for key, entry in file.header.entries.items():
+        planned = _entry(key, entry, changes[key]) if key in changes else entry.stored
+        if written.header.entries[key].stored != planned:
+            raise RuntimeError(f"{key} of {target} was not written as it is")
     kinds = [file.type_of(tensor.source) for tensor in tensors]
     if list(written.shapes.items()) != list(_shapes(file, tensors).items()) or kinds != [
         written.type_of(name) for name in written.shapes
@@ -367,4 +375,3 @@ def _verify(
             found.update(data)
         if found.digest() != digest:
             raise RuntimeError(f"{name} of {target} was not written as it is")
-    config_of(written)
