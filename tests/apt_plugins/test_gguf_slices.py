@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -372,12 +373,91 @@ def test_llama_cpp_computes_the_smaller_model(file, tmp_path, case):
     blocks = LITE if lite else BLOCKS.get(case, [0, 2, 3])
     slices = slices_of(checkpoint, blocks, experts)
     checkpoint.write_sliced(slices, tmp_path / "small.gguf")
-    command = [sys.executable, "-c", LLAMA, tmp_path / "small.gguf", json.dumps(TOKENS.tolist())]
+    assert_llama_cpp_agrees(tmp_path / "small.gguf")
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp is not installed")
+def test_llama_cpp_computes_the_smaller_model_of_linear_attention(tmp_path, tokenizer):
+    write_qwen35moe(tmp_path / "a.gguf", tokenizer)
+    checkpoint = GgufCheckpoint(tmp_path / "a.gguf")
+    checkpoint.write_sliced(slices_of(checkpoint, [0, 1, 2, 3]), tmp_path / "small.gguf")
+    assert_llama_cpp_agrees(tmp_path / "small.gguf", 1e-2)  # both compute it in chunks
+
+
+def yarn(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(16)
+
+
+def yarn_of_deepseek(writer):
+    yarn(writer)
+    writer.add_rope_scaling_yarn_log_mul(0.1 * 0.7)
+
+
+def linear(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+SCALED = {"factor": 4.0, "rope_theta": 10_000.0}
+YARN = {**SCALED, "rope_type": "yarn", "original_max_position_embeddings": 16,
+        "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
+SCALINGS = [
+    ("qwen3moe", yarn, YARN), ("llama-dense", yarn, YARN), ("olmoe", linear,
+                                                           {**SCALED, "rope_type": "linear"}),
+    ("deepseek2", yarn_of_deepseek, {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}),
+    ("gpt-oss", yarn, {**YARN, "truncate": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "describe", "expected"), SCALINGS)
+def test_scaled_rotary_frequencies_are_read(file, case, describe, expected):
+    path, _ = file(case, Type.F32, describe)
+    checkpoint = GgufCheckpoint(path)
+    found = {k: v for k, v in checkpoint.config.rope_parameters.items() if v is not None}
+    assert found == expected
+    if case != "gpt-oss" and find_spec("xllamacpp"):  # llama.cpp rounds two of its numbers
+        assert_llama_cpp_agrees(path)
+
+
+def test_factors_of_rotary_frequencies_are_those_of_llama_3(tmp_path, tokenizer):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    model = random_mixture(
+        "llama-dense", 64, 2, rope_scaling=scaling, rope_theta=500_000.0, head_dim=64
+    )
+    plain = 500_000.0 ** -(torch.arange(0, 64, 2) / 64)
+    factors = plain / model.model.rotary_emb.inv_freq
+
+    def describe(writer):
+        writer.add_tensor("rope_freqs.weight", factors.numpy())
+
+    write_mixture(tmp_path / "a.gguf", model, "llama-dense", tokenizer, describe=describe)
+    with pytest.raises(AptError, match="frequencies are scaled in an unknown way"):
+        GgufCheckpoint(tmp_path / "a.gguf")  # of another base, which the helper writes
+    data = (tmp_path / "a.gguf").read_bytes()
+    change = (b"rope.freq_base\x06\0\0\0" + np.float32(b).tobytes() for b in (1e4, 5e5))
+    (tmp_path / "b.gguf").write_bytes(data.replace(*change))
+    checkpoint = GgufCheckpoint(tmp_path / "b.gguf")
+    found = {k: v for k, v in checkpoint.config.rope_parameters.items() if v is not None}
+    assert found == {**scaling, "rope_theta": 500_000.0}
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    torch.testing.assert_close(
+        log_probabilities(model_of(checkpoint.config, weights)), log_probabilities(model)
+    )
+    if find_spec("xllamacpp"):
+        assert_llama_cpp_agrees(tmp_path / "b.gguf")
+
+
+def assert_llama_cpp_agrees(path, error=1e-3):
+    """The next token has the same probabilities in llama.cpp as in transformers."""
+    command = [sys.executable, "-c", LLAMA, path, json.dumps(TOKENS.tolist())]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "FOUND" in answer.stdout, answer.stderr[-2000:]
     found = json.loads(answer.stdout.split("FOUND")[1])
-    small = GgufCheckpoint(tmp_path / "small.gguf")
+    small = GgufCheckpoint(path)
     model = model_of(small.config, {name: small.read(name) for name in small.tensors})
     expected = log_probabilities(model)[-1]
     theirs = torch.tensor([found[str(token)] for token in range(300)])
-    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=error)

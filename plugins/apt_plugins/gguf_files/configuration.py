@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from apt.errors import AptError
-from apt_plugins.gguf_files.parameters import GGUF_ARCHS
+from apt.errors import AptError, described
+from apt_plugins.gguf_files.parameters import MAPPED
 from apt_plugins.gguf_files.stored import StoredFile
 from apt_plugins.gguf_files.writing import Array
 
@@ -197,17 +197,17 @@ def config_of(file: StoredFile) -> Any:
     """
     entries = {"vocab_size": file.token_count, **file.entries}
     factors = _rotary_factors(file)
-    if not 0 < entries.get("block_count", 1) <= _MOST_BLOCKS:
-        message = f"{file.path} has {entries['block_count']:,} blocks by its entries"
-        raise AptError(message, "the file is damaged; get it again", ("source",))
     try:
+        if not 0 < entries.get("block_count", 1) <= _MOST_BLOCKS:
+            raise _InexpressibleError(f"it has {entries['block_count']:,} blocks")
         if is_mixture(file.architecture, entries):
             return mixture_config(
                 file.architecture, entries, file.shapes, file.special_tokens, factors
             )
         return _mended(file, entries, factors)
-    except (_InexpressibleError, KeyError) as error:
-        reason = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
+    except Exception as error:  # the classes of configurations raise many types of errors
+        missing = isinstance(error, KeyError)
+        reason = f"it has no entry {error}" if missing else described(error)
         message = f"{file.path}, of architecture {file.architecture}, is not read: {reason}"
         raise AptError(message, "use its original checkpoint", ("source",)) from error
 
@@ -278,9 +278,9 @@ def _same_for_all(entry: str, value: Any) -> Any:
 def _mended(file: StoredFile, entries: Entries, factors: Array | None) -> Any:
     """The configuration that transformers reads, with the entries that it does not read."""
     known = {file.architecture, file.architecture.replace("-", "_")}
-    if not known & {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS}:
+    if not known & {*GGUF_SUPPORTED_ARCHITECTURES, *MAPPED}:
         raise _InexpressibleError("transformers does not read this architecture")
-    if entries.get("expert_count") and not known & {*_MENDED, *GGUF_ARCHS}:
+    if entries.get("expert_count") and not known & {*_MENDED, *MAPPED}:
         raise _InexpressibleError("transformers does not read its experts")
     config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
     for entry, name in _MENDED.get(file.architecture, {}).items():
@@ -331,7 +331,7 @@ _LLAMA3 = {
 
 def _llama3(factors: Array, values: Values) -> dict[str, Any]:
     """The parameters of LLaMA 3's scaling that give some divisors of frequencies."""
-    scaling = {**_LLAMA3, "factor": float(factors.max())}
+    scaling = {**_LLAMA3, "factor": round(float(factors.max()), 3)}
     size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     config = AutoConfig.for_model(
         "llama", head_dim=size, hidden_size=values["hidden_size"],

@@ -16,10 +16,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from apt.errors import AptError
+from apt.errors import AptError, described
 from apt.extending import Exportable
 from apt_plugins.gguf_files.layouts import architecture_of
-from apt_plugins.gguf_files.stored import open_reader
 from apt_plugins.gguf_files.tensors import file_type, planned_of, tensor_names
 from apt_plugins.gguf_files.writing import Planned
 
@@ -39,7 +38,7 @@ def from_original(
             the model.
     """
     assert model.original is not None
-    reader = open_reader(model.original)
+    reader = _read(model.original)
     architecture = architecture_of(model)
     if (stored_name := _text(reader, _ARCHITECTURE)) != architecture:
         raise _wrong_original(model, f"its architecture is {stored_name}, not {architecture}")
@@ -53,6 +52,18 @@ def from_original(
     writer.data_alignment = int(reader.alignment)
     _copy(reader, writer, changes)
     return writer, tensors
+
+
+def _read(path: Path) -> gguf.GGUFReader:
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
+        message = f"{path} is not a GGUF file, or is damaged: {described(error)}"
+        raise AptError(message, "get it again", ("source",)) from error
+    if reader.endianess is not gguf.GGUFEndian.LITTLE or "split.count" in reader.fields:
+        message = f"{path} is one of several files, or has the bytes of numbers in another order"
+        raise AptError(message, "merge it, or convert it, with llama.cpp's tools", ("source",))
+    return reader
 
 
 def _text(reader: gguf.GGUFReader, key: str) -> str:

@@ -17,9 +17,12 @@ from apt_plugins.gguf_files.writing import Array
 
 try:
     from transformers.core_model_loading import WeightConverter, rename_source_key
-    from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS as _MAPPINGS
 except ImportError:  # before transformers 5.24
-    GGUF_ARCHS = {}
+    _MAPPINGS = {}
+
+MAPPED: Mapping[str, Any] = _MAPPINGS
+"""Functions of a configuration to transformers' own mapping, by architecture."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Expand = Callable[[Sequence[Tensor]], Tensor]
@@ -76,8 +79,8 @@ def parameters_of(config: Any, architecture: str, shapes: Shapes) -> dict[str, P
     with torch.device("meta"):
         module = without_weights(config, trust_remote_code=False)
     state = module.state_dict()
-    if architecture in GGUF_ARCHS:
-        return _by_transformers(module, config, GGUF_ARCHS[architecture](config), shapes)
+    if architecture in MAPPED:
+        return _by_transformers(module, config, MAPPED[architecture](config), shapes)
     kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
@@ -135,7 +138,8 @@ def _converted(
                 config=config,
             )  # fmt: skip
         (made,) = values.values()
-        return made[0] if isinstance(made, list) else made
+        result: Tensor = made[0] if isinstance(made, list) else made
+        return result
 
     joined = len(patterns) == 2 and len(shape) == 3
 

@@ -1,6 +1,7 @@
 """A GGUF file as a checkpoint whose tensors are expanded one by one, and sliced byte by byte."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib.util import find_spec
 from math import prod
@@ -17,7 +18,7 @@ from apt.locations.model_source import Source
 if TYPE_CHECKING:
     from apt_plugins.gguf_files.parameters import Parameter
 
-_EXPANDED = 1 << 24  # values that are expanded at a time
+_EXPANDED = 1 << 22  # values that a thread expands at a time
 
 
 def open_file(source: Source) -> QuantisedCheckpoint | None:
@@ -91,11 +92,14 @@ class GgufCheckpoint:
         count, rest = parameter.shape[0], prod(parameter.shape[1:])
         if not parameter.by_rows or count * rest <= _EXPANDED:
             return self._part(name, parameter, None)
-        values = torch.empty(parameter.shape)
-        step = max(1, _EXPANDED // rest)
-        for start in range(0, count, step):
+        values, step = torch.empty(parameter.shape), max(1, _EXPANDED // rest)
+
+        def fill(start: int) -> None:
             rows = range(start, min(start + step, count))
-            values[start : start + step] = self._part(name, parameter, rows)
+            values[start : rows.stop] = self._part(name, parameter, rows)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy leaves the lock
+            list(pool.map(fill, range(0, count, step)))
         return values
 
     def _part(self, name: str, parameter: "Parameter", rows: range | None) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from apt.checkpoints.quantised import Slices
 from apt.errors import AptError
-from apt_plugins.gguf_files.configuration import Shapes, config_of, reread
+from apt_plugins.gguf_files.configuration import Shapes, reread
+from apt_plugins.gguf_files.header import SCALARS, Entry
 from apt_plugins.gguf_files.parameters import Parameter, parameters_of
 from apt_plugins.gguf_files.stored import StoredFile
 
@@ -31,11 +32,6 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 _EXPERTS = "_exps."
 _SIZE, _BLOCKS = "general.size_label", "block_count"
 _NOT_PER_BLOCK = ("rope.dimension_sections",)
-_SCALARS = {
-    Kind.UINT8: "<B", Kind.INT8: "<b", Kind.UINT16: "<H", Kind.INT16: "<h", Kind.UINT32: "<I",
-    Kind.INT32: "<i", Kind.FLOAT32: "<f", Kind.BOOL: "<?", Kind.UINT64: "<Q", Kind.INT64: "<q",
-    Kind.FLOAT64: "<d",
-}  # fmt: skip
 _CONFIGURED = {
     "expert_used_count": "num_experts_per_tok", "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
@@ -93,7 +89,7 @@ def write_sliced(
     try:
         with target.open("xb") as output:
             digests = _write(output, file, changes, tensors)
-        _verify(file, target, tensors, digests)
+        _verify(file, target, changes, tensors, digests)
     except BaseException:
         target.unlink(missing_ok=True)
         raise
@@ -228,7 +224,7 @@ def _changed_entries(
     changes = {
         f"{file.architecture}.{key}": value for key, value in after.items() if value != before[key]
     }
-    if _SIZE in file.reader.fields and shapes != file.shapes:
+    if _SIZE in file.header.entries and shapes != file.shapes:
         changes[_SIZE] = _size_label(shapes)
     return changes
 
@@ -298,13 +294,11 @@ def _write(
     output: BinaryIO, file: StoredFile, changes: Mapping[str, Any], tensors: Sequence[Sliced]
 ) -> list[bytes]:
     """Write a file; returns the digests of the tensors."""
-    fields = {k: f for k, f in file.reader.fields.items() if not k.startswith("GGUF.")}
-    version = int(file.reader.fields["GGUF.version"].contents())
-    output.write(struct.pack("<IIQQ", gguf.GGUF_MAGIC, version, len(tensors), len(fields)))
-    for key, field in fields.items():
-        stored = b"".join(part.tobytes() for part in field.parts)
-        output.write(_entry(key, field, changes[key]) if key in changes else stored)
-    alignment, offset = int(file.reader.alignment), 0
+    entries, version = file.header.entries, file.header.version
+    output.write(struct.pack("<IIQQ", gguf.GGUF_MAGIC, version, len(tensors), len(entries)))
+    for key, entry in entries.items():
+        output.write(_entry(key, entry, changes[key]) if key in changes else entry.stored)
+    alignment, offset = file.header.alignment, 0
     shapes = _shapes(file, tensors)
     for tensor in tensors:
         shape, kind = shapes[tensor.name], file.type_of(tensor.source)
@@ -324,18 +318,15 @@ def _write(
     return digests
 
 
-def _entry(key: str, field: gguf.ReaderField, value: Any) -> bytes:
-    """An entry with another value of the same type."""
-    kind, *inside = field.types
-    header = _string(key) + struct.pack("<I", kind)
-    if kind is not Kind.ARRAY:
-        return header + _value(kind, value)
-    items = b"".join(_value(inside[-1], item) for item in value)
-    return header + struct.pack("<IQ", inside[-1], len(value)) + items
-
-
-def _value(kind: Kind, value: Any) -> bytes:
-    return _string(value) if kind is Kind.STRING else struct.pack(_SCALARS[kind], value)
+def _entry(key: str, entry: Entry, value: Any) -> bytes:
+    """An entry with another value of the same kind."""
+    header = _string(key) + struct.pack("<I", entry.kind)
+    if entry.inside is not None:
+        codes = f"<IQ{len(value)}{SCALARS[entry.inside]}"
+        return header + struct.pack(codes, entry.inside, len(value), *value)
+    if entry.kind is Kind.STRING:
+        return header + _string(value)
+    return header + struct.pack(f"<{SCALARS[entry.kind]}", value)
 
 
 def _string(text: str) -> bytes:
@@ -361,10 +352,18 @@ def _data(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
 
 
 def _verify(
-    file: StoredFile, target: Path, tensors: Sequence[Sliced], digests: Sequence[bytes]
+    file: StoredFile,
+    target: Path,
+    changes: Mapping[str, Any],
+    tensors: Sequence[Sliced],
+    digests: Sequence[bytes],
 ) -> None:
     """Raise if the file was not written as planned."""
     written = StoredFile(target)
+    for key, entry in file.header.entries.items():
+        planned = _entry(key, entry, changes[key]) if key in changes else entry.stored
+        if written.header.entries[key].stored != planned:
+            raise RuntimeError(f"{key} of {target} was not written as it is")
     kinds = [file.type_of(tensor.source) for tensor in tensors]
     if list(written.shapes.items()) != list(_shapes(file, tensors).items()) or kinds != [
         written.type_of(name) for name in written.shapes
@@ -376,4 +375,3 @@ def _verify(
             found.update(data)
         if found.digest() != digest:
             raise RuntimeError(f"{name} of {target} was not written as it is")
-    config_of(written)

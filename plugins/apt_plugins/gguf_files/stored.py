@@ -12,9 +12,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFValueType as Kind
 
-from apt.errors import AptError, described
+from apt.errors import AptError
+from apt_plugins.gguf_files.header import read_header
 from apt_plugins.gguf_files.writing import Array
 
 _ARCHITECTURE, _TOKENS = "general.architecture", "tokenizer.ggml.tokens"
@@ -26,82 +27,59 @@ _SPECIAL_TOKENS = {
 _CHUNK = 1 << 26  # bytes that are read at a time
 
 
-def open_reader(path: Path) -> GGUFReader:
-    """The reader of the package gguf.
-
-    Raises:
-        AptError: the file is damaged, is a part of a split file, or has big-endian numbers.
-    """
-    try:
-        reader = GGUFReader(str(path))
-    except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-        message = f"{path} is not a GGUF file, or is damaged: {described(error)}"
-        raise AptError(message, "get it again", ("source",)) from error
-    if reader.endianess is not gguf.GGUFEndian.LITTLE or "split.count" in reader.fields:
-        message = f"{path} is one of several files, or has the bytes of numbers in another order"
-        raise AptError(message, "merge it, or convert it, with llama.cpp's tools", ("source",))
-    return reader
-
-
 class StoredFile:
     """A GGUF file.
 
     Attributes:
+        header: its entries and the places of its tensors.
         architecture: the name of the architecture.
-        tensors: the tensors of the reader, by name, in the order of the file.
-        shapes: the shapes of the tensors, with the columns last, as in numpy and torch.
+        shapes: the shapes of the tensors by name, with the columns last, as in numpy and torch.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the header; raises `AptError` as `open_reader` does."""
-        self.path = path
-        self.reader = open_reader(path)
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
-        self.shapes = {
-            name: tuple(int(n) for n in reversed(tensor.shape.tolist()))
-            for name, tensor in self.tensors.items()
-        }
-        if _ARCHITECTURE not in self.reader.fields:
+        """Read the header; raises `AptError` as `read_header` does."""
+        self.path, self.header = path, read_header(path)
+        self.shapes = {name: place.shape for name, place in self.header.tensors.items()}
+        if _ARCHITECTURE not in self.header.entries:
             raise AptError(f"{path} names no architecture", "is it a model?", ("source",))
-        self.architecture = str(self.reader.fields[_ARCHITECTURE].contents())
+        self.architecture = str(self.header.entries[_ARCHITECTURE].value)
 
     @cached_property
     def entries(self) -> Mapping[str, Any]:
-        """The entries of the architecture, by their keys without its name."""
+        """The entries of the architecture, by their keys without its name; no lists of strings."""
         prefix = f"{self.architecture}."
         return {
-            key.removeprefix(prefix): _shortest(field.contents())
-            for key, field in self.reader.fields.items()
-            if key.startswith(prefix)
+            key.removeprefix(prefix): _shortest(entry.value)
+            for key, entry in self.header.entries.items()
+            if key.startswith(prefix) and entry.inside is not Kind.STRING
         }
 
     @property
     def special_tokens(self) -> dict[str, int]:
         """The numbers of special tokens, by the names of transformers."""
-        fields = self.reader.fields
+        entries = self.header.entries
         return {
-            name: int(fields[key].contents()) for name, key in _SPECIAL_TOKENS.items()
-            if key in fields
+            name: int(entries[key].value) for name, key in _SPECIAL_TOKENS.items() if key in entries
         }  # fmt: skip
 
     @property
     def token_count(self) -> int:
         """The number of tokens; 0 in a file without a tokenizer."""
-        fields = self.reader.fields
-        return len(fields[_TOKENS].data) if _TOKENS in fields else 0
+        entry = self.header.entries.get(_TOKENS)
+        return int(entry.value) if entry is not None and entry.inside is Kind.STRING else 0
 
     def type_of(self, name: str) -> gguf.GGMLQuantizationType:
         """The type of the numbers of a tensor."""
-        return self.tensors[name].tensor_type
+        return self.header.tensors[name].kind
 
     def row_bytes(self, name: str) -> int:
         """The bytes of one entry of the first dimension of a tensor."""
-        return int(self.tensors[name].n_bytes) // self.shapes[name][0]
+        return self.header.tensors[name].size // self.shapes[name][0]
 
     def chunks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """The bytes of entries of the first dimension of a tensor, in parts."""
         size = self.row_bytes(name)
-        position = int(self.tensors[name].data_offset) + start * size
+        position = self.header.tensors[name].start + start * size
         end = position + (stop - start) * size
         with self.path.open("rb") as file:
             while position < end:
