@@ -10,7 +10,6 @@ from torch import Tensor
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.quantised import QuantisedCheckpoint
 from apt.checkpoints.safetensors_io import Entry, Shards
-from apt.errors import AptError
 from apt.locations.model_source import Source
 from apt.plugin.registry import Registry
 
@@ -61,11 +60,3 @@ def open_quantised(source: Source, registry: Registry) -> tuple[Source, Quantise
         if found is not None:
             return source, found
     return None
-
-
-def check_writable_slices(checkpoint: QuantisedCheckpoint, rows: Iterable[str]) -> None:
-    """Raise if a tensor that loses rows cannot be cut; see `QuantisedCheckpoint`."""
-    for name in rows:
-        if name not in checkpoint.tensors:
-            raise AptError(f"the checkpoint lacks {name}", "is it complete?")
-        checkpoint.check_sliceable(name)

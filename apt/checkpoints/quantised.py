@@ -77,8 +77,11 @@ class QuantisedCheckpoint(Protocol):
     def read(self, name: str) -> Tensor:
         """A tensor, expanded; raises `AptError` if its bytes are damaged."""
 
-    def check_sliceable(self, name: str) -> None:
-        """Raise `AptError` if the rows of a tensor cannot be cut out of the stored bytes."""
+    def check_slices(self, slices: Slices) -> None:
+        """Raise `AptError` if `write_sliced` would refuse a smaller model.
+
+        It is called before the work begins, with new values on the meta device: it reads none.
+        """
 
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model, whose tensors have the stored bytes of their sources.

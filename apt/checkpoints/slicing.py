@@ -11,7 +11,7 @@ from apt.adapter.groups import Removal, entries, tensors_of
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.quantised import Slices
 from apt.checkpoints.smaller import last_groups, removals_of, smaller_config
-from apt.checkpoints.stored import Stored
+from apt.checkpoints.stored import Stored, pruned_tensors
 from apt.errors import AptError
 from apt.layouts.pieces import Piece
 from apt.planning.plan import Plan, PlannedBlock
@@ -76,9 +76,26 @@ class Slicing:
         number = experts.pop() if experts else None
         return Slices(config, sources, rows, kept, number, values or {})
 
-    def provisional(self, plan: Plan) -> Slices:
-        """The same for the last experts of each block: only their number matters."""
-        return self.slices(plan, last_groups(plan))
+    def provisional(self, plan: Plan, *, rounded: bool) -> Slices:
+        """The same for the last experts of each block: only their number matters.
+
+        Args:
+            rounded: True to have values on the meta device for all tensors that a run may change.
+        """
+        slices = self.slices(plan, last_groups(plan))
+        if not rounded:
+            return slices
+        changed, tensors = {*pruned_tensors(plan, self._stored.layout)}, self._stored.shards.entries
+        values = {
+            target: torch.empty(
+                len(slices.rows[target]) if target in slices.rows else tensors[source].shape[0],
+                *tensors[source].shape[1:],
+                device="meta",
+            )
+            for target, source in slices.sources.items()
+            if source in changed
+        }
+        return replace(slices, values=values)
 
     def block(self, index: int, removed: Removed, place: int) -> Iterator[Sliced]:
         """The stored tensors of a block without some experts, which becomes block ``place``."""

@@ -8,7 +8,7 @@ solved anew are, in their own kinds of numbers.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.checkpoints.copies import keep_side_files, side_files
-from apt.checkpoints.expanded import check_writable_slices
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.quantised import QuantisedCheckpoint, Slices
 from apt.checkpoints.slicing import Slicing
@@ -32,6 +31,7 @@ from apt.options import ShrinkRun
 from apt.output.staging import Staging
 from apt.planning.structure import Removed
 from apt.pruning.block_store import BlockStore
+from apt.pruning.layer import Recipe
 
 
 class InPlace(Streamed):
@@ -69,7 +69,7 @@ class InPlace(Streamed):
         lost = [each.experts for each in done if isinstance(each, ExpertsRemoved)]
         kinds = [entry.groups.kind for entry in planned.disconnected if entry.groups.routed]
         self._removed[name] = dict(zip(kinds, lost, strict=True))
-        if self.ranks.first and _rounds(self._task):
+        if self.ranks.first and _rounds(cast(Any, self._task).job.recipe):
             values = dict(self._slicing.changed(planned, block, self._removed[name]))
             self._changed.add(values, self.folder / "scratch" / f"{name}.safetensors")
             self.rounded |= {key: self._checkpoint.tensors[key].stored for key in values}
@@ -138,9 +138,8 @@ class _Changed(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def _rounds(task: Any) -> bool:
+def _rounds(recipe: Recipe) -> bool:
     """True if a run may change weights that are kept."""
-    recipe = task.job.recipe
     experts = recipe.experts
     return bool(recipe.error_aware or (experts and (experts.compensate or experts.merge)))
 
@@ -168,7 +167,7 @@ def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
     return replace(run, stream=True)
 
 
-def check_sliceable(opened: Opened, job: Pruning, run: ShrinkRun, notice: Notice) -> Pruning:
+def check_slices(opened: Opened, job: Pruning, run: ShrinkRun, notice: Notice) -> Pruning:
     """The pruning without the merging of experts, unless kept weights may be rounded again.
 
     Raises:
@@ -182,13 +181,13 @@ def check_sliceable(opened: Opened, job: Pruning, run: ShrinkRun, notice: Notice
                 "remove only experts or blocks, or prune the expanded model: apt-prune convert",
                 ("sizes", "keep"),
             )
-    slices = Slicing(opened, open_stored(opened)).provisional(job.plan)
-    check_writable_slices(opened.quantised, {slices.sources[name] for name in slices.rows})
     experts = job.recipe.experts
-    if experts is None or not experts.merge or run.compensate or run.error_aware:
-        return job
-    notice(
-        f"method {run.method}: removed experts are not merged, so that no weight is rounded again"
-    )
-    unmerged = replace(experts, merge=False)
-    return replace(job, recipe=replace(job.recipe, experts=unmerged))
+    if experts is not None and experts.merge and not (run.compensate or run.error_aware):
+        notice(
+            f"method {run.method}: removed experts are not merged, so that no weight is rounded "
+            "again"
+        )
+        job = replace(job, recipe=replace(job.recipe, experts=replace(experts, merge=False)))
+    slicing = Slicing(opened, open_stored(opened))
+    opened.quantised.check_slices(slicing.provisional(job.plan, rounded=_rounds(job.recipe)))
+    return job

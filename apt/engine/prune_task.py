@@ -16,7 +16,7 @@ from apt.distributed.launch import whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
 from apt.engine.export import check_exportable
-from apt.engine.in_place import check_sliceable, without_rounding
+from apt.engine.in_place import check_slices, without_rounding
 from apt.engine.machine import check_tokens, choose_device, read_dtype
 from apt.engine.opening import RunRequest, pattern_of, selection_of
 from apt.engine.packing import check_packed_place
@@ -225,7 +225,7 @@ def prepare_pruning(
         training = training_of(timed_options, skeleton, registry, device)
     options, method, job = make_job(options, skeleton, notice)
     if in_place and isinstance(options, ShrinkRun):
-        job = check_sliceable(skeleton, job, options, notice)
+        job = check_slices(skeleton, job, options, notice)
     if request.options.method is None:
         notice(f"method: {method.name} (default)")
     task = PruneTask(

@@ -246,12 +246,12 @@ def test_rows_are_cut_out_of_stored_bytes_or_refused(kind, name, rows, directory
     if name is None:
         name, rows = "model.layers.1.self_attn.q_proj.weight", [1]
         with pytest.raises(AptError, match="of which single rows cannot be cut out; remove them"):
-            checkpoint.check_sliceable(name)
+            checkpoint.check_slices(replace(slices, rows={name: rows}))
         with pytest.raises(AptError, match="of which single rows cannot be cut out; remove them"):
             checkpoint.write_sliced(replace(slices, rows={name: rows}), tmp_path / "small")
         assert not (tmp_path / "small").exists()
         return
-    checkpoint.check_sliceable(name)
+    checkpoint.check_slices(replace(slices, rows={name: rows}))
     checkpoint.write_sliced(replace(slices, rows={name: rows}), tmp_path / "small")
     assert torch.equal(opened(tmp_path / "small").read(name), checkpoint.read(name)[rows])
 
@@ -499,6 +499,18 @@ def test_a_run_with_compensation_rounds_again_in_fp8(directory, tmp_path, tokeni
     rounded = Report.read(tmp_path / "small").structure["rounded"]
     assert len(rounded) == 12
     assert set(rounded.values()) == {"fp8"}
+
+
+def test_values_that_cannot_be_rounded_are_refused_before_the_run(
+    directory, tmp_path, tokenizer, apt
+):
+    tokenizer.save_pretrained(directory)
+    write_directory("awq", directory, vocab_size=2048)
+    options = ("--size", "experts=4", "--calibration", tmp_path / "missing.txt", "--compensate")
+    result = apt("shrink", directory, *options, "-o", tmp_path / "small")
+    assert result.code == 2
+    assert "in which APT rounds no new values; choose" in result.err
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_run_on_a_truncated_directory_is_one_line(directory, tmp_path, tokenizer, apt, write):

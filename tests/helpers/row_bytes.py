@@ -99,10 +99,11 @@ class RowBytes:
         parts = list(self._stored(name).values())
         return parts[0] if len(parts) == 1 else expand(*parts)
 
-    def check_sliceable(self, name):
+    def check_slices(self, slices: Slices):
         """All rows are stored alone."""
-        if self.tensors[name].shape[0] == 1:
-            raise AptError(f"{name} has one row", "choose another")
+        for name in map(slices.sources.get, slices.rows):
+            if self.tensors[name].shape[0] == 1:
+                raise AptError(f"{name} has one row", "choose another")
 
     def write_sliced(self, slices: Slices, target):
         """Write a smaller model."""

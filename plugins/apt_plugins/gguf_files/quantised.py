@@ -115,11 +115,11 @@ class GgufCheckpoint:
             raise AptError(message, "is the file damaged?", ("source",))
         return values
 
-    def check_sliceable(self, name: str) -> None:
-        """Raise `AptError` if the rows of a parameter have another order in the file."""
-        from apt_plugins.gguf_files.slicing import check_rows
+    def check_slices(self, slices: Slices) -> None:
+        """Raise `AptError` if the file cannot express a smaller model."""
+        from apt_plugins.gguf_files.slicing import planned
 
-        check_rows(self.file, name, self.parameters[name])
+        planned(self.file, self.config, self.parameters, slices)
 
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model; `QuantisedCheckpoint.write_sliced`."""

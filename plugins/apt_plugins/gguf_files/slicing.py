@@ -60,7 +60,7 @@ class Sliced:
     values: Callable[[], Tensor] | None = None
 
 
-def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
+def _check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
     """Raise `AptError` if the rows of a parameter cannot be cut out of a file."""
     hint = "remove experts or blocks, or convert the file"
     if not parameter.by_rows:
@@ -72,10 +72,10 @@ def check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
             raise AptError(f"the entries of {tensor} share scales ({kind}) in {file.path}", hint)
 
 
-def write_sliced(
-    file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices, target: Path
-) -> None:
-    """Write the file of a smaller model, and compare it with the original.
+def planned(
+    file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices
+) -> tuple[list[Sliced], dict[str, Any]]:
+    """The tensors of the smaller model, and the entries that change.
 
     Raises:
         AptError: the format cannot express the smaller model.
@@ -86,6 +86,18 @@ def write_sliced(
     tensors = _tensors(file, parameters, slices)
     changes = _changed_entries(file, config, slices, tensors)
     _check_types(file, tensors)
+    return tensors, changes
+
+
+def write_sliced(
+    file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices, target: Path
+) -> None:
+    """Write the file of a smaller model, and compare it with the original.
+
+    Raises:
+        AptError: the format cannot express the smaller model.
+    """
+    tensors, changes = planned(file, config, parameters, slices)
     try:
         with target.open("xb") as output:
             digests = _write(output, file, changes, tensors)
@@ -151,7 +163,7 @@ def _chosen(
             message = f"{name} of the smaller model cannot be made of {source}"
             raise AptError(message, "blocks keep their order in a GGUF file")
         if rows is not None:
-            check_rows(file, source, before)
+            _check_rows(file, source, before)
         new_values = _new_values(name, parameter, slices.values)
         pairs = zip(before.tensors, parameter.tensors, strict=True)
         for place, (tensor, new) in enumerate(pairs):
@@ -361,8 +373,8 @@ def _verify(
     """Raise if the file was not written as planned."""
     written = StoredFile(target)
     for key, entry in file.header.entries.items():
-        planned = _entry(key, entry, changes[key]) if key in changes else entry.stored
-        if written.header.entries[key].stored != planned:
+        expected = _entry(key, entry, changes[key]) if key in changes else entry.stored
+        if written.header.entries[key].stored != expected:
             raise RuntimeError(f"{key} of {target} was not written as it is")
     kinds = [file.type_of(tensor.source) for tensor in tensors]
     if list(written.shapes.items()) != list(_shapes(file, tensors).items()) or kinds != [

@@ -77,7 +77,15 @@ class QuantisedDirectory:
             raise damaged(f"{name} in {file}", "it has values that are not finite")
         return values
 
-    def check_sliceable(self, name: str) -> None:
+    def check_slices(self, slices: Slices) -> None:
+        """Raise `AptError` if the format cannot express a smaller model."""
+        for name in slices.values:
+            self._check_rounding(slices.sources[name])
+        for name in slices.rows:
+            self._check_rows(slices.sources[name])
+        smaller_record(self._record, self.config, slices.config, self._renaming(slices))
+
+    def _check_rows(self, name: str) -> None:
         """Raise `AptError` if the rows of a tensor cannot be cut out of the stored bytes."""
         matrix = self._matrices[name]
         if matrix.place is not None or Cut.NEVER in matrix.cuts.values():
@@ -87,7 +95,7 @@ class QuantisedDirectory:
                 "remove them from the original, and quantise the result",
             )
 
-    def check_rounding(self, name: str) -> None:
+    def _check_rounding(self, name: str) -> None:
         """Raise `AptError` if new values of a tensor cannot be rounded in its kind of numbers."""
         roles = self._matrices[name].keys
         if PLAIN not in roles and not self._scheme.can_round(self._scheme.stem(name), roles):
@@ -110,8 +118,7 @@ class QuantisedDirectory:
             AptError: rows of a tensor cannot be cut out, new values cannot be rounded, or
                 ``config.json`` cannot express the smaller model. Nothing is written then.
         """
-        for name in slices.values:
-            self.check_rounding(slices.sources[name])
+        self.check_slices(slices)
         renaming = self._renaming(slices)
         record = smaller_record(self._record, self.config, slices.config, renaming)
         tensors = [*self._sliced(slices), *self._beside(renaming)]
@@ -156,8 +163,6 @@ class QuantisedDirectory:
             for role, key in self._scheme.keys(name, matrix.keys).items():
                 entry = self._shards.entries[matrix.keys[role]]
                 if matrix.place is not None and place is not None:
-                    if name in slices.rows:
-                        self.check_sliceable(source)
                     content = new.get(role, row_of(entry, matrix.place))
                     stacks.setdefault(key, {})[place] = (matrix.keys[role], content)
                 elif role in new:
@@ -173,8 +178,6 @@ class QuantisedDirectory:
         """A part of a tensor that has fewer rows."""
         matrix = self._matrices[source]
         entry = self._shards.entries[matrix.keys[role]]
-        if matrix.cuts[role] is Cut.NEVER:
-            self.check_sliceable(source)
         if matrix.cuts[role] is Cut.ROWS:
             return some_rows(key, entry, rows)
         if matrix.cuts[role] is Cut.SHAPE:
