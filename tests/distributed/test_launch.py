@@ -32,7 +32,7 @@ def test_invalid_environment_variables_are_refused(monkeypatch, variables, messa
 
 
 def test_more_ranks_than_accelerators_are_refused_except_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(launch, "best", lambda: "xpu")
+    monkeypatch.setattr(launch, "default_device", lambda: "xpu")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert launch._backend("cpu") == "cpu:gloo"

@@ -480,7 +480,7 @@ def test_kind_with_a_teacher_gets_all_parameters_trainable(minutes, monkeypatch)
         return Trainable(given.model)
 
     spec = RecoverySpec("own", "", "", teacher=True)
-    monkeypatch.setattr(api, "_kind", lambda kind: (spec, own))
+    monkeypatch.setattr(api, "_recovery", lambda kind: (spec, own))
     steps = 1 if minutes is None else None
     with suppress(AptError):
         library.recover(

@@ -209,7 +209,7 @@ def config_of(file: StoredFile) -> Any:
         missing = isinstance(error, KeyError)
         reason = f"it has no entry {error}" if missing else described(error)
         message = f"{file.path}, of architecture {file.architecture}, is not read: {reason}"
-        raise AptError(message, "use its original checkpoint", ("source",)) from error
+        raise AptError(message, "use its original checkpoint") from error
 
 
 def reread(

@@ -92,10 +92,10 @@ def read_header(path: Path) -> Header:
             header = _Cursor(data).header()
     except (ValueError, KeyError, struct.error, OSError, OverflowError) as error:
         message = f"{path} is not a GGUF file, or is damaged: {described(error)}"
-        raise AptError(message, "get it again", ("source",)) from error
+        raise AptError(message, "get the file again") from error
     if header is None or _SPLIT in header.entries:
         message = f"{path} is one of several files, or has the bytes of numbers in another order"
-        raise AptError(message, "merge it, or convert it, with llama.cpp's tools", ("source",))
+        raise AptError(message, "merge it, or convert it, with llama.cpp's tools")
     return header
 
 

@@ -57,13 +57,13 @@ class GgufCheckpoint:
         for name, parameter in made.items():
             if parameter is None:
                 message = f"{path} has no tensor of the right size for {name} of transformers"
-                raise AptError(message, "is the file complete?", ("source",))
+                raise AptError(message, "is the file complete?")
             found[name] = parameter
         used = {tensor for parameter in found.values() for tensor in parameter.tensors}
         for tensor in self.file.shapes.keys() - used:
             if not tensor.startswith("rope_") and not self._predicts_more(tensor):
                 message = f"{path} has {tensor}, which belongs to no parameter of transformers"
-                raise AptError(message, "use its original checkpoint", ("source",))
+                raise AptError(message, "use its original checkpoint")
         return found
 
     def _predicts_more(self, tensor: str) -> bool:
@@ -112,7 +112,7 @@ class GgufCheckpoint:
         values = parameter.expand(given)
         if tuple(values.shape) != (len(rows) if rows else parameter.shape[0], *parameter.shape[1:]):
             message = f"{name} of {self.file.path} has another shape than {parameter.shape}"
-            raise AptError(message, "is the file damaged?", ("source",))
+            raise AptError(message, "is the file damaged?")
         return values
 
     def check_slices(self, slices: Slices) -> None:

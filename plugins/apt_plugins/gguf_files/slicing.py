@@ -82,7 +82,7 @@ def planned(
     """
     if file.entries.get("nextn_predict_layers"):
         message = f"{file.path} has blocks that predict further tokens, whose experts nothing chose"
-        raise AptError(message, "get a file without them", ("source",))
+        raise AptError(message, "get a file without them")
     tensors = _tensors(file, parameters, slices)
     changes = _changed_entries(file, config, slices, tensors)
     _check_types(file, tensors)

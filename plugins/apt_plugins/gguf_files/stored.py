@@ -41,7 +41,7 @@ class StoredFile:
         self.path, self.header = path, read_header(path)
         self.shapes = {name: place.shape for name, place in self.header.tensors.items()}
         if _ARCHITECTURE not in self.header.entries:
-            raise AptError(f"{path} names no architecture", "is it a model?", ("source",))
+            raise AptError(f"{path} names no architecture", "is it a model?")
         self.architecture = str(self.header.entries[_ARCHITECTURE].value)
 
     @cached_property
@@ -85,7 +85,7 @@ class StoredFile:
             while position < end:
                 data = os.pread(file.fileno(), min(_CHUNK, end - position), position)
                 if not data:
-                    raise AptError(f"{self.path} ends within {name}", "get it again", ("source",))
+                    raise AptError(f"{self.path} ends within {name}", "get it again")
                 yield data
                 position += len(data)
 
@@ -102,11 +102,11 @@ class StoredFile:
                 flat = gguf.dequantize(data.reshape(-1, self._last_bytes(name)), kind)
         except (NotImplementedError, ValueError) as error:
             message = f"{name} of {self.path} has numbers of type {kind.name}, which are not read"
-            raise AptError(message, "get a file of another type", ("source",)) from error
+            raise AptError(message, "get a file of another type") from error
         values: Array = flat.astype(np.float32, copy=False).reshape(stop - start, *shape[1:])
         if not np.isfinite(values).all():
             message = f"{name} of {self.path} holds values that are not finite"
-            raise AptError(message, "the file is damaged; get it again", ("source",))
+            raise AptError(message, "the file is damaged; get it again")
         return values
 
     def _last_bytes(self, name: str) -> int:
