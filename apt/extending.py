@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
     from apt.planning.plan import Plan, PlannedBlock, PlannedSite
     from apt.plugin.doctor import Finding, try_import
+    from apt.plugin.documents import Conversation, Document
     from apt.plugin.registry import Registry, registry
     from apt.pruning.expert_choice import ExpertChoice
     from apt.pruning.layer import Method
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from apt.text.ids import check_vocabulary
 
 __all__ = [
-    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpertChoice", "Export",
+    "Allocation", "Batch", "BlockChoice", "Checkpoint", "Conversation", "Document", "ExpertChoice",
+    "Export",
     "Exportable", "Exported", "Finding",
     "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "Recovery",
     "Registry", "RoutedExperts", "Source", "Split", "Teacher", "Trainable", "Unallocated",
@@ -66,6 +68,7 @@ _LAZY = {
     "apt.locations.model_source": ("Source",),
     "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),
     "apt.planning.plan": ("Plan", "PlannedBlock", "PlannedSite"),
+    "apt.plugin.documents": ("Conversation", "Document"),
     "apt.plugin.doctor": ("Finding", "try_import"),
     "apt.plugin.registry": ("Registry", "registry"),
     "apt.pruning.expert_choice": ("ExpertChoice",),

@@ -32,12 +32,13 @@ from apt.engine.text import Text, read_text
 from apt.engine.timed_run import fitted, training_of
 from apt.errors import AptError
 from apt.files.journal import Line
-from apt.locations.paths import portable
+from apt.locations.text_sources import portable_sources
 from apt.options import PruneRun, ShrinkRun
 from apt.output.report import Report
 from apt.patterns import Pattern
 from apt.planning.plan import Plan
 from apt.planning.structure import Structure, make_structured_plan
+from apt.plugin.documents import Document
 from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM, MethodSpec
 from apt.recovery.recover import NotRecoveredError
@@ -101,14 +102,15 @@ class PruneTask(Task):
         """The calibration samples, and at most as many windows to measure on."""
         options = self.options
 
-        def draw(tokenizer: Any, texts: Iterable[str], bos: int | None) -> Tensor:
+        def draw(
+            tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None
+        ) -> Tensor:
             return calibration_tokens(
-                tokenizer, texts, options.samples, options.seqlen, options.seed,
-                options.calibration, bos,
-            )  # fmt: skip
+                tokenizer, texts, samples, options.seqlen, options.seed, source, bos
+            )
 
         return read_text(
-            options, self.skeleton, self.registry, draw,
+            options, self.skeleton, self.registry, draw, samples=options.samples,
             windows=options.samples or self.job.augmentation.own_samples, measures=ranks.first,
         )  # fmt: skip
 
@@ -121,7 +123,8 @@ class PruneTask(Task):
             | {"sha256": store.weights}
             | store.precision.record(),
             calibration={
-                "source": portable(options.calibration),
+                "source": portable_sources(options.calibration),
+                **text.source_record,
                 "own_samples": self.job.augmentation.own_samples,
                 "bos": text.bos,
                 **calibration_of(text.tokens),

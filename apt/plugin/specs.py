@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from apt.errors import AptError, described, faulty
 from apt.field_types import check_fields
+from apt.plugin.documents import Document
 
 
 @dataclass(frozen=True)
@@ -303,8 +304,8 @@ class EvaluatorSpec(Spec):
 class CalibrationSpec(Spec):
     """A text source; its target is a function of a split that yields documents.
 
-    The function takes ``"calibration"`` or ``"evaluation"`` and yields strings. The two splits
-    must not have text in common.
+    The function takes ``"calibration"`` or ``"evaluation"`` and yields strings, or
+    `apt.extending.Conversation`. The two splits must not have text in common.
 
     Args:
         source: the origin of the text, and its licence.
@@ -312,16 +313,16 @@ class CalibrationSpec(Spec):
 
     source: str = ""
 
-    def documents(self, split: str) -> Iterator[str]:
+    def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split.
 
         Raises:
-            AptError: the source does not load, or has something other than strings.
+            AptError: the source does not load, or has something other than documents.
         """
         texts = self.load()(split)
         known = isinstance(texts, Iterable) and not isinstance(texts, str)
         for document in texts if known else [texts]:
-            if not known or not isinstance(document, str):
+            if not known or not isinstance(document, Document):
                 fault = f"gives {type(document).__name__} in place of documents"
                 raise faulty(f"data set '{self.name}'", fault, "text")
             yield document
