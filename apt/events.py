@@ -1,6 +1,6 @@
 """The events that a run reports to its observers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,6 +95,22 @@ class ExpertsRemoved:
 
 
 @dataclass(frozen=True)
+class ExpertsRouted:
+    """What the experts of a block get from each source of the calibration text.
+
+    Attributes:
+        name: the block.
+        tokens: the number of tokens of each expert, by source. A token counts for each expert that
+            it is sent to.
+        weights: the sum of the router's weights of these tokens for each expert, by source.
+    """
+
+    name: str
+    tokens: Mapping[str, tuple[int, ...]]
+    weights: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class BlockTuned:
     """The kept weights of a block were tuned.
 
@@ -151,7 +167,7 @@ class HeldBack:
     loss: float
 
 
-Done = SitePruned | ExpertsRemoved
+Done = SitePruned | ExpertsRemoved | ExpertsRouted
 """What a run records of a block."""
 
 Event = BlockStarted | Working | BlockTuned | Done

@@ -3,13 +3,15 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from apt.calibration.sources import SampleSources
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
-from apt.events import ExpertsRemoved, SitePruned
+from apt.events import ExpertsRemoved, ExpertsRouted, SitePruned
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
@@ -20,6 +22,11 @@ from apt.pruning.pipeline import prune_blocks
 from apt.shrinking.record import candidate_records, removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
+from apt.text.mixes import in_turn
+from apt.text.sampling import mixed
+
+OWN_TEXT, RANDOM_TOKENS = "own text", "random tokens"
+"""The sources of generated samples, in the record of what experts get."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
     Returns:
         The report with the record of each site.
     """
-    tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
-    done, structure = prune_blocks(store, job, tokens), {}
+    tokens, sources = _samples(store, text, job)
+    done, structure = prune_blocks(store, job, tokens, sources), {}
     if job.structure is not None:
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)
@@ -74,7 +81,31 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         skipped=job.plan.dense,
         ranks=store.ranks.gather(store.ranks.work),
         structure=structure,
+        routing={
+            one.name: {"tokens": dict(one.tokens), "weights": dict(one.weights)}
+            for one in done
+            if isinstance(one, ExpertsRouted)
+        },
     )
+
+
+def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor, SampleSources]:
+    """All samples, with copies with random tokens, and their sources.
+
+    Any first samples of a mix are of all its sources, and of what is generated, by their numbers.
+    """
+    tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
+    names = tuple(source.name for source in text.sources) or ("calibration",)
+    given = torch.zeros(len(text.tokens)) if text.owners is None else text.owners
+    given = torch.where(given < 0, len(names), given.long())  # the model's own text
+    copies = torch.full((len(tokens) - len(given),), len(names) + 1)
+    of = given if not len(copies) else mixed(given.unsqueeze(1), copies.unsqueeze(1)).squeeze(1)
+    sources = SampleSources((*names, OWN_TEXT, RANDOM_TOKENS), of, len(names))
+    if len(names) == 1:
+        return tokens, sources
+    order = of.argsort(stable=True)
+    order = order[in_turn(torch.bincount(of, minlength=len(sources.names)).tolist())]
+    return tokens[order], sources.part(order)
 
 
 def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
@@ -86,7 +117,11 @@ def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
         )
 
     own = job.augmentation.own_samples
-    return replace(text, tokens=store.generated(generate)) if own else text
+    if not own:
+        return text
+    given = torch.zeros(len(text.tokens)) if text.owners is None else text.owners
+    owners = mixed(given.long().unsqueeze(1), torch.full((own, 1), -1), job.seed).squeeze(1)
+    return replace(text, tokens=store.generated(generate), owners=owners)
 
 
 def final_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:

@@ -35,7 +35,7 @@ from apt.engine.task import Changed, Task
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.evaluation.blockwise import carried, streamed
-from apt.events import Done, ExpertsRemoved, SitePruned, Status
+from apt.events import Done, ExpertsRemoved, ExpertsRouted, SitePruned, Status
 from apt.files.journal import Journal, Line
 from apt.output.report import read_site
 from apt.output.staging import Staging
@@ -212,6 +212,7 @@ class Streamed(ModelStore):
         records = {
             "sites": [asdict(each) for each in done if isinstance(each, SitePruned)],
             "experts": [asdict(each) for each in done if isinstance(each, ExpertsRemoved)],
+            "routed": [asdict(each) for each in done if isinstance(each, ExpertsRouted)],
         }
         self.journal.keep({_BLOCK: name, **records, "digest": self._kept.digest(planned)})
 
@@ -274,10 +275,22 @@ def records_of(line: Line, journal: Journal) -> list[Done]:
     """
     try:
         sites = [read_site(entry) for entry in line.get("sites", ())]
-        return [*(_experts(**entry) for entry in line.get("experts", ())), *sites]
+        experts = (_experts(**entry) for entry in line.get("experts", ()))
+        routed = (_routed(**entry) for entry in line.get("routed", ()))
+        return [*experts, *sites, *routed]
     except (KeyError, TypeError, ValueError) as error:
         raise journal.damaged(first_line(error)) from error
 
 
 def _experts(name: str, experts: list[int], merged: list[tuple[int, int]]) -> ExpertsRemoved:
     return ExpertsRemoved(name, tuple(experts), tuple((first, other) for first, other in merged))
+
+
+def _routed(
+    name: str, tokens: dict[str, list[int]], weights: dict[str, list[float]]
+) -> ExpertsRouted:
+    return ExpertsRouted(
+        name,
+        {source: tuple(counts) for source, counts in tokens.items()},
+        {source: tuple(sums) for source, sums in weights.items()},
+    )

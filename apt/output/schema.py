@@ -144,6 +144,8 @@ _STRUCTURE = entries(
         ),
     },
 )  # fmt: skip
+_ROUTED = entries({"tokens": named(many(count)), "weights": named(many(number))})
+_SOURCE = entries({"name": text, "share": number, "samples": count})
 _TRAINING = entries(
     {"tokens": count, "held_back": many(row(count, number)), "losses": many(number)},
     {"best": count, "diverged": optional(count)},
@@ -161,7 +163,9 @@ _REPORT = entries(
     {
         "schema": count, "options": _OPTIONS,
         "model": entries({}, {"reference": text, "type": text, "adapter": text}),
-        "calibration": entries({}, {"source": text, "shape": many(count)}),
+        "calibration": entries(
+            {}, {"source": text, "shape": many(count), "sources": many(_SOURCE)}
+        ),
         "scores": _SCORES, "seconds": amount, "peak_memory_bytes": named(amount),
         "sites": many(_SITE), "skipped": many(text), "problems": many(text), "created": text,
         "versions": named(text), "files": either(named(text), many(text)),
@@ -169,7 +173,7 @@ _REPORT = entries(
     },
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
-        "reapplied": named(anything), "earlier": named(anything),
+        "routing": named(_ROUTED), "reapplied": named(anything), "earlier": named(anything),
         "timeline": entries(
             {},
             {

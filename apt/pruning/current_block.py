@@ -1,7 +1,7 @@
 """The block that is being pruned: its sites are solved in stages, tuned, rounded and measured."""
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -9,15 +9,17 @@ from operator import itemgetter
 
 from torch import Tensor, nn
 
-from apt.adapter import Site
+from apt.adapter import Routing, Site, routings
 from apt.adapter.groups import gather, tensors_of
 from apt.calibration.batches import Batch, OpenBlock, check_finite
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.passing import BlockPass
+from apt.calibration.sources import RoutedBySource
 from apt.calibration.stored_products import StoredProducts
 from apt.calibration.targets import Sums
-from apt.events import BlockTuned, Done, ExpertsRemoved, SitePruned, Working
+from apt.errors import AptError
+from apt.events import BlockTuned, Done, ExpertsRemoved, ExpertsRouted, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.block_store import BlockStore
 from apt.pruning.disconnecting import disconnect_groups
@@ -67,6 +69,7 @@ class CurrentBlock(OpenBlock):
         orders: the former column of each column, by the full name of a site whose inputs have
             changed places.
         propagated: True if the batches' states are already those after the block.
+        usage: the record of what the experts get from each source; None if it is not known yet.
     """
 
     store: BlockStore
@@ -77,6 +80,7 @@ class CurrentBlock(OpenBlock):
     scales: dict[Site, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
+    usage: ExpertsRouted | None = None
 
     def __post_init__(self) -> None:
         self.sites = self.adapter.sites(self.module)
@@ -116,6 +120,9 @@ class CurrentBlock(OpenBlock):
             self._tune(self.job.recipe.tuning)
             done += self._finish(solved, rounds)
         self._gather()
+        if self.usage is not None:
+            self.store.observe(self.usage)
+            done.append(self.usage)
         return done
 
     def _disconnected(self) -> Iterator[ExpertsRemoved]:
@@ -123,9 +130,11 @@ class CurrentBlock(OpenBlock):
         recipe = self.job.recipe
         for lost in self.planned.disconnected:
             damping = recipe.solver.damping
-            chosen, merged = disconnect_groups(self, lost, recipe.experts, damping)
+            found = disconnect_groups(self, lost, recipe.experts, damping)
             if lost.groups.routed:
-                removed = ExpertsRemoved(self.planned.name, tuple(chosen), merged)
+                removed = ExpertsRemoved(self.planned.name, found.chosen, found.merged)
+                if found.by_source is not None:
+                    self.usage = found.by_source.record(self.planned.name)
                 self.store.observe(removed)
                 yield removed
 
@@ -224,7 +233,8 @@ class CurrentBlock(OpenBlock):
         routed = [site for site in dense if site.routed]
         capture = Capture(self.module, sites, self.job.recipe.targets, routed)
         pruned = [entry.site for entry in self.planned.pruned]
-        capture.run(self, earlier, passes, [site for site in pruned if site.order >= last])
+        with self._routing(sites):
+            capture.run(self, earlier, passes, [site for site in pruned if site.order >= last])
         left = {site.input for site in self.sites if site.order >= last}
         for batch in self.batches if passes else ():
             if batch.dense is not None:
@@ -232,6 +242,31 @@ class CurrentBlock(OpenBlock):
         for each in capture.sums.values():
             each.add_up(self.ranks)
         return capture.sums
+
+    @contextmanager
+    def _routing(self, sites: Sequence[Site]) -> Iterator[None]:
+        """While entered, the first run of the experts records what they get from each source.
+
+        It stays unknown for experts that do not get the indices of each token's experts.
+        """
+        stacked = [site for site in sites if site.expert is not None]
+        if not stacked or self.usage is not None:
+            yield
+            return
+        path, found = stacked[0].parameter.rpartition(".")[0], list[Routing]()
+        count = max(site.expert or 0 for site in self.sites) + 1
+        with ExitStack() as stack:
+            with suppress(AptError):
+                stack.enter_context(routings(self.module.get_submodule(path), found.append))
+            yield
+        by_source = RoutedBySource(self.sources, count)
+        tokens = [batch.tokens for batch in self.batches]
+        known = [len(routing.index) for routing in found] == tokens
+        for batch, routing in zip(self.batches, found, strict=False) if known else ():
+            by_source.add(routing, batch.token_sources())
+        by_source.over_ranks(self.ranks)
+        if known:
+            self.usage = by_source.record(self.planned.name)
 
     def _solve_round(
         self, turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float

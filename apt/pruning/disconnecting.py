@@ -4,7 +4,8 @@ No matrix multiplies the outputs of these groups. So they are chosen by what the
 a block that is pruned, the outputs of removed groups are zero, and its router does not choose them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from apt.adapter import Groups
 from apt.adapter.groups import disconnect, disconnected, tensors_of
 from apt.calibration.batches import OpenBlock
+from apt.calibration.sources import RoutedBySource
 from apt.errors import AptError, faulty
 from apt.planning.plan import PlannedGroups
 from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
@@ -25,14 +27,25 @@ from apt.tuning.block_forward import stream_after
 _TOKENS = 2048
 
 
+@dataclass(frozen=True)
+class Disconnected:
+    """The groups of one kind that a block has lost.
+
+    Attributes:
+        chosen: their indices.
+        merged: those that were merged, each with the one that has them.
+        by_source: what the experts get from each source; None if that is not known.
+    """
+
+    chosen: tuple[int, ...]
+    merged: tuple[tuple[int, int], ...] = ()
+    by_source: RoutedBySource | None = None
+
+
 def disconnect_groups(
     block: OpenBlock, planned: PlannedGroups, how: ExpertRemoval, damping: float | None
-) -> tuple[Sequence[int], tuple[tuple[int, int], ...]]:
-    """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts.
-
-    Returns:
-        The indices of the groups, and those that were merged, each with the one that has them.
-    """
+) -> Disconnected:
+    """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts."""
     groups, chosen, merged = planned.groups, planned.chosen, tuple[tuple[int, int], ...]()
     experts = _readable(block, groups, how) if groups.routed else None
     if chosen is None and experts is not None and how.choose is not None:
@@ -42,13 +55,14 @@ def disconnect_groups(
     if experts is not None and how.merge:
         removed = ColumnGroups(groups.count, planned.kept, groups.bins).mask(chosen)
         merged = merge_experts(block.module, block.adapter, groups, experts, removed)
+    by_source = experts.by_source if experts is not None else None
     del experts  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
     block.unrouted = {**block.unrouted, **unrouted(block.module, [planned])}
     if targets:
         kept = set(range(groups.count)) - set(chosen)
         compensate(block, groups, kept, targets, damping)
-    return chosen, merged
+    return Disconnected(chosen, merged, by_source)
 
 
 def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from apt.adapter import State
 from apt.adapter.recording import eval_mode
 from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, enter
+from apt.calibration.sources import SampleSources
 from apt.errors import AptError
 from apt.events import BlockStarted, Done, Working
 from apt.pruning.block_store import BlockStore
@@ -22,7 +23,9 @@ from apt.text.ids import check_ids
 
 @torch.inference_mode(mode=False)  # the caller's inference mode would rule out gradients
 @torch.no_grad()
-def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[Done]:
+def prune_blocks(
+    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources | None = None
+) -> list[Done]:
     """Prune a model in place, one block after the other.
 
     Each block is run with its dense weights on the outputs of the pruned blocks before it. Its
@@ -36,6 +39,7 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[D
             function with the same arguments and ends with the same model.
         job: what is done to the blocks.
         tokens: calibration token ids (samples, seqlen).
+        sources: their sources; None for one source.
 
     Returns:
         The records of all blocks.
@@ -45,10 +49,11 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[D
             not captured, or a solve failed.
     """
     check_ids(tokens)
+    sources = sources or SampleSources.one(len(tokens))
     model, adapter, planned = store.model, job.adapter, job.plan.blocks
     with eval_mode(model), adapter.running(model):
         # 1. The inputs of the first block, in batches; those for tuning come first.
-        batches, tuning = _enter(store, job, tokens)
+        batches, tuning = _enter(store, job, tokens, sources)
         # 2. The dense stream passes the blocks that are dropped before the first one.
         modules = dict(adapter.blocks(model))
         blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
@@ -66,12 +71,15 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[D
                         partial(store.observe, Working(name, "running")),
                         store=store, job=job, planned=planned[index],
                         dropped=blocks[index + 1 : following], tuning_batches=tuning,
+                        sources=sources.names, mixed=sources.mixed,
                     ), last=index == kept[-1]
                 )  # fmt: skip
     return done
 
 
-def _enter(store: BlockStore, job: BlockPruning, tokens: Tensor) -> tuple[list[Batch], int]:
+def _enter(
+    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources
+) -> tuple[list[Batch], int]:
     """This rank's batches before the first block, and the number of those for tuning.
 
     The latter are smaller, and come first.
@@ -80,10 +88,10 @@ def _enter(store: BlockStore, job: BlockPruning, tokens: Tensor) -> tuple[list[B
     if how is not None:
         chosen = how.chosen(*tokens.shape)
         size = how.step_tokens(int(chosen.sum()), tokens.shape[1])
-        batches = _batches(store, job, tokens[chosen], size)
-        first, rest = len(batches), tokens[~chosen]
+        batches = _batches(store, job, tokens[chosen], sources.part(chosen), size)
+        first, rest, sources = len(batches), tokens[~chosen], sources.part(~chosen)
     if len(rest):
-        batches += _batches(store, job, rest, TOKENS_PER_BATCH)
+        batches += _batches(store, job, rest, sources, TOKENS_PER_BATCH)
     ranks = store.ranks
     if ranks.sum(not batches):
         fault = f"too few samples: some of {ranks.size} ranks have none"
@@ -92,12 +100,14 @@ def _enter(store: BlockStore, job: BlockPruning, tokens: Tensor) -> tuple[list[B
     return batches, first
 
 
-def _batches(store: BlockStore, job: BlockPruning, tokens: Tensor, size: int) -> list[Batch]:
+def _batches(
+    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources, size: int
+) -> list[Batch]:
     """This rank's batches, of about ``size`` tokens, from ``tokens`` (samples, seqlen)."""
     size = min(size, math.ceil(len(tokens) / store.ranks.size) * tokens.shape[1])
     return enter(
         job.adapter, store.model, tokens, size, with_dense=job.recipe.error_aware,
-        ranks=store.ranks, store=store.activations,
+        ranks=store.ranks, store=store.activations, sources=sources.of,
     )  # fmt: skip
 
 

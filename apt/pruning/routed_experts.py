@@ -13,6 +13,7 @@ from apt.adapter import Groups, Routing, State, Unrouted, routings
 from apt.adapter.groups import tensors_of
 from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import mean_squares, stream_rows
+from apt.calibration.sources import RoutedBySource
 
 _TOKENS = 4096
 _OUTPUTS = 2**28  # elements of the outputs of all experts: 1 GiB
@@ -49,6 +50,7 @@ class RoutedExperts:
         sizes: the mean square of each token (tokens,) on the stream after the block. Errors are
             divided by it, since the norm before the next block divides the stream by its root.
         few: the number of tokens for which the outputs of all experts fit into 1 GiB.
+        by_source: the tokens of each expert, and their weights, by the source of the text.
 
     Args:
         block: the block with its dense weights, and the batches before it.
@@ -66,10 +68,13 @@ class RoutedExperts:
         self._runs, found, sizes = list[_Run](), list[Routing](), list[Tensor]()
         width = block.adapter.residual(block.batches[0].state).shape[-1]
         self._ranks = block.ranks
-        for batch in block.first_batches(_TOKENS / block.ranks.size):
+        self.by_source = RoutedBySource(block.sources, groups.count)
+        for batch in block.first_batches(_TOKENS * block.mixed / block.ranks.size):
             after = self._record(block, batch, path.rpartition(".")[0], found)
             sizes.append(mean_squares(stream_rows(block.adapter, after)).squeeze(1))
+            self.by_source.add(found[-1], batch.token_sources())
             block.progress()
+        self.by_source.over_ranks(block.ranks)
         self.routing, self.sizes = _joined(found), torch.cat(sizes)
         self.few = min(len(self.sizes), max(1, _OUTPUTS // (groups.count * width)))
 

@@ -86,7 +86,7 @@ def mixed_samples(
         for source, count in zip(named, counts, strict=True)
     ]
     parts = [tokens for tokens, _ in known]
-    order = _in_turn([len(part) for part in parts])
+    order = in_turn([len(part) for part in parts])
     owners = torch.cat([torch.full((len(part),), at) for at, part in enumerate(parts)])
     return Mix(torch.cat(parts)[order], owners[order], tuple(source for _, source in known))
 
@@ -114,7 +114,7 @@ def _watched(texts: Iterator[Document], tell: Callable[[bool], None]) -> Iterato
         yield document
 
 
-def _in_turn(counts: Sequence[int]) -> Tensor:
+def in_turn(counts: Sequence[int]) -> Tensor:
     """The order of samples that lie source after source: one of each, then by their shares."""
     starts = [sum(counts[:at]) for at in range(len(counts))]
     given = [0] * len(counts)
