@@ -87,11 +87,18 @@ class ExpertsRemoved:
         name: the block.
         experts: their indices.
         merged: those that were averaged into another one, each with the index of that.
+        scores: the score of each expert, by which they were chosen; empty if there are none.
+        underserved: the experts with fewer tokens than they should have.
+        unprotected: the experts that a protected source of the calibration needs, and for which
+            there was no place.
     """
 
     name: str
     experts: tuple[int, ...]
     merged: tuple[tuple[int, int], ...] = ()
+    scores: tuple[float, ...] = ()
+    underserved: tuple[int, ...] = ()
+    unprotected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from apt.plugin.doctor import Finding, try_import
     from apt.plugin.documents import Conversation, Document
     from apt.plugin.registry import Registry, registry
-    from apt.pruning.expert_choice import ExpertChoice
+    from apt.pruning.expert_choice import ExpertChoice, lowest_scores
     from apt.pruning.layer import Method
     from apt.pruning.routed_experts import RoutedExperts
     from apt.recovery.teacher import Teacher, divergence, relative_error
@@ -51,8 +51,8 @@ __all__ = [
     "Unrecovered", "capped",
     "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
     "eval_mode", "find_file", "hub_documents", "load", "load_tokenizer", "loss_without",
-    "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry", "relative_error",
-    "sparsity_of", "train_only", "try_import", "unstructured",
+    "lowest_scores", "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry",
+    "relative_error", "sparsity_of", "train_only", "try_import", "unstructured",
 ]  # fmt: skip
 _LAZY = {
     "apt.adapter.recording": ("eval_mode",),
@@ -71,7 +71,7 @@ _LAZY = {
     "apt.plugin.documents": ("Conversation", "Document"),
     "apt.plugin.doctor": ("Finding", "try_import"),
     "apt.plugin.registry": ("Registry", "registry"),
-    "apt.pruning.expert_choice": ("ExpertChoice",),
+    "apt.pruning.expert_choice": ("ExpertChoice", "lowest_scores"),
     "apt.pruning.layer": ("Method",),
     "apt.pruning.routed_experts": ("RoutedExperts",),
     "apt.recovery.teacher": ("Teacher", "divergence", "relative_error"),

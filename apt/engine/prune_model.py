@@ -12,6 +12,7 @@ from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
 from apt.events import ExpertsRemoved, ExpertsRouted, SitePruned
+from apt.locations.text_sources import labels
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
@@ -95,7 +96,7 @@ def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor, Sampl
     Any first samples of a mix are of all its sources, and of what is generated, by their numbers.
     """
     tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
-    names = tuple(source.name for source in text.sources) or ("calibration",)
+    names = tuple(labels([source.name for source in text.sources]).values()) or ("calibration",)
     given = torch.zeros(len(text.tokens)) if text.owners is None else text.owners
     given = torch.where(given < 0, len(names), given.long())  # the model's own text
     copies = torch.full((len(tokens) - len(given),), len(names) + 1)

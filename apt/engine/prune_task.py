@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from apt.engine.text import Text, read_text
 from apt.engine.timed_run import fitted, training_of
 from apt.errors import AptError
 from apt.files.journal import Line
+from apt.locations.paths import portable
 from apt.locations.text_sources import portable_sources
 from apt.options import PruneRun, ShrinkRun
 from apt.output.report import Report
@@ -58,12 +59,14 @@ class PruneTask(Task):
 
     Attributes:
         training: the distillation in what is left of a given time; None if no time is given.
+        notice: called with a line about what the run finds.
     """
 
     options: PruneRun | ShrinkRun
     job: Pruning
     method: MethodSpec
     training: RecoverTask | None = None
+    notice: Notice = field(default=lambda line: None, repr=False, compare=False)
     event = " pruning"
 
     @property
@@ -109,10 +112,17 @@ class PruneTask(Task):
                 tokenizer, texts, samples, options.seqlen, options.seed, source, bos
             )
 
-        return read_text(
+        text = read_text(
             options, self.skeleton, self.registry, draw, samples=options.samples,
             windows=options.samples or self.job.augmentation.own_samples, measures=ranks.first,
         )  # fmt: skip
+        if ranks.first and text.lacks_chat:
+            self.notice(
+                f"calibration: {portable_sources(options.calibration)} has no conversations, and "
+                f"{portable(options.model)} is a chat model: its tokenizer has a chat template. It "
+                "may lose what only conversations use; add some, such as builtin:chat"
+            )
+        return text
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """A report with the options, the model and the text."""
@@ -149,10 +159,27 @@ class PruneTask(Task):
         """Prune the model, and train it if there is time."""
         assert plan is not None
         report = prune_model(store, text, replace(self.job, plan=plan), report)
+        if store.ranks.first:
+            self._tell_experts(report)
         if self.training is not None:
             report = _trained(self.training, store, report)
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
         return Changed(report, plan, save_masks=save_masks)
+
+    def _tell_experts(self, report: Report) -> None:
+        """Say which experts few tokens reached, and which could not be protected."""
+        how, blocks = self.job.recipe.experts, report.structure.get("experts", {})
+        few = sum(len(entry.get("underserved", ())) for entry in blocks.values())
+        if few:
+            known = (entry["tokens"] for entry in report.routing.values())
+            count = sum(len(next(iter(tokens.values()))) for tokens in known if tokens)
+            self.notice(
+                f"expert tokens: {few} of {count} experts got fewer than {how.tokens} tokens; they "
+                "were judged also on tokens that the router came near to sending to them"
+            )
+        if short := sum(bool(entry.get("unprotected")) for entry in blocks.values()):
+            named = " and ".join(how.protect)
+            self.notice(f"protect: {short} blocks keep fewer experts than {named} needs")
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
@@ -224,7 +251,7 @@ def prepare_pruning(
     task = PruneTask(
         options=options, registry=registry, skeleton=skeleton, device=device,
         dtype=read_dtype(options.dtype), plan=None if training else _writable(skeleton, job),
-        job=job, method=method, training=training,
+        job=job, method=method, training=training, notice=notice,
     )  # fmt: skip
     _check_memory(task)
     if options.stream:

@@ -14,6 +14,7 @@ from apt.engine.prune_model import Pruning
 from apt.engine.pruning_plan import settings
 from apt.errors import AptError, name_of
 from apt.files.journal import Journal
+from apt.locations.text_sources import labels, text_sources
 from apt.options import Mode, ShrinkOptions, ShrinkRun, SolveOptions
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import registry
@@ -79,7 +80,8 @@ def smaller_pruning(
     spec = _resolved(opened, wish, named)
     recipe, augmentation = settings(opened, wish, options, spec, notice)
     choice = _choice(wish, spec, recipe, mode, sizes)
-    removal = _expert_removal(choice, wish.compensate, named=named is not None)
+    _check_experts_removed(opened, wish, choice)
+    removal = _expert_removal(choice, wish, named=named is not None)
     recipe = replace(recipe, experts=removal)
     structure, aware = choice.provisional(model, adapter), recipe.error_aware
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
@@ -246,11 +248,23 @@ def _removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:
     return GroupRemoval(spec.load() if spec.chooses == "columns" else joint_removal, exact)
 
 
-def _expert_removal(
-    choice: StructureChoice, compensate: bool | None, *, named: bool
-) -> ExpertRemoval:
+def _expert_removal(choice: StructureChoice, wish: ShrinkRun, *, named: bool) -> ExpertRemoval:
     """How the experts become fewer, of which ``choice`` may have chosen some."""
     scored, spec = choice.groups.chooses == "groups", choice.experts
     usual = (choice.groups if scored else spec).compensate
-    exact = usual if compensate is None else compensate
-    return ExpertRemoval(spec.load(), spec.merges, exact, named)
+    exact = usual if wish.compensate is None else wish.compensate
+    known = labels([source.name for source in text_sources(wish.calibration)])
+    protect = tuple(known[name] for name in wish.protect)
+    return ExpertRemoval(spec.load(), spec.merges, exact, named, protect, wish.expert_tokens)
+
+
+def _check_experts_removed(opened: Opened, wish: ShrinkRun, choice: StructureChoice) -> None:
+    """Raise for options of the choice of experts in a run that removes none."""
+    groups = Sizes(opened.module, opened.adapter, opened.config, MULTIPLE, experts=True).groups
+    if any(groups[kind].routed for kind in choice.kinds if kind in groups):
+        return
+    for name in ("protect", "expert_tokens"):
+        if getattr(wish, name):
+            words = name.replace("_", " ")
+            fault = f"{words} has no effect: no experts are removed here"
+            raise AptError(fault, "leave it out, or give a number of experts", (name, "sizes"))

@@ -282,8 +282,12 @@ def records_of(line: Line, journal: Journal) -> list[Done]:
         raise journal.damaged(first_line(error)) from error
 
 
-def _experts(name: str, experts: list[int], merged: list[tuple[int, int]]) -> ExpertsRemoved:
-    return ExpertsRemoved(name, tuple(experts), tuple((first, other) for first, other in merged))
+def _experts(
+    name: str, experts: list[int], merged: list[tuple[int, int]], **others: list[Any]
+) -> ExpertsRemoved:
+    more = {key: tuple(values) for key, values in others.items()}
+    pairs = tuple((first, other) for first, other in merged)
+    return ExpertsRemoved(name, tuple(experts), pairs, **more)
 
 
 def _routed(

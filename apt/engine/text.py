@@ -9,7 +9,8 @@ from torch import Tensor
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.errors import AptError
-from apt.locations.paths import portable
+from apt.locations.text_sources import labels
+from apt.plugin.documents import has_template
 from apt.plugin.registry import Registry
 from apt.text.datasets import documents, evaluation_tokens
 from apt.text.ids import check_vocabulary
@@ -41,11 +42,18 @@ class Text:
     owners: Tensor | None = None
 
     @property
+    def lacks_chat(self) -> bool:
+        """True if the tokenizer has a chat template, and no source of the samples conversations."""
+        known = any(source.samples for source in self.sources)
+        return known and has_template(self.tokenizer) and not any(s.chat for s in self.sources)
+
+    @property
     def source_record(self) -> dict[str, Any]:
         """The sources of a mix, for the report; empty for one source."""
         if len(self.sources) < 2:
             return {}
-        return {"sources": [asdict(one) | {"name": portable(one.name)} for one in self.sources]}
+        named = labels([one.name for one in self.sources])
+        return {"sources": [asdict(one) | {"name": named[one.name]} for one in self.sources]}
 
 
 def read_text(

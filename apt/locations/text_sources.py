@@ -1,6 +1,7 @@
 """The names of texts that a user gives: one source, or a mix of several with their shares."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 
@@ -77,6 +78,18 @@ def portable_sources(text: str) -> str:
     if len(sources) == 1:
         return portable(text)
     return ",".join(f"{portable(each.name)}={each.share:.6g}" for each in sources)
+
+
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """The names of sources in reports, where local files have no folders; all are different."""
+    found = dict[str, str]()
+    for name in names:
+        label, number = portable(name), 1
+        while label in found.values():
+            number += 1
+            label = f"{portable(name)} ({number})"
+        found[name] = label
+    return found
 
 
 def apportioned(count: int, sources: tuple[TextSource, ...]) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from apt.errors import AptError
+from apt.locations.text_sources import labels, text_sources
 from apt.options.declaration import Options, option, options
 from apt.options.prune import ModelRun
 from apt.options.shared import A_TIME, ACCURACY, MINUTES, SIZE
@@ -84,6 +85,11 @@ class ShrinkOptions(Options):
         "Drop the block with this index, from 0, in place of --keep; repeatable.",
         default=(), panel=SIZE, metavar="INDEX",
     )  # fmt: skip
+    expert_tokens: int = option(
+        "Judge each expert on at least N calibration tokens: more text is read, and an expert that "
+        "still gets fewer is judged also on those that the router came nearest to sending to it.",
+        default=0, panel=ACCURACY, metavar="N", within="[0, ∞)",
+    )  # fmt: skip
     evaluations: int = option(
         "Candidates that --search evaluates at most.",
         default=120, panel=SIZE, metavar="N", within="[1, ∞)", needs="mode=search",
@@ -129,7 +135,10 @@ class ShrinkOptions(Options):
 
     def size_record(self) -> dict[str, Any]:
         """The options of the size alone, as values for JSON, for the report."""
-        names = ("keep", "budget", "mode", "compensate", "multiple_of", "sizes", "blocks", "drop")
+        names = (
+            "keep", "budget", "mode", "compensate", "multiple_of", "sizes", "blocks", "drop",
+            "expert_tokens",
+        )  # fmt: skip
         search = {"evaluations": self.evaluations, "minutes": self.minutes, **GENERATION}
         plain = {name: getattr(self, name) for name in names}
         return plain | {
@@ -153,8 +162,27 @@ class ShrinkRun(ModelRun, ShrinkOptions):
         default=None, panel=ACCURACY, metavar="NAME",
     )  # fmt: skip
 
+    protect: tuple[str, ...] = option(
+        "Keep the experts that this source of --calibration needs: in each block the fewest with "
+        "half of the router weight of its tokens; repeatable.",
+        default=(), panel=ACCURACY, metavar="SRC",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if an option is out of range, or options contradict each other."""
+        super().check()
+        known = [source.name for source in text_sources(self.calibration)]
+        if unknown := [name for name in self.protect if name not in known]:
+            raise AptError(
+                f"{unknown[0]} is not a source of the calibration {self.calibration}",
+                f"protect one of {', '.join(known)}, or add it to the calibration",
+                ("protect", "calibration"),
+            )
+
     def record(self) -> dict[str, Any]:
         """See `Options.record`; the options of the size are one entry."""
         size = {one.name for one in ShrinkOptions.OPTIONS}
         plain = {name: value for name, value in super().record().items() if name not in size}
-        return plain | {"shrink": self.size_record()}
+        known = labels([source.name for source in text_sources(self.calibration)])
+        protect = [known.get(name, name) for name in self.protect]
+        return plain | {"protect": protect, "shrink": self.size_record()}

@@ -137,7 +137,10 @@ _SITE = entries(
 _STRUCTURE = entries(
     {"blocks": _KEPT, "groups": named(_KEPT), "share": number},
     { "experts": named(
-            entries({"removed": many(count), "merged": many(row(count, count))})
+            entries(
+                {"removed": many(count), "merged": many(row(count, count))},
+                {"scores": many(number), "underserved": many(count), "unprotected": many(count)},
+            )
         ),
         "candidates": many(
             entries({"loss": number, "share": number, "blocks": count, "groups": named(count)})

@@ -132,7 +132,10 @@ class CurrentBlock(OpenBlock):
             damping = recipe.solver.damping
             found = disconnect_groups(self, lost, recipe.experts, damping)
             if lost.groups.routed:
-                removed = ExpertsRemoved(self.planned.name, found.chosen, found.merged)
+                removed = ExpertsRemoved(
+                    self.planned.name, found.chosen, found.merged, found.scores,
+                    found.underserved, found.unprotected,
+                )  # fmt: skip
                 if found.by_source is not None:
                     self.usage = found.by_source.record(self.planned.name)
                 self.store.observe(removed)

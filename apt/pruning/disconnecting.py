@@ -16,7 +16,14 @@ from apt.calibration.batches import OpenBlock
 from apt.calibration.sources import RoutedBySource
 from apt.errors import AptError, faulty
 from apt.planning.plan import PlannedGroups
-from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
+from apt.pruning.expert_choice import (
+    ExpertChoice,
+    ExpertRemoval,
+    LowestScores,
+    lowest,
+    protected_experts,
+    with_protected,
+)
 from apt.pruning.expert_weights import compensate, dense_outputs
 from apt.pruning.merging import merge_experts
 from apt.pruning.routed_experts import RoutedExperts, routers_of
@@ -35,11 +42,17 @@ class Disconnected:
         chosen: their indices.
         merged: those that were merged, each with the one that has them.
         by_source: what the experts get from each source; None if that is not known.
+        scores: the scores (experts,) of the choice; empty if it has none.
+        underserved: the experts with fewer tokens than they should have.
+        unprotected: the experts that a protected source needs and for which there was no place.
     """
 
     chosen: tuple[int, ...]
     merged: tuple[tuple[int, int], ...] = ()
     by_source: RoutedBySource | None = None
+    scores: tuple[float, ...] = ()
+    underserved: tuple[int, ...] = ()
+    unprotected: tuple[int, ...] = ()
 
 
 def disconnect_groups(
@@ -48,21 +61,30 @@ def disconnect_groups(
     """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts."""
     groups, chosen, merged = planned.groups, planned.chosen, tuple[tuple[int, int], ...]()
     experts = _readable(block, groups, how) if groups.routed else None
+    pattern = ColumnGroups(groups.count, planned.kept, groups.bins)
+    scores, unprotected = tuple[float, ...](), tuple[int, ...]()
+    if experts is not None and how.protect:
+        own = [experts.by_source.weights[block.sources.index(name)] for name in how.protect]
+        experts.protected, unprotected = protected_experts(own, pattern)
     if chosen is None and experts is not None and how.choose is not None:
-        chosen = _chosen(experts, planned, how.choose)
+        chosen, scores = _chosen(experts, pattern, how.choose)
+    if chosen is not None and experts is not None:
+        mask = with_protected(pattern.mask(chosen), experts, pattern)
+        chosen = tuple(mask.nonzero().squeeze(1).tolist())
     chosen = tuple(block.ranks.share(chosen or _by_effect(block, planned)))
     targets = dense_outputs(block, groups) if experts is not None and how.compensate else []
     if experts is not None and how.merge:
-        removed = ColumnGroups(groups.count, planned.kept, groups.bins).mask(chosen)
+        removed = pattern.mask(chosen)
         merged = merge_experts(block.module, block.adapter, groups, experts, removed)
     by_source = experts.by_source if experts is not None else None
+    underserved = experts.underserved if experts is not None else ()
     del experts  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
     block.unrouted = {**block.unrouted, **unrouted(block.module, [planned])}
     if targets:
         kept = set(range(groups.count)) - set(chosen)
         compensate(block, groups, kept, targets, damping)
-    return Disconnected(chosen, merged, by_source)
+    return Disconnected(chosen, merged, by_source, scores, underserved, unprotected)
 
 
 def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:
@@ -82,25 +104,32 @@ def _readable(block: OpenBlock, groups: Groups, how: ExpertRemoval) -> RoutedExp
     if how.choose is None:
         return None
     try:
-        return RoutedExperts(block, groups)
+        return RoutedExperts(block, groups, how.tokens)
     except AptError as error:
+        for option, given in (("protect", how.protect), ("expert_tokens", how.tokens)):
+            if given:
+                raise AptError(error.message, "leave the option out", (option,)) from error
         if how.named:
             raise AptError(error.message, "leave the method out", ("method",)) from error
         return None
 
 
 def _chosen(
-    experts: RoutedExperts, planned: PlannedGroups, choose: ExpertChoice
-) -> tuple[int, ...]:
-    """The experts that a choice removes."""
-    groups = ColumnGroups(planned.groups.count, planned.kept, planned.groups.bins)
+    experts: RoutedExperts, groups: ColumnGroups, choose: ExpertChoice
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The experts that a choice removes, and the scores of all, if the choice has some."""
+    scores = tuple[float, ...]()
     name = getattr(choose, "__name__", type(choose).__name__)
     try:
-        mask = choose(experts, groups)
+        if isinstance(choose, LowestScores):
+            found = choose.scores(experts).cpu()
+            mask, scores = lowest(found, groups, experts.protected), tuple(found.tolist())
+        else:
+            mask = choose(experts, groups)
         check_removed(mask, groups)
     except MethodError as error:
         raise faulty(f"method {name}", str(error), "method", "method") from error
-    return tuple(mask.nonzero().squeeze(1).tolist())
+    return tuple(mask.nonzero().squeeze(1).tolist()), scores
 
 
 def _by_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """The choice of the experts to remove."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, update_wrapper
 from typing import Protocol
 
 import torch
@@ -30,6 +30,80 @@ class ExpertChoice(Protocol):
         """
 
 
+class LowestScores:
+    """An `ExpertChoice` by scores: the experts of the lowest scores of each bin are removed.
+
+    The scores do not depend on how many experts are removed, so a report keeps them. It is made of
+    a function by ``@lowest_scores``.
+    """
+
+    def __init__(self, scores: Callable[[RoutedExperts], Tensor]) -> None:
+        update_wrapper(self, scores)
+        self.scores = scores
+
+    def __call__(self, experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
+        """The mask (experts,) of the experts to remove."""
+        return lowest(self.scores(experts).cpu(), groups, experts.protected)
+
+
+def lowest_scores(scores: Callable[[RoutedExperts], Tensor]) -> LowestScores:
+    """A choice by the scores (experts,) that a function gives the experts of a block."""
+    return LowestScores(scores)
+
+
+def lowest(scores: Tensor, groups: ColumnGroups, protected: Tensor | None = None) -> Tensor:
+    """The mask (experts,) of the experts of the lowest scores, without those that are protected."""
+    if protected is not None:
+        scores = scores.double().masked_fill(protected.cpu(), math.inf)
+    return groups.lowest(scores)
+
+
+PROTECTED_SHARE = 0.5
+"""The share of the router weight of a source's tokens that the experts have which it needs."""
+
+
+def needed(weights: Tensor, share: float = PROTECTED_SHARE) -> Tensor:
+    """The fewest experts (experts,) that have this share of the router ``weights`` of a source."""
+    order = weights.argsort(descending=True, stable=True)
+    before = weights[order].cumsum(0) - weights[order]
+    mask = torch.zeros(len(weights), dtype=torch.bool)
+    mask[order[before < share * weights.sum()]] = True
+    return mask
+
+
+def protected_experts(
+    weights: Sequence[Tensor], groups: ColumnGroups
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The experts that some sources need and that are kept, and those for which there is no place.
+
+    Args:
+        weights: the router weight of each expert (experts,) on the tokens of each of the sources.
+        groups: the number of experts, and of those that are kept.
+
+    Returns:
+        The mask (experts,) of those that are kept, and the indices of the others. If a bin keeps
+        fewer experts than are needed, those with the largest share of a source's weight are kept.
+    """
+    wanted = torch.stack([needed(each) for each in weights]).any(0)
+    shares = torch.stack([each / each.sum().clamp_min(1e-30) for each in weights]).amax(0)
+    first = shares.masked_fill(~wanted, -1.0)
+    kept = ~groups.lowest(first.cpu()) & wanted
+    return kept, tuple((wanted & ~kept).nonzero().squeeze(1).tolist())
+
+
+def with_protected(removed: Tensor, experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
+    """A mask (experts,) of experts to remove, without those that are protected.
+
+    In place of these, the unprotected experts of least router weight of their bin are removed.
+    """
+    protected = experts.protected
+    if protected is None or not bool((removed.cpu() & protected).any()):
+        return removed
+    weight = experts.by_source.weights.sum(0)
+    scores = weight.masked_fill(removed.cpu(), -1.0)  # those that were chosen go first
+    return lowest(scores, groups, protected)
+
+
 @dataclass(frozen=True)
 class ExpertRemoval:
     """How the experts of a block become fewer.
@@ -41,12 +115,16 @@ class ExpertRemoval:
             the dense block.
         named: True if a user named the choice. Another choice falls back to the effects if what a
             router decides cannot be read.
+        protect: the names of sources of calibration text whose experts are kept.
+        tokens: the least number of tokens on which each expert is judged; see `RoutedExperts`.
     """
 
     choose: ExpertChoice | None = None
     merge: bool = False
     compensate: bool = False
     named: bool = False
+    protect: tuple[str, ...] = ()
+    tokens: int = 0
 
 
 def joint_experts(experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
@@ -110,6 +188,8 @@ class _Search:
         losses = self._local(removed) if self._is_local else self._every(removed)
         self._experts.over_ranks(losses)
         losses[removed] = math.inf
+        if self._experts.protected is not None:
+            losses[self._experts.protected] = math.inf
         for each in closed:
             losses.view(self._groups.bins, -1)[each] = math.inf
         return losses

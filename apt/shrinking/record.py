@@ -38,9 +38,17 @@ def structure_record(
 
 
 def removed_experts(removed: Sequence[ExpertsRemoved]) -> dict[str, dict[str, Any]]:
-    """The removed experts of each block, and for the merged ones those that they are a part of."""
+    """The removed experts of each block, and for the merged ones those that they are a part of.
+
+    Scores, underserved and unprotected experts are there if there are any.
+    """
     return {
         each.name: {"removed": list(each.experts), "merged": [list(pair) for pair in each.merged]}
+        | {
+            name: list(values)
+            for name in ("scores", "underserved", "unprotected")
+            if (values := getattr(each, name))
+        }
         for each in removed
     }
 

@@ -11,7 +11,13 @@ from transformers import AutoTokenizer
 import apt as library
 from apt.errors import AptError
 from apt.extending import Conversation
-from apt.locations.text_sources import TextSource, apportioned, portable_sources, text_sources
+from apt.locations.text_sources import (
+    TextSource,
+    apportioned,
+    labels,
+    portable_sources,
+    text_sources,
+)
 from apt.plugin.registry import registry
 from apt.text.datasets import calibration_tokens, digest, documents, hub_documents, tokenize
 from apt.text.files import read_file
@@ -73,6 +79,11 @@ def test_a_mix_that_says_nothing_is_refused(text, fault):
 
 def test_reports_have_no_folders_of_a_mix():
     assert portable_sources(f"{TEXT}=1,builtin=3") == f"{TEXT.name}=0.25,builtin=0.75"
+
+
+def test_files_of_the_same_name_have_different_labels():
+    names = ["/a/x.txt", "builtin", "/b/x.txt"]
+    assert list(labels(names).values()) == ["x.txt", "builtin", "x.txt (2)"]
 
 
 def test_samples_are_divided_by_share_and_no_source_gets_none():
