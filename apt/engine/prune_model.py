@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.specs import UNIFORM
 from apt.pruning.layer import BlockPruning
-from apt.pruning.pipeline import prune_blocks
+from apt.pruning.pipeline import prune_blocks, remove_chosen
 from apt.shrinking.record import candidate_records, removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
@@ -68,8 +69,12 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
     Returns:
         The report with the record of each site.
     """
-    tokens, sources = _samples(store, text, job)
-    done, structure = prune_blocks(store, job, tokens, sources), {}
+    structure, calibration = dict[str, Any](), report.calibration
+    if job.recipe.experts.scores:  # the report has the calibration that gave the scores
+        done = remove_chosen(store, job)
+    else:
+        calibration = calibration | calibration_of(text.tokens)
+        done = prune_blocks(store, job, *_samples(store, text, job))
     if job.structure is not None:
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)
@@ -77,12 +82,13 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         structure["experts"] = removed_experts(removed)
     return replace(
         report,
-        calibration=report.calibration | calibration_of(text.tokens),
+        calibration=calibration,
         sites=[one for one in done if isinstance(one, SitePruned)],
         skipped=job.plan.dense,
         ranks=store.ranks.gather(store.ranks.work),
         structure=structure,
-        routing={
+        routing=report.routing
+        | {
             one.name: {"tokens": dict(one.tokens), "weights": dict(one.weights)}
             for one in done
             if isinstance(one, ExpertsRouted)

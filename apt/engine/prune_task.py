@@ -16,6 +16,7 @@ from apt.distributed.launch import whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
 from apt.engine.export import check_exportable
+from apt.engine.kept_scores import KeptScores
 from apt.engine.machine import check_tokens, choose_device, read_dtype
 from apt.engine.opening import Named, pattern_of, selection_of
 from apt.engine.packing import check_packed_place
@@ -112,9 +113,10 @@ class PruneTask(Task):
                 tokenizer, texts, samples, options.seqlen, options.seed, source, bos
             )
 
+        windows = options.samples or self.job.augmentation.own_samples or None
         text = read_text(
-            options, self.skeleton, self.registry, draw, samples=options.samples,
-            windows=options.samples or self.job.augmentation.own_samples, measures=ranks.first,
+            options, self.skeleton, self.registry, draw, samples=options.samples, windows=windows,
+            measures=ranks.first,
         )  # fmt: skip
         if ranks.first and text.lacks_chat:
             self.notice(
@@ -127,11 +129,19 @@ class PruneTask(Task):
     def begin(self, store: ModelStore, text: Text) -> Report:
         """A report with the options, the model and the text."""
         options, skeleton = self.options, self.skeleton
+        model = described(options.model, skeleton.config.model_type, skeleton.spec.name)
+        model |= {"sha256": store.weights} | store.precision.record()
+        if isinstance(options, ShrinkRun) and options.scores_from is not None:
+            known = KeptScores.read(options.scores_from)
+            known.check_model(model, stream=options.stream)
+            earlier = report_beside(skeleton.source)
+            given = known.report.calibration
+            return Report(
+                self.record(), model, given, earlier=earlier, routing=known.report.routing
+            )
         return Report(
             options=self.record(),
-            model=described(options.model, skeleton.config.model_type, skeleton.spec.name)
-            | {"sha256": store.weights}
-            | store.precision.record(),
+            model=model,
             calibration={
                 "source": portable_sources(options.calibration),
                 **text.source_record,
@@ -227,6 +237,8 @@ def prepare_pruning(
     started = time.perf_counter()
     options: PruneRun | ShrinkRun = named.options
     texts = (options.calibration, options.evaluation, options.tokenizer)
+    if isinstance(options, ShrinkRun) and options.scores_from is not None:
+        texts = (*texts, str(options.scores_from))
     skeleton = open_model(named, texts, registry, notice)
     check_exportable(options, skeleton, registry)
     device, training = choose_device(options.device), None

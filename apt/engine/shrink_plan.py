@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import smaller_skeleton
+from apt.engine.kept_scores import KeptScores
 from apt.engine.machine import choose_device
 from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
@@ -19,7 +20,7 @@ from apt.options import Mode, ShrinkOptions, ShrinkRun, SolveOptions
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
-from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
+from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval, LowestScores
 from apt.pruning.layer import Recipe
 from apt.shrinking.latency import block_times
 from apt.shrinking.search import SearchOptions
@@ -74,6 +75,11 @@ def smaller_pruning(
             meets the options.
     """
     model, adapter, config = opened.module, opened.adapter, opened.config
+    known = KeptScores.read(wish.scores_from) if wish.scores_from is not None else None
+    if known is not None:
+        method = _same_method(known, method)
+        wish = replace(wish, compensate=False, dense_scores=True, samples=0, own_samples=0)
+        options = replace(options, own_samples=0, random_tokens=0)
     named = _found(method, wish) if method else None
     mode, sizes = _wanted(opened, wish, named, notice)
     wish = wish if wish.explicit else replace(wish, mode=mode)
@@ -82,6 +88,9 @@ def smaller_pruning(
     choice = _choice(wish, spec, recipe, mode, sizes)
     _check_experts_removed(opened, wish, choice)
     removal = _expert_removal(choice, wish, named=named is not None)
+    if known is not None:
+        choice = replace(choice, given=known.structure(opened, sizes[0].kept, removal.protect))
+        removal = replace(removal, choose=None, scores=known.scores)
     recipe = replace(recipe, experts=removal)
     structure, aware = choice.provisional(model, adapter), recipe.error_aware
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
@@ -255,15 +264,41 @@ def _expert_removal(choice: StructureChoice, wish: ShrinkRun, *, named: bool) ->
     exact = usual if wish.compensate is None else wish.compensate
     known = labels([source.name for source in text_sources(wish.calibration)])
     protect = tuple(known[name] for name in wish.protect)
-    return ExpertRemoval(spec.load(), spec.merges, exact, named, protect, wish.expert_tokens)
+    return ExpertRemoval(
+        spec.load(), spec.merges, exact, named, protect, wish.expert_tokens, wish.dense_scores
+    )
+
+
+def _same_method(known: KeptScores, method: str | Choice | None) -> str | Choice:
+    """The method that gave the scores; raises if another one is named."""
+    if method is not None and method != known.method:
+        fault = f"the scores in {known.place} are those of the method {known.method}"
+        raise AptError(fault, "leave the method out", ("method", "scores_from"))
+    return known.method
+
+
+def _check_dense_scores(choice: StructureChoice, opened: Opened) -> None:
+    """Raise if the scores of experts in the dense model could not be used."""
+    if not isinstance(choice.experts.load(), LowestScores):
+        raise AptError(
+            f"method {choice.experts.name} does not score experts one by one",
+            "leave dense scores out, or choose another method",
+            ("dense_scores", "method"),
+        )
+    blocks = len(opened.adapter.blocks(opened.module))
+    if choice.drop or choice.mode == "search" or any(s.blocks < blocks for s in choice.sizes):
+        fault = "dense scores are not known where blocks are dropped"
+        raise AptError(fault, "leave one of them out", ("dense_scores", "drop"))
 
 
 def _check_experts_removed(opened: Opened, wish: ShrinkRun, choice: StructureChoice) -> None:
     """Raise for options of the choice of experts in a run that removes none."""
     groups = Sizes(opened.module, opened.adapter, opened.config, MULTIPLE, experts=True).groups
     if any(groups[kind].routed for kind in choice.kinds if kind in groups):
+        if wish.dense_scores:
+            _check_dense_scores(choice, opened)
         return
-    for name in ("protect", "expert_tokens"):
+    for name in ("protect", "expert_tokens", "dense_scores"):
         if getattr(wish, name):
             words = name.replace("_", " ")
             fault = f"{words} has no effect: no experts are removed here"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from apt.errors import AptError
@@ -90,6 +91,11 @@ class ShrinkOptions(Options):
         "still gets fewer is judged also on those that the router came nearest to sending to it.",
         default=0, panel=ACCURACY, metavar="N", within="[0, ∞)",
     )  # fmt: skip
+    dense_scores: bool = option(
+        "Score the experts of each block on its inputs in the dense model, and not in the smaller "
+        "one. The scores then serve any number of experts, see --from.",
+        default=False, panel=ACCURACY,
+    )  # fmt: skip
     evaluations: int = option(
         "Candidates that --search evaluates at most.",
         default=120, panel=SIZE, metavar="N", within="[1, ∞)", needs="mode=search",
@@ -137,7 +143,7 @@ class ShrinkOptions(Options):
         """The options of the size alone, as values for JSON, for the report."""
         names = (
             "keep", "budget", "mode", "compensate", "multiple_of", "sizes", "blocks", "drop",
-            "expert_tokens",
+            "expert_tokens", "dense_scores",
         )  # fmt: skip
         search = {"evaluations": self.evaluations, "minutes": self.minutes, **GENERATION}
         plain = {name: getattr(self, name) for name in names}
@@ -168,9 +174,17 @@ class ShrinkRun(ModelRun, ShrinkOptions):
         default=(), panel=ACCURACY, metavar="SRC",
     )  # fmt: skip
 
+    scores_from: Path | None = option(
+        "Choose the experts by the scores in DIR, the output of a run with --dense-scores for the "
+        "same model, without a calibration.",
+        default=None, panel=SIZE, flag="--from", metavar="DIR", place=True,
+    )  # fmt: skip
+
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
+        if self.scores_from is not None:
+            self._check_from()
         known = [source.name for source in text_sources(self.calibration)]
         if unknown := [name for name in self.protect if name not in known]:
             raise AptError(
@@ -178,6 +192,20 @@ class ShrinkRun(ModelRun, ShrinkOptions):
                 f"protect one of {', '.join(known)}, or add it to the calibration",
                 ("protect", "calibration"),
             )
+
+    def _check_from(self) -> None:
+        """Raise if a run without a calibration would need one."""
+        wrong = {
+            "compensate": "exact weights need a calibration" if self.compensate else "",
+            "expert_tokens": "tokens need a calibration" if self.expert_tokens else "",
+            "sizes": "only a number of experts can be given" if not self.sizes else "",
+            "blocks": "only experts are removed" if self.blocks is not None else "",
+            "drop": "only experts are removed" if self.drop else "",
+        }
+        for name, fault in wrong.items():
+            if fault:
+                hint = "run the whole command with a calibration instead"
+                raise AptError(f"with scores from {self.scores_from}, {fault}", hint, (name,))
 
     def record(self) -> dict[str, Any]:
         """See `Options.record`; the options of the size are one entry."""

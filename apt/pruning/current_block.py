@@ -9,7 +9,7 @@ from operator import itemgetter
 
 from torch import Tensor, nn
 
-from apt.adapter import Routing, Site, routings
+from apt.adapter import Routing, Site, State, routings
 from apt.adapter.groups import gather, tensors_of
 from apt.calibration.batches import Batch, OpenBlock, check_finite
 from apt.calibration.capture import Capture
@@ -69,6 +69,8 @@ class CurrentBlock(OpenBlock):
         orders: the former column of each column, by the full name of a site whose inputs have
             changed places.
         propagated: True if the batches' states are already those after the block.
+        judged: batches with the states before the block in the dense model, if experts are judged
+            on these; they become the states after it.
         usage: the record of what the experts get from each source; None if it is not known yet.
     """
 
@@ -80,6 +82,7 @@ class CurrentBlock(OpenBlock):
     scales: dict[Site, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
+    judged: Sequence[Batch] = ()
     usage: ExpertsRouted | None = None
 
     def __post_init__(self) -> None:
@@ -93,9 +96,11 @@ class CurrentBlock(OpenBlock):
         The outputs that it is tuned towards are those of the dense model before the next block that
         is not dropped.
         """
+        after = self.judged_after()
         self.scales = self._advance_dense_stream()
         self._bridge_gap()
         done = list[Done](self._disconnected())
+        self.advance_judged(after)
         self.planned = self._with_tied_groups()
         done += self.ranks.share(self._extras())
         solved: list[_Turn] = []
@@ -125,12 +130,22 @@ class CurrentBlock(OpenBlock):
             done.append(self.usage)
         return done
 
+    def judged_after(self) -> list[State]:
+        """The states of the batches on which experts are judged, after the dense block."""
+        return [self.step(batch, batch.state) for batch in self.judged]
+
+    def advance_judged(self, after: Sequence[State]) -> None:
+        """Let these batches have the states after the block."""
+        for batch, state in zip(self.judged, after, strict=True):
+            batch.state = state
+
     def _disconnected(self) -> Iterator[ExpertsRemoved]:
         """Disconnect the groups without readers; the records of those that are experts."""
         recipe = self.job.recipe
         for lost in self.planned.disconnected:
             damping = recipe.solver.damping
-            found = disconnect_groups(self, lost, recipe.experts, damping)
+            judged = self.using(list(self.judged)) if self.judged else None
+            found = disconnect_groups(self, lost, recipe.experts, damping, judged)
             if lost.groups.routed:
                 removed = ExpertsRemoved(
                     self.planned.name, found.chosen, found.merged, found.scores,

@@ -56,11 +56,19 @@ class Disconnected:
 
 
 def disconnect_groups(
-    block: OpenBlock, planned: PlannedGroups, how: ExpertRemoval, damping: float | None
+    block: OpenBlock,
+    planned: PlannedGroups,
+    how: ExpertRemoval,
+    damping: float | None,
+    judged: OpenBlock | None = None,
 ) -> Disconnected:
-    """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts."""
+    """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts.
+
+    Args:
+        judged: the block with the batches on which experts are judged; by default the same ones.
+    """
     groups, chosen, merged = planned.groups, planned.chosen, tuple[tuple[int, int], ...]()
-    experts = _readable(block, groups, how) if groups.routed else None
+    experts = _readable(judged or block, groups, how) if groups.routed else None
     pattern = ColumnGroups(groups.count, planned.kept, groups.bins)
     scores, unprotected = tuple[float, ...](), tuple[int, ...]()
     if experts is not None and how.protect:

@@ -1,8 +1,8 @@
 """The choice of the experts to remove."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, update_wrapper
 from typing import Protocol
 
@@ -117,6 +117,9 @@ class ExpertRemoval:
             router decides cannot be read.
         protect: the names of sources of calibration text whose experts are kept.
         tokens: the least number of tokens on which each expert is judged; see `RoutedExperts`.
+        dense: True if the experts of a block are judged on its inputs in the dense model.
+        scores: the known scores of the experts of each block, by which they are chosen without a
+            calibration.
     """
 
     choose: ExpertChoice | None = None
@@ -125,6 +128,8 @@ class ExpertRemoval:
     named: bool = False
     protect: tuple[str, ...] = ()
     tokens: int = 0
+    dense: bool = False
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def joint_experts(experts: RoutedExperts, groups: ColumnGroups) -> Tensor:

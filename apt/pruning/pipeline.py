@@ -1,23 +1,26 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.adapter import State
+from apt.adapter.groups import disconnect, tensors_of
 from apt.adapter.recording import eval_mode
-from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, enter
+from apt.calibration.batches import TOKENS_PER_BATCH, Batch, OpenBlock, check_finite, enter
 from apt.calibration.sources import SampleSources
 from apt.errors import AptError
-from apt.events import BlockStarted, Done, Working
+from apt.events import BlockStarted, Done, ExpertsRemoved, Working
+from apt.planning.plan import PlannedGroups
 from apt.pruning.block_store import BlockStore
 from apt.pruning.current_block import CurrentBlock, pass_dropped
 from apt.pruning.disconnecting import unrouted
 from apt.pruning.layer import BlockPruning
+from apt.pruning.routed_experts import batches_to_judge
 from apt.text.ids import check_ids
 
 
@@ -56,6 +59,7 @@ def prune_blocks(
         batches, tuning = _enter(store, job, tokens, sources)
         # 2. The dense stream passes the blocks that are dropped before the first one.
         modules = dict(adapter.blocks(model))
+        judged = _judged(store, job, batches, sources) if job.recipe.experts.dense else []
         blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
         kept = [index for index, block in enumerate(planned) if not block.dropped]
         pass_dropped(store, job, batches, blocks[: kept[0]])
@@ -71,10 +75,55 @@ def prune_blocks(
                         partial(store.observe, Working(name, "running")),
                         store=store, job=job, planned=planned[index],
                         dropped=blocks[index + 1 : following], tuning_batches=tuning,
-                        sources=sources.names, mixed=sources.mixed,
+                        sources=sources.names, mixed=sources.mixed, judged=judged,
                     ), last=index == kept[-1]
                 )  # fmt: skip
     return done
+
+
+@torch.no_grad()
+def remove_chosen(store: BlockStore, job: BlockPruning) -> list[Done]:
+    """Remove the groups that the plan names, without calibration; the other weights stay.
+
+    Returns:
+        The records of all blocks.
+    """
+    done, scores = list[Done](), job.recipe.experts.scores
+    modules = dict(job.adapter.blocks(store.model))
+    for index, planned in enumerate(job.plan.blocks):
+        name, module = planned.name, modules[planned.name]
+        store.observe(BlockStarted(name, index, len(job.plan.blocks)))
+        if (known := store.kept(name)) is None:
+            with store.open(name, module):
+                known = [_remove(module, name, lost, scores) for lost in planned.disconnected]
+                store.keep(name, module, known)
+        for record in known:
+            store.observe(record)
+        done += known
+    return done
+
+
+def _remove(
+    module: nn.Module, name: str, lost: PlannedGroups, scores: Mapping[str, Sequence[float]]
+) -> Done:
+    """Set the outputs of the groups that a plan names to zero."""
+    assert lost.chosen is not None
+    disconnect(tensors_of(module), lost.groups, lost.chosen)
+    return ExpertsRemoved(name, tuple(lost.chosen), scores=tuple(scores.get(name, ())))
+
+
+def _judged(
+    store: BlockStore, job: BlockPruning, batches: list[Batch], sources: SampleSources
+) -> list[Batch]:
+    """The batches on which experts are judged, with states of their own."""
+    first = OpenBlock(
+        job.adapter, nn.Identity(), 0, batches, store.ranks, mixed=sources.mixed
+    )  # only to count them
+    count = batches_to_judge(first, job.recipe.experts.tokens)
+    return [
+        Batch(b.state, b.calls, b.tokens, None, b.store, b.sample, b.sources)
+        for b in batches[:count]
+    ]
 
 
 def _enter(
@@ -130,6 +179,7 @@ def _prune_or_restore(current: CurrentBlock) -> list[Done]:
         known = current.prune()
         store.keep(name, current.module, known)
         return known
+    current.advance_judged(current.judged_after())
     for batch in current.batches:
         if batch.dense is not None:
             batch.dense.state = current.step(batch, batch.dense.state)

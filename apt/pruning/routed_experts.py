@@ -17,6 +17,14 @@ from apt.calibration.dense_activations import mean_squares, stream_rows
 from apt.calibration.sources import RoutedBySource
 
 _TOKENS = 4096
+
+
+def batches_to_judge(block: OpenBlock, least: int) -> int:
+    """The number of batches that the choice of experts may read."""
+    first = block.first_batches(_TOKENS * block.mixed / block.ranks.size)
+    return len(block.batches) if least else len(first)
+
+
 _OUTPUTS = 2**28  # elements of the outputs of all experts: 1 GiB
 
 

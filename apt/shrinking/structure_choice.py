@@ -62,6 +62,7 @@ class StructureChoice:
         whole: True if the model is in memory as a whole, so that widths can be compared.
         drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
         journal: the journal of a search, with the losses that it knows already.
+        given: the structure, if it is known already.
     """
 
     mode: Mode
@@ -75,6 +76,7 @@ class StructureChoice:
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
+    given: Structure | None = None
 
     @property
     def kinds(self) -> set[str]:
@@ -95,6 +97,8 @@ class StructureChoice:
 
     def provisional(self, model: nn.Module, adapter: Adapter) -> Structure:
         """A structure of the first size; the blocks that it drops may not be chosen yet."""
+        if self.given is not None:
+            return self.given
         names = [name for name, _ in adapter.blocks(model)]
         dropped = [names[index] for index in self.drop] or names[self.sizes[0].blocks :]
         return Structure(self.sizes[0].kept, frozenset(dropped))
@@ -119,6 +123,8 @@ class StructureChoice:
         Returns:
             The structure, and the candidates that were compared, those of lowest loss first.
         """
+        if self.given is not None:
+            return self.given, []
         choosing = _Choosing(self, model, adapter, tokens, status)
         return choosing.structure(bos, special), choosing.scored
 
