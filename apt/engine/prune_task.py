@@ -236,9 +236,9 @@ def prepare_pruning(
     """
     started = time.perf_counter()
     options: PruneRun | ShrinkRun = named.options
-    texts = (options.calibration, options.evaluation, options.tokenizer)
+    texts = [options.calibration, options.evaluation, options.tokenizer]
     if isinstance(options, ShrinkRun) and options.scores_from is not None:
-        texts = (*texts, str(options.scores_from))
+        texts.append(str(options.scores_from))
     skeleton = open_model(named, texts, registry, notice)
     check_exportable(options, skeleton, registry)
     device, training = choose_device(options.device), None

@@ -95,14 +95,13 @@ def conversation_of(row: Any) -> Conversation | None:
 
 def _listed(messages: list[Any], role: str, content: str) -> Conversation | None:
     """The conversation of a list of messages; None if the list is something else."""
-    found = []
+    found = list[tuple[str, str]]()
     for each in messages:
-        if not isinstance(each, dict) or not isinstance(each.get(role), str):
+        who = each.get(role) if isinstance(each, dict) else None
+        text = _text_in(each.get(content)) if isinstance(who, str) else None
+        if text is None or not isinstance(who, str):
             return None
-        text = _text_in(each.get(content))
-        if text is None:
-            return None
-        found.append((_ROLES.get(each[role], each[role]), text))
+        found.append((_ROLES.get(who, who), text))
     return Conversation(tuple(found)) if found else None
 
 
