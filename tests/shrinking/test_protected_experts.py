@@ -121,9 +121,9 @@ def test_experts_that_cannot_be_read_cannot_be_protected():
 def test_further_batches_are_read_until_each_expert_has_its_tokens(monkeypatch):
     monkeypatch.setattr("apt.pruning.routed_experts._TOKENS", 48)
     tokens = torch.randint(1, 64, (48, 24), generator=torch.Generator().manual_seed(0))
-    few = experts_of("qwen2_moe", tokens)
+    few = experts_of("qwen3_moe", tokens)
     least = int(few.by_source.tokens.sum(0).min()) + 1
-    more = experts_of("qwen2_moe", tokens, least=least)
+    more = experts_of("qwen3_moe", tokens, least=least)
     assert len(few.sizes) == 48
     assert 48 < len(more.sizes) < tokens.numel()
     assert int(more.by_source.tokens.sum(0).min()) >= least
