@@ -13,40 +13,40 @@ from apt.field_types import alternatives
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NUMBERS: dict[Any, type] = {int: Integral, float: Real}  # those of numpy are numbers too
+_NUMBERS: dict[Any, type] = {int: Integral, float: Real}  # numbers of numpy are numbers too
 _WORDS = {NoneType: "None", str: "a text", int: "a whole number", float: "a number"}
-_PLAIN = (str, int, float, NoneType)  # what a message shows as it is
-_LONGEST = 40
+_PRINTABLE = (str, int, float, NoneType)  # what a message shows as it is
+_MAX_LENGTH = 40
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator: an argument that has not its annotated type is an `AptError` that names it.
+    """A decorator: an argument of another type than its annotation is an `AptError`.
 
     An annotation is a class, a Literal, a Callable, a sequence of texts, or a union of these. An
-    annotation with anything else, such as a protocol, is not checked: the function does so.
+    argument with another annotation, such as a protocol, is checked by the function itself.
     """
     signature = inspect.signature(function)
 
     @wraps(function)
-    def call(*args: P.args, **named: P.kwargs) -> R:
+    def check(*args: P.args, **keywords: P.kwargs) -> R:
         try:
-            given = signature.bind(*args, **named).arguments
+            bound = signature.bind(*args, **keywords).arguments
         except TypeError:  # a missing or unknown argument: Python says so
-            return function(*args, **named)
-        for name, kinds in _kinds_of(function).items():
-            if name in given and not any(_fits(given[name], kind) for kind in kinds):
-                raise _error(name, given[name], kinds)
-        return function(*args, **named)
+            return function(*args, **keywords)
+        for name, kinds in _checked_types(function).items():
+            if name in bound and not any(_fits(bound[name], kind) for kind in kinds):
+                raise _error(name, bound[name], kinds)
+        return function(*args, **keywords)
 
-    return call
+    return check
 
 
 @cache
-def _kinds_of(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
-    """The types that each argument may have, without those that are not checked."""
+def _checked_types(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """The types of each argument that is checked."""
     hints = get_type_hints(function)
-    known = {name: alternatives(_bound(hints[name])) for name in hints if name != "return"}
-    return {name: kinds for name, kinds in known.items() if all(map(_is_checked, kinds))}
+    types = {name: alternatives(_bound(hints[name])) for name in hints if name != "return"}
+    return {name: kinds for name, kinds in types.items() if all(map(_is_checked, kinds))}
 
 
 def _bound(hint: Any) -> Any:
@@ -54,7 +54,7 @@ def _bound(hint: Any) -> Any:
 
 
 def _is_checked(kind: Any) -> bool:
-    """True for a Literal, and for a type that is a class and no protocol."""
+    """True for a Literal, and for a class that is no protocol."""
     origin = get_origin(kind) or kind
     if origin is Any or getattr(origin, "_is_protocol", False):  # `Any` is a class since 3.11
         return False
@@ -75,22 +75,22 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _error(name: str, value: Any, kinds: Sequence[Any]) -> AptError:
-    wanted = " or ".join(dict.fromkeys(map(_worded, kinds)))
-    return AptError(f"{name} is {_shown(value)}", f"give {wanted}", (name,))
+    expected = " or ".join(dict.fromkeys(map(_type_in_words, kinds)))
+    return AptError(f"{name} is {_value_in_words(value)}", f"give {expected}", (name,))
 
 
-def _shown(value: Any) -> str:
+def _value_in_words(value: Any) -> str:
     """A value in a message of one line: itself if it is short and plain, else its class."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, _PLAIN) and len(repr(value)) <= _LONGEST:
+    if isinstance(value, _PRINTABLE) and len(repr(value)) <= _MAX_LENGTH:
         return repr(value)
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}."
     return f"of the class {module}{kind.__name__}"
 
 
-def _worded(kind: Any) -> str:
+def _type_in_words(kind: Any) -> str:
     origin, parts = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
         return " or ".join(map(repr, parts))

@@ -1,8 +1,8 @@
-"""The two dtypes of a model: the one in which its weights are stored, and the one it computes in.
+"""The two dtypes of a model: the dtype of its stored weights, and its compute dtype.
 
-A checkpoint in bf16 or fp16 is read and written in this dtype. On a machine that multiplies it more
-slowly than fp32, the model computes in fp32: its parameters and buffers are raised for the time of
-a run, and rounded to their stored dtypes at its end.
+A checkpoint in bf16 or fp16 is read and written in its dtype. If a machine multiplies this dtype
+more slowly than fp32, the model computes in fp32: its parameters and buffers are cast to fp32 for
+the run, and rounded to their stored dtypes at the end.
 """
 
 import re
@@ -28,39 +28,39 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def compute_dtype(
-    stored: torch.dtype, device: torch.device | str, asked: str = "auto"
+    stored: torch.dtype, device: torch.device | str, name: str = "auto"
 ) -> torch.dtype:
     """The dtype that a model computes in.
 
     Args:
         stored: the dtype of its weights.
         device: the device that it runs on.
-        asked: the name of a dtype; ``auto`` means ``stored``, or fp32 where the device multiplies
+        name: the name of a dtype; ``auto`` means ``stored``, or fp32 if the device multiplies
             ``stored`` more slowly.
     """
-    if asked != "auto":
-        asked_dtype: torch.dtype = getattr(torch, asked)
-        return asked_dtype
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     slow = stored in HALF and not multiplies_fast(stored, device)
     return torch.float32 if slow else stored
 
 
-def mixed_precision(weights: Iterable[Tensor], asked: str = "auto") -> torch.autocast:
-    """Autocast to bf16 for a training, enabled as `trains_in_bf16` says for the weights' device."""
+def mixed_precision(weights: Iterable[Tensor], name: str = "auto") -> torch.autocast:
+    """Autocast to bf16 for a training on the device of the weights, see `trains_in_bf16`."""
     weights = list(weights)
     device = weights[0].device
-    return torch.autocast(device.type, torch.bfloat16, trains_in_bf16(weights, device, asked))
+    return torch.autocast(device.type, torch.bfloat16, trains_in_bf16(weights, device, name))
 
 
 def trains_in_bf16(
-    weights: Iterable[Tensor], device: torch.device | str, asked: str = "auto"
+    weights: Iterable[Tensor], device: torch.device | str, name: str = "auto"
 ) -> bool:
-    """True if the products of a training are bf16: the weights are fp32.
+    """True if a training multiplies fp32 weights in bf16.
 
     Args:
-        asked: the name of a dtype; ``auto`` means bf16 where the device multiplies it faster.
+        name: the name of a dtype; ``auto`` means bf16 if the device multiplies it faster.
     """
-    wanted = multiplies_bf16(device) if asked == "auto" else asked == "bfloat16"
+    wanted = multiplies_bf16(device) if name == "auto" else name == "bfloat16"
     return wanted and all(weight.dtype == torch.float32 for weight in weights)
 
 
@@ -72,9 +72,9 @@ class Precision:
     compute: torch.dtype
 
     def record(self) -> dict[str, str]:
-        """The names of both, for the report."""
-        both = {"dtype": self.stored, "compute": self.compute}
-        return {name: dtype_name(dtype) for name, dtype in both.items()}
+        """The names of the two dtypes, for the report."""
+        dtypes = {"dtype": self.stored, "compute": self.compute}
+        return {name: dtype_name(dtype) for name, dtype in dtypes.items()}
 
 
 class ComputeDtype:
@@ -82,20 +82,21 @@ class ComputeDtype:
 
     Args:
         model: the model, which is changed in place.
-        dtype: the dtype. Tensors in fp64, of integers and of other kinds keep theirs. As in a
-            model that transformers opens in half precision, what its class keeps in fp32, such as
-            a router, and tables that are not stored, such as those of positions, stay in fp32.
+        dtype: the dtype. Tensors of fp64, of integers and of other kinds are not cast. If it is a
+            half precision, the tensors that transformers keeps in fp32 stay in fp32: those that
+            the class of the model names, such as a router, and tables that are not stored, such as
+            tables of positions.
 
     Attributes:
-        stored: the dtypes before, by the full names of the tensors that were cast.
+        stored: the stored dtypes of the tensors that were cast, by their full names.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
         tensors = dict(_to_fp32(model) if dtype == torch.float32 else _to_half(model, dtype))
         self.stored: Mapping[str, torch.dtype] = {n: t.dtype for n, t in tensors.items()}
-        # A value that the cast rounds and the run does not change comes back as it was.
-        self._rounded = {n: t.data for n, t in tensors.items() if loses(t.dtype, dtype)}
+        # For values that the cast rounds and the run does not change: their bits are restored.
+        self._rounded = {n: t.data for n, t in tensors.items() if is_lossy(t.dtype, dtype)}
         for tensor in tensors.values():
             tensor.data = tensor.data.to(dtype)
 
@@ -117,30 +118,33 @@ class ComputeDtype:
         return unrounded(values, before)
 
 
-def unrounded(values: Tensor, before: Tensor) -> Tensor:
-    """The values of a tensor in the dtype of the tensor ``before`` from which it was cast.
+def unrounded(values: Tensor, original: Tensor) -> Tensor:
+    """The values of a tensor in the dtype of the tensor ``original`` from which it was cast.
 
-    A value that has not changed since is the one before the cast, with all its bits.
+    A value that has not changed since the cast has the bits of the original value.
     """
-    before = before.to(values.device)
-    return torch.where(before.to(values.dtype) == values, before, values.to(before.dtype))
+    original = original.to(values.device)
+    return torch.where(original.to(values.dtype) == values, original, values.to(original.dtype))
 
 
 def rounded_to(name: str, values: Tensor, stored: torch.dtype) -> Tensor:
-    """The values of a tensor of that name in the dtype in which they are stored.
+    """The values of a tensor in its stored dtype.
+
+    Args:
+        name: the name of the tensor, for the message.
 
     Raises:
-        AptError: one of them is finite, and beyond the range of the dtype.
+        AptError: a finite value is beyond the range of the dtype.
     """
     rounded = values.to(stored)
     if bool((rounded.isinf() & values.isfinite()).any()):
-        fault = f"{name} has values that are not finite in {stored}"
-        raise AptError(fault, "try dtype float32, or more damping", ("dtype", "damping"))
+        message = f"{name} has values that are not finite in {stored}"
+        raise AptError(message, "try dtype float32, or more damping", ("dtype", "damping"))
     return rounded
 
 
 def round_parameter(name: str, parameter: Tensor, stored: torch.dtype) -> None:
-    """Round a parameter, in place, to the values that it has in its stored dtype.
+    """Round a parameter, in place, to values of its stored dtype.
 
     Raises:
         AptError: a value is beyond the range of the dtype.
@@ -150,7 +154,7 @@ def round_parameter(name: str, parameter: Tensor, stored: torch.dtype) -> None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While entered, a model computes in a dtype; then its tensors have their dtypes again."""
+    """While entered, a model computes in a dtype. At the end its stored dtypes are restored."""
     cast = ComputeDtype(model, dtype)
     try:
         yield
@@ -159,7 +163,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _to_fp32(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are cast to fp32: all in half precision."""
+    """The tensors that are cast to fp32: those in half precision."""
     return ((name, tensor) for name, tensor in _tensors(model) if tensor.dtype in HALF)
 
 
@@ -168,47 +172,47 @@ def _to_half(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     sizes = Counter[torch.dtype]()
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
-    own = max(sizes, key=sizes.__getitem__, default=dtype)
-    if own == dtype or own not in (torch.float32, *HALF):
+    main = max(sizes, key=sizes.__getitem__, default=dtype)
+    if main == dtype or main not in (torch.float32, *HALF):
         return
     stored = model.state_dict(keep_vars=True)
-    kept = fp32_names(model, dtype, stored)
+    exempt = fp32_names(model, dtype, stored)
     for name, tensor in _tensors(model):
-        if tensor.dtype == own and name in stored and name not in kept:
+        if tensor.dtype == main and name in stored and name not in exempt:
             yield name, tensor
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers by their full names, those that are shared by each name."""
+    """The parameters and buffers by their full names; a shared tensor comes with each name."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def loses(stored: torch.dtype, compute: torch.dtype) -> bool:
-    """True if not all values of a dtype are values of another one."""
+def is_lossy(stored: torch.dtype, compute: torch.dtype) -> bool:
+    """True if a cast from the stored dtype to the compute dtype rounds values."""
     return torch.promote_types(stored, compute) != compute
 
 
 def fp32_names(model: nn.Module, dtype: torch.dtype, names: Mapping[str, Tensor]) -> set[str]:
-    """The names among ``names`` of what the class of a model keeps in fp32 beside a half precision.
+    """The names among ``names`` of the tensors that a model in half precision keeps in fp32.
 
     transformers keeps some tensors in fp32 beside fp16 only, and others always.
     """
-    kept = set[str]()
+    patterns = set[str]()
     if dtype in HALF:
-        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        patterns |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return {name for name in names if any(_means(pattern, name) for pattern in kept)}
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {name for name in names if any(_matches(pattern, name) for pattern in patterns)}
 
 
-def _means(pattern: str, name: str) -> bool:
-    """True if a pattern of transformers means a tensor: version 4 compares whole components."""
-    if _whole_components():
+def _matches(pattern: str, name: str) -> bool:
+    """True if a pattern of transformers matches a name: version 4 compares whole components."""
+    if _compares_components():
         return re.search(rf"((^|\.){pattern}($|\.))", name) is not None
     return re.search(pattern.replace("*", ".*"), name) is not None
 
 
 @cache
-def _whole_components() -> bool:
+def _compares_components() -> bool:
     return int(version("transformers").split(".")[0]) < 5

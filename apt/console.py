@@ -1,6 +1,6 @@
-"""What a command prints with, and how it finds models and checks files: for commands of plugins.
+"""Functions for commands of plugins: to print, to find models and to check files.
 
-They heed ``--quiet``, ``--verbose``, ``--log-file`` and ``--json`` as APT's own commands do. A
+They follow ``--quiet``, ``--verbose``, ``--log-file`` and ``--json`` as APT's own commands do. A
 command gets its options from `apt.options`, and models from `apt.extending`.
 """
 

@@ -15,7 +15,7 @@ import torch
 
 _HOSTS = ("cpu", "meta")
 _WITHOUT_SOLVES = ("mps",)  # torch lacks factorisations there
-_REPEATED = 8  # times of a product
+_ROUNDS = 8  # measurements of the time of a product
 
 
 def accelerator() -> str | None:
@@ -26,64 +26,66 @@ def accelerator() -> str | None:
     return None if current is None else current.type
 
 
-def best() -> str:
-    """The device for a run that names none: the accelerator if all solves run on it, or ``cpu``."""
+def default_device() -> str:
+    """The device of a run by default: the accelerator if all solves run on it, else ``cpu``."""
     kind = accelerator()
     return "cpu" if kind is None or kind in _WITHOUT_SOLVES else kind
 
 
-def kinds() -> tuple[str, ...]:
+def device_kinds() -> tuple[str, ...]:
     """The kinds of devices of this machine."""
     kind = accelerator()
     return ("cpu",) if kind is None else ("cpu", kind)
 
 
 def is_accelerator(device: torch.device | str) -> bool:
-    """True if a device has a memory of its own, and computes while the CPU goes on."""
+    """True if a device has its own memory, and computes while the CPU continues."""
     return torch.device(device).type not in _HOSTS
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait for all work that an accelerator was given; on a CPU there is nothing to wait for."""
+    """Wait until an accelerator has done all queued work. A CPU has no queue."""
     if is_accelerator(device):
         torch.accelerator.synchronize(torch.device(device))
 
 
 def name_of(device: torch.device | str) -> str:
-    """The name of an accelerator, as its maker gives it; else its kind."""
-    ask = getattr(_module(device), "get_device_name", None)
-    return str(ask(device)) if ask else torch.device(device).type
+    """The name of an accelerator by its maker, or the kind of the device."""
+    read = getattr(_module(device), "get_device_name", None)
+    return str(read(device)) if read else torch.device(device).type
 
 
 def total_memory(device: torch.device | str) -> int:
-    """The bytes of memory of an accelerator; 0 for a CPU, and where torch does not know it."""
+    """The bytes of memory of an accelerator; 0 for a CPU, or if torch does not know them."""
     if not is_accelerator(device):
         return 0
-    ask = getattr(_module(device), "get_device_properties", None)
-    return int(getattr(ask(device), "total_memory", 0)) if ask else 0
+    read = getattr(_module(device), "get_device_properties", None)
+    return int(getattr(read(device), "total_memory", 0)) if read else 0
 
 
 def peak_allocated(device: torch.device | str) -> int:
-    """The most bytes that torch had allocated on an accelerator; 0 where it does not know that."""
-    ask = getattr(_module(device), "max_memory_allocated", None)
-    return int(ask(device)) if ask else 0
+    """The peak of the bytes that torch allocated on an accelerator; 0 if it is unknown."""
+    read = getattr(_module(device), "max_memory_allocated", None)
+    return int(read(device)) if read else 0
 
 
-def forget_peak(device: torch.device | str) -> None:
-    """Begin anew with the peak of `peak_allocated`."""
-    if forget := getattr(_module(device), "reset_peak_memory_stats", None):
-        forget(device)
+def reset_peak(device: torch.device | str) -> None:
+    """Reset the peak that `peak_allocated` reads."""
+    if reset := getattr(_module(device), "reset_peak_memory_stats", None):
+        reset(device)
 
 
-def random_states_kept() -> AbstractContextManager[None]:
-    """While entered, torch's random states may change: then they are as before.
+def keep_random_states() -> AbstractContextManager[None]:
+    """While entered, torch's random states may change. At the end they are restored.
 
-    Those of an accelerator that `best` leaves out are not kept: torch cannot do so for ``mps``.
+    The state of an accelerator that `default_device` leaves out is not restored: torch cannot do so
+    for ``mps``.
     """
-    if (kind := best()) == "cpu":
+    if (kind := default_device()) == "cpu":
         return torch.random.fork_rng(devices=[])
-    every = range(torch.accelerator.device_count())  # named, or torch warns that they are several
-    return torch.random.fork_rng(devices=every, device_type=kind)
+    # All are named: without names torch warns if there are several.
+    indices = range(torch.accelerator.device_count())
+    return torch.random.fork_rng(devices=indices, device_type=kind)
 
 
 def random_state() -> Any:
@@ -94,34 +96,36 @@ def random_state() -> Any:
 
 
 def multiplies_fast(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """True if a device multiplies matrices of a half precision faster than those of fp32.
+    """True if a device multiplies matrices of a half precision faster than matrices of fp32.
 
-    On a processor, oneDNN is asked first: without it torch multiplies half precision 5 to 250 times
-    more slowly. What oneDNN computes with instructions for fp32 is 2 times slower; a product of
-    some tenths of a millisecond, once in a process, finds that. Accelerators say whether they
-    compute bf16.
+    On a CPU, oneDNN is asked first: without it torch multiplies half precision 5 to 250 times more
+    slowly. If oneDNN computes with instructions for fp32, half precision is 2 times slower; one
+    product of some tenths of a millisecond in each process measures that. Accelerators report
+    whether they compute bf16.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype == torch.float32
     kind = torch.device(device).type
     if kind in _HOSTS:
-        return _is_faster_here(dtype)
+        return _cpu_multiplies_faster(dtype)
     if kind == "cuda":
         in_hardware: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return dtype == torch.float16 or in_hardware
-    ask = getattr(_module(device), "is_bf16_supported", None)
-    return dtype == torch.float16 or bool(ask and ask())
+    is_supported = getattr(_module(device), "is_bf16_supported", None)
+    return dtype == torch.float16 or bool(is_supported and is_supported())
 
 
 @cache
-def _is_faster_here(dtype: torch.dtype) -> bool:
+def _cpu_multiplies_faster(dtype: torch.dtype) -> bool:
     """True if this processor multiplies matrices of a dtype faster than those of fp32."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)  # not in every torch
-    if ask is None or not ask():
+    is_supported = getattr(
+        torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None
+    )  # not in every torch
+    if is_supported is None or not is_supported():
         return False
-    with _one_thread():  # another one may have to wait for a processor
-        fp32, half = (_seconds_of_product(each, "cpu", 256) for each in (torch.float32, dtype))
+    with _one_thread():  # a second thread may have to wait for a processor
+        fp32, half = (_seconds_of_product(kind, "cpu", 256) for kind in (torch.float32, dtype))
     return half < fp32
 
 
@@ -136,10 +140,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _seconds_of_product(dtype: torch.dtype, device: torch.device | str, size: int) -> float:
-    """The shortest of some times of a product of two square matrices of that many rows."""
+    """The shortest measured time of a product of two square matrices with ``size`` rows."""
     matrix, seconds = torch.ones(size, size, dtype=dtype, device=device), math.inf
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
-        for _ in range(_REPEATED):
+        for _ in range(_ROUNDS):
             started = time.perf_counter()
             torch.nn.functional.linear(matrix, matrix)
             synchronize(device)
@@ -148,7 +152,7 @@ def _seconds_of_product(dtype: torch.dtype, device: torch.device | str, size: in
 
 
 def operations_per_second(dtype: torch.dtype, device: torch.device | str) -> float:
-    """The floating-point operations of a product of matrices in a second, in some milliseconds."""
+    """The floating-point operations per second of a product of matrices, a short measurement."""
     size = 4096 if is_accelerator(device) else 512
     return 2.0 * size**3 / _seconds_of_product(dtype, device, size)
 
@@ -159,7 +163,7 @@ def multiplies_bf16(device: torch.device | str) -> bool:
 
 
 def runs_triton(device: torch.device | str) -> bool:
-    """True if APT's kernels in Triton run on a device: they were tried on those of CUDA only."""
+    """True if APT's kernels in Triton run on a device: they were tested on CUDA only."""
     return torch.device(device).type == "cuda"
 
 

@@ -8,7 +8,7 @@ class AptError(Exception):
     """An error that the user can correct.
 
     Args:
-        message: the fault and its place, in one line.
+        message: the problem and its place, in one line.
         hint: the remedy.
         options: the options that the hint refers to, by their names in Python:
             ``"own_samples"``. The command line adds its flags for them.
@@ -20,7 +20,7 @@ class AptError(Exception):
 
     @property
     def faults(self) -> list[str]:
-        """One line for each fault. Some errors collect several faults; the others have one."""
+        """One line for each problem. Some errors collect several problems; the others have one."""
         return [str(self)]
 
     def add_hint(self, hint: str, *options: str) -> None:
@@ -34,36 +34,47 @@ class NotStoredError(AptError):
     """A checkpoint's tensors cannot be read one by one as the parameters of the model."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> AptError:
-    """The error for an unknown name, with the closest known name or a list of all."""
-    names = sorted(known)
-    close = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names) or 'none'}"
-    return AptError(f"no {kind} '{name}'", hint + where)
+def unknown(kind: str, name: str, names: Iterable[str], suffix: str = "") -> AptError:
+    """The error for an unknown name, with the closest known name or a list of all names."""
+    sorted_names = sorted(names)
+    closest = get_close_matches(name.lower(), sorted_names, n=1, cutoff=0.5)
+    hint = (
+        f"did you mean '{closest[0]}'?"
+        if closest
+        else f"known: {', '.join(sorted_names) or 'none'}"
+    )
+    return AptError(f"no {kind} '{name}'", hint + suffix)
 
 
 def faulty(what: str, fault: str, kind: str, *options: str) -> AptError:
-    """The error for code of a plugin, such as ``method mine``, that returns what it must not."""
+    """The error for a wrong result of a plugin.
+
+    Args:
+        what: the plugin, such as ``method mine``.
+        fault: the problem, the rest of the sentence.
+        kind: the kind of plugin, for the hint.
+        options: the options that name the plugin.
+    """
     return AptError(f"{what} {fault}", f"use another {kind}, and tell its author", options)
 
 
 def name_of(kind: str, function: object) -> str:
-    """The name of a function of the caller that is given in place of the name of a plugin.
+    """The name of a function that a program passes in place of the name of a plugin.
 
     Raises:
-        AptError: it is no function.
+        AptError: the object is no function.
     """
     if isinstance(function, type) or not callable(function):
         raise AptError(f"{kind} is {function!r}", "give its name, or a function", (kind,))
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-_LONGEST = 100  # characters of a name within a message
+_MAX_NAME = 100  # characters of a name within a message
 
 
 def shortened(name: str) -> str:
-    """A name for use inside a message, with the middle of a long one left out."""
-    if len(name) <= _LONGEST:
+    """A name for use inside a message. A long name is shortened in the middle."""
+    if len(name) <= _MAX_NAME:
         return name
     return f"{name[:48]}…{name[-48:]}"
 
@@ -78,9 +89,9 @@ def first_line(error: BaseException) -> str:
 
 
 def described(error: BaseException) -> str:
-    """`first_line`, with the type of an exception whose text is not clear without it.
+    """`first_line`, with the type of the exception if the text is not clear without it.
 
-    The text of a KeyError is the key alone. That of a TypeError is written for programmers.
+    The text of a KeyError is the key alone. The text of a TypeError is written for programmers.
     """
     line = first_line(error)
     if isinstance(error, RecursionError):
@@ -98,7 +109,7 @@ _LIBRARY = ("failed to map segment", "cannot allocate memory", "cannot open shar
 
 
 def resource_error(error: BaseException) -> AptError | None:
-    """The line for an error for want of memory, or of a library; None for another error."""
+    """The user's error for a lack of memory, or a library that cannot be loaded; else None."""
     text = str(error).lower()
     if isinstance(error, ImportError) and any(part in text for part in _LIBRARY):
         return AptError(

@@ -12,7 +12,7 @@ Phase = Literal[
 
 
 class Status(Protocol):
-    """Called at the beginning of a phase, and of each part of it that is shown by itself."""
+    """Called at the beginning of each phase, and of each step within a phase."""
 
     def __call__(self, phase: Phase, text: str = "") -> None:
         """Show a step of a run.
@@ -37,17 +37,17 @@ class SitePruned:
     """The record of one pruned site.
 
     Attributes:
-        name: its full name.
-        kind: its name within the block, which is the same for all experts of a stack.
+        name: the full name of the site.
+        kind: the name within the block, which is the same for all experts of a stack.
         shape: (out, in).
         pattern: the pattern of the site.
         zeros: the number of zeros in the pruned weight.
         relative_error: the relative layer error of the weight as written, in its own dtype.
         damping: the damping used; None if the method uses none.
         residual: the residual of a joint solve's normal equations, see `apt.solver.Joint`.
-        tokens: the number of calibration tokens that it received.
+        tokens: the number of calibration tokens that the site received.
         seconds: the time of the solve.
-        order: the column of the dense weight that each column of the pruned one was, if the inputs
+        order: for each column of the pruned weight, its index in the dense weight, if the inputs
             have changed places; None if they have not.
     """
 
@@ -75,7 +75,7 @@ class SitePruned:
 
     @property
     def starved(self) -> bool:
-        """True if it received fewer tokens than it has inputs, which can happen to an expert."""
+        """True if the site received fewer tokens than it has inputs, as an expert may."""
         return self.tokens < self.shape[1]
 
 
@@ -85,12 +85,12 @@ class ExpertsRemoved:
 
     Attributes:
         name: the block.
-        experts: their indices.
-        merged: those that were averaged into another one, each with the index of that.
+        experts: the indices of the removed experts.
+        merged: pairs of a removed expert and the kept expert into which it was averaged.
         scores: the score of each expert, by which they were chosen; empty if there are none.
-        underserved: the experts with fewer tokens than they should have.
-        unprotected: the experts that a protected source of the calibration needs, and for which
-            there was no place.
+        underserved: the experts with fewer tokens than the least number.
+        unprotected: the experts that a protected source of the calibration needs, and that had no
+            place among the kept experts.
     """
 
     name: str
@@ -136,8 +136,8 @@ class BlockTuned:
 class Working:
     """One unit of work within a block: one batch run, one site solved or one tuning step taken.
 
-    An observer can stop the run by an exception. Since at most one unit of work passes between two
-    of these events, the run stops soon.
+    An observer can stop the run by an exception. At most one unit of work is done between two of
+    these events, so the run stops soon.
 
     Attributes:
         name: the block.
@@ -153,8 +153,8 @@ class TrainingStep:
     """A step of a recovery's training.
 
     Attributes:
-        step, steps: its number, from 1, and the planned number of steps.
-        loss: the loss of its batch.
+        step, steps: the number of the step, from 1, and the planned number of steps.
+        loss: the loss of the batch.
         rate: the learning rate.
         seconds: the time since the training began.
     """
@@ -174,10 +174,10 @@ class HeldBack:
     loss: float
 
 
-Done = SitePruned | ExpertsRemoved | ExpertsRouted
-"""What a run records of a block."""
+BlockRecord = SitePruned | ExpertsRemoved | ExpertsRouted
+"""The records that a run keeps of a block."""
 
-Event = BlockStarted | Working | BlockTuned | Done
+Event = BlockStarted | Working | BlockTuned | BlockRecord
 Observer = Callable[[Event], None]
 
 
@@ -192,12 +192,12 @@ TrainingEvent = TrainingStep | HeldBack | CheckpointSaved
 TrainingObserver = Callable[[TrainingEvent], None]
 
 
-def telling(observe: Observer, site_pruned: Callable[[SitePruned], None]) -> Observer:
+def with_site_observer(observe: Observer, site_pruned: Callable[[SitePruned], None]) -> Observer:
     """An observer that calls ``observe``, and also ``site_pruned`` for every pruned site."""
 
-    def both(event: Event) -> None:
+    def observe_both(event: Event) -> None:
         observe(event)
         if isinstance(event, SitePruned):
             site_pruned(event)
 
-    return both
+    return observe_both

@@ -1,8 +1,8 @@
-"""What the code of a plugin needs beside `apt.adapter`, `apt.solver` and the specs.
+"""The public names for plugins, beside `apt.adapter`, `apt.solver` and `apt.hookspecs`.
 
-The interfaces of methods, choices of groups and blocks, allocations, recoveries, formats and texts,
-helpers to write them with, and what opens a model for a command. A name is imported on its first
-use, so that a method does not wait for the libraries of a recovery.
+These are the interfaces of methods, choices of groups and blocks, allocations, recoveries, formats
+and texts, helpers for writing them, and the functions with which a command opens a model. A name is
+imported on its first use, so that a method does not wait for the libraries of a recovery.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from apt.checkpoints.formats import Checkpoint, find_file
     from apt.checkpoints.load import load, load_tokenizer, open_skeleton
     from apt.checkpoints.opened import Opened
+    from apt.checkpoints.quantised import ExpandedTensor, QuantisedCheckpoint, Slices
     from apt.engine.machine import choose_device, read_dtype
     from apt.engine.prepare import capped
     from apt.engine.text import check_same_vocabulary
@@ -43,12 +44,11 @@ if TYPE_CHECKING:
     from apt.text.ids import check_vocabulary
 
 __all__ = [
-    "Allocation", "Batch", "BlockChoice", "Checkpoint", "Conversation", "Document", "ExpertChoice",
-    "Export",
-    "Exportable", "Exported", "Finding",
-    "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite", "Recovery",
-    "Registry", "RoutedExperts", "Source", "Split", "Teacher", "Trainable", "Unallocated",
-    "Unrecovered", "capped",
+    "Allocation", "Batch", "BlockChoice", "Checkpoint", "Conversation", "Document",
+    "ExpandedTensor", "ExpertChoice", "Export", "Exportable", "Exported", "Finding",
+    "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite",
+    "QuantisedCheckpoint", "Recovery", "Registry", "RoutedExperts", "Slices", "Source", "Split",
+    "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
     "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
     "eval_mode", "find_file", "hub_documents", "load", "load_tokenizer", "loss_without",
     "lowest_scores", "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry",
@@ -61,6 +61,7 @@ _LAZY = {
     "apt.checkpoints.formats": ("Checkpoint", "find_file"),
     "apt.checkpoints.load": ("load", "load_tokenizer", "open_skeleton"),
     "apt.checkpoints.opened": ("Opened",),
+    "apt.checkpoints.quantised": ("ExpandedTensor", "QuantisedCheckpoint", "Slices"),
     "apt.engine.machine": ("choose_device", "read_dtype"),
     "apt.engine.prepare": ("capped",),
     "apt.engine.text": ("check_same_vocabulary",),
@@ -83,11 +84,11 @@ _LAZY = {
     "apt.text.datasets": ("Split", "hub_documents"),
     "apt.text.files": ("read_file",),
 }  # fmt: skip
-_MODULES = {name: module for module, names in _LAZY.items() for name in names}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a name on its first use (PEP 562)."""
-    if name not in _MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'apt.extending' has no attribute '{name}'")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

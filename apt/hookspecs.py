@@ -1,4 +1,4 @@
-"""The names that a plugin imports: the hook marker, the version of the hooks, and all specs.
+"""The names that every plugin imports: the hook marker, the version of the hooks, all specs.
 
 Importing this module imports neither torch nor transformers.
 """
@@ -14,12 +14,13 @@ from apt.plugin.specs import (
     FormatSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
 )
 
 __all__ = [
     "API", "OLDEST_API", "AdapterSpec", "AllocationSpec", "CalibrationSpec", "CommandSpec",
-    "EvaluatorSpec", "ExportSpec", "FormatSpec", "MethodSpec", "PatternSpec", "RecoverySpec",
-    "ShrinkMethodSpec", "hookimpl",
+    "EvaluatorSpec", "ExportSpec", "FormatSpec", "MethodSpec", "PatternSpec", "QuantisedFormatSpec",
+    "RecoverySpec", "ShrinkMethodSpec", "hookimpl",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The modes of torch in which the public functions compute, whatever the caller has set."""
+"""The modes of torch in which the public functions compute, independent of the caller's modes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -6,26 +6,26 @@ from threading import Lock
 
 import torch
 
-from apt.devices import kinds
+from apt.devices import device_kinds
 
 _lock = Lock()
-_inside = 0  # the entered contexts of all threads: the default dtype belongs to the process
-_before: torch.dtype
+_entered = 0  # contexts entered by all threads: the default dtype belongs to the process
+_caller_dtype: torch.dtype
 
 
 @contextmanager
-def usual_modes() -> Iterator[None]:
-    """A context manager and decorator: torch's modes are those of a new process inside.
+def default_modes() -> Iterator[None]:
+    """While entered, torch has the modes of a new process; also a decorator.
 
-    These are the default dtype and device, autocast, inference mode and the recording of gradients.
-    The same call gives the same bytes in all of the caller's modes. Several threads may be inside
-    at once: the default dtype is restored when the last one leaves.
+    The modes are the default dtype and device, autocast, inference mode and the recording of
+    gradients. So the same call gives the same bytes in all modes of the caller. Several threads may
+    enter at once: the default dtype is restored when the last thread leaves.
     """
     _enter()
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(mode=False))  # gradients are recorded too
-            for kind in kinds():
+            for kind in device_kinds():
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             if torch.get_default_device().type != "cpu":
@@ -36,17 +36,17 @@ def usual_modes() -> Iterator[None]:
 
 
 def _enter() -> None:
-    global _inside, _before
+    global _entered, _caller_dtype
     with _lock:
-        if not _inside:
-            _before = torch.get_default_dtype()
+        if not _entered:
+            _caller_dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
-        _inside += 1
+        _entered += 1
 
 
 def _leave() -> None:
-    global _inside
+    global _entered
     with _lock:
-        _inside -= 1
-        if not _inside:
-            torch.set_default_dtype(_before)
+        _entered -= 1
+        if not _entered:
+            torch.set_default_dtype(_caller_dtype)

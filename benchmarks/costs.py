@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apt
 from apt.checkpoints.opened import Opened
-from apt.engine.costs import Planned, measured
+from apt.engine.costs import PlannedRun, measure_machine
 from apt.options import PruneRun
 from apt.planning.plan import Selection, make_plan, read_pattern
 
@@ -77,8 +77,8 @@ def predicted(model: Opened, row: Row, options: argparse.Namespace) -> Row:
     pattern = read_pattern(options.pattern)
     plan = make_plan(model.module, model.adapter, pattern, Selection())
     sized = PruneRun(samples=row["samples"], seqlen=options.seqlen)
-    run = Planned(model, plan, sized, allocated=True)
-    machine = measured("cpu")
+    run = PlannedRun(model, plan, sized, allocated=True)
+    machine = measure_machine("cpu")
     steps = {step: machine.seconds(work) for step, work in run.steps(row["effort"]).items()}
     return {"predicted": sum(steps.values()), "solving": sum(steps[step] for step in SOLVING)}
 

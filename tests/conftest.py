@@ -42,7 +42,7 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 @pytest.fixture(autouse=True, scope="session")
 def _long_texts_are_tokenised_once():
-    """The embedded text takes seconds to tokenise, the short one a tenth of a small run."""
+    """Tokenisation is cached: the embedded text takes seconds."""
     plain, known = PreTrainedTokenizerFast.__call__, {}
 
     def call(self, text=None, *args, **options):
@@ -60,23 +60,23 @@ def _long_texts_are_tokenised_once():
 
 @pytest.fixture(autouse=True, scope="session")
 def _this_machine_is_measured_once():
-    """Estimates of time begin with a measurement of a second."""
-    known = cache(costs.measured)
+    """The measurement of a machine is cached: it takes a second."""
+    known = cache(costs.measure_machine)
     with pytest.MonkeyPatch.context() as patch:
         for module in ("costs", "timed_run"):
-            patch.setattr(f"apt.engine.{module}.measured", known)
+            patch.setattr(f"apt.engine.{module}.measure_machine", known)
         yield
 
 
 def pytest_collection_finish():
-    """Leave what is imported by now to itself: each run of the command line collects garbage."""
+    """Freeze the imported objects: each run of the command line collects garbage."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """The same for large libraries that are imported on use, once the tests of a file are done."""
+    """Freeze the objects of libraries that the tests of a file have imported."""
     done = nextitem is None or nextitem.path != item.path
     if done and len(gc.get_objects(2)) > 50_000:
         gc.collect()
@@ -106,7 +106,7 @@ def checkpoint(tmp_path_factory, tokenizer):
 
 
 def _run(*arguments):
-    """Run the command line in this process: its exit status."""
+    """Run the command line in this process, and return its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["apt", *map(str, arguments)])
         try:
@@ -118,7 +118,7 @@ def _run(*arguments):
 
 @pytest.fixture
 def apt(monkeypatch, capsys, tmp_path):
-    """Run the command line in a directory of its own: ``apt("prune", …)`` → code, out, err."""
+    """Run the command line in a new directory: ``apt("prune", …)`` → code, out, err."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -137,8 +137,8 @@ def output_of(tmp_path_factory):
     def run(*command):
         if command not in made:
             made[command] = tmp_path_factory.mktemp("output") / "out"
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
-                assert _run(*command, "-o", made[command]) == 0, said.getvalue()
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as output:
+                assert _run(*command, "-o", made[command]) == 0, output.getvalue()
         return made[command]
 
     return run
@@ -146,14 +146,14 @@ def output_of(tmp_path_factory):
 
 @pytest.fixture
 def forked_workers(monkeypatch):
-    """The workers of ``bench`` are forked from a process that has imported what takes seconds."""
+    """The workers of ``bench`` are forked from a process that has imported the slow libraries."""
     ensure_running()  # before `bench` blocks SIGINT, which the server would pass on
     monkeypatch.setattr("apt_lab.benchmark.process.get_context", lambda kind: forked)
 
 
 @pytest.fixture
 def little_to_measure_on(monkeypatch):
-    """Of the embedded text to measure on, only the beginning is there."""
+    """The embedded text for measuring is cut to its beginning."""
     whole = texts.builtin
 
     def shorter(split):

@@ -1,4 +1,4 @@
-"""The public surface: one set of options for shell and programs, objects in place of names."""
+"""The public interface: the same options for shell and programs, objects in place of names."""
 
 import inspect
 import json
@@ -24,21 +24,21 @@ from tests.helpers.families import random_model, random_tokens
 SMALL = ("--samples", 4, "--seqlen", 32, "--calibration", TEXT)
 
 
-def test_every_public_name_is_documented():
+def test_each_public_name_is_documented():
     for name in library.__all__:
         assert inspect.getdoc(getattr(library, name)), name
     with pytest.raises(AttributeError, match="no attribute 'prunes'"):
         _ = library.prunes
 
 
-def test_the_typed_arguments_are_those_of_prune():
+def test_prune_arguments_equal_the_parameters_of_prune():
     keywords = list(inspect.signature(library.prune).parameters)[2:]
     assert list(PruneArguments.__annotations__) == keywords
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
 @pytest.mark.parametrize("effort", ["fast", "default", "best"])
-def test_shell_and_program_give_the_same_bytes(effort, stream, checkpoint, tokenizer, apt):
+def test_shell_and_program_write_the_same_bytes(effort, stream, checkpoint, tokenizer, apt):
     path = checkpoint("llama")
     run = apt("prune", path, *SMALL, "--effort", effort, *stream, "-o", "out")
     assert run.code == 0, run.err
@@ -58,7 +58,7 @@ def test_shell_and_program_give_the_same_bytes(effort, stream, checkpoint, token
     }
 
 
-def test_a_report_is_read_as_it_was_written(checkpoint, apt):
+def test_report_survives_a_round_trip(checkpoint, apt):
     run = apt("prune", checkpoint("opt"), *SMALL, "--method", "wanda", "--eval", TEXT, "-o", "out")
     assert run.code == 0, run.err
     found = json.loads(Path("out/apt_report.json").read_text())
@@ -75,7 +75,7 @@ def test_a_report_is_read_as_it_was_written(checkpoint, apt):
         library.Report.read(checkpoint("opt"))
 
 
-def test_every_option_of_a_run_is_documented_with_its_field():
+def test_each_option_of_a_run_is_documented_with_its_field():
     for options in (PruneRun, ShrinkRun, RecoverRun, library.PruneOptions):
         text = inspect.getdoc(options)
         for name in options.__dataclass_fields__:
@@ -87,7 +87,7 @@ def half_of_each(given):
     return {site.name: 0.5 for site in given.plan.sites}
 
 
-def test_objects_serve_in_place_of_names():
+def test_objects_and_names_give_the_same_result():
     tokens, results = random_tokens(), []
     family = registry().adapter_for("llama").load()()
     how = {"pattern": "0.5", "options": library.PruneOptions(error_aware=False)}
@@ -106,19 +106,19 @@ def test_objects_serve_in_place_of_names():
     assert named.model["sha256"] == objects.model["sha256"]
 
 
-def test_a_model_without_a_configuration_needs_an_adapter():
+def test_model_without_a_configuration_needs_an_adapter():
     with pytest.raises(library.AptError, match="Linear has no config") as refused:
         library.prune(torch.nn.Linear(4, 4), random_tokens(), pattern=NM(2, 4))
     assert refused.value.options == ("adapter",)
 
 
 @pytest.mark.parametrize("given", [type(registry().adapter_for("llama").make()), 5])
-def test_what_is_no_adapter_is_refused(given):
+def test_wrong_adapter_is_refused(given):
     with pytest.raises(library.AptError, match="adapter is .*; give its name, or an instance of"):
         library.prune(random_model("llama"), random_tokens(), pattern="2:4", adapter=given)
 
 
-def test_a_blocks_own_forward_is_there_again():
+def test_instance_forward_of_a_block_is_restored():
     model = random_model("llama")
     first, second = model.model.layers[:2]
     own = first.forward
@@ -129,7 +129,7 @@ def test_a_blocks_own_forward_is_there_again():
     assert "forward" not in vars(second)
 
 
-def test_activations_on_the_cpu_come_back_where_they_were():
+def test_activations_on_the_cpu_return_to_their_device():
     store, tensor = CpuStore(), torch.arange(6.0).view(2, 3)
     held = store.put({"a": (tensor, [tensor.T, None])})
     found = store.get(held)
@@ -139,7 +139,7 @@ def test_activations_on_the_cpu_come_back_where_they_were():
     assert found["a"][0].device == tensor.device
 
 
-def test_the_hub_that_does_not_answer_is_told_of(monkeypatch):
+def test_hub_without_an_answer_is_an_error(monkeypatch):
     def silent(*args, **kwargs):
         raise ConnectionError("no route")
 

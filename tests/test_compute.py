@@ -45,14 +45,14 @@ def weights(directory):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_auto_is_fp32_where_half_precision_is_slow(slow_half):
+def test_auto_is_fp32_if_half_precision_is_slow(slow_half):
     assert compute_dtype(torch.bfloat16, "cpu") == torch.float32
     assert compute_dtype(torch.float16, "cpu") == torch.float32
     assert compute_dtype(torch.float64, "cpu") == torch.float64
     assert compute_dtype(torch.bfloat16, "cpu", "bfloat16") == torch.bfloat16
 
 
-def test_auto_is_the_stored_dtype_where_it_is_fast(fast_half):
+def test_auto_is_the_stored_dtype_if_it_is_fast(fast_half):
     assert compute_dtype(torch.bfloat16, "cpu") == torch.bfloat16
     assert compute_dtype(torch.float32, "cpu") == torch.float32
     assert compute_dtype(torch.float32, "cpu", "bfloat16") == torch.bfloat16
@@ -63,7 +63,7 @@ def test_auto_is_the_stored_dtype_where_it_is_fast(fast_half):
     [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
      (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)],
 )  # fmt: skip
-def test_tensors_that_do_not_change_come_back_bit_for_bit(stored, compute):
+def test_unchanged_tensors_are_restored_bit_for_bit(stored, compute):
     model = random_model("llama").to(stored)
     model.register_buffer("table", torch.randn(8).to(stored))
     model.register_buffer("positions", torch.randn(8), persistent=False)
@@ -80,7 +80,7 @@ def test_tensors_that_do_not_change_come_back_bit_for_bit(stored, compute):
         assert torch.equal(tensor, before[name])
 
 
-def test_a_model_that_has_the_dtype_is_not_touched():
+def test_model_in_the_compute_dtype_is_not_changed():
     model = random_model("llama").bfloat16()
     model.norm = nn.LayerNorm(4)
     before = {name: (t.data_ptr(), t.dtype) for name, t in model.state_dict().items()}
@@ -88,7 +88,7 @@ def test_a_model_that_has_the_dtype_is_not_touched():
         assert {n: (t.data_ptr(), t.dtype) for n, t in model.state_dict().items()} == before
 
 
-def test_values_that_change_are_rounded_and_the_others_keep_their_precision():
+def test_changed_values_are_rounded_and_others_keep_their_precision():
     model = nn.Linear(4, 4, bias=False)
     before = model.weight.detach().clone()
     cast = ComputeDtype(model, torch.bfloat16)
@@ -114,7 +114,7 @@ def test_tied_parameters_stay_tied_and_fp64_and_integers_keep_their_dtypes():
     assert model["b"].weight.dtype == torch.float32
 
 
-def test_what_a_class_keeps_in_fp32_is_not_cast_to_half_precision():
+def test_tensors_that_a_class_keeps_in_fp32_are_not_cast():
     model = nn.ModuleDict({"router": nn.Linear(4, 4), "mlp": nn.Linear(4, 4)})
     model._keep_in_fp32_modules_strict = {"router"}
     assert fp32_names(model, torch.bfloat16, model.state_dict()) == {"router.weight", "router.bias"}
@@ -123,14 +123,14 @@ def test_what_a_class_keeps_in_fp32_is_not_cast_to_half_precision():
         assert model["mlp"].weight.dtype == torch.bfloat16
 
 
-def test_a_value_beyond_the_range_of_the_stored_dtype_is_an_error():
+def test_value_beyond_the_range_of_the_stored_dtype_is_an_error():
     with pytest.raises(AptError, match=r"head has values that are not finite in torch.float16"):
         rounded_to("head", torch.tensor([1e6]), torch.float16)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "streamed"])
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_run_in_fp32_writes_the_stored_dtype_and_exact_zeros(half, apt, stream, quantize):
+def test_run_in_fp32_writes_the_stored_dtype_and_exact_zeros(half, apt, stream, quantize):
     words = ("prune", half, *WORDS, "--pattern", "2:4", *["--stream"] * stream)
     words += ("--quantize", quantize) if quantize else ()
     run = apt(*words, "--compute", "float32", "-o", "out")
@@ -152,7 +152,7 @@ def test_a_run_in_fp32_writes_the_stored_dtype_and_exact_zeros(half, apt, stream
         assert packed.code == 0, packed.err
 
 
-def test_a_streamed_run_in_fp32_writes_the_bytes_of_the_run_in_memory(half, apt):
+def test_streamed_run_in_fp32_writes_the_bytes_of_the_run_in_memory(half, apt):
     for name, stream in (("one", ()), ("two", ("--stream",))):
         run = apt("prune", half, *WORDS, "--compute", "float32", *stream, "-o", name)
         assert run.code == 0, run.err
@@ -160,17 +160,17 @@ def test_a_streamed_run_in_fp32_writes_the_bytes_of_the_run_in_memory(half, apt)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_slow_machine_computes_in_fp32_and_says_so(half, apt, slow_half):
-    asked = apt("prune", half, *WORDS, "--compute", "float32", "-o", "asked")
+def test_slow_machine_computes_in_fp32_with_a_notice(half, apt, slow_half):
+    requested = apt("prune", half, *WORDS, "--compute", "float32", "-o", "asked")
     chosen = apt("prune", half, *WORDS, "-o", "chosen")
-    assert asked.code == chosen.code == 0, chosen.err
+    assert requested.code == chosen.code == 0, chosen.err
     assert "compute: float32 (default, since cpu multiplies bfloat16 more slowly)" in chosen.err
-    assert "compute:" not in asked.err
+    assert "compute:" not in requested.err
     one, two = weights("asked"), weights("chosen")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_program_prunes_as_the_command_and_its_model_keeps_dtypes_and_buffers(
+def test_program_prunes_as_the_command_and_keeps_dtypes_and_buffers(
     half, apt, slow_half, tokenizer
 ):
     assert apt("prune", half, *WORDS, "--pattern", "2:4", "-o", "shell").code == 0
@@ -186,7 +186,9 @@ def test_a_program_prunes_as_the_command_and_its_model_keeps_dtypes_and_buffers(
 
 
 @pytest.mark.parametrize("size", [{"keep": 0.7}, {"blocks": 2}])
-def test_a_smaller_model_is_fitted_in_fp32_and_has_its_dtype(half, slow_half, tokenizer, size):
+def test_smaller_model_is_solved_in_fp32_and_keeps_the_stored_dtype(
+    half, slow_half, tokenizer, size
+):
     model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16)
     tokens = library.calibration_tokens(tokenizer, str(TEXT), samples=4, seqlen=32)
     small, report = library.shrink(model, tokens, size=library.ShrinkOptions(**size))
@@ -195,7 +197,7 @@ def test_a_smaller_model_is_fitted_in_fp32_and_has_its_dtype(half, slow_half, to
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "streamed"])
-def test_a_smaller_model_in_bf16_of_one_in_fp32_keeps_what_was_not_solved(checkpoint, apt, stream):
+def test_smaller_model_computed_in_bf16_keeps_unsolved_fp32_weights(checkpoint, apt, stream):
     given = checkpoint("llama")
     run = apt("shrink", given, *WORDS, "--drop", "1", "--compute", "bfloat16", *stream, "-o", "out")
     assert run.code == 0, run.err
@@ -205,7 +207,7 @@ def test_a_smaller_model_in_bf16_of_one_in_fp32_keeps_what_was_not_solved(checkp
     assert torch.equal(after[kept], before[kept])
 
 
-def test_a_run_in_bf16_of_a_model_in_fp32_keeps_the_bits_of_all_other_tensors(checkpoint, apt):
+def test_run_in_bf16_keeps_the_bits_of_unpruned_fp32_tensors(checkpoint, apt):
     given = checkpoint("llama")
     run = apt("prune", given, *WORDS, "--only", "*q_proj", "--compute", "bfloat16", "-o", "out")
     assert run.code == 0, run.err
@@ -215,14 +217,14 @@ def test_a_run_in_bf16_of_a_model_in_fp32_keeps_the_bits_of_all_other_tensors(ch
         assert torch.equal(tensor, before[name]) == ("q_proj" not in name)
 
 
-def test_a_given_dtype_is_written_whatever_the_model_computes_in(half, apt):
+def test_given_dtype_is_written_in_any_compute_dtype(half, apt):
     words = ("prune", half, *WORDS, "--dtype", "float16", "--compute", "float32", "-o", "out")
     run = apt(*words)
     assert run.code == 0, run.err
     assert {tensor.dtype for tensor in weights("out").values()} == {torch.float16}
 
 
-def test_a_training_begins_with_the_stored_weights_and_writes_their_dtype(half, apt, slow_half):
+def test_training_begins_with_the_stored_weights_and_writes_their_dtype(half, apt, slow_half):
     run = apt("prune", half, *WORDS, "--pattern", "2:4", "-o", "sparse")
     assert run.code == 0, run.err
     run = apt(
@@ -236,7 +238,7 @@ def test_a_training_begins_with_the_stored_weights_and_writes_their_dtype(half, 
     assert (record["dtype"], record["compute"]) == ("bfloat16", "float32")
 
 
-def test_a_training_does_not_compute_in_fp16(half, apt):
+def test_training_in_fp16_is_refused(half, apt):
     run = apt("recover", half, "--compute", "float16", "-o", "out")
     assert run.code == 2
     assert "a training does not compute in float16" in run.err
@@ -277,7 +279,7 @@ def test_inspect_counts_the_memory_of_the_compute_dtype(half, apt):
     assert two["activations"] > one["activations"]
 
 
-def test_a_run_with_another_compute_dtype_is_not_resumed(half, apt):
+def test_resuming_with_another_compute_dtype_is_refused(half, apt):
     words = ("prune", half, *WORDS, "--stream", "-o", "out")
     assert apt(*words, "--compute", "float32").code == 0
     run = apt(*words, "--compute", "bfloat16", "--resume")

@@ -1,4 +1,4 @@
-"""Devices: every question about an accelerator is asked of torch's module for its kind."""
+"""Devices: all properties of an accelerator come from torch's module for its kind."""
 
 from types import SimpleNamespace
 
@@ -37,75 +37,75 @@ def machine_with(monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "best"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu")])
-def test_a_run_that_names_no_device_uses_an_accelerator_that_can_solve(machine_with, kind, best):
-    assert devices.best() == "cpu"
+def test_default_device_is_an_accelerator_that_can_solve(machine_with, kind, best):
+    assert devices.default_device() == "cpu"
     machine_with(kind)
-    assert devices.best() == best
-    assert devices.kinds() == ("cpu", kind)
+    assert devices.default_device() == best
+    assert devices.device_kinds() == ("cpu", kind)
 
 
-def test_what_torch_knows_of_an_accelerator(machine_with):
+def test_properties_of_an_accelerator_come_from_its_module(machine_with):
     calls = machine_with("xpu", is_bf16_supported=lambda: True)
     assert devices.name_of("xpu:1") == "the xpu of a maker"
     assert devices.total_memory("xpu") == 2**30
     assert devices.peak_allocated("xpu") == 2**20
     assert devices.multiplies_bf16("xpu")
     devices.synchronize("xpu:1")
-    devices.forget_peak("xpu")
+    devices.reset_peak("xpu")
     assert calls == [("synchronize", torch.device("xpu:1")), ("forget", "xpu")]
 
 
-def test_what_torch_does_not_know_is_left_out(machine_with):
+def test_unknown_properties_of_an_accelerator_are_left_out(machine_with):
     names = ("get_device_name", "get_device_properties", "max_memory_allocated",
              "reset_peak_memory_stats")  # fmt: skip
     machine_with("mps", **dict.fromkeys(names))
     assert devices.name_of("mps") == "mps"
     assert devices.total_memory("mps") == devices.peak_allocated("mps") == 0
     assert not devices.multiplies_bf16("mps")
-    devices.forget_peak("mps")
+    devices.reset_peak("mps")
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "meta"])
-def test_a_cpu_is_no_accelerator(device):
+def test_cpu_has_no_accelerator_memory_and_no_queue(device):
     assert not devices.is_accelerator(device)
     assert devices.total_memory(device) == 0
     devices.synchronize(device)
 
 
 @pytest.mark.parametrize("kind", [None, "mps"])
-def test_random_states_are_as_before(machine_with, kind):
-    """With mps, whose module has no function for the state of one device, too."""
+def test_random_states_are_restored(machine_with, kind):
+    """This includes mps, whose module has no function for the state of one device."""
     if kind is not None:
         machine_with(kind)
     before = torch.get_rng_state()
-    with devices.random_states_kept():
+    with devices.keep_random_states():
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_half_precision_without_onednn_is_slow_whatever_a_product_takes(monkeypatch):
+def test_half_precision_without_onednn_is_slow(monkeypatch):
     monkeypatch.setattr(devices, "_seconds_of_product", lambda dtype, device, size: dtype.itemsize)
     for supported in (True, False):
-        devices._is_faster_here.cache_clear()
+        devices._cpu_multiplies_faster.cache_clear()
         monkeypatch.setattr(
             torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=supported: known
         )
         assert devices.multiplies_fast(torch.bfloat16, "cpu") is supported
-    devices._is_faster_here.cache_clear()
+    devices._cpu_multiplies_faster.cache_clear()
 
 
-def test_half_precision_that_onednn_computes_with_slower_instructions_is_slow(monkeypatch):
+def test_half_precision_with_slower_instructions_is_slow(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(
         devices, "_seconds_of_product", lambda dtype, device, size: 1 / dtype.itemsize
     )
-    devices._is_faster_here.cache_clear()
+    devices._cpu_multiplies_faster.cache_clear()
     assert not devices.multiplies_fast(torch.bfloat16, "cpu")
     assert devices.multiplies_fast(torch.float32, "cpu")
-    devices._is_faster_here.cache_clear()
+    devices._cpu_multiplies_faster.cache_clear()
 
 
-def test_the_speed_of_a_product_is_that_of_many_operations():
+def test_speed_of_products_keeps_the_number_of_threads():
     threads = torch.get_num_threads()
     assert devices.operations_per_second(torch.float32, "cpu") > 1e8
     assert torch.get_num_threads() == threads

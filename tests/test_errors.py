@@ -1,4 +1,4 @@
-"""Errors of the library name options as in Python; only the command line knows their flags."""
+"""Errors of the library name options as in Python; only the command line names flags."""
 
 import ast
 import re
@@ -44,7 +44,7 @@ def constants(tree: ast.Module) -> dict[str, ast.expr]:
 
 
 def named_options(tree: ast.Module) -> Iterator[str]:
-    """The options that the errors of a module name, as far as they are constants."""
+    """The options that the errors of a module name, if they are constants."""
     known = constants(tree)
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = getattr(call.func, "id", getattr(call.func, "attr", ""))
@@ -60,7 +60,7 @@ def named_options(tree: ast.Module) -> Iterator[str]:
 
 
 def flags() -> set[str]:
-    """The flags of `apt` itself, and of the commands that run a model, but for former names."""
+    """The flags of `apt` and of the commands that run a model, without former names."""
     program = get_command(app)
     return {
         flag
@@ -71,7 +71,7 @@ def flags() -> set[str]:
     }
 
 
-def test_each_option_that_an_error_names_has_a_flag():
+def test_each_option_named_by_an_error_has_a_flag():
     named = {one.name for one in PruneRun.OPTIONS}  # these are named by a variable
     for path in FILES:
         named |= set(named_options(ast.parse(path.read_text(encoding="utf-8"))))
@@ -89,7 +89,7 @@ def docstrings(tree: ast.Module) -> set[int]:
     return {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
 
 
-def test_no_text_of_the_library_names_a_flag():
+def test_messages_of_the_library_name_no_flag():
     found = []
     for path in set(LIBRARY) - {ROOT / "apt/testing/plugin.py"}:  # its flags are those of pytest
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What plugins of other people import and return."""
+"""The names that plugins import, and the errors for wrong results of plugins."""
 
 import math
 import subprocess
@@ -19,7 +19,7 @@ LAYER_WISE = library.PruneOptions(error_aware=False)
 
 
 def wrong(change):
-    """A method whose correct solution is changed."""
+    """A method that changes its correct solution with ``change``."""
 
     def mine(*given):
         return change(ss(*given))
@@ -60,21 +60,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_method_that_returns_something_else_is_told_in_one_line(name):
-    change, said = WRONG[name]
+def test_wrong_result_of_a_method_is_a_one_line_error(name):
+    change, expected_message = WRONG[name]
     model, site = random_model("llama"), "model.layers.0.self_attn.q_proj"
     with pytest.raises(AptError) as caught:
         library.prune(model, TOKENS, pattern="0.5", method=wrong(change), options=LAYER_WISE)
     message = str(caught.value)
     assert message.startswith("in model.layers.0: method mine ")
-    assert said.replace("SITE", site) in message
+    assert expected_message.replace("SITE", site) in message
     assert site in message
     assert "\n" not in message
     assert "method" in caught.value.options
 
 
 def smallest_columns(weight, gram, groups, options):
-    """A `GroupChoice`: that of group-magnitude."""
+    """A `GroupChoice`, the same as group-magnitude."""
     return groups.lowest(weight.square().sum(0).view(groups.count, -1).sum(1))
 
 
@@ -93,7 +93,7 @@ def by_norm(model, adapter, tokens):
 
 
 def last(model, adapter, tokens, count):
-    """A `BlockChoice`: that of the name last."""
+    """A `BlockChoice`, the same as the one named last."""
     return [name for name, _ in adapter.blocks(model)][-count:]
 
 
@@ -106,7 +106,7 @@ def last(model, adapter, tokens, count):
         (last, "last", {"blocks": 2}),
     ],
 )  # fmt: skip
-def test_apt_shrink_takes_functions_as_well_as_names(method, name, size):
+def test_shrink_accepts_functions_and_names(method, name, size):
     results = []
     for given in (name, method):
         options = library.PruneOptions(error_aware=False, tuning_epochs=0)
@@ -163,19 +163,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_choice_that_returns_something_else_is_told_in_one_line(name):
-    method, size, said = REFUSED[name]
+def test_wrong_result_of_a_choice_is_a_one_line_error(name):
+    method, size, expected_message = REFUSED[name]
     with pytest.raises(AptError) as caught:
         library.shrink(
             random_model("llama"), TOKENS, size=library.ShrinkOptions(**size), method=method,
             options=LAYER_WISE,
         )  # fmt: skip
-    assert said in str(caught.value)
+    assert expected_message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "expected_message"),
     [
         (None, "allocation mine returns NoneType, not the sparsities of the sites"),
         ([0.5], "allocation mine returns list, not the sparsities of the sites"),
@@ -183,33 +183,33 @@ def test_a_choice_that_returns_something_else_is_told_in_one_line(name):
         ({}, "allocation mine gives no value as the sparsity of model.layers.0.self_attn.q_proj"),
     ],
 )
-def test_an_allocation_that_returns_something_else_is_told_in_one_line(returned, said):
+def test_wrong_result_of_an_allocation_is_a_one_line_error(returned, expected_message):
     def mine(given):
         return returned
 
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=expected_message):
         library.prune(random_model("llama"), TOKENS, pattern="0.5", allocation=mine)
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "expected_message"),
     [
         (lambda given: None, "recovery mine returns NoneType, not an apt.extending.Trainable"),
         (lambda given: given.model, "recovery mine returns LlamaForCausalLM, not an apt.ext"),
         (lambda given: Trainable(given.model), "without a parameter that needs gradients"),
     ],
 )
-def test_a_recovery_that_returns_something_else_is_told_in_one_line(returned, said):
+def test_wrong_result_of_a_recovery_is_a_one_line_error(returned, expected_message):
     def mine(given):
         given.model.requires_grad_(False)
         return returned(given)
 
     model, options = random_model("llama"), library.RecoverOptions(steps=1, batch=1)
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=expected_message):
         library.recover(model, TOKENS, kind=mine, options=options)
 
 
-def test_a_metric_or_a_text_that_gives_something_else_is_told_in_one_line():
+def test_wrong_result_of_a_metric_or_a_text_is_a_one_line_error():
     metric = EvaluatorSpec("mine", "", f"{__name__}:nothing")
     with pytest.raises(AptError, match="metric mine returns NoneType, not a number; use another"):
         metric.measure(None, None)
@@ -227,7 +227,7 @@ def text(split):
     return "one text is no iterable of texts"
 
 
-def test_the_names_for_plugins_are_imported_on_use():
+def test_names_for_plugins_are_imported_on_use():
     code = """
 import sys
 import apt, apt.extending, apt.hookspecs
@@ -239,11 +239,11 @@ assert "transformers" not in sys.modules
 
 
 @pytest.mark.parametrize("given", [5, type(None), object()])
-def test_what_is_neither_name_nor_function_is_refused(given):
-    model, said = random_model("llama"), "is .*; give its name, or a function"
-    with pytest.raises(AptError, match=f"method {said}"):
+def test_object_that_is_neither_name_nor_function_is_refused(given):
+    model, expected_message = random_model("llama"), "is .*; give its name, or a function"
+    with pytest.raises(AptError, match=f"method {expected_message}"):
         library.prune(model, TOKENS, pattern="0.5", method=given)
-    with pytest.raises(AptError, match=f"allocation {said}"):
+    with pytest.raises(AptError, match=f"allocation {expected_message}"):
         library.prune(model, TOKENS, pattern="0.5", allocation=given)
-    with pytest.raises(AptError, match=f"kind {said}"):
+    with pytest.raises(AptError, match=f"kind {expected_message}"):
         library.recover(model, TOKENS, kind=given)

@@ -6,7 +6,7 @@ import grimp
 
 
 def test_the_solver_imports_numerical_packages_and_itself_only():
-    """With the patterns, and the module that asks torch about devices: they import no more."""
+    """It includes the patterns and the module of devices, which import no more."""
     graph = grimp.build_graph("apt", include_external_packages=True)
     solver = {"apt.solver", "apt.patterns", "apt.devices"}
     solver |= graph.find_descendants("apt.solver") | graph.find_descendants("apt.patterns")

@@ -1,4 +1,4 @@
-"""The files of a source distribution and a wheel of APT, and the ends of the declared ranges."""
+"""The files of a source distribution and a wheel of APT, and the declared minimum versions."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ OWN = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """A working folder with a few files of each kind, own and stray ones."""
+    """A working folder with some files of each kind, tracked and stray ones."""
     for name in [*OWN, *STRAY]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,24 +35,24 @@ def folder(tmp_path):
 
 
 def included(kind, folder):
-    """The paths in a distribution of that kind, which is not built."""
+    """The paths in a distribution of this kind, which is not built."""
     module = pytest.importorskip(f"hatchling.builders.{kind}", reason="needs hatchling")
     builder = getattr(module, f"{kind.capitalize()}Builder")(str(folder))
     return {Path(file.distribution_path).as_posix() for file in builder.recurse_included_files()}
 
 
-def test_a_source_distribution_has_nothing_stray(folder):
+def test_source_distribution_has_no_stray_files(folder):
     assert included("sdist", folder) == set(OWN)
 
 
-def test_a_wheel_has_the_packages_only(folder):
+def test_wheel_has_the_packages_only(folder):
     assert included("wheel", folder) == {
         "apt/__init__.py", "apt/py.typed", "apt_adapters/zoo/llama/model.safetensors",
         "apt_lab/reporting/page.html.j2", "apt_plugins/data/LICENSE.md",
     }  # fmt: skip
 
 
-def test_the_source_distribution_has_all_of_the_repository_but_its_ci():
+def test_source_distribution_has_the_repository_without_its_ci():
     listed = subprocess.run(
         ["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
@@ -62,7 +62,7 @@ def test_the_source_distribution_has_all_of_the_repository_but_its_ci():
     assert sorted([*named, ".ci", ".gitignore"]) == sorted(listed.stdout.splitlines())
 
 
-def test_the_oldest_end_of_the_matrix_is_that_of_the_declared_ranges():
+def test_oldest_matrix_versions_equal_the_declared_minimums():
     (pins,) = re.findall(r"^OLDEST = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     least = {}
     for line in PROJECT["project"]["dependencies"]:

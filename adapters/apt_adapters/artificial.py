@@ -41,8 +41,8 @@ def few_tokens(model: nn.Module) -> Tensor:
 def text_part(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> tuple[str, set[int]]:
     """The part of a model that runs on text alone, and the blocks that it then calls.
 
-    That is the model, or a part around the blocks that writes text itself, if the model needs an
-    image for example. Layers that look at an image may not be called.
+    The part is the model itself, unless the model needs another input such as an image. Then it is
+    a submodule around the blocks that generates text itself. Layers for images may not be called.
 
     Args:
         path: the path of the list of blocks.
@@ -53,19 +53,19 @@ def text_part(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> tuple
     names = path.split(".")
     inner = (".".join(names[:count]) for count in range(1, len(names)))
     parts = ["", *(p for p in inner if isinstance(model.get_submodule(p), GenerationMixin))]
-    failures, found = list[Exception](), list[tuple[str, set[int]]]()
+    failures, results = list[Exception](), list[tuple[str, set[int]]]()
     for part in parts:
         module = model.get_submodule(part)
         try:
-            found.append((part, _called(module, blocks, few_tokens(model))))
+            results.append((part, _called(module, blocks, few_tokens(model))))
         except Exception as error:
             failures.append(error)
         else:
             if part == parts[-1] or _ends(module, blocks, few_tokens(model)):
-                return found[-1]
-    if not found:
+                return results[-1]
+    if not results:
         raise failures[0]
-    return found[0]
+    return results[0]
 
 
 def _called(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> set[int]:
@@ -105,52 +105,59 @@ def runs(
 
 
 def _runs(
-    adapter: Adapter, blocks: Sequence[tuple[str, nn.Module]], first: Tensor, calls: list[Call]
+    adapter: Adapter,
+    blocks: Sequence[tuple[str, nn.Module]],
+    first_stream: Tensor,
+    calls: list[Call],
 ) -> Iterator[tuple[str, nn.Module, State, Call]]:
-    state: State = first
-    draw = torch.Generator().manual_seed(0)  # a router gives nothing to tokens of zeros
+    state: State = first_stream
+    draw = torch.Generator().manual_seed(0)  # a router sends tokens of zeros to no expert
     for (name, block), call in zip(blocks, calls, strict=True):
-        stream = torch.randn(first.shape, generator=draw).to(first)
-        before = (stream, *state[1:]) if isinstance(state, tuple) else stream
-        yield name, block, before, call
+        stream = torch.randn(first_stream.shape, generator=draw).to(first_stream)
+        state_before = (stream, *state[1:]) if isinstance(state, tuple) else stream
+        yield name, block, state_before, call
         if call.passes:
             with torch.no_grad(), one_by_one(block):
-                state = adapter.step(block, before, call)
+                state = adapter.step(block, state_before, call)
 
 
-def with_values(model: nn.Module, given: Mapping[int, Tensor] | None = None) -> nn.Module:
+def with_values(model: nn.Module, known: Mapping[int, Tensor] | None = None) -> nn.Module:
     """The model, or a copy on the CPU with values for its parts on the meta device.
 
-    A model needs values to run, if only to decide if a mask is needed. Zeros that are never read
-    take no memory.
+    A model needs values to run, for example to decide whether a mask is needed. Zeros that are
+    never read need no memory.
 
     Args:
-        given: the tensors of the copy by the ``id`` of those of the model; zeros for the others.
+        known: tensors of the copy by the ``id`` of the model's tensors; all others are zeros.
     """
     if not _on_meta(model):
         return model
-    values: dict[int, Any] = dict(given or {})
+    values: dict[int, Any] = dict(known or {})
     for module in model.modules():
         plain = (value for value in vars(module).values() if isinstance(value, Tensor))
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *plain)
-        values |= {id(tensor): _valued(tensor) for tensor in own if id(tensor) not in values}
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False), *plain)
+        values |= {id(tensor): _valued(tensor) for tensor in tensors if id(tensor) not in values}
     return copy.deepcopy(model, values)
 
 
 def with_distinct_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
     """The same as `with_values`, but the first block of each kind has random, distinct values.
 
-    The others share them: they would send nothing to their experts with zeros.
+    The other blocks share these values: with zeros, their routers would send no token to an expert.
     """
     if not _on_meta(model):
         return model
     draw, values = torch.Generator().manual_seed(0), dict[int, Tensor]()
-    first: dict[Any, dict[str, Tensor]] = {}
+    of_kind: dict[Any, dict[str, Tensor]] = {}
     for block in blocks:
-        own = dict(block.named_parameters())
-        if (kind := kind_of(block)) not in first:
-            first[kind] = {path: _random(parameter, draw) for path, parameter in own.items()}
-        values |= {id(own[path]): _parameter(tensor) for path, tensor in first[kind].items()}
+        parameters = dict(block.named_parameters())
+        if (kind := kind_of(block)) not in of_kind:
+            of_kind[kind] = {
+                path: _random(parameter, draw) for path, parameter in parameters.items()
+            }
+        values |= {
+            id(parameters[path]): _parameter(tensor) for path, tensor in of_kind[kind].items()
+        }
     return with_values(model, values)
 
 
@@ -160,22 +167,22 @@ def _on_meta(model: nn.Module) -> bool:
 
 def _valued(tensor: Tensor) -> Tensor:
     """The tensor on the CPU; zeros of the same shape and dtype if it is on the meta device."""
-    found = _zeros(tensor) if tensor.is_meta else tensor.detach().cpu()
-    return _parameter(found) if isinstance(tensor, nn.Parameter) else found
+    values = _zeros(tensor) if tensor.is_meta else tensor.detach().cpu()
+    return _parameter(values) if isinstance(tensor, nn.Parameter) else values
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _random(like: Tensor, draw: torch.Generator) -> Tensor:
-    """Random values in place of those of a parameter of a block."""
-    values = torch.randn(like.shape, generator=draw) * _SPREAD
-    return (values if like.ndim > 1 else values + 1).to(like.dtype)
+def _random(parameter: Tensor, draw: torch.Generator) -> Tensor:
+    """Random values for a parameter of a block."""
+    values = torch.randn(parameter.shape, generator=draw) * _SPREAD
+    return (values if parameter.ndim > 1 else values + 1).to(parameter.dtype)
 
 
-def _zeros(like: Tensor) -> Tensor:
+def _zeros(tensor: Tensor) -> Tensor:
     """Zeros whose memory pages the operating system allocates only when they are written."""
-    size = max(1, like.numel()) * like.element_size()
-    untouched = torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype)
-    return untouched[: like.numel()].view(like.shape)
+    size = max(1, tensor.numel()) * tensor.element_size()
+    untouched = torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(tensor.dtype)
+    return untouched[: tensor.numel()].view(tensor.shape)

@@ -2,9 +2,8 @@
 
 A few tokens are run through one block of each kind, and every operator is observed. This determines
 the matrices that multiply the tokens, the matrices that share an input, and the matrices whose
-products are added to the residual stream unchanged. Names are not used. A model whose matrices
-cannot be determined is refused. So is a model for which the conformance checks find that the
-capture misses something.
+products are added to the residual stream unchanged. Names are not used. A model is refused if its
+matrices cannot be determined, or if the conformance checks find a fault of the capture.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -61,30 +60,35 @@ class AutoAdapter(DecoderAdapter):
         self._found: dict[Any, list[Site]] = {}
         self._pairs: dict[Any, bool] = {}  # see _in_pairs
         self._channels: dict[Any, Groups] = {}  # of experts
-        self._config: Any = None  # that of the model for which they were found
-        self._class: type[nn.Module] = nn.Module  # that of the model
+        self._config: Any = None  # of the examined model
+        self._class: type[nn.Module] = nn.Module  # of the examined model
         self._names: list[str] = []  # of its blocks
-        self._part = ""  # the path of what runs on text alone
-        self._called: set[int] = set()  # the indices of the blocks that it calls
+        self._part = ""  # the path of the part that runs on text alone
+        self._called: set[int] = set()  # the indices of the blocks that this part calls
         self._widths: dict[str, Widths] = {}  # by configuration
-        self._checked = False  # the sites found; those of a copy of the model are the same
+        self._checked = False  # True after the conformance checks of the sites
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules of the language model's ``ModuleList`` with the most parameters."""
         path, layers = _largest_list(model)
-        every = [(f"{path}.{name}", block) for name, block in members(layers)]
-        config, known = _as_dict(model), [kind_of(block) in self._found for _, block in every]
-        # blocks of equal shapes can be pre-norm and post-norm
-        if not self._called or config != self._config or not all(known[i] for i in self._called):
+        all_blocks = [(f"{path}.{name}", block) for name, block in members(layers)]
+        config, is_known = (
+            _as_dict(model),
+            [kind_of(block) in self._found for _, block in all_blocks],
+        )
+        # Blocks of equal shapes can differ: pre-norm and post-norm.
+        if not self._called or config != self._config or not all(is_known[i] for i in self._called):
             with eval_mode(model):
-                filled = with_distinct_values(model, [block for _, block in every])
+                filled = with_distinct_values(model, [block for _, block in all_blocks])
                 self._found |= self._examine(filled, path)
-            called = {name: block for i, (name, block) in enumerate(every) if i in self._called}
-            self._channels |= _channels_of_experts(model, called, self._found, self._pairs)
+            modules = {
+                name: block for i, (name, block) in enumerate(all_blocks) if i in self._called
+            }
+            self._channels |= _channels_of_experts(model, modules, self._found, self._pairs)
             self._config, self._checked = config, False
-        found = [entry for index, entry in enumerate(every) if index in self._called]
-        self._class, self._names = type(model), [name for name, _ in found]
-        return found
+        called_blocks = [entry for index, entry in enumerate(all_blocks) if index in self._called]
+        self._class, self._names = type(model), [name for name, _ in called_blocks]
+        return called_blocks
 
     def sites(self, block: nn.Module) -> list[Site]:
         """The sites found for blocks of the same kind."""
@@ -98,13 +102,13 @@ class AutoAdapter(DecoderAdapter):
         return tuple(name for name, _ in block.named_parameters() if name not in sites)
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """Experts, the channels inside them, and what `find_widths` finds."""
+        """Experts, the channels inside them, and the groups of `find_widths`."""
         experts, channels = self._experts(block, config), self._channels.get(kind_of(block))
         widths = self._widths_of(config).groups.get(kind_of(block), ())
         return [groups for groups in (experts, channels, *widths) if groups is not None]
 
     def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
-        """The channels among its groups, and the values within heads that `find_widths` finds."""
+        """The channels among its groups, and the values within heads of `find_widths`."""
         values = self._widths_of(config).values.get(kind_of(block), ())
         return [*super().permutable(block, config), *values]
 
@@ -115,7 +119,7 @@ class AutoAdapter(DecoderAdapter):
         return {site: reason for site, reason in reasons.items() if site not in read}
 
     def _widths_of(self, config: Any) -> Widths:
-        """What `find_widths` finds for a configuration of the model that was examined last."""
+        """The result of `find_widths` for a configuration of the model that was examined last."""
         if not hasattr(config, "to_dict"):
             return Widths()
         if (key := repr(config.to_dict())) not in self._widths:
@@ -135,19 +139,20 @@ class AutoAdapter(DecoderAdapter):
         if len(owners) != 1:
             return None
         owner = owners.pop()
-        within = owner[: owner.rfind(".") + 1]  # a router has no sites, unlike an attention
-        paths = [site.parameter for site in sites if site.parameter.startswith(within)]
-        busy = {path.removeprefix(within).partition(".")[0] for path in paths}
-        beside = [
+        prefix = owner[: owner.rfind(".") + 1]  # a router has no sites, unlike an attention
+        paths = [site.parameter for site in sites if site.parameter.startswith(prefix)]
+        with_sites = {path.removeprefix(prefix).partition(".")[0] for path in paths}
+        router_tensors = [
             name
             for name in tensors_of(block)
-            if name.startswith(within) and name.removeprefix(within).partition(".")[0] not in busy
+            if name.startswith(prefix)
+            and name.removeprefix(prefix).partition(".")[0] not in with_sites
         ]
         order = max(site.order for site in routed.values())
         last = [role for role, site in routed.items() if site.order == order]
         names = [role.removeprefix(f"{owner}.").removeprefix("*.") for role in last]
         names = [name.removesuffix(".weight") for name in names]
-        return expert_groups(block, owner, names, beside, config)
+        return expert_groups(block, owner, names, router_tensors, config)
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """Record every block's call; the first time, check the sites that were found."""
@@ -160,27 +165,27 @@ class AutoAdapter(DecoderAdapter):
     @torch.no_grad()
     def _examine(self, model: nn.Module, path: str) -> dict[Any, list[Site]]:
         """The sites of every kind of block, found by a run on a few tokens."""
-        found: dict[Any, list[Site]] = {}
+        sites_of_kind: dict[Any, list[Site]] = {}
         layers, tokens = model.get_submodule(path), few_tokens(model).numel()
-        every = [(f"{path}.{name}", block) for name, block in members(layers)]
+        all_blocks = [(f"{path}.{name}", block) for name, block in members(layers)]
         with _explained(f"{type(model).__name__} on text alone"):
-            self._part, self._called = text_part(model, path, [block for _, block in every])
-            blocks = [block for index, block in enumerate(every) if index in self._called]
-            entered = runs(self, model.get_submodule(self._part), blocks)
+            self._part, self._called = text_part(model, path, [block for _, block in all_blocks])
+            blocks = [block for index, block in enumerate(all_blocks) if index in self._called]
+            block_runs = runs(self, model.get_submodule(self._part), blocks)
         with _explained(f"the blocks of {type(model).__name__}"):
-            for name, block, before, call in entered:
-                if kind_of(block) in found:
+            for name, block, state, call in block_runs:
+                if kind_of(block) in sites_of_kind:
                     continue
-                trace = _Trace(block, self.residual(before))
+                trace = _Trace(block, self.residual(state))
                 selection = Selection(dict(_matrices(block)))
                 with _explained(f"{name} by itself"), one_by_one(block), selection, trace:
-                    self.step(block, before, call)
+                    self.step(block, state, call)
                 sites = trace.sites(tokens, selection.routers)
                 _assert_most(name, block, sites, trace.unread(block))
-                found[kind_of(block)] = sites
-                whole = partial(self._stream_after, block, before, call)
-                self._pairs[kind_of(block)] = _in_pairs(block, sites, whole)
-        return found
+                sites_of_kind[kind_of(block)] = sites
+                run = partial(self._stream_after, block, state, call)
+                self._pairs[kind_of(block)] = _in_pairs(block, sites, run)
+        return sites_of_kind
 
     def _stream_after(self, block: nn.Module, state: State, call: Call) -> Tensor:
         return self.residual(self.step(block, state, call))
@@ -222,8 +227,8 @@ def _as_dict(model: nn.Module) -> dict[str, Any] | None:
 def _in_pairs(block: nn.Module, sites: Sequence[Site], run: Callable[[], Tensor]) -> bool:
     """True if the rows of a gate and of the other weight alternate in the stacks of experts.
 
-    Then a run of the block does not depend on the first two rows if no expert reads its first
-    channel.
+    If they alternate, and no expert reads its first channel, the output of the block does not
+    depend on the first two rows.
     """
     tensors, width = tensors_of(block), ("", neurons(block, sites))
     channels = expert_channels(block, sites, width, {}, pairs=True)
@@ -231,18 +236,18 @@ def _in_pairs(block: nn.Module, sites: Sequence[Site], run: Callable[[], Tensor]
         return False
     readers = [site for site in sites if site.name in channels.readers]
     last = {site.parameter for site in readers}
-    found = [(p.parameter, v[0]) for s in readers for p, v in entries_of(tensors, channels, s)]
-    before = [values.clone() for _, values in found]
+    entries = [(p.parameter, v[0]) for s in readers for p, v in entries_of(tensors, channels, s)]
+    before = [values.clone() for _, values in entries]
     try:
-        for path, values in found:
+        for path, values in entries:
             values.mul_(path not in last)
         expected = run()
-        for _, values in found:
+        for _, values in entries:
             values.neg_()
         return torch.equal(run(), expected)
     finally:
-        for (_, values), old in zip(found, before, strict=True):
-            values.copy_(old)
+        for (_, values), original in zip(entries, before, strict=True):
+            values.copy_(original)
 
 
 def _channels_of_experts(
@@ -250,31 +255,35 @@ def _channels_of_experts(
 ) -> dict[Any, Groups]:
     """The channels inside experts, by the kind of their block.
 
-    A model without weights, whose experts have another width, shows what follows this width. There
-    are no such groups if that is more than the experts and MLPs of the blocks.
+    A second model without weights and with another width of its experts shows which parameters
+    follow this width. There are no groups if parameters outside experts and MLPs follow it.
     """
     config = getattr(model, "config", None)
-    known = {experts_width(block, sites[kind_of(block)], config) for block in blocks.values()}
-    widths = [width for width in known if width is not None]
+    candidates = {experts_width(block, sites[kind_of(block)], config) for block in blocks.values()}
+    widths = [width for width in candidates if width is not None]
     if len(widths) != 1:
         return {}
-    changed, found, inside = _following(model, *widths[0]), dict[Any, Groups](), set[str]()
+    changed, groups_of_kind, covered = (
+        _following(model, *widths[0]),
+        dict[Any, Groups](),
+        set[str](),
+    )
     for name, block in blocks.items():
         start, kind = f"{name}.", kind_of(block)
         follow = {p.removeprefix(start): d for p, d in changed.items() if p.startswith(start)}
         groups = expert_channels(block, sites[kind], widths[0], follow, pairs=pairs.get(kind))
         if groups is not None and {(p.parameter, p.dim) for p in groups.parts} == {*follow.items()}:
-            found[kind] = groups
-            inside.update(start + path for path in follow)
-    return found if inside == changed.keys() else {}
+            groups_of_kind[kind] = groups
+            covered.update(start + path for path in follow)
+    return groups_of_kind if covered == changed.keys() else {}
 
 
 def _following(model: Any, field: str, count: int) -> dict[str, int]:
-    """The dimension of each parameter that follows a width; none if another one is refused."""
-    other = count // 2 if count % 2 == 0 else 2 * count
+    """The dimension of each parameter that follows a width; empty if no other width is possible."""
+    other_count = count // 2 if count % 2 == 0 else 2 * count
     groups = Groups("width", count, (), (), {field: int})
     try:
-        config = resized(model.config, [(groups, count - other)], (), 0)
+        config = resized(model.config, [(groups, count - other_count)], (), 0)
         changed = dict(skeleton_of_class(type(model), config, model.config).named_parameters())
     except Exception:  # a configuration, or a class, may refuse a width in any way
         return {}
@@ -287,14 +296,18 @@ def _following(model: Any, field: str, count: int) -> dict[str, int]:
 
 
 def _assert_most(name: str, block: nn.Module, sites: list[Site], unread: Collection[str]) -> None:
-    """Raise if many weights of a block are not sites, not counting those that no operator reads."""
-    found = {site.parameter for site in sites}
+    """Raise if many weights of a block are not sites; weights that no operator reads may be."""
+    site_parameters = {site.parameter for site in sites}
     sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1 and n not in unread}
-    left = {n: size for n, size in sizes.items() if n not in found}
-    matrices = sum(size for n, size in left.items() if _is_matrix(block, n))
+    unread_sizes = {n: size for n, size in sizes.items() if n not in site_parameters}
+    matrices = sum(size for n, size in unread_sizes.items() if _is_matrix(block, n))
     total = sum(sizes.values())
-    if not found or matrices > _MOST_LEFT * total or sum(left.values()) > total / 2:
-        largest = max(left, key=lambda n: left[n], default="a matrix")
+    if (
+        not site_parameters
+        or matrices > _MOST_LEFT * total
+        or sum(unread_sizes.values()) > total / 2
+    ):
+        largest = max(unread_sizes, key=lambda n: unread_sizes[n], default="a matrix")
         raise AptError(
             f"adapter auto found no input of {name}.{largest}, a large part of the block", _HINT
         )
@@ -312,7 +325,7 @@ def _is_convolution(block: nn.Module, name: str) -> bool:
 
 
 def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list with the most parameters in the language model; in the model if that has none."""
+    """The list with the most parameters in the language model, or else in the complete model."""
     sizes = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
@@ -321,18 +334,18 @@ def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not sizes:
         raise AptError(f"adapter auto finds no list of blocks in {type(model).__name__}", _HINT)
     language = _language_model(model)
-    inside = {id(module) for module in language.modules()}
-    own = [name for name in sizes if id(model.get_submodule(name)) in inside]
-    path = max(own or sizes, key=lambda name: sizes[name])
+    module_ids = {id(module) for module in language.modules()}
+    names = [name for name in sizes if id(model.get_submodule(name)) in module_ids]
+    path = max(names or sizes, key=lambda name: sizes[name])
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     return path, layers
 
 
 def _language_model(model: Any) -> nn.Module:
-    """The part that produces the text: an encoder of images beside it can be larger."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return found if isinstance(found, nn.Module) else model
+    """The part of a model that produces the text; another part, for images, can be larger."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return decoder if isinstance(decoder, nn.Module) else model
 
 
 _Key = tuple[str, int | None]  # the path of a parameter, and the index of an expert in a stack
@@ -343,7 +356,7 @@ class _Use:
     """The products with one matrix.
 
     Attributes:
-        inputs: their inputs, by storage.
+        inputs: the storages of the inputs.
         rows: the number of rows of each input.
         transposed: True if the matrix is stored (in, out).
     """
@@ -366,9 +379,9 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         self._read: set[int] = set()  # the storages of all operands
 
     def unread(self, block: nn.Module) -> set[str]:
-        """The parameters that no operator read: the cross attention of a decoder without encoder.
+        """The parameters that no operator read, such as an unused cross attention.
 
-        A member of a ``ModuleList`` may be an expert that none of the few tokens was sent to.
+        Members of a ``ModuleList`` are left out: they may be experts without a token in this run.
         """
         return {
             name
@@ -378,51 +391,50 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         }
 
     def sites(self, tokens: int, selecting: Collection[_Key]) -> list[Site]:
-        """The matrices that multiply all ``tokens``, once or several times, as sites.
+        """The sites: the matrices that multiply all ``tokens``, once or several times.
 
-        So are those of experts, which multiply every token a number of times together.
+        The matrices of experts are sites if together they multiply every token equally often.
 
         Args:
             tokens: the number of tokens in the run.
-            selecting: the matrices whose products select something, as those of routers do. Beside
-                experts they are no sites.
+            selecting: the matrices whose products decide a selection. In a block with experts they
+                are routers, and not sites.
         """
-        whole = {key for key, use in self._uses.items() if set(use.rows) == {tokens}}
+        complete = {key for key, use in self._uses.items() if set(use.rows) == {tokens}}
         routed = {
             key
             for key in self._uses
-            if not whole.issuperset(self._families[key])
+            if not complete.issuperset(self._families[key])
             and self._share_out(self._families[key], tokens)
         }
         names: dict[tuple[Any, ...], str] = {}  # of the inputs
         orders: dict[str, int] = {}
-        found: dict[_Key, Site] = {}
+        site_of: dict[_Key, Site] = {}
         for key, use in self._uses.items():
-            if key in found or key not in whole | routed:
+            if key in site_of or key not in complete | routed:
                 continue  # it multiplies other values, a table of positions for instance
             if (routed and key in selecting) or self._gates(key, routed, bool(selecting)):
                 continue
             name = names.setdefault(use.inputs[0], _short(key))
             order = orders.setdefault(name, len(orders))
             if key in routed:
-                found |= _expert_sites(self._families[key], order, use)
+                site_of |= _expert_sites(self._families[key], order, use)
             else:
-                found[key] = Site(
+                site_of[key] = Site(
                     _short(key), key[0], name, order, key in self.added, use.transposed, key[1],
                     calls=len(use.rows),
                 )  # fmt: skip
-        return list(found.values())
+        return list(site_of.values())
 
     def _share_out(self, members: Sequence[_Key], tokens: int) -> bool:
-        """True if matrices multiply every token a number of times, all of them together."""
+        """True if several matrices together multiply every token equally often."""
         rows = sum(sum(self._uses[key].rows) for key in members if key in self._uses)
         return len(members) > 1 and rows > 0 and rows % tokens == 0
 
     def _gates(self, key: _Key, routed: Collection[_Key], router: bool) -> bool:
-        """True for the weight of a gate beside experts: it has one output.
+        """True for the weight of a gate beside experts, which has one output.
 
-        Where no router was found by what it selects, a matrix with one output for each expert is
-        taken for it.
+        If no selection showed the router, a matrix with one output for each expert is the router.
         """
         shape = self._tensors[key].shape
         outputs = shape[1] if self._uses[key].transposed else shape[0]
@@ -433,7 +445,7 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
         )
 
     def _around(self, key: _Key) -> str:
-        """The beginning of the paths of what is beside the experts with a matrix."""
+        """The prefix of the paths of modules beside the experts that own a matrix."""
         experts = _role(key[0], self._lists).partition(".*")[0]
         if key[1] is not None:
             experts = experts.rpartition(".")[0]
@@ -468,7 +480,7 @@ class _Trace(Stream[_Key]):  # type: ignore[no-untyped-call]
 
 
 def _matrices(block: nn.Module) -> Iterator[tuple[_Key, Tensor]]:
-    """The matrices of a block; those of stacked experts one by one."""
+    """The matrices of a block; the slices of stacked experts are separate matrices."""
     for name, parameter in block.named_parameters():
         if parameter.ndim == 2:
             yield (name, None), parameter
@@ -478,9 +490,10 @@ def _matrices(block: nn.Module) -> Iterator[tuple[_Key, Tensor]]:
 
 
 def _families(matrices: Collection[_Key], lists: Collection[str]) -> dict[_Key, list[_Key]]:
-    """For each matrix, those in the same role: the slices of a stack, for instance.
+    """For each matrix, all matrices in the same role.
 
-    So are the weights of one path in the members of a ``ModuleList``. Any other one is alone.
+    The slices of a stack have one role, and so have the weights of one path in the members of a
+    ``ModuleList``. Any other matrix is alone in its role.
     """
     families: dict[str, list[_Key]] = {}
     for key in matrices:
@@ -498,7 +511,7 @@ def _role(parameter: str, lists: Collection[str]) -> str:
 
 
 def _expert_sites(members: Sequence[_Key], order: int, use: _Use) -> dict[_Key, Site]:
-    """The routed sites of matrices in the same role; one of them is used like ``use``."""
+    """The routed sites of matrices in the same role; ``use`` is the use of one of them."""
     return {
         (parameter, expert): Site(
             _short((parameter, expert)), parameter, f"input {order} of {index}", order,

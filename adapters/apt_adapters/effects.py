@@ -8,7 +8,7 @@ the changes over tokens determines it. (SparseSSM, arXiv 2506.09613, ranks the e
 and the squares of the states.)
 
 The changes by A_log and D are measured at the input of ``out_proj``, after the gate and the norm.
-The change by the convolution is measured at its output: to weight it by the slope of the activation
+The change by the convolution is measured at its output. A weighting by the slope of the activation
 gave a higher perplexity.
 """
 
@@ -52,46 +52,46 @@ def effects_of(mixer: nn.Module, extras: Sequence[Extra], sink: Effects) -> Iter
         AptError: in this release of transformers, the functions are inside the mixer.
     """
     module = sys.modules[type(mixer).__module__]
-    wanted, owner = {extra.kind: extra for extra in extras}, get_ident()
+    extra_of_kind, owner = {extra.kind: extra for extra in extras}, get_ident()
 
     def take(kind: str, gram: Tensor, energy: float) -> None:
-        if kind in wanted and get_ident() == owner:
-            sink(wanted[kind], gram, energy)
+        if kind in extra_of_kind and get_ident() == owner:
+            sink(extra_of_kind[kind], gram, energy)
 
     with _lock:
-        before = {name: getattr(module, name) for name in _WATCHED if hasattr(module, name)}
-        if len(before) < 2:
+        originals = {name: getattr(module, name) for name in _WATCHED if hasattr(module, name)}
+        if len(originals) < 2:
             raise AptError(
                 "beyond its Linears, this model can only be pruned with transformers 5.24 or newer",
                 "upgrade transformers",
                 ("also",),
             )
         heads = _Heads(mixer, take)
-        watched = {
+        replacements = {
             "causal_conv1d_fn": lambda plain: _conv(plain, take),
             "mamba_selective_scan": lambda plain: _scan(take),
             "mamba2_chunk_scan": heads.scan,
         }
         vars(module).update(
-            {n: watched[n](getattr(f, "__wrapped__", f)) for n, f in before.items()}
+            {n: replacements[n](getattr(f, "__wrapped__", f)) for n, f in originals.items()}
         )
         try:
             yield
         finally:
-            vars(module).update(before)
+            vars(module).update(originals)
             heads.close()
 
 
 def _conv(plain: Any, take: _Take) -> Any:
     """The convolution ``plain``, with its effects reported to ``take``."""
 
-    def watched(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def reporting(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gram, weights = _lagged(x, weight.shape[-1]), weight.double()
         take("conv1d", gram, float(torch.einsum("ck,ckl,cl->", weights, gram, weights)))
         result: Tensor = plain(x, weight, *args, **kwargs)
         return result
 
-    return watched
+    return reporting
 
 
 def _lagged(x: Tensor, width: int) -> Tensor:
@@ -112,11 +112,11 @@ def _lagged(x: Tensor, width: int) -> Tensor:
 def _scan(take: _Take) -> Any:
     """The scan of Mamba 1; its effects after the gate are reported to ``take``."""
 
-    def watched(hidden_states: Tensor, dt: Tensor, A: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def reporting(hidden_states: Tensor, dt: Tensor, A: Tensor, *args: Any, **kwargs: Any) -> Any:
         _take_scan(take, hidden_states, dt, A, *args, **kwargs)
         return selective_scan(hidden_states, dt, A, *args, **kwargs)
 
-    return watched
+    return reporting
 
 
 def _take_scan(
@@ -169,22 +169,24 @@ class _Heads:
     def scan(self, plain: Any) -> Any:
         """The scan ``plain``, with its outputs recorded."""
 
-        def watched(hidden_states: Tensor, dt: Tensor, A: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def recording(
+            hidden_states: Tensor, dt: Tensor, A: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             result = plain(hidden_states, dt, A, *args, **kwargs)
             y = result[0] if isinstance(result, tuple) else result
-            once = {**kwargs, "return_final_states": False}
-            without = plain(hidden_states, dt, torch.full_like(A, -1.0), *args, **once)
+            options = {**kwargs, "return_final_states": False}
+            without = plain(hidden_states, dt, torch.full_like(A, -1.0), *args, **options)
             self._seen = y, y - without, hidden_states
             if self._hook is None:
                 self._report(torch.ones_like(y))
             return result
 
-        return watched
+        return recording
 
     def _before_norm(self, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(("hidden_states", "gate"), args, strict=False)) | kwargs
-        gate = F.silu(given["gate"].float())
-        gated = given["hidden_states"].float() * gate
+        arguments = dict(zip(("hidden_states", "gate"), args, strict=False)) | kwargs
+        gate = F.silu(arguments["gate"].float())
+        gated = arguments["hidden_states"].float() * gate
         groups = gated.view(*gated.shape[:-1], -1, norm.group_size)
         size = torch.rsqrt(groups.square().mean(-1, keepdim=True) + norm.variance_epsilon)
         sizes = size.expand_as(groups).reshape(gated.shape)

@@ -40,7 +40,7 @@ class JambaAdapter(StateSpaceAdapter):
         return inputs if self.experts_of(block) else inputs + _MLP
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The experts, and their channels: an MLP has as many, by the same field."""
+        """The experts and their channels; one field counts these and the channels of an MLP."""
         if self.experts_of(block):
             return super().groups(block, config)
         return [replace(mlp_channels(block, config, "feed_forward"), kind="expert-channels")]

@@ -24,10 +24,10 @@ def scan_differs(device: str = "cuda") -> float:
     u, dt = (torch.randn(2, 8, 32, device=device) for _ in range(2))
     b, c = (torch.randn(2, 4, 32, device=device) for _ in range(2))
     a = -torch.rand(8, 4, device=device)
-    found = selective_scan_fn(u, dt, a, b, c, delta_softplus=True)
-    ours = selective_scan(u, dt, a, b, c, delta_softplus=True)
-    assert isinstance(ours, torch.Tensor)
-    return float((found - ours).abs().max())
+    kernel = selective_scan_fn(u, dt, a, b, c, delta_softplus=True)
+    reference = selective_scan(u, dt, a, b, c, delta_softplus=True)
+    assert isinstance(reference, torch.Tensor)
+    return float((kernel - reference).abs().max())
 
 
 def chunk_scan_differs(device: str = "cuda") -> float:
@@ -39,13 +39,13 @@ def chunk_scan_differs(device: str = "cuda") -> float:
     dt = torch.rand(2, 32, 4, device=device)
     b, c = (torch.randn(2, 32, 1, 16, device=device) for _ in range(2))
     a = -torch.rand(4, device=device)
-    found = mamba_chunk_scan_combined(x, dt, a, b, c, chunk_size=16)
+    kernel = mamba_chunk_scan_combined(x, dt, a, b, c, chunk_size=16)
     flat = x.flatten(2).transpose(1, 2)
     steps = dt.repeat_interleave(16, 2).transpose(1, 2)
     rates = a.repeat_interleave(16)[:, None].expand(-1, 16)
-    ours = selective_scan(flat, steps, rates, b[:, :, 0].mT, c[:, :, 0].mT)
-    assert isinstance(ours, torch.Tensor)
-    return float((found.flatten(2).transpose(1, 2) - ours).abs().max())
+    reference = selective_scan(flat, steps, rates, b[:, :, 0].mT, c[:, :, 0].mT)
+    assert isinstance(reference, torch.Tensor)
+    return float((kernel.flatten(2).transpose(1, 2) - reference).abs().max())
 
 
 def convolution_differs(device: str = "cuda") -> float:
@@ -54,26 +54,26 @@ def convolution_differs(device: str = "cuda") -> float:
 
     torch.manual_seed(0)
     x, weight = torch.randn(2, 8, 32, device=device), torch.randn(8, 4, device=device)
-    found = causal_conv1d_fn(x, weight, None, activation="silu")
-    ours = F.silu(F.conv1d(F.pad(x, (3, 0)), weight[:, None], groups=8))
-    return float((found - ours).abs().max())
+    kernel = causal_conv1d_fn(x, weight, None, activation="silu")
+    reference = F.silu(F.conv1d(F.pad(x, (3, 0)), weight[:, None], groups=8))
+    return float((kernel - reference).abs().max())
 
 
 def _check(name: str, module: str, runs: Callable[[], float]) -> Finding:
-    found = try_import(name, module)
-    if found is None:
+    package = try_import(name, module)
+    if package is None:
         return Finding(name, "not installed: the slow path in torch is used", INSTALL)
-    if found.broken:
-        return Finding(name, found.state, f"rebuild it: {INSTALL}", broken=True)
+    if package.broken:
+        return Finding(name, package.state, f"rebuild it: {INSTALL}", broken=True)
     try:
         difference = runs()
     except Exception as error:
-        state = f"{found.state}, does not run: {type(error).__name__}: {first_line(error)}"
+        state = f"{package.state}, does not run: {type(error).__name__}: {first_line(error)}"
         return Finding(name, state, f"rebuild it: {INSTALL}", broken=True)
     if difference > 1e-2:  # Mamba 2's kernels multiply in TF32
-        state = f"{found.state}, runs, but is off by {difference:.1g}"
+        state = f"{package.state}, runs, but is off by {difference:.1g}"
         return Finding(name, state, f"rebuild it: {INSTALL}", broken=True)
-    return Finding(name, f"{found.state}, runs, within {difference:.0e} of torch")
+    return Finding(name, f"{package.state}, runs, within {difference:.0e} of torch")
 
 
 @cache
@@ -88,14 +88,14 @@ def _on_gpu(second: bool) -> list[Finding]:
 def _examine(family: str, second: bool, processor: str) -> list[Finding]:
     if not torch.cuda.is_available():
         return [Finding(family, f"{processor} on the processor")]
-    found = _on_gpu(second)
-    wanting = [finding for finding in found if finding.remedy]
-    if not wanting:
-        states = ", ".join(f"{finding.what} {finding.state}" for finding in found)
+    findings = _on_gpu(second)
+    problems = [finding for finding in findings if finding.remedy]
+    if not problems:
+        states = ", ".join(f"{finding.what} {finding.state}" for finding in findings)
         return [Finding(family, f"kernels on the GPU: {states}")]
-    states = "; ".join(f"{finding.what} {finding.state}" for finding in wanting)
-    broken = any(finding.broken for finding in wanting)
-    return [Finding(family, f"torch on the GPU, slowly: {states}", wanting[0].remedy, broken)]
+    states = "; ".join(f"{finding.what} {finding.state}" for finding in problems)
+    broken = any(finding.broken for finding in problems)
+    return [Finding(family, f"torch on the GPU, slowly: {states}", problems[0].remedy, broken)]
 
 
 def mamba() -> list[Finding]:

@@ -29,8 +29,8 @@ class LlamaAdapter(DecoderAdapter):
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The channels of the MLP, and the heads of the attention.
 
-        None inside a larger model, such as one with a tower for images: its configuration is
-        another one.
+        There are none inside a larger model, such as a model with a tower for images, which has
+        another kind of configuration.
         """
         if not hasattr(config, "num_key_value_heads"):
             return []

@@ -57,7 +57,7 @@ class MambaAdapter(StateSpaceAdapter):
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The channels of the mixer, and the states of its scan.
 
-        FalconMamba normalises B and C over all states, so that none of them can go.
+        FalconMamba normalises B and C over all states, so that no state can be removed.
         """
         count = config.intermediate_size
         parts = (
@@ -72,16 +72,16 @@ class MambaAdapter(StateSpaceAdapter):
         )
         readers = ("mixer.x_proj", "mixer.out_proj")
         channels = Groups("channels", count, readers, parts, {"intermediate_size": int})
-        normed = config.model_type == "falcon_mamba"
-        return [channels] if normed else [channels, _states(config)]
+        is_normalised = config.model_type == "falcon_mamba"
+        return [channels] if is_normalised else [channels, _states(config)]
 
 
 def _states(config: Any) -> Groups:
     """The states: rows of x_proj for B and C, and columns of A."""
     count, rank = config.state_size, config.time_step_rank
-    read = Part("mixer.x_proj.weight", start=rank + count)
-    parts = (Part("mixer.x_proj.weight", start=rank), read, Part("mixer.A_log", dim=1))
-    return Groups("states", count, (), parts, {"state_size": int}, outputs=(read,))
+    c_rows = Part("mixer.x_proj.weight", start=rank + count)
+    parts = (Part("mixer.x_proj.weight", start=rank), c_rows, Part("mixer.A_log", dim=1))
+    return Groups("states", count, (), parts, {"state_size": int}, outputs=(c_rows,))
 
 
 class Mamba2Adapter(MambaAdapter):
@@ -100,7 +100,7 @@ class Mamba2Adapter(MambaAdapter):
         """
         count, groups = config.state_size, config.n_groups
         width = config.num_heads * config.head_dim
-        parts, read = list[Part](), list[Part]()
+        parts, c_channels = list[Part](), list[Part]()
         for group in range(groups):
             first = width + group * count  # within x, B and C
             second = first + groups * count
@@ -110,6 +110,6 @@ class Mamba2Adapter(MambaAdapter):
                 *rows(block, "mixer.conv1d", start=first),
                 *rows(block, "mixer.conv1d", start=second),
             ]
-            read += [*rows(block, "mixer.conv1d", start=second)]
+            c_channels += [*rows(block, "mixer.conv1d", start=second)]
         fields = {"state_size": int}
-        return [Groups("states", count, (), tuple(parts), fields, outputs=tuple(read))]
+        return [Groups("states", count, (), tuple(parts), fields, outputs=tuple(c_channels))]

@@ -74,8 +74,8 @@ class MixtureAdapter(DecoderAdapter):
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The heads of the attention, and the experts or the channels of the MLP.
 
-        Without the heads of OLMoE, which normalises all heads together, and without those of
-        Qwen2-MoE in transformers 4, where their size is the hidden size by their number.
+        Two kinds of heads are left out: the heads of OLMoE, which normalises all heads together,
+        and the heads of Qwen2-MoE in transformers 4, where the configuration has no size of heads.
         """
         groups = super().groups(block, config)
         if not self.experts_of(block):

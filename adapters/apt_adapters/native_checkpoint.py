@@ -36,7 +36,7 @@ class NativeCheckpoint:
             self.config = _config(location, native)
         except AptError:
             raise
-        except Exception as error:  # transformers' checks raise exceptions of their own
+        except Exception as error:  # the checks of transformers raise many types
             raise AptError(
                 f"the config.json of {location} is not a valid one of mamba_ssm: "
                 f"{first_line(error)}",
@@ -71,12 +71,12 @@ def _config(location: str, native: dict[str, Any]) -> PretrainedConfig:
         AptError: transformers has no such model.
     """
     mixer: dict[str, Any] = native.get("ssm_cfg") or {}
-    for given, fixed in ((native, _FIXED), (mixer, _FIXED_MIXER)):
+    for values, fixed in ((native, _FIXED), (mixer, _FIXED_MIXER)):
         for name, value in fixed.items():
-            if given.get(name, value) != value:
+            if values.get(name, value) != value:
                 raise AptError(
                     f"{location} is a model that transformers does not support: "
-                    f"{name} is {given[name]!r}",
+                    f"{name} is {values[name]!r}",
                     "load it with mamba_ssm and prune it from Python, see docs/mamba.md",
                 )
     multiple = native.get("pad_vocab_size_multiple", 8)

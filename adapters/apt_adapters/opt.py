@@ -36,7 +36,7 @@ class OptAdapter(DecoderAdapter):
         return [replace(site, residual=site.residual and site.name != "fc2") for site in sites]
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The channels of the MLP. A head cannot go: the width of all heads is the hidden size."""
+        """The channels of the MLP. Heads stay: the width of all heads must be the hidden size."""
         parts = (*rows(block, "fc1"), columns("fc2"))
         return [Groups("channels", config.ffn_dim, ("fc2",), parts, {"ffn_dim": int})]
 

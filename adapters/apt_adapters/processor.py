@@ -3,7 +3,7 @@
 transformers selects kernels when a model's module is imported, if the kernel packages can be
 imported; the device of the tensors is not considered. The kernels of mamba_ssm cannot run on a CPU.
 Without kernels, the scan of transformers in plain torch is the bottleneck. So while a model runs on
-a CPU, its functions are replaced by those in plain torch, and the scan by that of
+a CPU, its functions are replaced by functions in plain torch, and its scan by the one in
 `apt_adapters.scan`.
 """
 
@@ -33,7 +33,7 @@ _before: dict[str, dict[str, Any]] = {}
 
 @contextmanager
 def on_processor(model: nn.Module) -> Iterator[None]:
-    """Inside the context, run ``model`` with functions for a CPU, if it is on one."""
+    """Inside the context, run ``model`` with functions for a CPU, if it is on a CPU."""
     if next(model.parameters()).device.type != "cpu":
         yield
         return
@@ -45,8 +45,9 @@ def on_processor(model: nn.Module) -> Iterator[None]:
 def without_kernels(model: nn.Module) -> Iterator[None]:
     """Inside the context, run ``model`` in plain torch, on any device.
 
-    Several threads may be inside at once: the functions of the model's module are restored when the
-    last one leaves. Releases of transformers with the scan inside the mixer are not changed.
+    Several threads may enter at the same time: the functions of the model's module are restored
+    when the last thread leaves. Releases of transformers with the scan inside the mixer are not
+    changed.
     """
     module = sys.modules[type(model).__module__]
     _enter(module)
@@ -59,12 +60,12 @@ def without_kernels(model: nn.Module) -> Iterator[None]:
 def _enter(module: ModuleType) -> None:
     with _lock:
         if not _inside.get(module.__name__):
-            mine = {name: _OURS[name] for name in _OURS if hasattr(module, name)}
+            replacements = {name: _OURS[name] for name in _OURS if hasattr(module, name)}
             for name in _KERNELS:
-                if plain := getattr(getattr(module, name, None), "__wrapped__", None):
-                    mine[name] = plain
-            _before[module.__name__] = {name: getattr(module, name) for name in mine}
-            vars(module).update(mine)
+                if function := getattr(getattr(module, name, None), "__wrapped__", None):
+                    replacements[name] = function
+            _before[module.__name__] = {name: getattr(module, name) for name in replacements}
+            vars(module).update(replacements)
         _inside[module.__name__] = _inside.get(module.__name__, 0) + 1
 
 

@@ -1,11 +1,11 @@
 """The channels and heads of any model, found by changes of its configuration.
 
-A field is a width if a smaller value makes some tensors of the blocks smaller, and no others. Sites
-that lose inputs are the readers of its groups. The entries of a group are found by a backward pass
-in a block with artificial values: a gradient of NaN for the inputs that one group produces reaches
-all entries on which these inputs depend, and those on which no other input depends are the group's
-own. In the end some groups are removed. The smaller block, called as the model of the smaller
-configuration calls it, must return what the whole block returns if it does not read these groups.
+A field is a width if a smaller value makes tensors of the blocks smaller, and no other tensors.
+Sites that lose inputs are the readers of its groups. A backward pass in a block with artificial
+values finds the entries of a group. The gradient is NaN for the inputs that the group produces, and
+reaches all entries on which these inputs depend. Entries on which no other input depends belong to
+the group. At the end, a check removes some groups. The smaller block, with the call of the smaller
+model, must return the same output as the complete block without the columns of these groups.
 """
 
 from collections import Counter
@@ -42,13 +42,13 @@ Fields = Mapping[str, Callable[[int], int]]
 _Changes = dict[tuple[str, int], int]  # the entries of a group, by tensor and dimension
 _SHARED = r"_?(attention|key_value|key|value|kv)"  # in the names of numbers of heads of one kind
 _NUMBER_OF_HEADS = r"(num_|n_|decoder_)?(attention_)?heads?"
-_TRIED = 3  # smaller values of a field
+_TRIED = 3  # the number of smaller values of a field
 _SAME = 1e-3  # of the effect of the removal
 _ROUNDING = 1e-5  # of the largest output
 
 
 class _NoGroups(Exception):
-    """Why the changed entries of a block are not those of groups."""
+    """The reason why the changed entries of a block do not form groups."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class _Run:
 
 @dataclass
 class Widths:
-    """What was found.
+    """The groups of a model.
 
     Attributes:
         groups: the groups of each kind of block.
         reasons: for each kind of block, the sites that add to the stream and cannot lose inputs,
             with the reasons.
-        values: for each kind of block, the values of heads that can change places within a head.
+        values: for each kind of block, the values of heads that can be reordered within a head.
     """
 
     groups: dict[Any, list[Groups]] = field(default_factory=dict)
@@ -79,53 +79,57 @@ class Widths:
 
 
 def find_widths(
-    adapter: Adapter, kind: type[nn.Module], config: Any, names: Sequence[str], part: str = ""
+    adapter: Adapter,
+    model_class: type[nn.Module],
+    config: Any,
+    names: Sequence[str],
+    part: str = "",
 ) -> Widths:
     """Find the groups of a model; none if it cannot be built from its configuration.
 
     Args:
-        adapter: knows the sites of its blocks.
-        kind: the class of the model.
-        config: its configuration. A model that cannot be built from it has no groups.
-        names: the names of its blocks.
+        adapter: the adapter of the model, for the sites of its blocks.
+        model_class: the class of the model.
+        config: the configuration. A model that cannot be built from it has no groups.
+        names: the names of the blocks.
         part: the path of the part of the model that runs on text alone.
     """
     try:
-        model = _Model(adapter, kind, config, names, part)
+        model = _Model(adapter, model_class, config, names, part)
     except Exception:  # a class of any origin can fail in any way
         return Widths()
-    every = {width for _, _, width in model.sites()}
-    found = [model.groups(*each) for each in _given(text_config(config), every)]
-    unread = {width for _, _, width in model.unread(found)}
-    found += [model.groups(*each) for each in _unset(text_config(config), unread)]
-    widths = Widths(reasons=model.reasons(found))
-    for groups in _named([each for each in found if each]):
+    input_counts = {width for _, _, width in model.sites()}
+    candidates = [model.groups(*each) for each in _candidates(text_config(config), input_counts)]
+    unread = {width for _, _, width in model.unread(candidates)}
+    candidates += [model.groups(*each) for each in _unset(text_config(config), unread)]
+    widths = Widths(reasons=model.reasons(candidates))
+    for groups in _named([each for each in candidates if each]):
         for block, each in groups.items():
             widths.groups.setdefault(block, []).append(each)
     widths.values = {kind: model.values(kind, each) for kind, each in widths.groups.items()}
     return widths
 
 
-def _given(config: Any, inputs: set[int]) -> Iterator[tuple[int, Fields]]:
+def _candidates(config: Any, inputs: set[int]) -> Iterator[tuple[int, Fields]]:
     """The fields, alone and in pairs, that can be the number of groups of some inputs."""
     record = config.to_dict()
-    known = {
+    numbers = {
         name: value
         for name, value in record.items()
         if type(value) is int and value > 1 and any(width % value == 0 for width in inputs)
     }
-    for name, value in known.items():
+    for name, value in numbers.items():
         yield value, {name: int, **_size_of_heads(config, name, value)}
-    heads = sorted((name for name in known if _counts_heads(name)), key=lambda n: -known[n])
-    for many, few in combinations(heads, 2):
-        each, rest = divmod(known[many], known[few])
-        if not rest and sub(_SHARED, "", many) == sub(_SHARED, "", few):
-            fields = {many: int if each == 1 else partial(mul, each), few: int}
-            yield known[few], {**fields, **_size_of_heads(config, many, known[many])}
+    heads = sorted((name for name in numbers if _counts_heads(name)), key=lambda n: -numbers[n])
+    for larger, smaller in combinations(heads, 2):
+        ratio, remainder = divmod(numbers[larger], numbers[smaller])
+        if not remainder and sub(_SHARED, "", larger) == sub(_SHARED, "", smaller):
+            fields = {larger: int if ratio == 1 else partial(mul, ratio), smaller: int}
+            yield numbers[smaller], {**fields, **_size_of_heads(config, larger, numbers[larger])}
 
 
 def _unset(config: Any, inputs: set[int]) -> Iterator[tuple[int, Fields]]:
-    """The fields without a value that can be the number of some inputs: GPT-2's ``n_inner``."""
+    """The fields without a value that can be a number of inputs, such as GPT-2's ``n_inner``."""
     hints = {
         name: hint
         for kind in reversed(type(config).__mro__)
@@ -141,7 +145,7 @@ def _counts_heads(name: str) -> bool:
 
 
 def _size_of_heads(config: Any, name: str, count: int) -> Fields:
-    """The size of a head, which would follow from the number of heads if it were not given."""
+    """The size of a head, if it would change with the number of heads; else empty."""
     attention = fullmatch(_NUMBER_OF_HEADS, sub(_SHARED, "", name))
     if not attention or getattr(config, "head_dim", None) is not None:
         return {}
@@ -153,17 +157,22 @@ class _Model:
     """A model with artificial values, in which the first block of each kind is examined."""
 
     def __init__(
-        self, adapter: Adapter, kind: type[nn.Module], config: Any, names: Sequence[str], part: str
+        self,
+        adapter: Adapter,
+        model_class: type[nn.Module],
+        config: Any,
+        names: Sequence[str],
+        part: str,
     ) -> None:
-        self._adapter, self._class, self._config = adapter, kind, config
+        self._adapter, self._class, self._config = adapter, model_class, config
         self._names, self._part = names, part
         skeleton = self._built(config)
         blocks = self._blocks(skeleton)
         self._shapes, self._kinds = _shapes(skeleton), {n: kind_of(b) for n, b in blocks}
         filled = with_distinct_values(skeleton, [block for _, block in blocks])
-        named = list(skeleton.named_parameters(remove_duplicate=False))
-        times = Counter(id(parameter) for _, parameter in named)
-        self._shared = {name for name, parameter in named if times[id(parameter)] > 1}
+        parameters = list(skeleton.named_parameters(remove_duplicate=False))
+        counts = Counter(id(parameter) for _, parameter in parameters)
+        self._shared = {name for name, parameter in parameters if counts[id(parameter)] > 1}
         self._failed: dict[tuple[Any, str], str] = {}
         self._runs: dict[Any, _Run] = {}
         runner = filled.get_submodule(part)
@@ -178,52 +187,56 @@ class _Model:
         return [(name, model.get_submodule(name)) for name in self._names]
 
     def sites(self) -> Iterator[tuple[Any, Site, int]]:
-        """The sites of each kind of block that no router serves, and their numbers of inputs."""
+        """The sites of each kind of block that are not routed, and their numbers of inputs."""
         for kind, run in self._runs.items():
             for site in run.sites:
                 if not site.routed:
                     yield kind, site, _width(site, run.block)
 
-    def unread(self, found: Sequence[Mapping[Any, Groups]]) -> Iterator[tuple[Any, Site, int]]:
-        """The sites that read no groups, but add to the stream, or could have fewer inputs."""
-        read = {(kind, name) for each in found for kind in each for name in each[kind].readers}
+    def unread(self, all_groups: Sequence[Mapping[Any, Groups]]) -> Iterator[tuple[Any, Site, int]]:
+        """The sites that read no groups, but add to the stream or failed with fewer inputs."""
+        read = {(kind, name) for each in all_groups for kind in each for name in each[kind].readers}
         for kind, site, width in self.sites():
             inner = site.residual or (kind, site.parameter) in self._failed
             if inner and (kind, site.name) not in read:
                 yield kind, site, width
 
-    def reasons(self, found: Sequence[Mapping[Any, Groups]]) -> dict[Any, dict[str, str]]:
-        """Why these sites read no groups; see `Widths`."""
+    def reasons(self, all_groups: Sequence[Mapping[Any, Groups]]) -> dict[Any, dict[str, str]]:
+        """The reasons why sites read no groups; see `Widths`."""
         config, reasons = type(text_config(self._config)).__name__, dict[Any, dict[str, str]]()
-        for kind, site, _ in self.unread(found):
-            usual = f"no field of {config} changes its inputs alone"
-            why = self._failed.get((kind, site.parameter), usual)
-            reasons.setdefault(kind, {})[site.name] = why
+        for kind, site, _ in self.unread(all_groups):
+            default = f"no field of {config} changes its inputs alone"
+            reason = self._failed.get((kind, site.parameter), default)
+            reasons.setdefault(kind, {})[site.name] = reason
         return reasons
 
     def groups(self, count: int, fields: Fields) -> dict[Any, Groups]:
-        """The groups of each kind of block that some fields count; none if they do not."""
-        given = Groups("", count, (), (), fields)
+        """The groups of each kind of block that the fields count; empty without such groups."""
+        template = Groups("", count, (), (), fields)
         for kept in _smaller_numbers(count):
             try:
-                config = resized(self._config, [(given, count - kept)], range(1), 1)
-                small = self._built(config)
-                changes = self._changes(small, count - kept)
-                called = self._called(small) if changes else {}
+                config = resized(self._config, [(template, count - kept)], range(1), 1)
+                smaller = self._built(config)
+                changes = self._changes(smaller, count - kept)
+                calls = self._called(smaller) if changes else {}
             except Exception:  # a class can refuse a number in any way
                 continue
             if not changes:
                 return {}
             try:
-                found = {kind: self._laid_out(kind, given, c) for kind, c in changes.items()}
-                _check_runs(found.values())
+                groups_of_kind = {
+                    kind: self._laid_out(kind, template, c) for kind, c in changes.items()
+                }
+                _check_runs(groups_of_kind.values())
             except _NoGroups as error:
                 self._fail(changes, str(error))
                 return {}
             heads = any(map(_counts_heads, fields))
             for bins in _divisors(gcd(count, kept)) if heads else [1]:
-                binned = {kind: replace(groups, bins=bins) for kind, groups in found.items()}
-                if self._same(called, binned, kept):
+                binned = {
+                    kind: replace(groups, bins=bins) for kind, groups in groups_of_kind.items()
+                }
+                if self._same(calls, binned, kept):
                     return binned
             name = next(iter(fields))
             self._fail(changes, f"with another {name} the block computes something else")
@@ -235,25 +248,27 @@ class _Model:
                 if (site.parameter, _inputs_of(site)) in each:
                     self._failed[kind, site.parameter] = reason
 
-    def _changes(self, small: nn.Module, removed: int) -> dict[Any, _Changes]:
-        """What a group has in each kind of block; nothing if other tensors change as well."""
-        shapes, found = _shapes(small), {name: _Changes() for name in self._kinds}
+    def _changes(self, smaller: nn.Module, removed: int) -> dict[Any, _Changes]:
+        """The entries of a group in each kind of block; empty if other tensors change as well."""
+        shapes, changes_of_block = _shapes(smaller), {name: _Changes() for name in self._kinds}
         if shapes.keys() != self._shapes.keys():
             return {}
         for name, shape in self._shapes.items():
             if shapes[name] == shape:
                 continue
-            block = next((each for each in found if name.startswith(f"{each}.")), None)
-            lost = [one - other for one, other in zip(shape, shapes[name], strict=True)]
+            block = next((each for each in changes_of_block if name.startswith(f"{each}.")), None)
+            lost = [before - after for before, after in zip(shape, shapes[name], strict=True)]
             dims = [dim for dim, number in enumerate(lost) if number]
             if block is None or len(dims) != 1 or name in self._shared:
                 return {}
             if lost[dims[0]] < 0 or lost[dims[0]] % removed:
                 return {}
-            found[block][name.removeprefix(f"{block}."), dims[0]] = lost[dims[0]] // removed
+            changes_of_block[block][name.removeprefix(f"{block}."), dims[0]] = (
+                lost[dims[0]] // removed
+            )
         kinds = dict[Any, _Changes]()
         for block, kind in self._kinds.items():
-            if kinds.setdefault(kind, found[block]) != found[block]:
+            if kinds.setdefault(kind, changes_of_block[block]) != changes_of_block[block]:
                 return {}
         return {kind: changes for kind, changes in kinds.items() if changes}
 
@@ -263,25 +278,27 @@ class _Model:
         Raises:
             _NoGroups: a tensor has entries that belong to no group, or to several.
         """
-        run, read = self._runs[kind], dict[tuple[str, int], Site]()
+        run, readers = self._runs[kind], dict[tuple[str, int], Site]()
         for site in run.sites:
             if site.routed and any(path == site.parameter for path, _ in changes):
                 raise _NoGroups("its inputs are those of experts")
             if (key := (site.parameter, _inputs_of(site))) in changes:
-                read[key] = site
+                readers[key] = site
                 if changes[key] * groups.count != _width(site, run.block):
                     raise _NoGroups("it has inputs that belong to no group")
-        if not read:
+        if not readers:
             raise _NoGroups("")
-        parts = {key: [Part(*key, changes[key])] for key in read}
-        others = [key for key in changes if key not in read]
-        own = self._own(run, {site: changes[key] for key, site in read.items()}, others)
-        for key, entries in zip(others, own, strict=True):
+        parts = {key: [Part(*key, changes[key])] for key in readers}
+        others = [key for key in changes if key not in readers]
+        own_entries = self._own(run, {site: changes[key] for key, site in readers.items()}, others)
+        for key, entries in zip(others, own_entries, strict=True):
             if len(entries) != changes[key]:
                 raise _NoGroups(f"entries of {key[0]} belong to several groups")
-            parts[key] = [Part(*key, len(each), each[0]) for each in _runs_in(entries)]
-        found = tuple(part for each in parts.values() for part in each)
-        return replace(groups, readers=tuple(site.name for site in read.values()), parts=found)
+            parts[key] = [Part(*key, len(each), each[0]) for each in _resultin(entries)]
+        all_parts = tuple(part for each in parts.values() for part in each)
+        return replace(
+            groups, readers=tuple(site.name for site in readers.values()), parts=all_parts
+        )
 
     def _own(
         self, run: _Run, readers: Mapping[Site, int], dims: Sequence[tuple[str, int]]
@@ -298,90 +315,90 @@ class _Model:
         tap = self._adapter.capture(run.block, list(readers), keep)
         with torch.enable_grad(), one_by_one(run.block), tap:
             self._adapter.step(run.block, run.before, run.call)
-        marks = []
+        gradients = []
         for first in (True, False):
             seeds = [_seed(x, readers[site], first=first) for site, x in inputs.items()]
-            marks.append(
+            gradients.append(
                 torch.autograd.grad(
                     list(inputs.values()), tensors, seeds, retain_graph=first, allow_unused=True
                 )
             )
         return [
-            (_reached(one, dim) & ~_reached(other, dim)).nonzero().flatten().tolist()
-            if one is not None and other is not None
+            (_reached(first, dim) & ~_reached(other, dim)).nonzero().flatten().tolist()
+            if first is not None and other is not None
             else []
-            for (_, dim), one, other in zip(dims, *marks, strict=True)
+            for (_, dim), first, other in zip(dims, *gradients, strict=True)
         ]
 
-    def _called(self, small: nn.Module) -> dict[str, tuple[nn.Module, Call]]:
+    def _called(self, smaller: nn.Module) -> dict[str, tuple[nn.Module, Call]]:
         """The blocks of a smaller model, which have no weights, and their calls."""
-        inside = {id(p): p for _, block in self._blocks(small) for p in block.parameters()}
-        filled = with_values(small, inside)
+        parameters = {id(p): p for _, block in self._blocks(smaller) for p in block.parameters()}
+        filled = with_values(smaller, parameters)
         blocks = [block for _, block in self._blocks(filled)]
         _, calls = record_calls(filled.get_submodule(self._part), blocks, few_tokens(filled))
         return dict(zip(self._names, zip(blocks, calls, strict=True), strict=True))
 
     @torch.no_grad()
     def _same(
-        self, small: Mapping[str, tuple[nn.Module, Call]], groups: Mapping[Any, Groups], kept: int
+        self, smaller: Mapping[str, tuple[nn.Module, Call]], groups: Mapping[Any, Groups], kept: int
     ) -> bool:
-        """True if blocks without some groups return what they return if these are not read."""
+        """True if smaller blocks return the same as blocks that do not read the removed groups."""
         for kind, each in groups.items():
             run = self._runs[kind]
-            block, call = small[run.name]
+            block, call = smaller[run.name]
             for removed in _removals(each, kept):
                 expected, effect = self._unread(run, each, removed)
                 state = without(run.block.state_dict(), [(each, removed)])
                 try:
                     block.load_state_dict(state, assign=True)
-                    found = self._output(block, run.before, call)
+                    output = self._output(block, run.before, call)
                 except Exception:  # a class can refuse a number in any way
                     return False
-                if not _near(found, expected, effect):
+                if not _near(output, expected, effect):
                     return False
         return True
 
     @torch.no_grad()
-    def values(self, kind: Any, every: Sequence[Groups]) -> list[Permutable]:
-        """The values within heads that can change places: the block returns the same."""
-        run, found = self._runs[kind], list[Permutable]()
-        whole = self._output(run.block, run.before, run.call)
-        for permutable in (each for groups in every for each in _within(groups)):
-            alone = self._shuffled(run, replace(permutable, parts=permutable.parts[-1:]))
-            effect = float((alone - whole).abs().max())
-            if effect > 0 and _near(self._shuffled(run, permutable), whole, effect):
-                found.append(permutable)
-        return found
+    def values(self, kind: Any, groups_of_block: Sequence[Groups]) -> list[Permutable]:
+        """The values within heads that can be reordered without a change of the block's output."""
+        run, permutables = self._runs[kind], list[Permutable]()
+        output = self._output(run.block, run.before, run.call)
+        for permutable in (each for groups in groups_of_block for each in _within(groups)):
+            columns_only = self._shuffled(run, replace(permutable, parts=permutable.parts[-1:]))
+            effect = float((columns_only - output).abs().max())
+            if effect > 0 and _near(self._shuffled(run, permutable), output, effect):
+                permutables.append(permutable)
+        return permutables
 
     def _shuffled(self, run: _Run, permutable: Permutable) -> Tensor:
-        """What a block returns if its permutable inputs are at other places, for the moment."""
+        """The output of a block with reordered inputs; the order is restored."""
         parameters, order = dict(run.block.named_parameters()), permutable.random_order()
         permutable.permute(parameters, order)
-        found = self._output(run.block, run.before, run.call)
+        output = self._output(run.block, run.before, run.call)
         permutable.permute(parameters, order.argsort())
-        return found
+        return output
 
     def _output(self, block: nn.Module, before: State, call: Call) -> Tensor:
         with one_by_one(block):
             return self._adapter.residual(self._adapter.step(block, before, call))
 
     def _unread(self, run: _Run, groups: Groups, removed: Sequence[int]) -> tuple[Tensor, float]:
-        """What a block returns if it does not read some groups, and what that changes."""
-        whole, block = self._output(run.block, run.before, run.call), run.block
+        """The output of a block that does not read some groups, and the size of the change."""
+        complete, block = self._output(run.block, run.before, run.call), run.block
         weights = [
             site.oriented(site.weight(block)) for site in run.sites if site.name in groups.readers
         ]
-        before = [weight.clone() for weight in weights]
+        originals = [weight.clone() for weight in weights]
         for weight in weights:
             torch.unflatten(weight, 1, (groups.count, -1))[:, removed] = 0
-        found = self._output(block, run.before, run.call)
-        for weight, old in zip(weights, before, strict=True):
-            weight.copy_(old)
-        return found, float((found - whole).abs().max())
+        output = self._output(block, run.before, run.call)
+        for weight, original in zip(weights, originals, strict=True):
+            weight.copy_(original)
+        return output, float((output - complete).abs().max())
 
 
 def _within(groups: Groups) -> Iterator[Permutable]:
-    """Inputs that may be able to change places within each group, with the rows of one tensor."""
+    """Candidates: the inputs of each group, to be reordered with the rows of one module."""
     if len(groups.readers) != 1 or groups.routed or groups.apart:
         return
     columns, *others = groups.parts
@@ -395,10 +412,10 @@ def _within(groups: Groups) -> Iterator[Permutable]:
             yield Permutable(groups.readers[0], (*parts, columns), size, groups.count)
 
 
-def _check_runs(found: Collection[Groups]) -> None:
-    """Raise if groups of several columns are not heads: neighbours have nothing in common."""
-    heads = any("head" in name for groups in found for name in groups.fields)
-    if not heads and min(groups.parts[0].each for groups in found) > 1:  # those of a reader
+def _check_runs(all_groups: Collection[Groups]) -> None:
+    """Raise for groups of several columns that are not heads: neighbours are unrelated."""
+    heads = any("head" in name for groups in all_groups for name in groups.fields)
+    if not heads and min(groups.parts[0].each for groups in all_groups) > 1:  # columns of a reader
         raise _NoGroups("its inputs can only change many at a time")
 
 
@@ -425,7 +442,7 @@ def _divisors(count: int) -> list[int]:
 
 
 def _seed(x: Tensor, columns: int, *, first: bool) -> Tensor:
-    """A gradient of NaN for the first columns, or for all others; and of zero for the rest."""
+    """A gradient: NaN for the first columns, or for all other columns; zero elsewhere."""
     seed = torch.zeros_like(x)
     seed[..., slice(columns) if first else slice(columns, None)] = torch.nan
     return seed
@@ -436,42 +453,42 @@ def _reached(gradient: Tensor, dim: int) -> Tensor:
     return gradient.isnan().movedim(dim, 0).reshape(gradient.shape[dim], -1).any(1)
 
 
-def _runs_in(entries: Sequence[int]) -> list[list[int]]:
-    """Increasing numbers in runs of consecutive ones."""
-    found: list[list[int]] = []
+def _resultin(entries: Sequence[int]) -> list[list[int]]:
+    """Increasing numbers, split into runs of consecutive numbers."""
+    result: list[list[int]] = []
     for entry in entries:
-        if found and found[-1][-1] == entry - 1:
-            found[-1].append(entry)
+        if result and result[-1][-1] == entry - 1:
+            result[-1].append(entry)
         else:
-            found.append([entry])
-    return found
+            result.append([entry])
+    return result
 
 
 def _removals(groups: Groups, kept: int) -> Iterator[list[int]]:
-    """The first groups of every bin, and random ones."""
-    each, gone = groups.count // groups.bins, (groups.count - kept) // groups.bins
+    """Two choices of removed groups: the first ones of every bin, and random ones."""
+    bin_size, count = groups.count // groups.bins, (groups.count - kept) // groups.bins
     draw = torch.Generator().manual_seed(0)
     for order in (torch.arange, partial(torch.randperm, generator=draw)):
         yield [
             first + index
-            for first in range(0, groups.count, each)
-            for index in sorted(order(each)[:gone].tolist())
+            for first in range(0, groups.count, bin_size)
+            for index in sorted(order(bin_size)[:count].tolist())
         ]
 
 
-def _near(found: Tensor, expected: Tensor, effect: float) -> bool:
+def _near(output: Tensor, expected: Tensor, effect: float) -> bool:
     allowed = _SAME * effect + _ROUNDING * float(expected.abs().max())
-    return found.shape == expected.shape and float((found - expected).abs().max()) <= allowed
+    return output.shape == expected.shape and float((output - expected).abs().max()) <= allowed
 
 
-def _named(found: Sequence[dict[Any, Groups]]) -> Iterator[dict[Any, Groups]]:
-    """The same groups with the names of their kinds."""
-    taken = set[str]()
-    for place, groups in enumerate(found):
-        if any(_alike(groups, other) for other in found[place + 1 :]):
-            continue  # the same with one more field, the number of key/value heads
-        name = _name(next(iter(groups.values())), taken)
-        taken.add(name)
+def _named(candidates: Sequence[dict[Any, Groups]]) -> Iterator[dict[Any, Groups]]:
+    """The groups with names of their kinds, without duplicates."""
+    names = set[str]()
+    for index, groups in enumerate(candidates):
+        if any(_alike(groups, other) for other in candidates[index + 1 :]):
+            continue  # a later entry is the same, with the number of key/value heads
+        name = _name(next(iter(groups.values())), names)
+        names.add(name)
         yield {kind: replace(each, kind=name) for kind, each in groups.items()}
 
 
@@ -481,16 +498,16 @@ def _alike(groups: Mapping[Any, Groups], other: Mapping[Any, Groups]) -> bool:
     return parts[0] == parts[1]
 
 
-def _name(groups: Groups, taken: set[str]) -> str:
-    """The usual name of a kind, or the name of the field if another kind has it."""
+def _name(groups: Groups, names: set[str]) -> str:
+    """The standard name of a kind, or the name of its field if the standard name is taken."""
     field = next(name for name, value in groups.fields.items() if value is int)
-    usual = ""
-    other = any(word in field for word in ("attention", "expert", "shared"))
-    if groups.parts[0].each == 1 and not other:  # the part of a reader
-        usual = "channels"
+    standard = ""
+    has_other_meaning = any(word in field for word in ("attention", "expert", "shared"))
+    if groups.parts[0].each == 1 and not has_other_meaning:  # the part of a reader
+        standard = "channels"
     elif fullmatch(_NUMBER_OF_HEADS, field):
-        usual = "heads"
-    if usual and usual not in taken:
-        return usual
-    own = field.replace("num_", "").replace("_", "-").replace("kv-", "key-value-")
-    return sub("(intermediate|hidden)-size", "channels", own)
+        standard = "heads"
+    if standard and standard not in names:
+        return standard
+    own_name = field.replace("num_", "").replace("_", "-").replace("kv-", "key-value-")
+    return sub("(intermediate|hidden)-size", "channels", own_name)

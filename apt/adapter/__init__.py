@@ -6,13 +6,12 @@ of Linears whose paths are declared. Adapter packages import everything from thi
 
 from apt.adapter.decoder import DecoderAdapter, Input
 from apt.adapter.experts import Experts, one_by_one
-from apt.adapter.groups import Groups, Part, columns, rows
+from apt.adapter.groups import Groups, Part, attention_heads, columns, mlp_channels, rows
 from apt.adapter.permutations import Permutable, attention_values, permutable_channels
 from apt.adapter.protocol import Adapter
 from apt.adapter.recording import passed_state, record_calls, stub_output, stubbed
 from apt.adapter.routing import Routing, Unrouted, routings
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
-from apt.adapter.transformer_groups import attention_heads, mlp_channels
 from apt.adapter.weight_tap import WeightTap
 
 __all__ = [

@@ -60,10 +60,10 @@ class DecoderAdapter:
         """Accept every configuration."""
 
     def positions(self, config: Any) -> int | None:
-        """The configuration's ``max_position_embeddings``, or another usual name of it."""
+        """The configuration's ``max_position_embeddings``, also under its other common name."""
         text = text_config(config)
-        found = (getattr(text, name, None) for name in _POSITIONS)
-        return next((positions for positions in found if positions is not None), None)
+        values = (getattr(text, name, None) for name in _POSITIONS)
+        return next((positions for positions in values if positions is not None), None)
 
     def held(self, config: Any, seqlen: int) -> int:
         """The values of one attention matrix per head; 0 with a fused attention kernel."""
@@ -93,29 +93,29 @@ class DecoderAdapter:
         return self.inputs
 
     def experts_of(self, block: nn.Module) -> list[Experts]:
-        """Those of ``experts`` that the block has."""
+        """The declared ``experts`` that exist in the block."""
         paths = dict(block.named_modules())
         return [experts for experts in self.experts if experts.path in paths]
 
     def left_dense_of(self, block: nn.Module) -> tuple[str, ...]:
-        """``left_dense``, and the routers of the experts that the block has."""
+        """``left_dense``, and the routers of the block's experts."""
         return (*self.left_dense, *(experts.router for experts in self.experts_of(block)))
 
     def sites(self, block: nn.Module) -> list[Site]:
         """The declared Linears, checked against the module tree, and the declared experts."""
-        experts, left = self.experts_of(block), self.left_dense_of(block)
-        inside = tuple(f"{path}." for path in (*left, *(each.path for each in experts)))
-        present = {
+        experts, dense = self.experts_of(block), self.left_dense_of(block)
+        prefixes = tuple(f"{path}." for path in (*dense, *(each.path for each in experts)))
+        modules = {
             name: module
             for name, module in block.named_modules()
             if isinstance(module, (nn.Linear, *self.transposed))
-            and name not in left
-            and not name.startswith(inside)
+            and name not in dense
+            and not name.startswith(prefixes)
         }
         inputs = self.inputs_of(block)
         names = {linear for entry in inputs for linear in entry.linears}
-        if names != set(present):
-            missing, extra = sorted(names - set(present)), sorted(set(present) - names)
+        if names != set(modules):
+            missing, extra = sorted(names - set(modules)), sorted(set(modules) - names)
             gap = f"no {missing[0]}" if missing else f"{extra[0]}, which is not declared"
             raise AptError(
                 f"adapter {type(self).__name__} does not fit {type(block).__name__}: it has {gap}",
@@ -135,7 +135,7 @@ class DecoderAdapter:
                     entry.name,
                     order,
                     entry.residual,
-                    isinstance(present[linear], self.transposed),
+                    isinstance(modules[linear], self.transposed),
                 )
         sites = list(declared.values())
         for each in experts:
@@ -157,11 +157,11 @@ class DecoderAdapter:
         return [groups for each in self.experts_of(block) for groups in each.groups(block, config)]
 
     def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
-        """The channels among its groups."""
+        """The channels among the groups of the block."""
         return list(permutable_channels(self.groups(block, config), self.sites(block)))
 
     def ungrouped(self, block: nn.Module, config: Any) -> dict[str, str]:
-        """The names of sites whose inputs are no groups, with the reasons; none are known."""
+        """The names of sites whose inputs form no groups, with the reasons; empty by default."""
         return {}
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
@@ -186,8 +186,8 @@ class DecoderAdapter:
 
 
 def members(layers: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The direct submodules of a list, with their names; a repeated one is there several times.
+    """The direct submodules of a list, with their names; a repeated module is listed each time.
 
-    ``named_children`` leaves repeats out, and a weight that blocks share would not be refused.
+    ``named_children`` omits repeated modules, so that weights shared by blocks would be missed.
     """
     return [(name, block) for name, block in layers._modules.items() if block is not None]

@@ -1,4 +1,4 @@
-"""The channels inside experts: each expert loses some of its own, all of them the same number."""
+"""The channels inside experts: each expert loses other channels, but all lose the same number."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,20 +11,20 @@ from apt.adapter.groups import Groups, Part, tensors_of
 from apt.adapter.sites import Site
 from apt.adapter.text_config import text_config
 
-# The fields of configurations that are the width of an expert, in the order of their preference.
-_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+# The fields of configurations for the width of an expert, in the order of preference.
+_WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 
-_ALIGNED = 8  # grouped kernels of torch need rows of a multiple of 16 bytes: 8 values in bf16
+_ALIGNMENT = 8  # grouped kernels of torch need rows of a multiple of 16 bytes: 8 values in bf16
 
 
 def experts_width(block: nn.Module, sites: Iterable[Site], config: Any) -> tuple[str, int] | None:
-    """The field of a configuration that is the width of a block's experts, and its value.
+    """The field of a configuration with the width of a block's experts, and its value.
 
     Returns:
         None without experts, or without such a field.
     """
     count, config = neurons(block, sites), text_config(config)
-    fields = (name for name in _FIELDS if getattr(config, name, None) == count > 0)
+    fields = (name for name in _WIDTH_FIELDS if getattr(config, name, None) == count > 0)
     return next(((field, count) for field in fields), None)
 
 
@@ -46,39 +46,41 @@ def expert_channels(
 
     Args:
         block: the block.
-        sites: its sites: those of its experts, and those that read the channels of ``follow``.
+        sites: the sites of its experts, and the sites that read the channels of ``follow``.
         width: the field of the configuration, and its value, see `experts_width`.
-        follow: other parameters whose size follows this field, such as those of a shared expert,
-            with the dimension that does.
+        follow: other parameters whose size follows this field, such as the weights of a shared
+            expert, with the dimension of that size.
         pairs: True if the rows of a gate and of the other weight alternate in a stack, False if
-            they are one after the other; None if the module says it, as in transformers 5.
+            all rows of the gate come first; None to ask the module, as in transformers 5.
 
     Returns:
         None if no site reads such channels, or if a parameter has another layout.
     """
     tensors, (field, count) = tensors_of(block), width
     readers, parts = [s for s in _readers(sites) if s.expert is not None], list[Part]()
-    follow = {**_listed(tensors, sites), **follow}
+    follow = {**_list_dims(tensors, sites), **follow}
     if readers:
         owner = block.get_submodule(readers[0].parameter.rpartition(".")[0])
         pairs = not getattr(owner, "is_concatenated", True) if pairs is None else pairs
-        first = [site for site in sites if site.expert == 0]
-        parts += _stacked(tensors, first, readers[0], count, pairs=pairs)
-    own = follow.keys() - {part.parameter for part in parts}
+        first_expert = [site for site in sites if site.expert == 0]
+        parts += _stack_parts(tensors, first_expert, readers[0], count, pairs=pairs)
+    listed = follow.keys() - {part.parameter for part in parts}
     for site in sites:
-        if site.parameter in own and follow[site.parameter] == int(not site.transposed):
+        if site.parameter in listed and follow[site.parameter] == int(not site.transposed):
             readers.append(site)
-            parts += _beside(tensors, site, {path: follow[path] for path in sorted(own)}, count)
+            parts += _list_parts(
+                tensors, site, {path: follow[path] for path in sorted(listed)}, count
+            )
     entries, dims = Counter[str](), {part.parameter: part.dim for part in parts}
     for part in parts:
         entries[part.parameter] += part.each * count
-    whole = all(entries[path] == tensors[path].shape[dim] for path, dim in dims.items())
-    if not readers or not whole or own - dims.keys():
+    complete = all(entries[path] == tensors[path].shape[dim] for path, dim in dims.items())
+    if not readers or not complete or listed - dims.keys():
         return None
     names = tuple(site.name for site in readers)
     return Groups(
         "expert-channels", count, names, tuple(parts), {field: int},
-        multiple=gcd(count, _ALIGNED), apart=True,
+        multiple=gcd(count, _ALIGNMENT), apart=True,
     )  # fmt: skip
 
 
@@ -89,21 +91,21 @@ def _readers(sites: Iterable[Site]) -> list[Site]:
     return [site for site in routed if site.order == order]
 
 
-def _listed(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, int]:
-    """The parameters of experts in a list, with the dimension of their channels."""
-    last, found = {site.parameter for site in _readers(sites)}, dict[str, int]()
+def _list_dims(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, int]:
+    """The parameters of experts in a ``ModuleList``, with the dimension of their channels."""
+    last, dims = {site.parameter for site in _readers(sites)}, dict[str, int]()
     for site in (site for site in sites if site.routed and site.expert is None):
         rows = site.parameter not in last
-        found[site.parameter] = int(rows == site.transposed)
+        dims[site.parameter] = int(rows == site.transposed)
         if rows and (bias := f"{site.parameter.removesuffix('weight')}bias") in tensors:
-            found[bias] = 0
-    return found
+            dims[bias] = 0
+    return dims
 
 
-def _stacked(
+def _stack_parts(
     tensors: Mapping[str, Tensor], first: Sequence[Site], last: Site, count: int, *, pairs: bool
 ) -> Iterator[Part]:
-    """The parts in the stacks of experts, by the sites of the first expert and its last one."""
+    """The parts in stacked parameters, from the sites of the first expert and its last site."""
     yield Part(last.parameter, 1 if last.transposed else 2)
     for site in first:
         if site.parameter == last.parameter:
@@ -114,10 +116,10 @@ def _stacked(
             yield from [Part(path, dim, size // count)] if pairs else _rows(path, dim, size, count)
 
 
-def _beside(
+def _list_parts(
     tensors: Mapping[str, Tensor], reader: Site, follow: Mapping[str, int], count: int
 ) -> Iterator[Part]:
-    """The parts of one expert in a list, or of a shared one, which can be several times as wide."""
+    """The parts of one expert in a list, or of a shared expert, which can be a multiple as wide."""
     owner = reader.parameter.rsplit(".", 2)[0]
     each = tensors[reader.parameter].shape[follow[reader.parameter]] // count
     for path, dim in follow.items():

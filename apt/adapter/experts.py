@@ -1,4 +1,4 @@
-"""Experts: weights of which a router gives each token a few."""
+"""Experts: weights among which a router selects a few for each token."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from apt.adapter.sites import Site
 from apt.adapter.text_config import text_config
 from apt.field_types import check_fields
 
-# The fields of configurations that have these numbers, in the order in which they are looked up.
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_PICKED = (
+# The fields of configurations for the number of experts, and for the number that a router picks.
+_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_PICKED_FIELDS = (
     "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k",
     "num_experts_per_token",
 )  # fmt: skip
@@ -26,19 +26,19 @@ _PICKED = (
 class Experts:
     """The routed experts of a block, for `DecoderAdapter.experts`.
 
-    Their weights are the slices of stacked parameters (experts, …), as in transformers 5, or those
-    of the members of a ``ModuleList``, as in earlier releases. What is beside them, such as a
-    shared expert, is declared like any other Linear.
+    Their weights are the slices of stacked parameters (experts, …), as in transformers 5, or the
+    weights of the members of a ``ModuleList``, as in earlier releases. Linears beside them, such as
+    a shared expert, are declared like any other Linear.
 
     Args:
         path: the path within the block of the module that owns the experts.
         router: the path within the block of the router, which stays dense.
         stacked: the names of the stacked parameters, in the order in which they are multiplied.
         linears: the names of the Linears of one member of a ``ModuleList``, in the order in which
-            they are multiplied; those in one tuple share their input.
+            they are multiplied; the Linears of one tuple share their input.
         transposed: True if the slices of the stacked parameters are stored (in, out).
-        shared: the path within the block of a shared expert, with Linears of the same names, if its
-            width is that of the routed experts or a multiple of it by the configuration.
+        shared: the path within the block of a shared expert with Linears of the same names, if the
+            configuration makes its width the width of the routed experts, or a multiple of it.
     """
 
     path: str
@@ -53,11 +53,11 @@ class Experts:
 
     @property
     def name(self) -> str:
-        """Its path."""
+        """The path, as the name in messages."""
         return self.path
 
     def sites(self, block: nn.Module, order: int) -> list[Site]:
-        """The sites of all experts, the first of which are multiplied in ``order``."""
+        """The sites of all experts; the first ones have the given ``order``."""
         owner = block.get_submodule(self.path)
         if isinstance(owner, nn.ModuleList):
             return [
@@ -82,7 +82,7 @@ class Experts:
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """The experts, and the channels inside them."""
         parent = self.path.rpartition(".")[0]
-        beside = [
+        router_tensors = [
             name
             for name in tensors_of(block)
             if name.startswith(f"{self.router}.") or name.rpartition(".")[0] == parent
@@ -92,45 +92,45 @@ class Experts:
         readers, follow = self._shared(block)
         sites = [*self.sites(block, 0), *readers]
         width = experts_width(block, sites, config)
-        found = [
-            expert_groups(block, self.path, last, beside, config),
+        kinds = [
+            expert_groups(block, self.path, last, router_tensors, config),
             expert_channels(block, sites, width, follow) if width else None,
         ]
-        return [groups for groups in found if groups is not None]
+        return [groups for groups in kinds if groups is not None]
 
     def _shared(self, block: nn.Module) -> tuple[list[Site], dict[str, int]]:
-        """The last Linears of the shared expert, and the dimensions that follow its width."""
+        """The last Linears of the shared expert, and the dimensions that have its width."""
         *first, last = ([f"{self.shared}.{name}" for name in names] for names in self.linears)
         readers = [Site(path, f"{path}.weight", path) for path in last]
         rows = {f"{path}.{kind}": 0 for path in chain(*first) for kind in ("weight", "bias")}
         tensors, follow = tensors_of(block), rows | {site.parameter: 1 for site in readers}
-        there = {path: dim for path, dim in follow.items() if self.shared and path in tensors}
-        return [site for site in readers if site.parameter in there], there
+        dims = {path: dim for path, dim in follow.items() if self.shared and path in tensors}
+        return [site for site in readers if site.parameter in dims], dims
 
 
 def expert_groups(
-    block: nn.Module, path: str, last: Sequence[str], beside: Iterable[str], config: Any
+    block: nn.Module, path: str, last: Sequence[str], router_tensors: Iterable[str], config: Any
 ) -> Groups | None:
     """The experts of a block, as groups; None if the configuration's number of experts differs.
 
-    If a router selects among groups of experts first (``n_group``), each of these is a bin.
+    If a router first selects among groups of experts (``n_group``), each of these groups is a bin.
 
     Args:
         path: the path within the block of the module that owns the stacked parameters, or of the
             ``ModuleList`` of experts.
         last: the names of the parameters, or of the Linears of one expert, that produce the output.
-        beside: the paths of the router's parameters and buffers.
+        router_tensors: the paths of the router's parameters and buffers.
         config: the model's configuration.
     """
     config, tensors = text_config(config), tensors_of(block)
     owner: Any = block.get_submodule(path)
     listed = isinstance(owner, nn.ModuleList)
     count = len(owner if listed else tensors[f"{path}.{last[0]}"])
-    field = next((name for name in _COUNTS if getattr(config, name, None) == count), None)
+    field = next((name for name in _COUNT_FIELDS if getattr(config, name, None) == count), None)
     if field is None:
         return None
-    inside = [] if listed else [name for name in tensors if name.startswith(f"{path}.")]
-    dims = {name: _dim_of(tensors[name], count) for name in (*inside, *beside)}
+    stacked = [] if listed else [name for name in tensors if name.startswith(f"{path}.")]
+    dims = {name: _dim_of(tensors[name], count) for name in (*stacked, *router_tensors)}
     parts = [Part(name, dim) for name, dim in dims.items() if dim is not None]
     start = tuple(f"{path}.0.{name}." if listed else f"{path}.{name}" for name in last)
     outputs = [Part(name) for name in tensors if name.startswith(start)]  # biases as well
@@ -144,36 +144,38 @@ def expert_groups(
 
 
 def _dim_of(tensor: Tensor, count: int) -> int | None:
-    """The first dimension that has entries, if they are those of ``count`` experts."""
+    """The first dimension larger than 1, if its size is the number of experts; else None."""
     dim = next((dim for dim, size in enumerate(tensor.shape) if size > 1), None)
     return dim if dim is not None and tensor.shape[dim] == count else None
 
 
 def picked_experts(config: Any) -> int | None:
-    """The number of experts that a router picks for a token; None if it is not known."""
-    return next((n for name in _PICKED if (n := getattr(text_config(config), name, None))), None)
+    """The number of experts that a router picks for a token; None without such a field."""
+    return next(
+        (n for name in _PICKED_FIELDS if (n := getattr(text_config(config), name, None))), None
+    )
 
 
 def idle_parameters(block: nn.Module, sites: Iterable[Site], picked: int) -> int:
-    """The parameters of the experts of a block that a token does not use, with ``picked`` ones."""
+    """The number of parameters of experts that a token does not use, with ``picked`` experts."""
     routed = [site for site in sites if site.routed]
     if not routed:
         return 0
     first = min(site.order for site in routed)
     count = len({site.input for site in routed if site.order == first})
     stacks = {site.parameter.rpartition(".")[0] for site in routed if site.expert is not None}
-    owned = {site.parameter for site in routed}
-    for name, _ in block.named_parameters():  # biases are no sites
+    parameters = {site.parameter for site in routed}
+    for name, _ in block.named_parameters():  # the biases, which are not sites
         if name.rpartition(".")[0] in stacks:
-            owned.add(name)
-    whole = sum(block.get_parameter(name).numel() for name in owned)
-    return whole * (count - picked) // count
+            parameters.add(name)
+    total = sum(block.get_parameter(name).numel() for name in parameters)
+    return total * (count - picked) // count
 
 
 def _least(config: Any, bins: int) -> int:
-    """The least number of experts of which a router can select as many as it does.
+    """The least number of experts with which a router can still select its usual number.
 
-    A router that selects groups of experts scores them by the best two of each.
+    A router that selects groups of experts scores a group by its best two experts.
     """
     picked = picked_experts(config) or 1
     selected = getattr(config, "topk_group", None) or bins
@@ -187,8 +189,10 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
     Grouped kernels of transformers 5 multiply all slices in one call, which the weight tap cannot
     observe.
     """
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_experts_implementation")}
+    every_config: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {
+        id(config): config for config in every_config if hasattr(config, "_experts_implementation")
+    }
     before = {key: config._experts_implementation for key, config in configs.items()}
     try:
         for config in configs.values():

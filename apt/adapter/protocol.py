@@ -2,8 +2,8 @@
 
 An adapter returns the blocks of a model, the sites of a block and the calls of every block. It
 runs one block, and it captures the inputs that each site's weight multiplies. The core does not
-interpret the state between blocks (`State`): it is a tensor in most families, and more if the
-residual stream is passed separately.
+interpret the state between blocks (`State`): it is a tensor in most families, and a tuple if blocks
+pass more than the residual stream.
 """
 
 from collections.abc import Sequence
@@ -57,10 +57,10 @@ class Adapter(Protocol):
     ) -> AbstractContextManager[None]:
         """Inside the context, report statistics of each extra in each forward to ``sink``.
 
-        These are a Gram matrix for each channel (channels, k, k) and the energy of the product, by
-        which the loss is divided. The Gram matrix is that of the inputs that the weights multiply;
-        for ``removal="effect"``, that of the changes of the product that the removal of each weight
-        causes.
+        The statistics are a Gram matrix for each channel (channels, k, k) and the energy of the
+        product, by which the loss is divided. The vectors of the Gram matrix are the inputs that
+        the weights multiply; for ``removal="effect"``, they are the changes of the product by the
+        removal of each weight.
         """
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
@@ -70,7 +70,7 @@ class Adapter(Protocol):
         """
 
     def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
-        """The inputs of sites that can change places without a change of the block's function."""
+        """The inputs of sites that can be reordered without a change of the block's function."""
 
     def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
         """The state before the first block, and the call of each block, for one batch.

@@ -17,26 +17,26 @@ _STATE = "hidden_states"
 
 
 @dataclass(frozen=True)
-class _Other:
-    """Stands for a value that a block returns beside the stream.
+class _OtherValue:
+    """A placeholder for a value that a block returns beside the stream.
 
     Attributes:
-        place: its place among the values.
+        place: the index among the returned values.
     """
 
     place: int
 
 
 _Form = Callable[[Tensor], Any]
-# What blocks return, in the order in which it is tried. A tensor is last: a model that unpacks two
-# values from it would take two samples.
+# The forms of a block's result, in the order in which they are tried. A plain tensor is last: a
+# model that unpacks two values would take two samples of it.
 _FORMS: tuple[_Form, ...] = (
     lambda state: (state,),
-    lambda state: (state, _Other(1)),
-    lambda state: (state, _Other(1), _Other(2)),
+    lambda state: (state, _OtherValue(1)),
+    lambda state: (state, _OtherValue(1), _OtherValue(2)),
     lambda state: state,
 )
-_form_of: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
+_form_of_block: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
 
 
 class _LastBlock(Exception):
@@ -47,7 +47,7 @@ class UncalledError(AptError):
     """A model does not call some of its blocks.
 
     Attributes:
-        called: the indices of those that it calls.
+        called: the indices of the blocks that it calls.
     """
 
     def __init__(self, message: str, called: Sequence[int]) -> None:
@@ -60,9 +60,9 @@ def record_calls(
 ) -> tuple[Tensor, list[Call]]:
     """Run ``model`` once with every block stubbed, and record the call of each block.
 
-    Blocks of different kinds thus keep their own masks and positions. If a block takes what the
-    block before returned beside the stream, its call says so, with None for the value. It also says
-    so of mappings that the blocks themselves fill.
+    So blocks of different kinds keep their own masks and positions. If a block takes a value that
+    the block before returns beside the stream, its call records this in `Call.carried`, with None
+    for the value. Mappings that the blocks fill are recorded in `Call.shared`.
 
     Args:
         model: a transformers model.
@@ -86,10 +86,10 @@ def record_calls(
         except Exception as error:  # perhaps the model cannot unpack what its blocks returned
             failures.append((len(calls), error))
             continue
-        _form_of.update(dict.fromkeys(blocks, form))
+        _form_of_block.update(dict.fromkeys(blocks, form))
         taken = {place for call in calls for place in call.carried.values()}
         return states[0], [replace(call, keeps=1 + max(taken, default=0)) for call in calls]
-    raise max(failures, key=lambda failure: failure[0])[1]  # of the run that went furthest
+    raise max(failures, key=lambda failure: failure[0])[1]  # of the run with the most calls
 
 
 def _run(
@@ -108,13 +108,17 @@ def _run(
         state = passed_state(args, kwargs)
         states.append(state)
         called.append(index)
-        given = {name: value for name, value in kwargs.items() if args or name != _STATE}
-        others: list[tuple[int | str, Any]] = [*enumerate(args[1:]), *given.items()]
-        carried = {key: value.place for key, value in others if isinstance(value, _Other)}
-        rest = tuple(None if isinstance(value, _Other) else value for value in args[1:])
-        named = {n: None if isinstance(value, _Other) else value for n, value in given.items()}
-        shared = tuple(n for n, value in given.items() if _is_empty_mapping(value))
-        calls.append(Call(rest, named, None if args else _STATE, carried, shared=shared))
+        keywords = {name: value for name, value in kwargs.items() if args or name != _STATE}
+        others: list[tuple[int | str, Any]] = [*enumerate(args[1:]), *keywords.items()]
+        carried = {key: value.place for key, value in others if isinstance(value, _OtherValue)}
+        positional = tuple(None if isinstance(value, _OtherValue) else value for value in args[1:])
+        keyword_values = {
+            n: None if isinstance(value, _OtherValue) else value for n, value in keywords.items()
+        }
+        shared = tuple(n for n, value in keywords.items() if _is_empty_mapping(value))
+        calls.append(
+            Call(positional, keyword_values, None if args else _STATE, carried, shared=shared)
+        )
         if len(calls) == len(blocks):
             raise _LastBlock
         return form(state)
@@ -127,8 +131,8 @@ def _run(
             base(tokens, use_cache=False)
         except _LastBlock:
             return
-    said = f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks"
-    raise UncalledError(said, called)
+    message = f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks"
+    raise UncalledError(message, called)
 
 
 def _is_empty_mapping(value: Any) -> bool:
@@ -139,18 +143,18 @@ def _is_empty_mapping(value: Any) -> bool:
 def stub_output(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> Any:
     """The output of a stub of ``block`` that is called with these arguments: its input state.
 
-    It has the form that `record_calls` found for the block, with None for other values. By default
-    this is a tuple of the state alone. A model whose blocks return tuples unpacks it. Most others
-    pass it to the next stub, which unpacks it.
+    The output has the form that `record_calls` has found for the block, with None for other values.
+    The default form is a tuple of the state alone. A model whose blocks return tuples unpacks it.
+    Most other models pass it to the next stub, which unpacks it.
     """
-    found = _form_of.get(block, _FORMS[0])(passed_state(args, kwargs))
-    if isinstance(found, tuple):
-        return tuple(None if isinstance(value, _Other) else value for value in found)
-    return found
+    output = _form_of_block.get(block, _FORMS[0])(passed_state(args, kwargs))
+    if isinstance(output, tuple):
+        return tuple(None if isinstance(value, _OtherValue) else value for value in output)
+    return output
 
 
 def passed_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The state among the arguments of a block; a stub before it may have put it in a tuple."""
+    """The state among the arguments of a block; an earlier stub may have put it in a tuple."""
     passed: Any = args[0] if args else kwargs[_STATE]
     state: Tensor = passed[0] if isinstance(passed, tuple) else passed
     return state
@@ -162,13 +166,13 @@ def stubbed(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[N
 
     An instance attribute ``forward`` of a block, as accelerate sets it, is restored on exit.
     """
-    own = {block: vars(block).get("forward") for block in blocks}
-    for block in own:
+    original = {block: vars(block).get("forward") for block in blocks}
+    for block in original:
         block.forward = stub
     try:
         yield
     finally:
-        for block, forward in own.items():
+        for block, forward in original.items():
             del block.forward
             if forward is not None:
                 block.forward = forward
@@ -182,5 +186,5 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, was in training:
-            module.training = was
+        for module, mode in training:
+            module.training = mode

@@ -1,8 +1,8 @@
-"""What a router decides: the experts of each token, and their weights.
+"""The choices of a router: the experts of each token, and their weights.
 
-The experts of transformers are modules that get the tokens, the indices of the experts of each
-token, and the weights of these experts. So the choices of every router can be read at the call of
-the experts, however it makes them.
+The experts of transformers are modules whose arguments are the tokens, the indices of the experts
+of each token, and the weights of these experts. So the choices of every kind of router can be read
+at the call of the experts.
 """
 
 import inspect
@@ -25,8 +25,8 @@ class Routing:
 
     Attributes:
         inputs: the inputs (tokens, hidden) of the experts.
-        index: the indices (tokens, picked) of each token's experts; an index that is no expert's
-            is a choice that is not used.
+        index: the indices (tokens, picked) of each token's experts; an index outside the experts is
+            an unused choice.
         weights: the factors (tokens, picked) of the outputs of these experts.
     """
 
@@ -37,14 +37,14 @@ class Routing:
     def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """The indices of an expert's tokens and their weights, in the order of its inputs.
 
-        Experts multiply their tokens in the order of the picks: those for which they are the first
-        pick come before the others.
+        An expert multiplies its tokens in the order of the picks: the tokens that picked it first
+        come before the others.
         """
         picks, tokens = self.index.T.eq(expert).nonzero().T
         return tokens, self.weights[tokens, picks]
 
 
-_GIVEN = 3  # what experts get: the tokens, the indices and the weights
+_ARGUMENTS = 3  # of experts: the tokens, the indices and the weights
 Observer = Callable[[Routing], None]
 
 
@@ -57,16 +57,16 @@ def routings(experts: nn.Module, sink: Observer) -> Iterator[None]:
         sink: called before the experts run.
 
     Raises:
-        AptError: the module does not get indices and weights: the experts of Llama 4, for example,
-            multiply every token, and those in a list are called one by one.
+        AptError: the module has no arguments for indices and weights. For example, the experts of
+            Llama 4 multiply every token, and experts in a list are called one by one.
     """
     names = list(inspect.signature(experts.forward).parameters)
-    if len(names) < _GIVEN:
-        raise _unknown(experts)
+    if len(names) < _ARGUMENTS:
+        raise _unsupported_error(experts)
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
-        sink(_routing(module, given))
+        arguments = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+        sink(_routing(module, arguments))
 
     handle = experts.register_forward_pre_hook(read, with_kwargs=True)
     try:
@@ -75,15 +75,18 @@ def routings(experts: nn.Module, sink: Observer) -> Iterator[None]:
         handle.remove()
 
 
-def _unknown(experts: nn.Module) -> AptError:
+def _unsupported_error(experts: nn.Module) -> AptError:
     return AptError(f"{type(experts).__name__} does not get the indices of each token's experts")
 
 
-def _routing(experts: nn.Module, given: list[Any]) -> Routing:
+def _routing(experts: nn.Module, arguments: list[Any]) -> Routing:
     """The routing in the arguments of experts."""
-    if not all(isinstance(each, Tensor) for each in given[:_GIVEN]) or len(given) < _GIVEN:
-        raise _unknown(experts)
-    inputs, index, weights = (each.detach() for each in given[:_GIVEN])
+    if (
+        not all(isinstance(argument, Tensor) for argument in arguments[:_ARGUMENTS])
+        or len(arguments) < _ARGUMENTS
+    ):
+        raise _unsupported_error(experts)
+    inputs, index, weights = (argument.detach() for argument in arguments[:_ARGUMENTS])
     index = index.reshape(-1, index.shape[-1])
     weights = weights.reshape(len(index), -1)
     if weights.shape != index.shape:  # weights of all experts, in older releases of transformers
@@ -92,20 +95,20 @@ def _routing(experts: nn.Module, given: list[Any]) -> Routing:
 
 
 class Unrouted(TorchFunctionMode):
-    """While entered, routers do not choose some experts, as if these did not exist.
+    """While entered, routers never choose the removed experts.
 
     The products with a router's weight are −∞ for these experts. A correction that is added later
-    could raise them again, so they are −∞ at the following selection as well.
+    could raise the scores again, so they are set to −∞ at the following selection as well.
 
     Args:
-        removed: True for the experts that are not chosen, (experts,) or (tokens, experts), by the
-            weight (experts, hidden) of each router.
+        removed: the mask of the removed experts, (experts,) or (tokens, experts), by the weight
+            (experts, hidden) of each router.
     """
 
     def __init__(self, removed: Mapping[Tensor, Tensor]) -> None:
         super().__init__()
         self._removed = {id(weight): mask for weight, mask in removed.items()}
-        self._known = list(removed)  # while they exist, nothing else has their ids
+        self._alive = list(removed)  # while they exist, no other tensor has their ids
         self._current: tuple[int, Tensor] | None = None  # tokens and mask of the last router
 
     def __torch_function__(
@@ -118,7 +121,7 @@ class Unrouted(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _COPIES and id(args[0]) in self._removed:
             self._removed[id(result)] = self._removed[id(args[0])]
-            self._known.append(result)
+            self._alive.append(result)
         for factor in factors_of(func, args, kwargs):
             if id(factor) in self._removed:
                 mask = self._removed[id(factor)]

@@ -19,20 +19,21 @@ class Site:
     """A weight that can be pruned.
 
     Args:
-        name: its path within the block, for instance ``self_attn.q_proj``; the name of an expert in
+        name: the path within the block, for instance ``self_attn.q_proj``; the name of an expert in
             a stack ends in ``.{expert}``.
         parameter: the path of the parameter within the block.
-        input: the name of the input that it multiplies. Sites of a block with the same input share
-            one Gram matrix and one factorisation.
+        input: the name of the input of the weight. Sites of a block with the same input share one
+            Gram matrix and one factorisation.
         order: the order of execution: outputs of a site can reach sites of a higher order.
-        residual: True if its product is added to the residual stream.
-        transposed: True if it is stored (in, out) instead of (out, in).
-        expert: its index in the first dimension of a stacked parameter (experts, …); None if the
+        residual: True if the product is added to the residual stream.
+        transposed: True if the weight is stored (in, out) instead of (out, in).
+        expert: the index in the first dimension of a stacked parameter (experts, …); None if the
             parameter itself is the weight.
-        routed: True if a router selects its tokens. Such a weight has an input of its own, is
-            pruned layer-wise, without error-aware targets, and need not receive every token.
-        calls: the number of times that a forward multiplies it with every token: 2 if two modules
-            share it.
+        routed: True if a router selects the tokens of the weight. Such a weight has an input of its
+            own, is pruned layer-wise, without error-aware targets, and need not receive every
+            token.
+        calls: the number of products with every token in a forward: 2 if two modules share the
+            weight.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """Its name without the index of the expert: the same for all experts of a stack."""
+        """The name without the index of the expert: the same for all experts of a stack."""
         return self.name if self.expert is None else self.name.removesuffix(f".{self.expert}")
 
     def weight(self, block: nn.Module) -> Tensor:
@@ -60,7 +61,7 @@ class Site:
         return self.slice_of(block.get_parameter(self.parameter))
 
     def slice_of(self, parameter: Tensor) -> Tensor:
-        """The weight as stored, of its parameter."""
+        """The weight as stored: ``parameter``, or a view of the expert's slice."""
         return parameter if self.expert is None else parameter[self.expert]
 
     def oriented(self, weight: Tensor) -> Tensor:
@@ -74,11 +75,11 @@ class Extra:
 
     Args:
         kind: the name by which users select it, for instance ``conv1d``.
-        name: its path within the block.
-        parameter: the path of the parameter within the block; its first dimension is the channels.
-        removal: the effect of zero weights. ``"product"``: their products with the inputs are lost,
-            and kept weights can compensate for them. ``"effect"``: the loss can only be measured by
-            a run.
+        name: the path within the block.
+        parameter: the path of the parameter within the block; the first dimension is the channels.
+        removal: the effect of zero weights. ``"product"``: the products of the weights with the
+            inputs are lost, and kept weights can compensate for them. ``"effect"``: the loss can
+            only be measured by a run.
     """
 
     kind: str
@@ -99,12 +100,12 @@ class Call:
     Args:
         args, kwargs: the other arguments.
         keyword: the keyword of the state; None if the state was the first positional argument.
-        carried: the other arguments that the block before returned beside the stream, by their
-            position or keyword, with their places among what it returned.
+        carried: the arguments that the block before returns beside the stream: the index of the
+            returned value, by the position or keyword of the argument.
         keeps: the number of values, the stream included, that blocks of the model take from the
-            block before. If there are several, a state is a tuple of them.
-        shared: the keywords of mappings that all blocks get: one fills them, and later ones read
-            them. What is in them is the last item of a state, which then is a tuple.
+            block before. If there are several, a state is a tuple of these values.
+        shared: the keywords of mappings that all blocks get: one block fills them, and later blocks
+            read them. Then a state is a tuple, and its last item is the content of the mappings.
     """
 
     args: tuple[Any, ...] = ()
@@ -120,9 +121,9 @@ class Call:
         return self.keeps > 1 or bool(self.shared)
 
     def run(self, block: nn.Module, state: State) -> State:
-        """Call ``block`` with these arguments and a state; the state after it.
+        """Call ``block`` with these arguments and a state, and return the state after it.
 
-        That is the first value that it returns, with those that later blocks take.
+        The new state is the first returned value, with the values that later blocks take.
         """
         values = state if isinstance(state, tuple) else (state,)
         args, kwargs = list(self.args), dict(self.kwargs)

@@ -8,12 +8,12 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 
 
 def text_config(config: Any) -> Any:
-    """The configuration of the language model, which multimodal configurations have as a part."""
+    """The configuration of the language model, which is a part of a multimodal configuration."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def hidden_size(config: Any) -> int:
-    """The width of the residual stream of the language model, under one of its usual names."""
+    """The width of the residual stream of the language model, under any of its common names."""
     text = text_config(config)
     width = next((n for name in _WIDTHS if isinstance(n := getattr(text, name, None), int)), None)
     if width is None:

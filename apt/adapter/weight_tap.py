@@ -1,7 +1,7 @@
 """The weight tap: it observes the inputs of a weight in every form of matrix product.
 
-A forward hook fires only if a Linear is called as a module. Mamba multiplies by the weight of
-``dt_proj`` directly, and fused kernels do so with other weights; a hook sees no input in these
+A forward hook runs only if a Linear is called as a module. Mamba multiplies by the weight of
+``dt_proj`` directly, and fused kernels use other weights directly; a hook sees no input in these
 cases. The tap observes the product itself.
 """
 
@@ -38,16 +38,16 @@ class WeightTap(TorchFunctionMode, Generic[K]):
     """Inside the context, pass the other factor of every product with a watched weight to ``sink``.
 
     A watched weight is recognised by its storage, so views and transposes of it are recognised too.
-    The factor is passed as (..., in), from either side of the product. A product with a whole stack
-    of weights (experts, …) is one with each of them. The tap misses products
-    with a copy of the weight (by autocast, parametrizations or ``torch.compile``). Callers must
-    assert that every weight was seen.
+    The factor is passed as (..., in), from either side of the product. A product with a complete
+    stack of weights (experts, …) counts as a product with each weight. The tap misses products with
+    a copy of the weight (by autocast, parametrizations or ``torch.compile``). Callers must check
+    that every weight was seen.
 
     Args:
         weights: the 2-D weights to watch, by key.
         sink: called with the key and the other factor, before the product is computed.
-        routed: the keys of experts' weights. In a product with a whole stack, a router has
-            multiplied the tokens of other experts by zero; such rows are left out.
+        routed: the keys of experts' weights. In a product with a complete stack, the tokens of
+            other experts are rows of zeros, which are left out.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class WeightTap(TorchFunctionMode, Generic[K]):
         """True for a tensor (experts, …) of which a slice is a watched weight."""
         if not isinstance(factor, Tensor) or factor.ndim != 3 or factor.stride(0) == 0:
             return False
-        known = factor.untyped_storage().data_ptr() in self._storages
-        return known and any(self._find(weight) is not None for weight in factor)
+        watched = factor.untyped_storage().data_ptr() in self._storages
+        return watched and any(self._find(weight) is not None for weight in factor)
 
     def _find(self, factor: Any) -> K | None:
         """The key of the weight that equals ``factor`` or its transpose; None if there is none."""
@@ -113,8 +113,10 @@ def factors_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if func not in _FACTORS:
         return None, None
     left, right = _FACTORS[func]
-    given = list(args)
+    arguments = list(args)
     for name in _KEYWORDS:
-        if name in kwargs and len(given) <= max(left, right):
-            given.append(kwargs[name])
-    return (given[left], given[right]) if len(given) > max(left, right) else (None, None)
+        if name in kwargs and len(arguments) <= max(left, right):
+            arguments.append(kwargs[name])
+    return (
+        (arguments[left], arguments[right]) if len(arguments) > max(left, right) else (None, None)
+    )

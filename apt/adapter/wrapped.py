@@ -35,18 +35,22 @@ _HOOKS = {
     "SpectralNorm": "call torch.nn.utils.remove_spectral_norm(module) first",
     "BasePruningMethod": "call torch.nn.utils.prune.remove(module, 'weight') first",
 }
-_SCALES = {"weight_scale", "weight_packed", "weight_fake_quant", "qweight", "W_q"}
+_SCALE_NAMES = {"weight_scale", "weight_packed", "weight_fake_quant", "qweight", "W_q"}
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `AptError` if a module of ``model`` is a wrapper, or the weight of one is wrapped.
+    """Raise `AptError` if a module of ``model`` is a wrapper, or if its weight is wrapped.
 
-    A compiled model is accepted if only the whole of it was compiled: its blocks are plain.
+    A model that was compiled as a whole is accepted: its blocks are plain modules.
     """
     for name, module in model.named_modules():
-        wrapped = _of_class(module) or _of_weight(module) or (_compiled(module) if name else None)
-        if wrapped is not None:
-            wrapper, advice = wrapped
+        wrapper_and_advice = (
+            _class_wrapper(module)
+            or _weight_wrapper(module)
+            or (_compiled(module) if name else None)
+        )
+        if wrapper_and_advice is not None:
+            wrapper, advice = wrapper_and_advice
             raise AptError(f"{name or 'the model'} is wrapped by {wrapper}", advice)
 
 
@@ -58,16 +62,16 @@ def check_in_memory(model: nn.Module, *, streamed: bool = False) -> None:
     """
     for name, parameter in islice(model.named_parameters(), 1 if streamed else None):
         if parameter.is_meta:
-            fault = f"{name} has no values in memory"
-            raise AptError(fault, "load the whole model into memory", ("model",))
+            message = f"{name} has no values in memory"
+            raise AptError(message, "load the whole model into memory", ("model",))
 
 
-def _of_class(module: nn.Module) -> tuple[str, str] | None:
-    """The class of a module that is a wrapper, and what to do first."""
-    for kind in type(module).__mro__:
-        first, *rest = kind.__module__.split(".")
+def _class_wrapper(module: nn.Module) -> tuple[str, str] | None:
+    """The class of a module that is a wrapper, and the remedy."""
+    for base in type(module).__mro__:
+        first, *rest = base.__module__.split(".")
         packages = (first, ".".join((first, *rest[:1])))
-        advice = _CLASSES.get(kind.__name__) or next(filter(None, map(_PACKAGES.get, packages)), "")
+        advice = _CLASSES.get(base.__name__) or next(filter(None, map(_PACKAGES.get, packages)), "")
         if advice:
             return _path(type(module)), advice
     return None
@@ -81,23 +85,23 @@ def _compiled(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _of_weight(module: nn.Module) -> tuple[str, str] | None:
-    """What computes the weight of a module from other tensors, and what to do first."""
+def _weight_wrapper(module: nn.Module) -> tuple[str, str] | None:
+    """The mechanism that computes the weight of a module from other tensors, and the remedy."""
     for hook in module._forward_pre_hooks.values():
-        for kind in type(hook).__mro__:
-            if kind.__name__ in _HOOKS:
-                return _path(type(hook)), _HOOKS[kind.__name__]
+        for base in type(hook).__mro__:
+            if base.__name__ in _HOOKS:
+                return _path(type(hook)), _HOOKS[base.__name__]
     for chain in getattr(module, "parametrizations", {}).values():
         return _path(type(chain[0])), _PARAMETRIZED
     return next(((quantised, _QUANTISED) for quantised in _quantised(module)), None)
 
 
 def _quantised(module: nn.Module) -> Iterator[str]:
-    """Weights with scales, of a class of their own, in integers or in 8 bits."""
-    own = {**module._parameters, **module._buffers}
-    for name in sorted({*own, *module._modules} & _SCALES):
+    """Descriptions of weights with scales, of a tensor subclass, in integers or in 8 bits."""
+    tensors = {**module._parameters, **module._buffers}
+    for name in sorted({*tensors, *module._modules} & _SCALE_NAMES):
         yield f"{_path(type(module))} with {name}"
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         if tensor is None or not (name in module._parameters or name == "weight"):
             continue
         if type(tensor.data) is not Tensor:
@@ -106,5 +110,5 @@ def _quantised(module: nn.Module) -> Iterator[str]:
             yield f"{_path(type(module))} with {name} in {tensor.dtype}"
 
 
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

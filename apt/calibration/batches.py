@@ -26,9 +26,9 @@ class DenseActivations:
             dense model minus that of the pruned model.
         scale: the divisor of every token's error on the stream (tokens, 1): the root mean square of
             the dense stream before the block, scaled so that the inverse squares average 1.
-        gap: what the dropped blocks behind the block add to the residual stream (tokens, hidden),
-            for the block before a gap; None for other blocks.
-        gap_input: the input of the sites that take over the gap.
+        gap: for the block before a gap, the sum (tokens, hidden) that the dropped blocks behind it
+            add to the residual stream; None for other blocks.
+        gap_input: the name of the input of the sites that take over the gap.
         store: the store of all attributes but ``scale``.
     """
 
@@ -44,7 +44,7 @@ class DenseActivations:
 
 
 class Inputs(Mapping[str, list[Tensor]]):
-    """The inputs of a block's sites, by name, as lists of parts that are kept in ``store``."""
+    """The inputs of a block's sites, by name, as lists of parts in ``store``."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -52,7 +52,7 @@ class Inputs(Mapping[str, list[Tensor]]):
         self._owners: dict[str, Site] = {}
 
     def record(self, site: Site, rows: Tensor) -> None:
-        """Append a part (…, in) of an input, if it is passed to the first of the input's sites."""
+        """Append a part (…, in) of an input if ``site`` is the first site of the input."""
         if self._owners.setdefault(site.input, site) == site:
             part = self._store.put(rows.reshape(-1, rows.shape[-1]))
             self._parts.setdefault(site.input, []).append(part)
@@ -63,7 +63,7 @@ class Inputs(Mapping[str, list[Tensor]]):
         self._owners.clear()
 
     def keep(self, names: Collection[str]) -> None:
-        """Remove all inputs but those of these names."""
+        """Remove all inputs except those in ``names``."""
         self._parts = {name: parts for name, parts in self._parts.items() if name in names}
 
     def permute(self, name: str, order: Tensor) -> None:
@@ -88,7 +88,7 @@ class Batch:
         state: the state before the block.
         calls: the call of every block.
         tokens: the number of tokens.
-        sample: the number of tokens in each sample; None if there is one.
+        sample: the number of tokens in each sample; None if the batch is one sample.
         dense: the activations of the dense model; None if they are not computed.
         store: the store of the state.
         sources: the index of the source of each token (tokens,), on the CPU; None if there is one.
@@ -119,14 +119,14 @@ class Batch:
 
 @dataclass
 class OpenBlock:
-    """A block that is in memory, with the batches before it.
+    """A block in memory, with the batches before it.
 
     Attributes:
         index: its index in the model.
         batches: this rank's batches.
         ranks: the processes that have the other batches.
         progress: called after each run of the block on a batch.
-        unrouted: True for the experts that its routers no longer choose, see `Unrouted`.
+        unrouted: the masks of the experts that its routers no longer choose, see `Unrouted`.
         sources: the names of the sources of the tokens.
         mixed: the number of these sources that are mixed on purpose.
     """
@@ -159,16 +159,18 @@ class OpenBlock:
     ) -> "OpenBlock":
         """The same block, with other batches."""
         progress = progress or self.progress
-        own = (self.adapter, self.module, self.index, batches, self.ranks)
-        return OpenBlock(*own, progress, self.unrouted, self.sources, self.mixed)
+        same = (self.adapter, self.module, self.index, batches, self.ranks)
+        return OpenBlock(*same, progress, self.unrouted, self.sources, self.mixed)
 
 
 def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> None:
-    """Raise on all ranks if one of them has a state after a block that is not finite."""
+    """Raise on all ranks if a state of any rank after a block is not finite."""
     finite = [adapter.residual(state).isfinite().all() for state in states]
     if ranks.sum(bool(finite) and not torch.stack(finite).all()):  # one wait for a device
-        fault = "the activations after it are not finite"
-        raise AptError(fault, "compute in float32, or in bfloat16 instead of float16", ("compute",))
+        message = "the activations after it are not finite"
+        raise AptError(
+            message, "compute in float32, or in bfloat16 instead of float16", ("compute",)
+        )
 
 
 def enter(
@@ -193,7 +195,7 @@ def enter(
         tokens_per_batch: the approximate number of tokens in a batch; a batch has at least one
             sample.
         with_dense: True if the activations of the dense model are needed as well.
-        ranks: the processes that share the batches; each takes its own, in turn.
+        ranks: the processes among which the batches are distributed in turn.
         store: the store of the activations between runs of blocks; None keeps them in memory.
         sources: the index of the source of each sample (samples,); None if there is one source.
     """
@@ -223,8 +225,8 @@ def enter(
 
 
 def _from_pool(tensor: Tensor, pool: list[Tensor]) -> Tensor:
-    for known in pool:
-        if known.dtype == tensor.dtype and torch.equal(known, tensor):
-            return known
+    for pooled in pool:
+        if pooled.dtype == tensor.dtype and torch.equal(pooled, tensor):
+            return pooled
     pool.append(tensor)
     return tensor

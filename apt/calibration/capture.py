@@ -1,4 +1,4 @@
-"""The capture of every weight's inputs: sums over the calibration tokens, checked for coverage."""
+"""The capture of the inputs of sites: sums over the calibration tokens, and checks of coverage."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ class Capture:
     """Sums the inputs of ``sites``, batch by batch.
 
     Sites that share an input receive the same tensor one after another, or the same parts of it in
-    the order of the tokens. The input is summed at the first of these sites. At the others it is
-    compared with the first, by identity or by value.
+    the order of the tokens. The input is summed at the first of these sites. The inputs of the
+    other sites are compared with it, by identity or by value.
 
     Args:
         sites: the sites whose inputs are summed; their weights are still dense.
@@ -42,7 +42,9 @@ class Capture:
         routed: Sequence[Site] = (),
     ) -> None:
         self.sites = list(sites)
-        self.tokens = dict.fromkeys([*sites, *self._of_same_order(sites, routed)], 0)
+        orders = {site.order for site in sites if site.routed}
+        counted = [site for site in routed if site.order in orders]
+        self.tokens = dict.fromkeys([*sites, *counted], 0)
         self._targets = targets or Targets(0, 0)
         self._weights = {site: site.oriented(site.weight(block).data) for site in sites}
         self._sharing: dict[str, list[Site]] = defaultdict(list)
@@ -55,23 +57,14 @@ class Capture:
             for name, sharing in self._sharing.items()
         }
 
-    def sums_up(self, site: Site) -> bool:
-        """True if the inputs of ``site`` are summed."""
-        return site in self._weights
-
-    @staticmethod
-    def _of_same_order(sites: Sequence[Site], routed: Sequence[Site]) -> list[Site]:
-        """The sites of ``routed`` that have the order of a routed site of ``sites``."""
-        orders = {site.order for site in sites if site.routed}
-        return [site for site in routed if site.order in orders]
-
     def _empty_sums(self, sharing: Sequence[Site], *, both_streams: bool) -> Sums:
         """The empty sums of an input, for both streams or for the pruned one alone.
 
-        The error by the inputs is summed in the cheaper way. Either ``cross`` is summed once for
-        all sites that share the input, at one product of (in, in) for each token. Or it is summed
-        for each site in ``error_products``, at two products of (out, in) for each token. Sites that
-        write to the residual stream need one of these two for the drift in any case.
+        The error of the inputs is summed in the cheaper way. Either ``cross`` is summed once for
+        all sites that share the input, at one product of (in, in) for each token. Or the error is
+        summed for each site in ``error_products``, at two products of (out, in) for each token.
+        Sites that write to the residual stream need one of these products for the drift in any
+        case.
         """
         first = self._weights[sharing[0]]
         width, device = first.shape[1], first.device
@@ -112,7 +105,7 @@ class Capture:
             if all(passing.done(s) for s in weights):  # the block has caught the exception
                 raise _AllSeen
             rows = as_rows(site, inputs, weights[site])
-            if self.sums_up(site):
+            if site in self._weights:
                 self.take(passing, site, rows)
             elif site in self.tokens:
                 self.tokens[site] += len(rows)
@@ -153,37 +146,41 @@ class Capture:
     def _sum_both(
         self, passing: BlockPass, site: Site, rows: Tensor, dense: DenseActivations
     ) -> None:
-        """Sum a batch of both streams; tokens are weighted if a site writes to the stream."""
+        """Sum a batch of both streams, with weighted tokens if a site writes to the stream."""
         assert dense.scale is not None
         assert passing.drift is not None
-        sums, pruned, here = self.sums[site.input], rows.float(), passing.token_slice(site, rows)
-        lost, drift = passing.dense_input(site, rows).float() - pruned, passing.drift[here]
-        root = weighted = pruned
+        sums, pruned, tokens = self.sums[site.input], rows.float(), passing.token_slice(site, rows)
+        difference, drift = passing.dense_input(site, rows).float() - pruned, passing.drift[tokens]
+        scaled = weighted = pruned
         if any(s.residual for s in self._sharing[site.input]):
-            root = pruned / dense.scale[here]
-            weighted = root / dense.scale[here]
-        sums.gram.add(root, passing.sample)
+            scaled = pruned / dense.scale[tokens]
+            weighted = scaled / dense.scale[tokens]
+        sums.gram.add(scaled, passing.sample)
         if sums.cross is not None:
-            sums.cross.addmm_(lost.T, weighted)
-        own = {
-            s: lost @ self._weights[s].float().T for s in sums.error_products if sums.cross is None
+            sums.cross.addmm_(difference.T, weighted)
+        input_errors = {
+            s: difference @ self._weights[s].float().T
+            for s in sums.error_products
+            if sums.cross is None
         }
-        for each, product in sums.error_products.items():
-            error = self._targets.error(own.get(each), drift if each.residual else None)
-            if each.residual and each.input == dense.gap_input and dense.gap is not None:
-                error = error + dense.gap[here]
+        for member, product in sums.error_products.items():
+            error = self._targets.error(
+                input_errors.get(member), drift if member.residual else None
+            )
+            if member.residual and member.input == dense.gap_input and dense.gap is not None:
+                error = error + dense.gap[tokens]
             product.addmm_(error.T, weighted)
-        for each in own:
-            if each.residual:
-                passing.add_input_drift(each, here, own[each])
+        for member in input_errors:
+            if member.residual:
+                passing.add_input_drift(member, tokens, input_errors[member])
 
     def assert_coverage(self, tokens: int) -> None:
         """Raise if a site has not received each of ``tokens`` exactly ``site.calls`` times."""
-        for site, seen in self.tokens.items():
-            if not site.routed and seen != site.calls * tokens:
+        for site, count in self.tokens.items():
+            if not site.routed and count != site.calls * tokens:
                 raise AptError(
-                    f"{site.name} saw {seen:,} of {site.calls * tokens:,} calibration tokens: "
-                    f"the adapter's capture misses {'some of ' if seen else ''}its inputs"
+                    f"{site.name} saw {count:,} of {site.calls * tokens:,} calibration tokens: "
+                    f"the adapter's capture misses {'some of ' if count else ''}its inputs"
                 )
         for order in {site.order for site in self.tokens if site.routed}:
             routed = sum(n for s, n in self.tokens.items() if s.routed and s.order == order)

@@ -13,18 +13,18 @@ from apt.calibration.batches import Inputs, OpenBlock
 def advance_dense(
     block: OpenBlock, sites: Sequence[Site], summed: Sequence[Site] = ()
 ) -> dict[Site, Tensor]:
-    """Run the block, its weights still dense, on the dense stream; record its sites' inputs.
+    """Run the dense block on the dense stream, and record the inputs of its sites.
 
     Args:
         block: the block.
-        sites: its sites; the inputs of those that are not routed are recorded.
-        summed: routed sites.
+        sites: the sites of the block; the inputs of sites that are not routed are recorded.
+        summed: routed sites, whose squared inputs are summed.
 
     Returns:
         The sums of the squares of the inputs (in,) of ``summed`` over the tokens of all ranks.
     """
-    energies, recorded = list[Tensor](), [site for site in sites if not site.routed]
-    sums = {site: _zeros(site, block.module) for site in summed}
+    inverse_squares, recorded = list[Tensor](), [site for site in sites if not site.routed]
+    sums = {site: _zero_sum(site, block.module) for site in summed}
     for batch in block.batches:
         dense = batch.dense
         assert dense is not None
@@ -32,23 +32,23 @@ def advance_dense(
         dense.drift = stream - stream_rows(block.adapter, batch.state)
         squares = mean_squares(stream)
         dense.scale = squares.sqrt()
-        energies.append(squares.reciprocal().sum())
+        inverse_squares.append(squares.reciprocal().sum())
         dense.inputs.clear()
 
-        def take(site: Site, rows: Tensor, inputs: Inputs = dense.inputs) -> None:
+        def add(site: Site, rows: Tensor, inputs: Inputs = dense.inputs) -> None:
             if site in sums:
                 sums[site] += rows.reshape(-1, rows.shape[-1]).float().square().sum(0)
             else:
                 inputs.record(site, rows)
 
-        with block.adapter.capture(block.module, [*recorded, *sums], take):
+        with block.adapter.capture(block.module, [*recorded, *sums], add):
             dense.state = block.step(batch, dense.state)
         block.progress()
-    for each in sums.values():
-        block.ranks.add(each)
+    for total in sums.values():
+        block.ranks.add(total)
     tokens = block.ranks.sum(sum(batch.tokens for batch in block.batches))
-    energy = sum(torch.stack(energies).tolist())  # one wait for a device
-    mean = math.sqrt(tokens / block.ranks.sum(energy))
+    inverse_sum = sum(torch.stack(inverse_squares).tolist())  # one wait for a device
+    mean = math.sqrt(tokens / block.ranks.sum(inverse_sum))
     for batch in block.batches:
         assert batch.dense is not None
         assert batch.dense.scale is not None
@@ -56,8 +56,8 @@ def advance_dense(
     return sums
 
 
-def _zeros(site: Site, block: nn.Module) -> Tensor:
-    """A zero in fp32 for each input of a site."""
+def _zero_sum(site: Site, block: nn.Module) -> Tensor:
+    """Zeros (in,) in fp32 for the inputs of a site."""
     weight = site.oriented(site.weight(block))
     return torch.zeros(weight.shape[1], device=weight.device)
 
@@ -68,7 +68,7 @@ def mean_squares(stream: Tensor) -> Tensor:
 
 
 def bounded(squares: Tensor) -> Tensor:
-    """The squared sizes of tokens, bounded below as divisors: no token, even zero, may dominate."""
+    """Squared sizes of tokens as divisors: bounded below, so that no small token dominates."""
     least = (squares.median() / 16).clamp(min=torch.finfo(squares.dtype).tiny)
     return squares.clamp(min=least)
 

@@ -23,8 +23,8 @@ class BlockPass:
     Attributes:
         sample: the number of tokens in each of its samples.
         drift: the drift of the residual stream (tokens, hidden) up to the current product.
-        seen: the number of tokens that each site has received so far in the run.
-        parts: the number of parts in which each site has received them.
+        seen: the number of tokens that each site has received in the current run.
+        parts: the number of parts in which each site has received its tokens.
     """
 
     def __init__(self, batch: Batch, products: StoredProducts | None = None) -> None:
@@ -58,7 +58,7 @@ class BlockPass:
         return self._owners.setdefault(site.input, site) == site
 
     def keep(self, site: Site, rows: Tensor) -> None:
-        """Keep the input of the first site, for comparison with that of the other sites."""
+        """Keep the input of the first site, for comparison with the inputs of the other sites."""
         self._current[site.input].append(rows)
 
     def equals_kept(self, site: Site, rows: Tensor) -> bool:
@@ -70,7 +70,7 @@ class BlockPass:
         return same or torch.equal(parts[index], rows)
 
     def release(self, sharing: Sequence[Site]) -> None:
-        """Drop the kept input of the sites ``sharing`` it once all of them have received it."""
+        """Drop the kept input of the sites ``sharing`` after all of them have received it."""
         if sharing and all(self.done(site) for site in sharing):
             self._current.pop(sharing[0].input, None)
 
@@ -102,9 +102,9 @@ class BlockPass:
         return parts[index]
 
     def add_input_drift(self, site: Site, tokens: slice, lost: Tensor) -> None:
-        """Add to the drift the part that comes from the inputs of a site: before it is pruned.
+        """Add to the drift the error by the inputs of a site, before the site is pruned.
 
-        `add_drift` must follow for the same site; it then adds the part that comes from pruning.
+        `add_drift` must follow for the same site; it then adds the error by pruning alone.
 
         Args:
             lost: ``(X_dense − X) Wᵀ`` (tokens, out).
@@ -117,12 +117,12 @@ class BlockPass:
     def add_drift(self, site: Site, rows: Tensor, weight: Tensor, dense: Tensor) -> None:
         """Add to the drift the difference of the site's product between the two streams.
 
-        The part that `add_input_drift` has added already is left out, as is a product whose
+        Parts that are already added are left out: the part of `add_input_drift`, and products whose
         difference an earlier run has added.
 
         Args:
-            rows: its input (tokens, in).
-            weight, dense: its weight (out, in), pruned and dense.
+            rows: the input (tokens, in) of the site.
+            weight, dense: the pruned and the dense weight (out, in) of the site.
         """
         assert self.drift is not None
         if self.parts[site] < self._drifted[site]:

@@ -1,8 +1,8 @@
 """The storage of calibration activations between the runs of blocks.
 
-They stay on the model's device, move to CPU memory while the model is on a GPU, or move to disk. On
-disk, each tensor is a file. It is mapped into memory when it is read, and deleted after the last
-reference to it is gone. The mapping is private: a write to it does not change the file.
+Activations stay on the model's device, move to CPU memory while the model is on a GPU, or move to
+disk. On disk, each tensor is a file. The file is mapped into memory for reading, and deleted with
+the last reference to it. The mapping is private: a write to it does not change the file.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ class Store(Protocol):
     def put(self, value: Any) -> Any:
         """Store ``value``, a tensor or a container of tensors; returns a handle for `get`."""
 
-    def get(self, held: Any) -> Any:
+    def get(self, handle: Any) -> Any:
         """The stored value, on its original device."""
 
 
@@ -43,9 +43,9 @@ class MemoryStore:
         """Return the value itself."""
         return value
 
-    def get(self, held: Any) -> Any:
+    def get(self, handle: Any) -> Any:
         """Return the value itself."""
-        return held
+        return handle
 
 
 class CpuStore:
@@ -57,9 +57,9 @@ class CpuStore:
         """Copy every tensor to the CPU."""
         return mapped(value, Tensor, _OnCpu)
 
-    def get(self, held: Any) -> Any:
+    def get(self, handle: Any) -> Any:
         """Copy every tensor back to its device."""
-        return mapped(held, _OnCpu, _OnCpu.read)
+        return mapped(handle, _OnCpu, _OnCpu.read)
 
 
 class _OnCpu:
@@ -85,9 +85,9 @@ class DiskStore:
         """Write every tensor to a file."""
         return mapped(value, Tensor, self._write)
 
-    def get(self, held: Any) -> Any:
+    def get(self, handle: Any) -> Any:
         """Map every file into memory."""
-        return mapped(held, _File, _File.read)
+        return mapped(handle, _File, _File.read)
 
     def _write(self, tensor: Tensor) -> "Tensor | _File":
         return _File(self._folder, tensor) if tensor.numel() else tensor

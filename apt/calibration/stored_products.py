@@ -15,8 +15,8 @@ from apt.adapter.weight_tap import WeightTap
 class StoredProducts(TorchFunctionMode):
     """Computes a product with a weight once, for several runs of a block on the same state.
 
-    The block is run once for each stage of sites that is solved. Up to the first site that is still
-    to be solved, all runs multiply the same inputs by the same weights.
+    The block is run once for each stage of sites. Before the first unsolved site, all runs multiply
+    the same inputs by the same weights.
 
     Args:
         weights: the weights of the block as stored, by site.
@@ -36,8 +36,8 @@ class StoredProducts(TorchFunctionMode):
         """One run inside the context.
 
         Args:
-            unsolved: the sites whose weights will change before the last run. Their products and
-                those behind them are not stored.
+            unsolved: the sites whose weights change before the last run. Their products and all
+                later products are not stored.
         """
         self._position, self._unsolved = 0, set(unsolved)
         self._stores = bool(unsolved)
@@ -45,16 +45,16 @@ class StoredProducts(TorchFunctionMode):
             yield
 
     def aside(self, sink: Sink) -> Sink:
-        """``sink``, whose own products with the weights are no products of the block."""
+        """``sink``; its products with the weights do not count as products of the block."""
 
-        def called(site: Site, rows: Tensor) -> None:
+        def called_aside(site: Site, rows: Tensor) -> None:
             self._aside = True
             try:
                 sink(site, rows)
             finally:
                 self._aside = False
 
-        return called
+        return called_aside
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -66,8 +66,8 @@ class StoredProducts(TorchFunctionMode):
             return func(*args, **kwargs)
         self._position += 1
         if self._position <= len(self._stored):
-            known, product = self._stored[self._position - 1]
-            if known == sites:
+            stored_sites, product = self._stored[self._position - 1]
+            if stored_sites == sites:
                 return product.clone()  # the block may write to it
             del self._stored[self._position - 1 :]
         product = func(*args, **kwargs)

@@ -33,11 +33,10 @@ class Sums:
 
     Attributes:
         gram: ``XᵀX``.
-        cross: ``(X_dense − X)ᵀ X`` (in, in). It is None without a dense stream, and if the errors
-            by the inputs are cheaper to sum in ``error_products``.
-        error_products: ``Eᵀ X`` (out, in) by site, with ``E`` (tokens, out) the error for which the
-            site compensates and which ``cross`` does not cover; see
-            `apt.calibration.targets.Targets.error`.
+        cross: ``(X_dense − X)ᵀ X`` (in, in). It is None without a dense stream, or if the sums in
+            ``error_products`` are cheaper.
+        error_products: ``Eᵀ X`` (out, in) by site. ``E`` (tokens, out) is the error for which the
+            site compensates, without the part in ``cross``; see `Targets.error`.
 
     With a dense stream, the tokens of sites that write to the residual stream are weighted. Every
     block normalises the stream, so an error counts relative to the size of its token. Without
@@ -88,8 +87,8 @@ class Targets:
         """``T`` (out, in), to be pruned in place of the dense weight ``W`` (out, in)."""
         product = sums.error_products.get(site)
         if sums.cross is not None:
-            lost = dense @ sums.cross * self.alpha
-            product = lost if product is None else lost.add_(product)
+            input_product = dense @ sums.cross * self.alpha
+            product = input_product if product is None else input_product.add_(product)
         if product is None or not bool(product.any()):
             return dense
         return dense + damped.solve(product.to(damped.matrix.dtype) / sums.gram.tokens).to(dense)

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from apt.adapter import Adapter
 from apt.checkpoints.architecture import check_kind, opening_class, quantised_with, without_weights
+from apt.checkpoints.expanded import open_quantised
 from apt.checkpoints.formats import Checkpoint, open_checkpoint
 from apt.checkpoints.load_errors import load_error, tokenizer_error
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.quantised import QuantisedCheckpoint
 from apt.checkpoints.safetensors_io import check_files
-from apt.checkpoints.stored import find_stored
+from apt.checkpoints.skeletons import skeleton_module
+from apt.checkpoints.stored import find_stored, open_stored, read_parameter
 from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import AptError, shortened
 from apt.locations.hub import Hub
@@ -46,22 +49,37 @@ def read_config(source: Source) -> Any:
 
 
 def open_skeleton(
-    source: Source, registry: Registry, adapter: str | None = None, *, packed: bool = False
+    source: Source,
+    registry: Registry,
+    adapter: str | None = None,
+    *,
+    packed: bool = False,
+    expanded: bool = False,
 ) -> Opened:
     """Open a model without its weights: modules and shapes, on the meta device.
 
     Args:
         adapter: the name of an adapter; by default the adapter for the model's type.
         packed: True to accept a packed or quantised model, which can be measured, but not pruned.
+        expanded: True to read a quantised checkpoint by expanding its tensors, if a plugin reads
+            its format.
     """
-    checkpoint, config = _read_configuration(source, registry)
+    quantised, checkpoint, plain = None, None, None
+    if (expanded or source.gguf) and (found := open_quantised(source, registry)) is not None:
+        source, reader = found
+        quantised, plain = (reader, None) if expanded else (None, reader)
+        config = reader.config
+    else:
+        checkpoint, config = _read_configuration(source, registry)
     if source.gguf is None:  # quantised GGUF weights are converted to plain ones
         check_kind(source.reference, config, packed=packed)
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.make()
     instance.check(config)
     module = _skeleton_module(source, config)
-    return Opened(source, module, config, spec, instance, checkpoint)
+    return Opened(
+        source, module, config, spec, instance, checkpoint, quantised=quantised, plain=plain
+    )
 
 
 def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
@@ -105,7 +123,7 @@ def load(
         AptError: the checkpoint is damaged or incomplete, or has weights that are not finite.
     """
     source = skeleton.source
-    if not source.on_hub and not source.gguf:
+    if not source.on_hub and not source.gguf and skeleton.quantised is None:
         check_files(Path(source.location))
     arguments = {}
     if quantised_with(skeleton.config) == METHOD:
@@ -114,12 +132,17 @@ def load(
         arguments = {"config": with_weights(skeleton.config)}
     elif source.gguf:
         arguments = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
-    if skeleton.checkpoint is None:
+    if skeleton.quantised is not None:
+        module, missing = _from_weights(skeleton, _expanded(skeleton), dtype)
+    elif skeleton.plain is not None:
+        module, missing = _from_weights(skeleton, _plain(skeleton.plain), dtype)
+    elif skeleton.checkpoint is None:
         stored = None if dtype else find_stored(skeleton)  # None: tensors cannot be read one by one
         stored_dtype = stored.dtype(skeleton) if stored else None
         module, missing = _from_pretrained(skeleton, dtype or stored_dtype, **arguments)
     else:
-        module, missing = _from_checkpoint(source, skeleton.checkpoint, dtype)
+        weights = skeleton.checkpoint.read
+        module, missing = _from_weights(skeleton, lambda: weights().items(), dtype)
     if missing:
         raise AptError(
             f"{source.reference} lacks {len(missing)} weights of {type(module).__name__}, "
@@ -183,13 +206,38 @@ def _mismatched(source: Source, module: Any, mismatch: Any) -> AptError:
     return AptError(message, "is its config.json the right one?")
 
 
-def _from_checkpoint(
-    source: Source, checkpoint: Checkpoint, dtype: torch.dtype | None
+Weights = Iterable[tuple[str, Tensor]]
+"""Tensors with the names of parameters, one by one."""
+
+
+def _expanded(skeleton: Opened) -> Callable[[], Weights]:
+    """A function that reads the weights of a quantised checkpoint."""
+    stored, state = open_stored(skeleton), skeleton.module.state_dict()
+    return lambda: (
+        (name, read_parameter(pieces, state[name].shape, stored.shards))
+        for name, pieces in stored.layout.items()
+    )
+
+
+def _plain(reader: QuantisedCheckpoint) -> Callable[[], Weights]:
+    """A function that reads the weights of a GGUF file."""
+    return lambda: ((name, reader.read(name)) for name in reader.tensors)
+
+
+def _from_weights(
+    skeleton: Opened, read: Callable[[], Weights], dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
     """The model, read by a plugin; each weight keeps its stored dtype if ``dtype`` is None."""
-    module: Any = _skeleton_module(source, checkpoint.config)
+    source, trust = skeleton.source, skeleton.source.trust_remote_code
     with _loading(source):
-        loaded = module.load_state_dict(checkpoint.read(), strict=False, assign=True)
+        given = dtype or torch.float32
+        module: Any = skeleton_module(skeleton.config, given, trust_remote_code=trust)
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        weights = {
+            name: tensor if dtype is None else tensor.to(dtypes.get(name, dtype))
+            for name, tensor in read()
+        }
+        loaded = module.load_state_dict(weights, strict=False, assign=True)
     module.tie_weights()
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if loaded.unexpected_keys:
@@ -201,7 +249,7 @@ def _from_checkpoint(
     if empty:
         return module, empty
     module.config.dtype = dtype or module.get_input_embeddings().weight.dtype
-    return (module.to(dtype) if dtype else module), []
+    return module, []
 
 
 def _unquantised(module: Any) -> nn.Module:
@@ -242,13 +290,23 @@ def load_tokenizer(source: Source, other: str | None = None) -> Any:
         location, hub = str(expanded(other)), _hub_for_tokenizer(source, other)
         options = {"trust_remote_code": source.trust_remote_code, **hub.options()}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        tokenizer = _read_tokenizer(location, options)
         # Some families make a tokenizer without any file.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("there is no file with a vocabulary")
         return tokenizer
     except Exception as error:  # `tokenizers` raises plain exceptions
         raise tokenizer_error(other or source.reference, location, error, hub) from error
+
+
+def _read_tokenizer(location: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(location, **options)
+    except Exception:
+        if "gguf_file" not in options:
+            raise
+        # The automatic class reads the configuration too, though not of all architectures.
+        return PreTrainedTokenizerFast.from_pretrained(location, **options)
 
 
 def _hub_for_tokenizer(source: Source, name: str) -> Hub:

@@ -25,6 +25,7 @@ from apt.errors import AptError, first_line
 MASKS = "apt_masks.safetensors"
 """The name of the file beside a pruned model."""
 
+_ENTRY = "apt_masks"
 _SHAPES, _ORDERS = "shapes", "orders"
 _CHECKSUM = "sha256"  # in the metadata; early files have none
 
@@ -70,7 +71,14 @@ def write_masks(masks: Masks, path: Path, orders: Orders | None = None) -> None:
     if orders:
         metadata[_ORDERS] = json.dumps({name: [*order] for name, order in orders.items()})
     metadata[_CHECKSUM] = _checksum(packed, metadata)
-    save_file(packed, path, metadata)
+    # One entry: safetensors writes several in a random order, and equal masks as other bytes.
+    save_file(packed, path, {_ENTRY: json.dumps(metadata)})
+
+
+def _metadata(file: Any) -> Mapping[str, str]:
+    """The metadata of a file of masks. Files of early versions have an entry for each value."""
+    stored: Mapping[str, str] = file.metadata() or {}
+    return json.loads(stored[_ENTRY]) if _ENTRY in stored else stored
 
 
 def _checksum(packed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -87,13 +95,14 @@ def read_masks(path: Path) -> Masks:
     """Read a file of masks; raises `AptError` if the file is not one, or is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            if _SHAPES not in (file.metadata() or {}):
+            metadata = _metadata(file)
+            if _SHAPES not in metadata:
                 raise ValueError("it has tensors of another kind")
-            shapes = json.loads(file.metadata()[_SHAPES])
+            shapes = json.loads(metadata[_SHAPES])
             names = file.keys()
             if set(names) != set(shapes):
                 raise ValueError("its shapes and tensors have different names")
-            packed, metadata = {n: file.get_tensor(n) for n in names}, file.metadata()
+            packed = {name: file.get_tensor(name) for name in names}
             if metadata.get(_CHECKSUM) not in (None, _checksum(packed, metadata)):
                 raise ValueError("it was changed since it was written")
             return {name: _unpacked(packed[name], shapes[name]) for name in names}
@@ -107,7 +116,7 @@ def read_orders(path: Path) -> Orders:
     """The orders in a file of masks; raises `AptError` if they are damaged."""
     try:
         with safe_open(path, "pt") as file:
-            orders: Orders = json.loads((file.metadata() or {}).get(_ORDERS, "{}"))
+            orders: Orders = json.loads(_metadata(file).get(_ORDERS, "{}"))
         if not all(map(_is_permutation, orders.values())):
             raise ValueError("an order is no permutation")
     except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:

@@ -11,7 +11,7 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of, read_parameter, write_parameters
-from apt.compute import loses, unrounded
+from apt.compute import is_lossy, unrounded
 from apt.devices import is_accelerator
 from apt.errors import AptError
 from apt.layouts.pieces import Layout
@@ -95,7 +95,7 @@ class StoredBlocks:
 
     def unrounded(self, name: str, values: Tensor) -> Tensor:
         """The values of a parameter, the unchanged ones as stored; see `apt.compute.unrounded`."""
-        if not loses(self.stored_dtype(name), values.dtype):
+        if not is_lossy(self.stored_dtype(name), values.dtype):
             return values
         return unrounded(values, read_parameter(self._layout[name], values.shape, self._shards))
 

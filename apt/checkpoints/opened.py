@@ -8,6 +8,7 @@ from torch import nn
 
 from apt.adapter import Adapter
 from apt.checkpoints.formats import Checkpoint
+from apt.checkpoints.quantised import QuantisedCheckpoint
 from apt.compute import compute_dtype
 from apt.locations.model_source import Source
 from apt.plugin.specs import AdapterSpec
@@ -22,6 +23,8 @@ class Opened:
         spec, adapter: the adapter of its family.
         checkpoint: the reader and writer of its format; None for the format of transformers.
         compute: the compute dtype of a planned run; None for `dtype`.
+        quantised: the quantised checkpoint, if its tensors are expanded when they are read.
+        plain: the reader of a GGUF file whose weights, once read, are those of a plain model.
     """
 
     source: Source
@@ -31,6 +34,8 @@ class Opened:
     adapter: Adapter
     checkpoint: Checkpoint | None = None
     compute: torch.dtype | None = None
+    quantised: QuantisedCheckpoint | None = None
+    plain: QuantisedCheckpoint | None = None
 
     @property
     def dtype(self) -> torch.dtype:

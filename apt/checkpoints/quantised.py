@@ -61,25 +61,34 @@ class QuantisedCheckpoint(Protocol):
     Attributes:
         config: the configuration, as an object of transformers, without quantisation.
         tensors: all tensors of the model by the names that a plain checkpoint of transformers has.
-            Experts that the file stores as one stack have the name of the stack.
+            Experts that the file stores as one stack have the name, the shape and the order of
+            dimensions of the parameter of transformers, such as ``mlp.experts.gate_up_proj``, even
+            if the file has a stack for each of two joined weights.
         files: the files of the checkpoint.
     """
 
     config: Any
-    tensors: Mapping[str, ExpandedTensor]
     files: Sequence[Path]
+
+    @property
+    def tensors(self) -> Mapping[str, ExpandedTensor]:
+        """See above; a property, which may be computed on its first use."""
 
     def read(self, name: str) -> Tensor:
         """A tensor, expanded; raises `AptError` if its bytes are damaged."""
 
-    def check_sliceable(self, name: str) -> None:
-        """Raise `AptError` if the rows of a tensor cannot be cut out of the stored bytes."""
+    def check_slices(self, slices: Slices) -> None:
+        """Raise `AptError` if `write_sliced` would refuse a smaller model.
+
+        It is called before the work begins, with new values on the meta device: it reads none.
+        """
 
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model, whose tensors have the stored bytes of their sources.
 
         Tensors keep their order, their kinds of numbers and their alignment. All metadata stays,
-        but for what describes the number of blocks, of experts and of weights.
+        but for what describes the number of blocks, of experts and of weights. In a directory,
+        these are the weights and ``config.json``: the caller copies all other files.
 
         Args:
             target: the file, or the directory for a format of directories. It does not exist.

@@ -24,12 +24,20 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+_AT_ONCE = 2**22  # values
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
+_DTYPES_FP8 = {
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"
+}  # fmt: skip
+"""The floating-point dtypes of 8 bits, which quantised checkpoints have."""
+
+_DTYPES |= {n: dtype for n, t in _DTYPES_FP8.items() if (dtype := getattr(torch, t, None))}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Shards:
     Args:
         directory: a directory with a single file, or with several files and their index.
         single, index: the names of the single file and of the index.
+        fp8: True if tensors may have floating-point numbers of 8 bits.
 
     Raises:
         AptError: there is no single file and no index, or a file is damaged.
@@ -59,11 +68,13 @@ class Shards:
         about: the metadata of the index; empty without an index.
     """
 
-    def __init__(self, directory: Path, single: str = SINGLE, index: str = INDEX) -> None:
+    def __init__(
+        self, directory: Path, single: str = SINGLE, index: str = INDEX, *, fp8: bool = False
+    ) -> None:
         self.entries: dict[str, Entry] = {}
         self.files, self.about = _files(directory, single, index)
         for path in self.files:
-            for name, entry in read_header(path).items():
+            for name, entry in read_header(path, fp8=fp8).items():
                 if name in self.entries:
                     raise AptError(
                         f"{name} is in {self.entries[name].file.name} and in {path.name}"
@@ -81,21 +92,36 @@ class Shards:
     def read(self, name: str) -> Tensor:
         """Read a tensor into new memory."""
         entry = self.entries[name]
-        raw = torch.empty(entry.size, dtype=torch.uint8)
+        return self._read(name, 0, entry.size).view(entry.dtype).view(entry.shape)
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Read one slice of the first dimension of a tensor into new memory."""
+        entry = self.entries[name]
+        size = entry.size // entry.shape[0]
+        raw = self._read(name, index * size, size)
+        return raw.view(entry.dtype).view(entry.shape[1:])
+
+    def _read(self, name: str, start: int, size: int) -> Tensor:
+        """Some bytes of a tensor."""
+        entry = self.entries[name]
+        raw = torch.empty(size, dtype=torch.uint8)
         with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start)
+            file.seek(entry.start + start)
             view, position = _bytes(raw), 0
-            while position < entry.size:
+            while position < size:
                 count = file.readinto(view[position:])
                 if not count:
                     raise AptError(f"{entry.file} ends within {name}", "is it complete?")
                 position += count
-        return raw.view(entry.dtype).view(entry.shape)
+        return raw
 
     def read_finite(self, name: str) -> Tensor:
         """Read a tensor, and raise if a value is not finite."""
         tensor = self.read(name)
-        if not torch.isfinite(tensor).all():
+        parts = torch.split(
+            tensor.reshape(-1), _AT_ONCE
+        )  # `isfinite` needs a copy of what it checks
+        if not all(torch.isfinite(part).all() for part in parts):
             message = f"{name} in {self.entries[name].file} holds values that are not finite"
             raise AptError(message, "the checkpoint is damaged; get it again")
         return tensor
@@ -194,13 +220,36 @@ def check_files(directory: Path) -> None:
         indexed_files(directory / _PICKLED_INDEX)
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path, *, fp8: bool = False) -> dict[str, Entry]:
     """The tensors of a safetensors file.
+
+    Args:
+        fp8: True if tensors may have floating-point numbers of 8 bits.
 
     Raises:
         AptError: the header is not valid, a tensor ends outside the file, or tensors overlap or
             leave gaps, which safetensors does not allow either.
     """
+    header, base = _read_json(path)
+    length = path.stat().st_size
+    try:
+        header.pop("__metadata__", None)
+        _check_dtypes(path, header, fp8)
+        entries = {name: _entry(path, item, base, length) for name, item in header.items()}
+        _check_order(entries, base, length)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    return entries
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of a safetensors file; None if it has none."""
+    metadata = _read_json(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else None
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the position after it."""
     length = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(_POINTER))
@@ -213,19 +262,39 @@ def read_header(path: Path) -> dict[str, Entry]:
         raw = file.read(size)
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
-        _check_dtypes(path, header)
-        entries = {name: _entry(path, item, 8 + size, length) for name, item in header.items()}
-        _check_order(entries, 8 + size, length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not isinstance(header, dict):
+            raise TypeError("its header is not a mapping")
+    except (ValueError, TypeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
-    return entries
+    return header, 8 + size
 
 
-def _check_dtypes(path: Path, header: dict[str, Any]) -> None:
-    """Raise if a tensor has a floating-point dtype of 8 bits or fewer."""
+def write_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> bytes:
+    """The beginning of a safetensors file, up to the bytes of the tensors, which have this order.
+
+    Args:
+        tensors: the name, the dtype and the shape of each tensor.
+        metadata: the metadata of the file.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    start = 0
+    for name, dtype, shape in tensors:
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+        start = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # safetensors aligns the tensors so
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _check_dtypes(path: Path, header: dict[str, Any], fp8: bool) -> None:
+    """Raise if a tensor has a floating-point dtype of 8 bits or fewer that may not be there."""
     for name, item in header.items():
         dtype = item["dtype"]
+        if fp8 and dtype in _DTYPES_FP8 and dtype in _DTYPES:
+            continue
         if isinstance(dtype, str) and dtype.startswith(("F8", "F6_", "F4")):
             message = f"{name} in {path} is stored as {dtype}: the checkpoint is quantised"
             raise AptError(message, "prune the original, and quantise the result")

@@ -46,12 +46,12 @@ def shrunk(
             between blocks, or the configuration cannot express the smaller model.
     """
     blocks = adapter.blocks(model)
-    config = _smaller_config(adapter, model.config, blocks, removed, dropped)
+    config = smaller_config(adapter, model.config, blocks, removed, dropped)
     prefixes = tuple(f"{name}." for name, _ in blocks)
     state = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(prefixes)}
     kept = ((name, block) for name, block in blocks if name not in dropped)
     for (target, _), (name, block) in zip(blocks, kept, strict=False):
-        removals = _removals(adapter, model.config, block, removed.get(name, {}))
+        removals = removals_of(adapter, model.config, block, removed.get(name, {}))
         tensors = without(block.state_dict(), removals)
         state |= {f"{target}.{path}": tensor for path, tensor in tensors.items()}
     return _built(type(model), config, state, model)
@@ -68,7 +68,7 @@ def smaller_skeleton(model: Any, adapter: Adapter, plan: Plan) -> Any:
     """A plan's smaller model without weights; raises `AptError` if none is possible."""
     config = copy.deepcopy(model.config)
     empty: Any = skeleton_of_class(type(model), config, config)
-    removed = _last_groups(plan)
+    removed = last_groups(plan)
     return shrunk(empty, adapter, removed, plan.dropped)
 
 
@@ -140,8 +140,8 @@ def write_smaller(
         target: an empty directory.
     """
     blocks = skeleton.adapter.blocks(skeleton.module)
-    removed = _last_groups(plan)
-    config = _smaller_config(skeleton.adapter, skeleton.config, blocks, removed, plan.dropped)
+    removed = last_groups(plan)
+    config = smaller_config(skeleton.adapter, skeleton.config, blocks, removed, plan.dropped)
     copy_files(side_files(source), source, target)
     save_config(config, target)
     parts = _stored_parts(skeleton, plan, masked, layout, Shards(source))
@@ -165,7 +165,7 @@ def _stored_parts(
         tensors = {}
         with masked.open(planned.name) as block:
             removed = removed_groups(block, planned)
-            removals = _removals(skeleton.adapter, skeleton.config, block, removed)
+            removals = removals_of(skeleton.adapter, skeleton.config, block, removed)
             parameters = {
                 p: t for p, t in tensors_of(block).items() if f"{planned.name}.{p}" in layout
             }
@@ -176,11 +176,11 @@ def _stored_parts(
                     piece = _moved(stored, path, removals)
                     first = piece.part[0] if piece.part else 0
                     if not isinstance(first, int) or first < len(values):  # else a removed expert
-                        tensors[piece.key] = piece.given(values).contiguous()
+                        tensors[piece.key] = piece.to_stored(values).contiguous()
         yield tensors
 
 
-def _last_groups(plan: Plan) -> dict[str, Removed]:
+def last_groups(plan: Plan) -> dict[str, Removed]:
     """The last groups of each block, as many as a plan removes: only their number matters."""
     return {
         planned.name: {
@@ -190,12 +190,13 @@ def _last_groups(plan: Plan) -> dict[str, Removed]:
     }
 
 
-def _removals(adapter: Adapter, config: Any, block: nn.Module, removed: Removed) -> list[Removal]:
+def removals_of(adapter: Adapter, config: Any, block: nn.Module, removed: Removed) -> list[Removal]:
+    """The groups of a block that lose some, with the indices that are removed."""
     groups_of_kind = {groups.kind: groups for groups in adapter.groups(block, config)}
     return [(groups_of_kind[kind], indices) for kind, indices in removed.items()]
 
 
-def _smaller_config(
+def smaller_config(
     adapter: Adapter,
     config: Any,
     blocks: Sequence[tuple[str, nn.Module]],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apt.checkpoints.copies import OTHER_WEIGHTS, copy_files, copy_weights, side_files
+from apt.checkpoints.expanded import Expanded
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.former_names import save_tokenizer
 from apt.checkpoints.opened import Opened
@@ -34,8 +35,8 @@ def layout_of(skeleton: Opened, shards: Shards) -> Layout:
     layout, problems = dict[str, Sequence[Piece]](), dict[str, str]()
     state, conversions = skeleton.module.state_dict(), converted(skeleton.module, shards.shapes)
     for name, conversion in conversions.items():
-        if conversion.fault:
-            problems[name] = f": {conversion.fault}"
+        if conversion.problem:
+            problems[name] = f": {conversion.problem}"
         else:
             _check_stored(name, state[name], conversion, shards)
             layout[name] = conversion.pieces
@@ -93,8 +94,8 @@ def pruned_parameters(block: PlannedBlock) -> list[str]:
     for entry in block.disconnected:
         groups = entry.groups
         outputs = [part.path(group) for part in groups.outputs for group in range(groups.count)]
-        inside = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # all weights of experts
-        parts = [part.parameter for part in groups.parts if part.parameter.startswith(inside)]
+        prefixes = tuple(f"{path.rpartition('.')[0]}." for path in outputs)  # of experts
+        parts = [part.parameter for part in groups.parts if part.parameter.startswith(prefixes)]
         paths += parts if groups.routed and not groups.members else outputs
     return list(dict.fromkeys(paths))
 
@@ -105,7 +106,7 @@ def read_parameter(pieces: Sequence[Piece], shape: Sequence[int], shards: Shards
         return shards.read_finite(pieces[0].key)
     parameter = torch.empty(*shape, dtype=shards.entries[pieces[0].key].dtype)
     for piece in pieces:
-        parameter[piece.part] = piece.taken(shards.read_finite(piece.key))
+        parameter[piece.part] = piece.from_stored(shards.read_finite(piece.key))
     return parameter
 
 
@@ -115,7 +116,7 @@ def write_parameters(parameters: Iterable[tuple[Sequence[Piece], Tensor]], shard
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for pieces, parameter in parameters:
             for piece in pieces:
-                values = piece.given(parameter.detach())
+                values = piece.to_stored(parameter.detach())
                 if piece.of:  # the rest of the stored tensor stays
                     stored = shards.read(piece.key)
                     stored[piece.of] = values.to(stored)
@@ -160,7 +161,7 @@ class Stored:
         return all(
             torch.equal(
                 parameter[piece.part].cpu(),
-                piece.taken(self.shards.read(piece.key)).to(parameter.dtype),
+                piece.from_stored(self.shards.read(piece.key)).to(parameter.dtype),
             )
             for name in names
             for parameter in [model.get_parameter(name).data]
@@ -193,6 +194,9 @@ class Stored:
 
 def open_stored(skeleton: Opened) -> Stored:
     """The checkpoint; raises `AptError` if its tensors are not the parameters of the model."""
+    if skeleton.quantised is not None:
+        expanded = Expanded(skeleton.quantised)
+        return Stored(expanded.files[0].parent, expanded, layout_of(skeleton, expanded))
     if skeleton.checkpoint is not None or skeleton.source.gguf:
         message = "only checkpoints of transformers can be streamed"
         raise NotStoredError(message, "convert it first with apt-prune convert", ("stream",))

@@ -1,4 +1,4 @@
-"""The command line. No module of it imports torch before a subcommand runs."""
+"""The command line. It does not import torch before a subcommand runs."""
 
 import os
 import sys
@@ -34,8 +34,8 @@ app = typer.Typer(
     context_settings=HELP_OPTIONS,
 )
 
-_FLAGS = ("--debug", "--quiet", "-q", "--verbose", "-v")
-_WITH_VALUE = "--log-file"
+_GLOBAL_FLAGS = ("--debug", "--quiet", "-q", "--verbose", "-v")
+_LOG_FILE = "--log-file"
 
 
 def _version(show: bool) -> None:
@@ -88,40 +88,40 @@ def _run(arguments: list[str]) -> None:
         )
     arguments = _global_options_first(arguments)
     _quieten_libraries()
-    words = [word for word in arguments if word != "--debug"]
+    options = [word for word in arguments if word != "--debug"]
     try:
         _check_working_directory()
-        _check_text(words)
+        _check_text(options)
         with _json_output(arguments):
-            run_command(app, words, program())
+            run_command(app, options, program())
     except Exception as error:
-        shown = None if "--debug" in arguments else _shown(error)
-        if shown is None:
+        message = None if "--debug" in arguments else _user_error(error)
+        if message is None:
             raise
         from apt.options import flags_of
 
-        *lines, last = shown.faults
-        _fail(*lines, last + flags_of(shown.options))
+        *lines, last = message.faults
+        _fail(*lines, last + flags_of(message.options))
 
 
-def _shown(error: Exception) -> AptError | None:
-    """The lines for an error that the user can correct; None for a bug."""
+def _user_error(error: Exception) -> AptError | None:
+    """The error for the user, if the user can correct it; None for a bug."""
     if isinstance(error, AptError):
         return error
     return (user_error(error) if isinstance(error, OSError) else None) or resource_error(error)
 
 
-def _json_output(arguments: list[str]) -> AbstractContextManager[None]:
-    """With ``--json``, the streams have JSON only, from the first error on."""
+def _json_output(words: list[str]) -> AbstractContextManager[None]:
+    """With ``--json``, both streams contain JSON only, beginning with the first error."""
     from apt.cli.output import json_streams, print_events
 
-    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    print_events("--json" in options)
-    return json_streams() if "--json" in options else nullcontext()
+    command_words = words[: words.index("--")] if "--" in words else words
+    print_events("--json" in command_words)
+    return json_streams() if "--json" in command_words else nullcontext()
 
 
 def _check_working_directory() -> None:
-    """Raise if it has been deleted: torch would end the process without a traceback."""
+    """Raise if the working directory was deleted: torch would end without a traceback."""
     try:
         os.getcwd()
     except OSError as error:
@@ -134,28 +134,28 @@ def _check_text(words: list[str]) -> None:
         try:
             word.encode()
         except UnicodeEncodeError as error:
-            shown, encoding = ascii(word), sys.getfilesystemencoding()
+            escaped, encoding = ascii(word), sys.getfilesystemencoding()
             raise AptError(
-                f"{shown} is not text in the encoding of this environment ({encoding})",
+                f"{escaped} is not text in the encoding of this environment ({encoding})",
                 "set LC_ALL=C.UTF-8, or rename it",
             ) from error
 
 
 def _global_options_first(arguments: list[str]) -> list[str]:
-    """The arguments, with the options that every command takes in front of the command."""
-    first: list[str] = []
-    rest: list[str] = []
+    """The arguments, with the options of every command moved before the command."""
+    global_options: list[str] = []
+    others: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == "--":
-            return [*first, *rest, word, *words]
-        if word in _FLAGS or word.startswith(f"{_WITH_VALUE}="):
-            first.append(word)
-        elif word == _WITH_VALUE:
-            first += [word, *([value] if (value := next(words, None)) is not None else [])]
+            return [*global_options, *others, word, *words]
+        if word in _GLOBAL_FLAGS or word.startswith(f"{_LOG_FILE}="):
+            global_options.append(word)
+        elif word == _LOG_FILE:
+            global_options += [word, *([value] if (value := next(words, None)) is not None else [])]
         else:
-            rest.append(word)
-    return first + rest
+            others.append(word)
+    return global_options + others
 
 
 def _fail(*lines: str) -> None:
@@ -168,18 +168,18 @@ def _fail(*lines: str) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Suppress messages of other libraries; show each failure of a plugin in one line."""
+    """Suppress messages of other libraries, and show each failure of a plugin in one line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
-    for shown in ("plugin failed to load", "observer failed", ".* is now .*; the old name"):
-        warnings.filterwarnings("default", message=shown)  # each once
+    for pattern in ("plugin failed to load", "observer failed", ".* is now .*; the old name"):
+        warnings.filterwarnings("default", message=pattern)  # once for each text
     warnings.showwarning = _warn
 
 
-def _warn(message: Warning | str, *place: object, **more: object) -> None:
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
     from apt.cli.output import notice
 
     notice(f"{program()}: warning: {message}")

@@ -36,31 +36,31 @@ def _show(adapter: str, results: "list[Outcome]", *, as_json: bool) -> None:
         outcome.name: "not run" if outcome.kept_by else "failed" if outcome.problem else "ok"
         for outcome in results
     }
-    holding = list(states.values()).count("ok")
+    passed = list(states.values()).count("ok")
     if as_json:
         show_json(
             {
                 "adapter": adapter,
                 "checks": states,
                 "problems": fault_lines(results),
-                "holding": holding,
+                "holding": passed,
             }
         )
         return
-    made = table("check", "", "meaning")
+    check_table = table("check", "", "meaning")
     for outcome in results:
-        made.add_row(outcome.name, states[outcome.name], outcome.summary)
-    show(made)
+        check_table.add_row(outcome.name, states[outcome.name], outcome.summary)
+    show(check_table)
     for line in fault_lines(results):
         say(line)
-    say(f"{adapter}: {holding} of {len(results)} checks hold")
+    say(f"{adapter}: {passed} of {len(results)} checks hold")
 
 
 def _subject(adapter: str, model: str | None) -> "Subject":
     """The subject of the checks.
 
-    The warnings about plugins that do not load come after it: if there is none, its error names
-    these plugins, with more detail.
+    Warnings about plugins that do not load are printed once the subject is there. If it cannot be
+    made, the error names these plugins, with more detail.
     """
     from apt.cli.output import notice
     from apt.cli.streams import program
@@ -68,8 +68,8 @@ def _subject(adapter: str, model: str | None) -> "Subject":
     from apt.testing.example import subject
 
     with warnings.catch_warnings(record=True) as caught:
-        installed = registry()
-    made = subject(installed, adapter, model)
+        plugins = registry()
+    result = subject(plugins, adapter, model)
     for warning in caught:
         notice(f"{program()}: warning: {warning.message}")
-    return made
+    return result

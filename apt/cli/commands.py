@@ -1,7 +1,7 @@
-"""The group of all subcommands: its errors of usage and its interruptions are single lines.
+"""The group of all subcommands. An error of usage and an interruption are one line each.
 
-A subcommand is imported when it is called or when its help is shown. The list of all of them shows
-their summaries.
+A subcommand is imported when it is called or when its help is shown. The list of all subcommands
+shows their summaries.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from apt.plugin.commands import MACHINE, MODELS, OWN
 from apt.plugin.specs import CommandSpec
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-_REST = "Options"
+_OTHER_OPTIONS = "Options"
 # typer has a copy of click in new versions, and click itself in older ones.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -35,33 +35,36 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names of all subcommands, in the order of the help."""
-        return list(_listed())
+        return list(_command_specs())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A subcommand.
 
         Raises:
-            AptError: there is none of that name, or it cannot be imported.
+            AptError: there is no subcommand of this name, or it cannot be imported.
         """
-        own = {spec.name: spec for spec in OWN}
-        if cmd_name in own:
-            return _command(own[cmd_name])
-        if ctx is not None and ctx.resilient_parsing and cmd_name not in _listed():
+        builtin = {spec.name: spec for spec in OWN}
+        if cmd_name in builtin:
+            return _typer_command(builtin[cmd_name])
+        if ctx is not None and ctx.resilient_parsing and cmd_name not in _command_specs():
             return None  # an unfinished word, which a shell completes
-        return _of_plugin(cmd_name)
+        return _plugin_command(cmd_name)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the summaries of all subcommands."""
-        summaries = {name: spec.summary for name, spec in _listed().items()}
-        room = formatter.width - 6 - max(map(len, summaries))
+        summaries = {name: spec.summary for name, spec in _command_specs().items()}
+        width = formatter.width - 6 - max(map(len, summaries))
         with formatter.section("Commands"):
             formatter.write_dl(
-                [(name, shorten(text, room, placeholder="...")) for name, text in summaries.items()]
+                [
+                    (name, shorten(text, width, placeholder="..."))
+                    for name, text in summaries.items()
+                ]
             )
 
 
-def _listed() -> Mapping[str, CommandSpec]:
-    """All subcommands. If there is an error in the plugins, it is a warning."""
+def _command_specs() -> Mapping[str, CommandSpec]:
+    """The specs of all subcommands. An error in the plugins is a warning."""
     from apt.plugin.registry import listed_commands
 
     try:
@@ -73,28 +76,28 @@ def _listed() -> Mapping[str, CommandSpec]:
     return {spec.name: spec for spec in (*MODELS, *others, *MACHINE)}
 
 
-def _of_plugin(name: str) -> Any:
+def _plugin_command(name: str) -> Any:
     from apt.plugin.registry import listed_commands, registry
 
     commands = listed_commands()
-    if name not in commands.specs:  # a module that the list leaves out may have it
+    if name not in commands.specs:  # a module that is not in the list may have it
         commands = registry().commands
     spec = commands.get(name)
     try:
-        return _command(spec)
+        return _typer_command(spec)
     except AptError as error:
         distribution = commands.origins[spec.name].distribution
         raise AptError(f"{distribution}: {error.message}", error.hint) from error
 
 
-def _command(spec: CommandSpec) -> Any:
-    """The command of typer for a function of options, or for one whose parameters typer reads."""
+def _typer_command(spec: CommandSpec) -> Any:
+    """The command of typer for the function of a spec."""
     from apt.cli.from_options import command
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     with spec.loading():
-        act = command(spec.load())
-        app.command(spec.name, cls=GroupedHelp, context_settings=HELP_OPTIONS)(act)
+        function = command(spec.load())
+        app.command(spec.name, cls=GroupedHelp, context_settings=HELP_OPTIONS)(function)
         return typer.main.get_command(app)
 
 
@@ -110,11 +113,11 @@ class GroupedHelp(TyperCommand):
         for parameter in self.get_params(ctx):
             if (line := parameter.get_help_record(ctx)) is not None:
                 groups.setdefault(_group(parameter), []).append(line)
-        rest = groups.pop(_REST, [])
-        if len(rest) > 1 or len(groups) < 3:
+        others = groups.pop(_OTHER_OPTIONS, [])
+        if len(others) > 1 or len(groups) < 3:
             super().format_options(ctx, formatter)
             return
-        for name, lines in [*groups.items(), (_REST, rest)]:
+        for name, lines in [*groups.items(), (_OTHER_OPTIONS, others)]:
             if lines:
                 with formatter.section(name):
                     formatter.write_dl(lines)
@@ -123,7 +126,7 @@ class GroupedHelp(TyperCommand):
 def _group(parameter: Any) -> str:
     if isinstance(parameter, TyperArgument):
         return "Arguments"
-    return getattr(parameter, "rich_help_panel", None) or _REST
+    return getattr(parameter, "rich_help_panel", None) or _OTHER_OPTIONS
 
 
 def run(app: typer.Typer, arguments: list[str], program: str) -> None:

@@ -26,10 +26,10 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
     from apt.engine.machine import read_dtype
     from apt.engine.prepare import check_place
     from apt.output.report import carry_report
-    from apt.output.staging import whole_directory, write_errors
+    from apt.output.staging import staged_directory, write_errors
 
     check_place(run, source, (run.tokenizer,), notice)
-    skeleton = open_skeleton(source, registry())
+    skeleton = open_skeleton(source, registry(), expanded=source.gguf is None)
     try:
         tokenizer = load_tokenizer(source, run.tokenizer)
     except AptError as error:
@@ -39,7 +39,7 @@ def convert(run: ConvertRun, printing: PrintingOptions) -> None:
         tokenizer = None
     with Progress("converting"):
         loaded = load(skeleton, read_dtype(run.dtype))
-        with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
+        with staged_directory(run.output, run.overwrite) as work, write_errors(run.output):
             save_model(loaded.module, tokenizer, work.out)
             if not source.gguf:
                 keep_side_files(local_directory(loaded), work.out)

@@ -29,14 +29,16 @@ def export(run: ExportRun, printing: PrintingOptions) -> None:
     from apt.engine.export import export_model
 
     with Progress("exporting"):
-        done = export_model(run, registry(), notice)
+        exported = export_model(run, registry(), notice)
     if printing.as_json:
-        show_json({"output": str(run.output), **vars(done)})
+        show_json({"output": str(run.output), **vars(exported)})
         return
-    say(exported_line(run.output, done))
+    say(exported_line(run.output, exported))
 
 
-def exported_line(output: Path, done: "Exported") -> str:
+def exported_line(output: Path, exported: "Exported") -> str:
     """The size of an exported file, and its zeros."""
-    zeros = f"{done.kept:,} of {done.zeros:,} zeros kept" if done.zeros else "no zeros"
-    return f"{output}: {done.tensors} tensors, {done.type}, {done.size:,} bytes, {zeros}"
+    zeros = f"{exported.kept:,} of {exported.zeros:,} zeros kept" if exported.zeros else "no zeros"
+    return (
+        f"{output}: {exported.tensors} tensors, {exported.type}, {exported.size:,} bytes, {zeros}"
+    )

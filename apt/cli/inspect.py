@@ -14,7 +14,7 @@ def inspect(run: InspectRun, printing: PrintingOptions) -> None:
 
     from apt.cli.output import notice
     from apt.cli.plan import show_plan
-    from apt.engine.forecast import usual_forecast
+    from apt.engine.forecast import default_forecast
     from apt.plugin.registry import registry
 
-    show_plan(usual_forecast(run, source, registry(), notice), as_json=printing.as_json)
+    show_plan(default_forecast(run, source, registry(), notice), as_json=printing.as_json)

@@ -1,4 +1,4 @@
-"""``apt-prune doctor``, ``adapters``, ``methods`` and ``plugins``: what is installed."""
+"""``apt-prune doctor``, ``adapters``, ``methods`` and ``plugins``: the installed components."""
 
 from dataclasses import asdict
 from typing import Any
@@ -47,10 +47,10 @@ def doctor(testing: TestOptions, printing: PrintingOptions) -> None:
     else:
         for name, findings in sections.items():
             if findings:
-                made = table(name, "", "remedy")
+                finding_table = table(name, "", "remedy")
                 for finding in findings:
-                    made.add_row(finding.what, finding.state, finding.remedy)
-                show(made)
+                    finding_table.add_row(finding.what, finding.state, finding.remedy)
+                show(finding_table)
     if any(finding.broken for findings in sections.values() for finding in findings):
         raise typer.Exit(1)
 
@@ -67,10 +67,10 @@ def _test(device: str, *, as_json: bool) -> None:
     if as_json:
         show_json({"device": device, "tests": [asdict(test) for test in tests]})
     else:
-        made = table(f"test of {device}", "outcome", "", ">seconds")
+        test_table = table(f"test of {device}", "outcome", "", ">seconds")
         for test in tests:
-            made.add_row(test.what, test.outcome, test.detail, f"{test.seconds:.1f}")
-        show(made)
+            test_table.add_row(test.what, test.outcome, test.detail, f"{test.seconds:.1f}")
+        show(test_table)
     if any(test.outcome == "failed" for test in tests):
         raise typer.Exit(1)
 
@@ -98,11 +98,11 @@ def methods(printing: PrintingOptions) -> None:
     """
     hooks = ("methods", "patterns", "shrink_methods", "allocations", "recoveries")
     installed = listed(*(f"apt_{hook}" for hook in hooks))
-    removed = {
+    uses = {
         "columns": "shrink: groups", "groups": "shrink: groups", "experts": "shrink: experts",
         "blocks": "shrink: blocks",
     }  # fmt: skip
-    order = list(dict.fromkeys(removed.values()))
+    use_order = list(dict.fromkeys(uses.values()))
     defaults = {
         installed.default_method().name,
         AUTO,
@@ -112,18 +112,18 @@ def methods(printing: PrintingOptions) -> None:
     }
 
     def by_use(spec: Any) -> int:
-        return order.index(removed[spec.chooses])
+        return use_order.index(uses[spec.chooses])
 
     specs: list[tuple[str, Any, Any]] = (
         [("prune", spec, installed.methods) for spec in _ranked(installed.methods)]
         + [("prune: pattern", spec, installed.patterns) for spec in installed.pattern_kinds()]
         + [
-            (removed[spec.chooses], spec, installed.shrink_methods)
+            (uses[spec.chooses], spec, installed.shrink_methods)
             for spec in sorted(_ranked(installed.shrink_methods), key=by_use)
         ]
     )
-    shared = installed.allocations
-    specs += [("prune: allocation", spec, shared) for spec in shared.specs.values()]
+    allocations = installed.allocations
+    specs += [("prune: allocation", spec, allocations) for spec in allocations.specs.values()]
     specs += [
         ("recover", spec, installed.recoveries) for spec in installed.recoveries.specs.values()
     ]
@@ -141,7 +141,7 @@ def methods(printing: PrintingOptions) -> None:
 
 
 def _ranked(catalog: Any) -> list[Any]:
-    """The specs of a catalog, those of the highest rank first."""
+    """The specs of a catalog, from the highest rank to the lowest."""
     return sorted(catalog.specs.values(), key=lambda spec: -spec.rank)
 
 

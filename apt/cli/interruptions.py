@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import typer
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -31,13 +31,15 @@ def signals_as_exceptions() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TerminatedError(number)
 
-    usual = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
-    for number in usual:
+    default_signals = [
+        number for number in _TERMINATION_SIGNALS if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in default_signals:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in usual:
+        for number in default_signals:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -46,7 +48,7 @@ def interrupted(error: KeyboardInterrupt, state: str = "") -> typer.Exit:
 
     Args:
         error: the interruption.
-        state: what is left behind, or how to go on.
+        state: the state of the output, or how to continue.
     """
     from apt.cli.output import show_error
 

@@ -1,8 +1,9 @@
-"""Output of the subcommands: consoles, notices, tables, JSON."""
+"""Output of the subcommands: consoles, notices, tables, JSON, the log file."""
 
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -14,10 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from apt.cli.log_file import open_log
 from apt.cli.streams import printable, program
+from apt.errors import AptError
+from apt.files.writing import check_file
 from apt.locations.paths import expanded
 from apt.output.json_values import json_value
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
 
 
 class Level(IntEnum):
@@ -29,9 +34,9 @@ class Level(IntEnum):
 
 
 def is_first_rank() -> bool:
-    """True in the first of the processes that torchrun starts: only that one prints."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    return not several or os.environ.get("RANK", "0") == "0"
+    """True in the first process of ``torchrun``, the only process that prints."""
+    is_distributed = os.environ.get("WORLD_SIZE", "1") != "1"
+    return not is_distributed or os.environ.get("RANK", "0") == "0"
 
 
 def _console(*, stderr: bool = False, width: int | None = None) -> Console:
@@ -42,7 +47,7 @@ def _console(*, stderr: bool = False, width: int | None = None) -> Console:
 
 
 out, err = _console(), _console(stderr=True)
-_wide = _console(width=10_000)  # for tables in a file or for another program
+_wide_console = _console(width=10_000)  # for tables in a file or for another program
 log = logging.getLogger("apt.cli")
 log.propagate = False
 log.addHandler(logging.NullHandler())
@@ -51,7 +56,7 @@ _events = False
 
 
 def set_up(level: Level, log_file: Path | None) -> None:
-    """Choose the amount of output, and the log file that receives all of it.
+    """Choose the amount of output, and the log file for all of it.
 
     Raises:
         AptError: the file cannot be written, or is not a log.
@@ -67,21 +72,21 @@ def set_up(level: Level, log_file: Path | None) -> None:
     log.setLevel(logging.INFO)
 
 
-def print_events(wanted: bool) -> None:
+def print_events(enabled: bool) -> None:
     """Choose whether standard error gets events as lines of JSON (``--json``), or text."""
     global _events
-    _events = wanted
+    _events = enabled
 
 
 @contextmanager
 def json_streams() -> Iterator[None]:
-    """While entered, standard output has the results alone; what plugins print goes to error."""
-    out.file = _wide.file = sys.stdout
+    """While entered, standard output has results alone; plugins print to standard error."""
+    out.file = _wide_console.file = sys.stdout
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        out._file = _wide._file = None  # the standard output of the moment again
+        out._file = _wide_console._file = None  # rich uses the current standard output again
 
 
 def _line(line: str, event: str, fields: Mapping[str, Any]) -> str:
@@ -102,7 +107,7 @@ def notice(line: str, event: str = "notice", **fields: Any) -> None:
     Args:
         line: the text.
         event: the name of the event that takes the place of the text with ``--json``.
-        fields: its fields; none to give it the text.
+        fields: the fields of the event; by default the text.
     """
     log.info(line)
     if _level > Level.QUIET:
@@ -110,13 +115,13 @@ def notice(line: str, event: str = "notice", **fields: Any) -> None:
 
 
 def error_line(line: str) -> str:
-    """Log a line about an error, and return it as it is printed."""
+    """Log a line about an error, and return the line to print."""
     log.error(line)
     return _line(f"{program()}: {line}", "error", {"text": line})
 
 
 def show_error(line: str) -> None:
-    """Print a line about an error, at every level."""
+    """Print a line about an error, also with ``--quiet``."""
     err.print(error_line(line), markup=False)
 
 
@@ -152,21 +157,21 @@ def _literal(text: str) -> Text:
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table. Columns whose name starts with ``>`` are right-aligned."""
     heading = None if title is None else _literal(title)
-    made = _Table(
+    result = _Table(
         title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for column in columns:
         right = column.startswith(">")
-        made.add_column(_literal(column.lstrip(">")), justify="right" if right else "left")
-    return made
+        result.add_column(_literal(column.lstrip(">")), justify="right" if right else "left")
+    return result
 
 
-def show(made: Table) -> None:
-    """Print a table. Lines are not wrapped for a file or another program."""
+def show(content: Table) -> None:
+    """Print a table. Its lines are not wrapped if a file or another program reads them."""
     if out.is_terminal:
-        out.print(made, soft_wrap=False)
+        out.print(content, soft_wrap=False)
     else:
-        _wide.print(made)
+        _wide_console.print(content)
 
 
 def show_json(record: Any) -> None:
@@ -175,14 +180,14 @@ def show_json(record: Any) -> None:
 
 
 def show_rows(rows: Sequence[dict[str, str]], *, as_json: bool) -> None:
-    """Print rows that have the same keys, which are the table's columns; or as JSON."""
+    """Print rows with the same keys as a table, whose columns are the keys; or as JSON."""
     if as_json:
         show_json(rows)
         return
-    made = table(*(rows[0] if rows else ()))
+    row_table = table(*(rows[0] if rows else ()))
     for row in rows:
-        made.add_row(*row.values())
-    show(made)
+        row_table.add_row(*row.values())
+    show(row_table)
 
 
 def size(count: float) -> str:
@@ -203,3 +208,45 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+class _LineFormatter(logging.Formatter):
+    """One printable line for each message: a log is shown on terminals."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a message."""
+        return printable(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """A log file. If writing fails, an error is printed once, and the run continues without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print that the file cannot be written, and stop logging."""
+        error = sys.exc_info()[1]
+        logging.getLogger("apt.cli").removeHandler(self)
+        self.stream = None  # its buffer cannot be written when it is closed either
+        reason = getattr(error, "strerror", None) or error
+        message = f"{program()}: cannot write {self.baseFilename}: {reason}"
+        print(printable(message), file=sys.stderr)
+
+
+def open_log(path: Path) -> logging.Handler:
+    """A handler that appends to a new file, or to an earlier log.
+
+    Raises:
+        AptError: the file cannot be written, or is not a log of APT.
+    """
+    check_file(path, overwrite=True, options=("log_file",))
+    try:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb") as file:
+            beginning = file.read(64)
+    except OSError as error:
+        raise AptError(
+            f"cannot write {path}: {error.strerror}", "choose another file", ("log_file",)
+        ) from error
+    if beginning and not _LOG_LINE.match(beginning):
+        raise AptError(f"{path} is not a log of APT", "choose another file", ("log_file",))
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_LineFormatter(_LOG_FORMAT))
+    return handler

@@ -23,24 +23,24 @@ def pack(run: PackRun, printing: PrintingOptions) -> None:
     from apt.plugin.registry import registry
 
     with Progress("packing"):
-        done = pack_model(run, registry(), notice)
+        packed = pack_model(run, registry(), notice)
     if printing.as_json:
-        show_json({"output": str(run.output), **vars(done)})
+        show_json({"output": str(run.output), **vars(packed)})
     else:
-        say(packed_line(run.output, done))
+        say(packed_line(run.output, packed))
 
 
-def packed_line(output: Path, done: "Packed") -> str:
+def packed_line(output: Path, packed: "Packed") -> str:
     """The sizes of a packed model."""
-    share, error = f"{done.packed_bytes / done.dense_bytes:.1%}", ""
-    if done.bound_bytes not in (0, done.packed_bytes):  # 0 if all weights are zeros
-        above = done.packed_bytes / done.bound_bytes - 1
+    share, error = f"{packed.packed_bytes / packed.dense_bytes:.1%}", ""
+    if packed.bound_bytes not in (0, packed.packed_bytes):  # 0 if all weights are zeros
+        above = packed.packed_bytes / packed.bound_bytes - 1
         share += f"; {abs(above):.2%} {'above' if above > 0 else 'below'} the entropy"
-    if done.relative_error:
-        error = f"relative rounding error {done.relative_error:.2e}, "
+    if packed.relative_error:
+        error = f"relative rounding error {packed.relative_error:.2e}, "
     return (
-        f"{output}: {done.matrices} matrices, {done.packed_bytes:,} of {done.dense_bytes:,} bytes "
-        f"({share}), {done.total_bytes:,} bytes with the other "
+        f"{output}: {packed.matrices} matrices, {packed.packed_bytes:,} of "
+        f"{packed.dense_bytes:,} bytes ({share}), {packed.total_bytes:,} bytes with the other "
         f"tensors, {error}verified on disk"
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from apt.adapter import DecoderAdapter, Site
 from apt.cli.output import duration, say, show, show_json, size, table
-from apt.engine.costs import Planned
+from apt.engine.costs import PlannedRun
 from apt.engine.estimate import estimate
 from apt.options import Activations
 from apt.planning.plan import Plan
@@ -15,8 +15,8 @@ from apt.planning.plan import Plan
 _Row = tuple[Site, tuple[int, int], str]
 
 
-def show_plan(planned: Planned, *, as_json: bool) -> None:
-    """Print a plan with its need of memory and time."""
+def show_plan(planned: PlannedRun, *, as_json: bool) -> None:
+    """Print a plan, with the memory and time that it needs."""
     if as_json:
         show_json(_record(planned))
     else:
@@ -25,7 +25,7 @@ def show_plan(planned: Planned, *, as_json: bool) -> None:
         _show_needs(planned)
 
 
-def _record(planned: Planned) -> dict[str, Any]:
+def _record(planned: PlannedRun) -> dict[str, Any]:
     skeleton, needs = planned.skeleton, estimate(planned)
     return {
         "model": skeleton.source.reference,
@@ -37,13 +37,13 @@ def _record(planned: Planned) -> dict[str, Any]:
         "groups": _groups(planned),
         "sites": [
             {
-                "name": entry.name,
-                "shape": list(entry.shape),
-                "input": entry.site.input,
-                "residual": entry.site.residual,
-                "pattern": str(entry.pattern) if entry.pattern else None,
+                "name": site.name,
+                "shape": list(site.shape),
+                "input": site.site.input,
+                "residual": site.site.residual,
+                "pattern": str(site.pattern) if site.pattern else None,
             }
-            for entry in planned.plan.sites
+            for site in planned.plan.sites
         ],
         "samples": planned.samples,
         "seqlen": planned.options.seqlen,
@@ -53,7 +53,7 @@ def _record(planned: Planned) -> dict[str, Any]:
     }
 
 
-def _seconds(planned: Planned) -> dict[str, dict[str, float]]:
+def _seconds(planned: PlannedRun) -> dict[str, dict[str, float]]:
     """The seconds of each step, by effort."""
     if not planned.efforts:
         return {}
@@ -64,25 +64,25 @@ def _seconds(planned: Planned) -> dict[str, dict[str, float]]:
     }
 
 
-def _show_outline(planned: Planned) -> None:
+def _show_outline(planned: PlannedRun) -> None:
     skeleton, plan = planned.skeleton, planned.plan
     in_sites = sum(site.size for site in plan.sites)
     active = planned.active_parameters
-    some = f" ({active:,} for a token)" if active < planned.parameters else ""
+    active_part = f" ({active:,} for a token)" if active < planned.parameters else ""
     say(
         f"{skeleton.source.reference}: {type(skeleton.module).__name__}, adapter "
-        f"{skeleton.spec.name}, {planned.parameters:,} parameters{some}, {in_sites:,} of them in "
-        f"{len(plan.sites)} sites of {len(plan.blocks)} blocks; + marks outputs that are added to "
-        "the residual stream"
+        f"{skeleton.spec.name}, {planned.parameters:,} parameters{active_part}, {in_sites:,} of "
+        f"them in {len(plan.sites)} sites of {len(plan.blocks)} blocks; + marks outputs that are "
+        "added to the residual stream"
     )
     if groups := _groups(planned):
-        listed = ", ".join(f"{count} {kind}" for kind, count in groups.items())
-        say(f"groups in a block, for apt-prune shrink: {listed}")
+        counts = ", ".join(f"{count} {kind}" for kind, count in groups.items())
+        say(f"groups in a block, for apt-prune shrink: {counts}")
     for site, reason in _ungrouped(planned).items():
         say(f"no groups for apt-prune shrink: {site}, since {reason}")
 
 
-def _groups(planned: Planned) -> dict[str, int]:
+def _groups(planned: PlannedRun) -> dict[str, int]:
     """The number of groups of each kind in a block, which `apt-prune shrink` can remove."""
     adapter, module = planned.skeleton.adapter, planned.skeleton.module
     return {
@@ -92,8 +92,8 @@ def _groups(planned: Planned) -> dict[str, int]:
     }
 
 
-def _ungrouped(planned: Planned) -> dict[str, str]:
-    """The sites whose inputs are no groups, with the reasons that the adapter knows."""
+def _ungrouped(planned: PlannedRun) -> dict[str, str]:
+    """The sites whose inputs are no groups, with the reason from the adapter."""
     adapter, module = planned.skeleton.adapter, planned.skeleton.module
     if not isinstance(adapter, DecoderAdapter):
         return {}
@@ -105,8 +105,8 @@ def _ungrouped(planned: Planned) -> dict[str, str]:
 
 
 def _show_sites(plan: Plan) -> None:
-    """Print a table of sites, in which equal blocks share their lines."""
-    made = table("blocks", "site", ">out", ">in", "input", "pattern")
+    """Print a table of sites. Consecutive equal blocks share their lines."""
+    site_table = table("blocks", "site", ">out", ">in", "input", "pattern")
     names = [block.name for block in plan.blocks]
     site_rows = [
         [(s.site, s.shape, str(s.pattern or "dense")) for s in block.sites] for block in plan.blocks
@@ -116,16 +116,16 @@ def _show_sites(plan: Plan) -> None:
         label = names[indices[0]]
         if len(indices) > 1:
             label += f" … {names[indices[-1]].rpartition('.')[2]}"
-        for (kind, (rows_out, width), pattern), sites in _grouped(rows):
-            first, more = sites[0], f" × {len(sites)}" if len(sites) > 1 else ""
-            given = first.input if len(sites) == 1 else "each its own"
-            name = kind + "+" * first.residual + more
-            made.add_row(label, name, str(rows_out), str(width), given, pattern)
+        for (kind, (rows_out, width), pattern), sites in _group_rows(rows):
+            example, suffix = sites[0], f" × {len(sites)}" if len(sites) > 1 else ""
+            input_name = example.input if len(sites) == 1 else "each its own"
+            name = kind + "+" * example.residual + suffix
+            site_table.add_row(label, name, str(rows_out), str(width), input_name, pattern)
             label = ""
-    show(made)
+    show(site_table)
 
 
-def _grouped(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str], list[Site]]]:
+def _group_rows(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str], list[Site]]]:
     """Sites by kind, shape and pattern: the experts of a stack share a line."""
     groups: dict[tuple[str, tuple[int, int], str], list[Site]] = {}
     for site, shape, pattern in rows:
@@ -133,7 +133,7 @@ def _grouped(rows: list[_Row]) -> Iterable[tuple[tuple[str, tuple[int, int], str
     return groups.items()
 
 
-def _show_needs(planned: Planned) -> None:
+def _show_needs(planned: PlannedRun) -> None:
     needs = estimate(planned)
     disk = f", {size(needs.disk)} of disk" if planned.options.activations == "disk" else ""
     say(
@@ -145,36 +145,36 @@ def _show_needs(planned: Planned) -> None:
         f"{size(needs.predicting)}){disk}"
     )
     if planned.on:
-        say(f"{planned.on}: {_fit(planned, planned.machine.memory)}")
+        say(f"{planned.on}: {_memory_fit(planned, planned.machine.memory)}")
     if planned.efforts:
         machine = planned.machine
         times = (f"{e} {duration(planned.seconds(e, machine))}" for e in planned.efforts)
         where = f"on {planned.on or planned.device}"
-        doubt = "" if machine.measured else " (40 % of its maker's figures; not measured)"
-        say(f"time by effort, error-aware, {where}: about {', '.join(times)}{doubt}")
+        remark = "" if machine.measured else " (40 % of its maker's figures; not measured)"
+        say(f"time by effort, error-aware, {where}: about {', '.join(times)}{remark}")
 
 
-def _fit(planned: Planned, memory: int) -> str:
-    """The need of memory on an accelerator, and the options with which a run fits."""
-    needed = _on_device(planned)
-    said = f"{size(needed)} of its {size(memory)} of memory"
+def _memory_fit(planned: PlannedRun, memory: int) -> str:
+    """The memory needed on an accelerator, and flags with which a run fits."""
+    needed = _device_memory(planned)
+    need = f"{size(needed)} of its {size(memory)} of memory"
     if needed <= memory:
-        return said
-    options, tried = planned.options, "--stream --activations cpu --effort fast"
-    others: dict[str, tuple[bool, Activations, bool]] = {
+        return need
+    options, all_flags = planned.options, "--stream --activations cpu --effort fast"
+    alternatives: dict[str, tuple[bool, Activations, bool]] = {
         "--activations cpu": (options.stream, "cpu", True),
         "--stream": (True, options.activations, True),
-        "--stream --activations cpu": (True, "cpu", True), tried: (True, "cpu", False),
+        "--stream --activations cpu": (True, "cpu", True), all_flags: (True, "cpu", False),
     }  # fmt: skip
-    for flags, (streamed, activations, tuned) in others.items():
+    for flags, (streamed, activations, tuned) in alternatives.items():
         changed = replace(options, stream=streamed, activations=activations)
-        needed = _on_device(replace(planned, options=changed, tuned=tuned))
+        needed = _device_memory(replace(planned, options=changed, tuned=tuned))
         if needed <= memory:
-            return f"{said}; {size(needed)} with {flags}"
-    return f"{said}; even with {tried} {size(needed)}"
+            return f"{need}; {size(needed)} with {flags}"
+    return f"{need}; even with {all_flags} {size(needed)}"
 
 
-def _on_device(planned: Planned) -> int:
-    """The peak memory of the accelerator."""
-    kept: Activations = "memory" if planned.options.activations == "memory" else "disk"
-    return estimate(replace(planned, options=replace(planned.options, activations=kept))).on_device
+def _device_memory(planned: PlannedRun) -> int:
+    """The peak memory of the accelerator: it does not keep activations that are beside it."""
+    place: Activations = "memory" if planned.options.activations == "memory" else "disk"
+    return estimate(replace(planned, options=replace(planned.options, activations=place))).on_device

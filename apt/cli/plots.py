@@ -1,4 +1,4 @@
-"""The plots of the commands."""
+"""The plots of ``shrink --search`` and ``recover``."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,15 @@ def draw_candidates(
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axes, key, label in ((left, "cost", "share of the budget"), (right, "blocks", "blocks")):
         axes.plot(
-            [entry[key] for entry in candidates],
-            [entry["loss"] for entry in candidates],
+            [candidate[key] for candidate in candidates],
+            [candidate["loss"] for candidate in candidates],
             "o", color="tab:gray", markersize=4, label="candidates",
         )  # fmt: skip
-        front = sorted((e for e in candidates if e["front"]), key=lambda entry: entry["cost"])
+        front = [candidate for candidate in candidates if candidate["front"]]
+        front.sort(key=lambda candidate: candidate["cost"])
         axes.plot(
-            [entry[key] for entry in front],
-            [entry["loss"] for entry in front],
+            [candidate[key] for candidate in front],
+            [candidate["loss"] for candidate in front],
             "-o" if key == "cost" else "o", color="tab:blue", label="Pareto front",
         )  # fmt: skip
         axes.set_xlabel(label)
@@ -40,7 +41,7 @@ def draw_candidates(
 
 
 def draw_training(training: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> None:
-    """Draw the loss of each step of a recovery, and that on the samples held back.
+    """Draw the loss of each step of a recovery, and the loss on the samples held back.
 
     Args:
         training: the record of the training, in the report's ``recovery``.
@@ -75,8 +76,8 @@ def pyplot() -> Any:
 
 def write_figure(figure: Any, path: Path, *, overwrite: bool = False) -> None:
     """Write a figure into a .png, .svg or .pdf file, and close it."""
-    drawn = BytesIO()
+    content = BytesIO()
     figure.tight_layout()
-    figure.savefig(drawn, dpi=120, format=path.suffix.removeprefix("."))
+    figure.savefig(content, dpi=120, format=path.suffix.removeprefix("."))
     pyplot().close(figure)
-    write_file(expanded(path), drawn.getvalue(), overwrite=overwrite)
+    write_file(expanded(path), content.getvalue(), overwrite=overwrite)

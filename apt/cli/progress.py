@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from apt.planning.plan import Plan
 
 _BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 24  # of the curve in the display
+_CURVE_WIDTH = 24  # of the curve in the display
 
 
 class Progress:
@@ -38,11 +38,11 @@ class Progress:
 
     Args:
         text: the first step.
-        notices: lines to print after the first step, which reads text and may fail.
+        notices: lines to print after the first step; an error of that step comes without them.
 
     Attributes:
         done: the amount of counted work that is done.
-        total: the amount of all counted work; 0 if there is none, or if it is not known yet.
+        total: the amount of all counted work; 0 if there is none, or before it is known.
     """
 
     def __init__(self, text: str = "", notices: list[str] | None = None) -> None:
@@ -74,7 +74,7 @@ class Progress:
         self._display.stop()
 
     def status(self, text: str) -> None:
-        """Show a step outside the counted work."""
+        """Show a step that is not counted work."""
         self._steps += 1
         if self._steps > 1:
             self.print_notices()
@@ -102,17 +102,17 @@ class Progress:
         return time.perf_counter(), self.done
 
     def begin(self, origin: tuple[float, int] | None = None) -> None:
-        """Count the time left from an earlier `now`, or from the present one, the first time."""
+        """Start the estimate of the time left, at an earlier `now` or at present; once."""
         self._origin = self._origin or origin or self.now()
 
     @property
     def seconds_left(self) -> float | None:
-        """The time that the rest of the work takes; None if nothing has been done since `begin`."""
-        started, restored = self._origin or (0.0, self.done)
-        if not restored < self.done < self.total:
+        """The estimated time of the remaining work; None if nothing was done since `begin`."""
+        started, done_before = self._origin or (0.0, self.done)
+        if not done_before < self.done < self.total:
             return None
-        each = (time.perf_counter() - started) / (self.done - restored)
-        return each * (self.total - self.done)
+        seconds_per_unit = (time.perf_counter() - started) / (self.done - done_before)
+        return seconds_per_unit * (self.total - self.done)
 
     @property
     def left(self) -> str:
@@ -122,7 +122,7 @@ class Progress:
 
 
 class TrainingProgress(Progress):
-    """Step, losses, their curve and the time left; without a display, a line per measured loss."""
+    """Step, losses, a curve and the time left; without a display, a line per measured loss."""
 
     def __init__(self, notices: list[str]) -> None:
         super().__init__(notices=notices)
@@ -137,7 +137,7 @@ class TrainingProgress(Progress):
             step = f"step {event.step}/{event.steps}  loss {event.loss:.3f}"
             self.show(f"{step}  {curve(self._losses)}")
         elif isinstance(event, HeldBack):
-            if not self._losses:  # what came before has another unit
+            if not self._losses:  # the work before the training is counted in another unit
                 self._origin = None
             self._losses.append(event.loss)
             parts = [f"step {event.step}", f"loss on held-back samples {event.loss:.4f}", self.left]
@@ -146,18 +146,18 @@ class TrainingProgress(Progress):
 
 def curve(losses: Sequence[float]) -> str:
     """A line of bars for the last losses, the highest loss as a full bar."""
-    shown = [loss for loss in losses if math.isfinite(loss)][-_WIDTH:]
-    if not shown:
+    finite = [loss for loss in losses if math.isfinite(loss)][-_CURVE_WIDTH:]
+    if not finite:
         return ""
-    low, high = min(shown), max(shown)
+    low, high = min(finite), max(finite)
     span = (high - low) or 1.0
-    return "".join(_BARS[round((loss - low) / span * (len(_BARS) - 1))] for loss in shown)
+    return "".join(_BARS[round((loss - low) / span * (len(_BARS) - 1))] for loss in finite)
 
 
 class PruningProgress(TrainingProgress):
     """Block, site, relative layer error and the time left; without a display, a line per block.
 
-    A training that follows is shown as `TrainingProgress` does.
+    A training after the pruning is shown as by `TrainingProgress`.
 
     Args:
         plan: the plan of the run.
@@ -184,26 +184,26 @@ class PruningProgress(TrainingProgress):
             self._number, self._blocks, self._began = event.index + 1, event.blocks, self.now()
             self.show(self._block)
         elif isinstance(event, Working):
-            if event.doing == "solving":  # blocks of an earlier run take almost no time
+            if event.doing == "solving":  # the kept blocks of a resumed run take almost no time
                 self.begin(self._began)
             self.show(f"{self._block}  {event.doing}")
         elif isinstance(event, BlockTuned):
             text = f"tuned  error {event.before:.4f} → {event.after:.4f}"
-            self._detail(f"{self._block}  {text}", f"{event.name}  {text}", "tuned", event)
+            self._show_detail(f"{self._block}  {text}", f"{event.name}  {text}", "tuned", event)
         elif isinstance(event, ExpertsRemoved):
             text = f"without experts {', '.join(map(str, event.experts))}"
-            self._detail(f"{self._block}  experts", f"{event.name}  {text}", "experts", event)
+            self._show_detail(f"{self._block}  experts", f"{event.name}  {text}", "experts", event)
         elif isinstance(event, SitePruned):
             self.done += event.size
             self._errors.append(event.relative_error)
             error = f"error {event.relative_error:.4f}"
             line = f"{event.name}  {error}  {duration(event.seconds)}"
-            self._detail(f"{self._block}  {event.kind}  {error}", line, "site", event)
+            self._show_detail(f"{self._block}  {event.kind}  {error}", line, "site", event)
         else:
             super().observe(event)
 
-    def _detail(self, shown: str, line: str, name: str, event: Any) -> None:
-        self.show(shown)
+    def _show_detail(self, status: str, line: str, name: str, event: Any) -> None:
+        self.show(status)
         show_detail(line, name, **asdict(event))
 
     def _end_block(self) -> None:

@@ -10,11 +10,11 @@ def prune(
 
     For example: apt-prune prune --adapter llama
     """
-    from apt.cli.opening import opened
+    from apt.cli.opening import run_request
 
-    named, notices = opened(run)
+    request, notices = run_request(run)
 
     from apt.cli.pruning import PruningWatcher
 
-    watcher = PruningWatcher(named, config, notices, as_json=printing.as_json)
-    watcher.perform(named, dry_run=plan.dry_run)
+    watcher = PruningWatcher(request, config, notices, as_json=printing.as_json)
+    watcher.perform(request, dry_run=plan.dry_run)

@@ -1,4 +1,4 @@
-"""``apt-prune prune`` and ``shrink`` as they are printed."""
+"""The output of ``apt-prune prune`` and ``shrink``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from apt.cli.plan import show_plan
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.running import CommandWatcher
 from apt.cli.summary import first_not_finite, show_report
-from apt.engine.costs import Planned
+from apt.engine.costs import PlannedRun
 from apt.engine.prune_task import PruneTask
 from apt.engine.run import Work
 from apt.engine.task import Task
@@ -20,10 +20,10 @@ from apt.output.staging import resumable
 
 
 class PruningWatcher(CommandWatcher):
-    """Prints a pruning, or its plan."""
+    """Prints the progress and the summary of a pruning, or its plan."""
 
     def progress(self, task: Task) -> Progress:
-        """The display of the work."""
+        """The display of the pruning."""
         assert isinstance(task, PruneTask)
         return PruningProgress(task.job.plan, self.notices)
 
@@ -40,7 +40,7 @@ class PruningWatcher(CommandWatcher):
                 error.add_note(_origins(task))
             raise
 
-    def planned(self, planned: Planned) -> None:
+    def planned(self, planned: PlannedRun) -> None:
         """Print the plan of a dry run."""
         for line in self.notices:
             notice(line)
@@ -50,21 +50,21 @@ class PruningWatcher(CommandWatcher):
         """Print the summary.
 
         Raises:
-            typer.Exit: a measure is not a finite number.
+            typer.Exit: a metric is not a finite number.
         """
         assert isinstance(task, PruneTask)
         show_report(report, task, as_json=self.as_json)
-        if wrong := first_not_finite(report.scores, self.options.metrics):
-            show_error(f"the {wrong} is not a finite number: the model's outputs are not")
+        if metric := first_not_finite(report.scores, self.options.metrics):
+            show_error(f"the {metric} is not a finite number: the model's outputs are not")
             raise typer.Exit(1)
         self.report = report
 
 
 def _origins(task: PruneTask) -> str:
     """A note for a traceback: the packages of the method and the adapter of a run."""
-    method, adapter, known = task.method.name, task.skeleton.spec.name, task.registry
-    methods = known.methods if task.job.structure is None else known.shrink_methods
-    origins = methods.origins[method], known.adapters.origins[adapter]
+    method, adapter, registry = task.method.name, task.skeleton.spec.name, task.registry
+    methods = registry.methods if task.job.structure is None else registry.shrink_methods
+    origins = methods.origins[method], registry.adapters.origins[adapter]
     note = f"method {method} comes from {origins[0].distribution}, adapter {adapter} from "
     note += origins[1].distribution
     if task.stream and resumable(task.options.directory):

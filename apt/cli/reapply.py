@@ -8,9 +8,9 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
 
     For example: apt-prune reapply ./pruned ./fine-tuned --output ./sparse
     """
-    from apt.cli.opening import opened
+    from apt.cli.opening import run_request
 
-    named, _ = opened(run)
+    request, _ = run_request(run)
 
     from apt.cli.output import notice, say, show_json
     from apt.cli.progress import Progress
@@ -18,17 +18,17 @@ def reapply(run: ReapplyRun, printing: PrintingOptions) -> None:
     from apt.engine.run import Watcher, drive
 
     with Progress("reapplying the masks"):
-        report = drive(named, Watcher(notice=notice), Ranks())
+        report = drive(request, Watcher(notice=notice), Ranks())
     assert report is not None
-    done = report.reapplied
+    record = report.reapplied
     if printing.as_json:
         names = ("weights", "share", "sparsity", "parameters", "permuted")
-        show_json({"output": str(run.output), **{name: done[name] for name in names}})
+        show_json({"output": str(run.output), **{name: record[name] for name in names}})
         return
-    if done["permuted"]:
+    if record["permuted"]:
         say("the channels and values of MODEL now have the order of the pruned model")
     say(
-        f"{run.output}: {done['weights']:,} weights set to zero again ({done['share']:.2%} of the "
-        f"sum of squares); {done['sparsity']:.2%} zeros in {done['parameters']} matrices, verified "
-        "on disk"
+        f"{run.output}: {record['weights']:,} weights set to zero again ({record['share']:.2%} of "
+        f"the sum of squares); {record['sparsity']:.2%} zeros in {record['parameters']} matrices, "
+        "verified on disk"
     )

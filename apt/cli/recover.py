@@ -19,13 +19,13 @@ def recover(
 
     For example: apt-prune recover ./pruned --minutes 30 --output ./recovered
     """
-    from apt.cli.opening import check_plot, opened
+    from apt.cli.opening import check_plot, run_request
 
     inputs = (run.model, run.calibration, run.evaluation, run.dense)
     check_plot(picture.plot, *inputs, overwrite=run.overwrite)
-    named, notices = opened(run)
+    request, notices = run_request(run)
 
     from apt.cli.recovering import RecoveryWatcher
 
-    watcher = RecoveryWatcher(named, config, notices, picture.plot, as_json=printing.as_json)
-    watcher.perform(named)
+    watcher = RecoveryWatcher(request, config, notices, picture.plot, as_json=printing.as_json)
+    watcher.perform(request)

@@ -1,4 +1,4 @@
-"""``apt-prune recover`` as it is printed."""
+"""The output of ``apt-prune recover``."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from apt.cli.output import duration, say, show_error, show_json
 from apt.cli.progress import Progress, TrainingProgress
 from apt.cli.running import CommandWatcher
 from apt.cli.summary import training_line
-from apt.engine.opening import Named
+from apt.engine.opening import RunRequest
 from apt.engine.recover_task import RecoverTask
 from apt.engine.task import Task
 from apt.options import ConfigOptions
@@ -17,7 +17,7 @@ from apt.output.report import Report
 
 
 class RecoveryWatcher(CommandWatcher):
-    """Prints a training.
+    """Prints the progress and the summary of a training.
 
     Args:
         named, config, notices, as_json: see `CommandWatcher`.
@@ -26,23 +26,23 @@ class RecoveryWatcher(CommandWatcher):
 
     def __init__(
         self,
-        named: Named[Any],
+        request: RunRequest[Any],
         config: ConfigOptions,
         notices: list[str],
         plot: Path | None,
         *,
         as_json: bool,
     ) -> None:
-        super().__init__(named, config, notices, as_json=as_json)
+        super().__init__(request, config, notices, as_json=as_json)
         self._plot = plot
 
-    def perform(self, named: Named[Any], *, dry_run: bool = False) -> None:
+    def perform(self, request: RunRequest[Any], *, dry_run: bool = False) -> None:
         """Do the run.
 
         Raises:
             typer.Exit: the training diverged.
         """
-        super().perform(named, dry_run=dry_run)
+        super().perform(request, dry_run=dry_run)
         training = self.report.recovery["training"] if self.report else {"diverged": None}
         if training["diverged"] is not None:
             show_error(
@@ -52,7 +52,7 @@ class RecoveryWatcher(CommandWatcher):
             raise typer.Exit(2)
 
     def progress(self, task: Task) -> Progress:
-        """The display of the work."""
+        """The display of the training."""
         return TrainingProgress(self.notices)
 
     def written(self, task: Task, report: Report) -> None:

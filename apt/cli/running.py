@@ -1,4 +1,4 @@
-"""A run as a command prints it: notices, progress, interruptions and the lines about copies."""
+"""The output of the commands that start a run: notices, progress, interruptions, other forms."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.copies import REPORT
 from apt.checkpoints.exporting import Exported
 from apt.cli.export import exported_line
 from apt.cli.interruptions import interrupted
@@ -14,13 +13,13 @@ from apt.cli.output import notice, say, show_json
 from apt.cli.packing import packed_line
 from apt.cli.progress import Progress
 from apt.distributed.launch import joined
-from apt.engine.opening import Named
+from apt.engine.opening import RunRequest
 from apt.engine.prepare import input_paths
 from apt.engine.prune_task import PruneTask
 from apt.engine.run import Watcher, Work, drive
 from apt.engine.task import Task
 from apt.options import ConfigOptions, write_options
-from apt.output.report import Report
+from apt.output.report import Report, report_of
 from apt.output.staging import resumable
 from apt.packing.directory import Packed
 
@@ -29,26 +28,26 @@ class CommandWatcher(Watcher):
     """Prints a run of a command.
 
     Args:
-        named: the options of the run, with names.
+        named: the options of the run, with all names filled in.
         config: the file of options to write.
-        notices: lines about defaults. They and further ones are printed once the run has begun,
-            since most errors come before.
-        as_json: print a JSON object if the output was complete already.
+        notices: lines about defaults. They and further lines are printed when the run has begun,
+            because most errors come before.
+        as_json: True to print JSON.
     """
 
     def __init__(
-        self, named: Named[Any], config: ConfigOptions, notices: list[str], *, as_json: bool
+        self, request: RunRequest[Any], config: ConfigOptions, notices: list[str], *, as_json: bool
     ) -> None:
         super().__init__(self._observe, self._status, self._notice)
-        self.options, self.notices, self.as_json = named.options, notices, as_json
+        self.options, self.notices, self.as_json = request.options, notices, as_json
         self.report: Report | None = None
         self._config, self._begun = config, False
         self._display: Progress
 
-    def perform(self, named: Named[Any], *, dry_run: bool = False) -> None:
-        """Do the run, together with the other processes of ``torchrun``."""
+    def perform(self, request: RunRequest[Any], *, dry_run: bool = False) -> None:
+        """Do the run, with the other processes of ``torchrun`` if there are some."""
         with joined(self.options.device) as ranks:
-            drive(named, self, ranks, dry_run=dry_run)
+            drive(request, self, ranks, dry_run=dry_run)
 
     def progress(self, task: Task) -> Progress:
         """The display of the work."""
@@ -66,22 +65,22 @@ class CommandWatcher(Watcher):
 
     @contextmanager
     def during(self, work: Work, task: Task) -> Iterator[None]:
-        """Show the progress; an interruption of the main work says what is left of it."""
+        """Show the progress. An interruption of the main work prints the state of the output."""
         self._begun = work != "checking"
         if work != "running":
             self._display = Progress(work)
             with self._display:
                 yield
             return
-        earlier, self._display = _written(self.options.output), self.progress(task)
+        time_before, self._display = _report_time(self.options.output), self.progress(task)
         try:
             with self._display:
                 yield
         except KeyboardInterrupt as error:
-            raise interrupted(error, _after_interruption(task, earlier)) from None
+            raise interrupted(error, _after_interruption(task, time_before)) from None
 
     def complete(self, task: Task) -> None:
-        """Say that an earlier run has completed the output."""
+        """Print that an earlier run has completed the output."""
         output = str(self.options.output)
         if self.as_json:
             show_json({"output": output, "complete": True})
@@ -106,19 +105,23 @@ class CommandWatcher(Watcher):
         notice(line) if self._begun else self.notices.append(line)
 
 
-def _written(output: Path) -> int | None:
-    """The time at which the report of an output was written; None if there is none."""
-    report = output / REPORT
+def _report_time(output: Path) -> int | None:
+    """The time of the last change of the report of an output; None if there is no report."""
+    report = report_of(output)
     return report.stat().st_mtime_ns if report.is_file() else None
 
 
-def _after_interruption(task: Task, earlier: int | None) -> str:
-    """The state of the output after an interruption; ``earlier`` is `_written` before the run."""
+def _after_interruption(task: Task, time_before: int | None) -> str:
+    """The state of the output after an interruption.
+
+    Args:
+        time_before: the `_report_time` of the output before the run.
+    """
     output = task.options.output
     if (task.stream or task.resumable) and resumable(output):
         return "to continue, give the same command with --resume"
     structure = task.job.structure if isinstance(task, PruneTask) else None
     if structure is not None and structure.journal.lines:
         return "the same command continues the search"
-    complete = _written(output) not in (None, earlier)
+    complete = _report_time(output) not in (None, time_before)
     return f"{output} is complete" if complete else "nothing was written"

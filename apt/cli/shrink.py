@@ -33,17 +33,17 @@ def shrink(
     Channels, heads, states or whole blocks are removed, and the weights that are left compensate.
     For example: apt-prune shrink --adapter llama --keep 0.75
     """
-    from apt.cli.opening import check_plot, opened
+    from apt.cli.opening import check_plot, run_request
 
     if picture.plot is not None and run.mode != "search":
         raise AptError("plot draws the candidates of a search", "search for a size", ("mode",))
     check_plot(picture.plot, run.model, run.calibration, run.evaluation, overwrite=run.overwrite)
-    named, notices = opened(run)
+    request, notices = run_request(run)
 
     from apt.cli.pruning import PruningWatcher
 
-    watcher = PruningWatcher(named, config, notices, as_json=printing.as_json)
-    watcher.perform(named, dry_run=plan.dry_run)
+    watcher = PruningWatcher(request, config, notices, as_json=printing.as_json)
+    watcher.perform(request, dry_run=plan.dry_run)
     if picture.plot is not None and watcher.report is not None:
         from apt.cli.plots import draw_candidates
 

@@ -1,4 +1,4 @@
-"""Standard output and error that accept any text and report a failure in one line."""
+"""Standard output and error that accept any text. A write error is one line."""
 
 import codecs
 import errno
@@ -15,14 +15,14 @@ _PLAIN = {"→": "->", "×": "x", "–": "-", "—": "-", "−": "-", "…": "..
           "‘": "'", "’": "'", "“": '"', "”": '"'}  # fmt: skip
 
 
-# The control characters, and those that reorder or break a line: a name that has them can clear the
-# screen, hide text or write lines of its own.
+# Control characters, and characters that reorder or break a line. A name with such characters can
+# clear the screen, hide text or write further lines.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """A line as it may be printed: names and messages of others have no effect on the terminal."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    """A line without control characters: names in it have no effect on the terminal."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def program() -> str:
@@ -34,7 +34,7 @@ class LostOutput(Exception):
     """Standard output cannot be written to.
 
     Args:
-        error: the error of the system.
+        error: the write error.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -43,7 +43,7 @@ class LostOutput(Exception):
 
 
 class _GuardedStream:
-    """A stream whose write errors are passed to ``fault``."""
+    """A stream whose write errors are passed to `handle`."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -56,7 +56,7 @@ class _GuardedStream:
         try:
             return int(self._stream.write(text))
         except OSError as error:
-            self.fault(error)
+            self.handle(error)
             return len(text)
 
     def flush(self) -> None:
@@ -64,21 +64,21 @@ class _GuardedStream:
         try:
             self._stream.flush()
         except OSError as error:
-            self.fault(error)
+            self.handle(error)
 
-    def fault(self, error: OSError) -> None:
+    def handle(self, error: OSError) -> None:
         """Handle a write error."""
         raise NotImplementedError
 
     def silence(self) -> None:
         """Discard the buffered text and all further text."""
         with suppress(OSError, ValueError, AttributeError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
 
 
-class _Closed(io.TextIOBase):
+class _ClosedStream(io.TextIOBase):
     """A stream that the parent process has closed."""
 
     def write(self, text: str) -> int:
@@ -90,13 +90,13 @@ class _Closed(io.TextIOBase):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
-class _Output(_GuardedStream):
-    def fault(self, error: OSError) -> None:
+class _GuardedOutput(_GuardedStream):
+    def handle(self, error: OSError) -> None:
         raise LostOutput(error)
 
 
-class _Messages(_GuardedStream):
-    def fault(self, error: OSError) -> None:
+class _GuardedMessages(_GuardedStream):
+    def handle(self, error: OSError) -> None:
         self.silence()  # the run goes on without messages
 
 
@@ -107,7 +107,7 @@ def guarded() -> Iterator[None]:
     If the reader of standard output has gone, the program ends without a message.
     """
     before = sys.stdout, sys.stderr
-    out, messages = _Output(_usable(sys.stdout)), _Messages(_usable(sys.stderr))
+    out, messages = _GuardedOutput(_usable(sys.stdout)), _GuardedMessages(_usable(sys.stderr))
     sys.stdout, sys.stderr = out, messages
     try:
         try:
@@ -132,19 +132,19 @@ def _exit(lost: LostOutput) -> NoReturn:
 def _usable(stream: Any) -> Any:
     """An open stream that can write every character."""
     if stream is None:
-        return _Closed()
+        return _ClosedStream()
     with suppress(AttributeError, ValueError, OSError):
-        stream.reconfigure(errors=_in_ascii.__name__)
+        stream.reconfigure(errors=_replace_by_ascii.__name__)
     return stream
 
 
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+def _replace_by_ascii(error: UnicodeError) -> tuple[str, int]:
     """An error handler of `codecs`: replace characters that an encoding lacks by ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end]
-    ascii_text = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
+    missing = error.object[error.start : error.end]
+    ascii_text = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing)
     return "".join(ascii_text), error.end
 
 
-codecs.register_error(_in_ascii.__name__, _in_ascii)
+codecs.register_error(_replace_by_ascii.__name__, _replace_by_ascii)

@@ -12,7 +12,7 @@ from apt.engine.prune_task import PruneTask
 from apt.options import PruneRun
 from apt.output.report import Report, by_kind, peak_memory
 
-_BEST = 10  # candidates in the table, beside those of the Pareto front
+_MAX_CANDIDATES = 10  # candidates in the table, beside the Pareto front
 
 
 def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
@@ -52,7 +52,7 @@ def _sparsity_line(report: Report, task: PruneTask) -> str:
 
 
 def training_line(training: Mapping[str, Any]) -> str:
-    """The losses of a training in words, see `apt.recovery.record.Training`."""
+    """A sentence with the losses of a training, see `apt.recovery.record.Training`."""
     losses = dict(training["held_back"])
     stopped = f" ({training['stopped']})" if training["stopped"] else ""
     best, steps = training["best"], training["steps"]
@@ -63,12 +63,12 @@ def training_line(training: Mapping[str, Any]) -> str:
 
 
 def structure_line(structure: Mapping[str, Any]) -> str:
-    """The size of a smaller model in words."""
+    """A sentence with the size of a smaller model."""
     blocks, groups = structure["blocks"], structure["groups"]
     parts = [f"{blocks['kept']} of {blocks['of']} blocks"] + [
-        f"{entry['kept']} of {entry['of']} {kind}"
-        for kind, entry in groups.items()
-        if entry["kept"] < entry["of"]
+        f"{group['kept']} of {group['of']} {kind}"
+        for kind, group in groups.items()
+        if group["kept"] < group["of"]
     ]
     return f"{structure['share']:.2%} of the blocks' parameters ({', '.join(parts)})"
 
@@ -77,24 +77,30 @@ def _show_candidates(candidates: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of the candidates; a star marks the Pareto front of budget and loss."""
     if not candidates:
         return
-    best = [entry for place, entry in enumerate(candidates) if place < _BEST or entry["front"]]
-    made = table(">loss", ">parameters", ">budget", ">blocks", "groups", "dropped blocks", "front")
-    for entry in best:
-        groups = ", ".join(f"{count} {kind}" for kind, count in entry["groups"].items())
-        made.add_row(
-            f"{entry['loss']:.4f}",
-            f"{entry['share']:.2%}",
-            f"{entry['cost']:.2%}",
-            str(entry["blocks"]),
+    rows = [
+        candidate
+        for place, candidate in enumerate(candidates)
+        if place < _MAX_CANDIDATES or candidate["front"]
+    ]
+    candidate_table = table(
+        ">loss", ">parameters", ">budget", ">blocks", "groups", "dropped blocks", "front"
+    )
+    for candidate in rows:
+        groups = ", ".join(f"{count} {kind}" for kind, count in candidate["groups"].items())
+        candidate_table.add_row(
+            f"{candidate['loss']:.4f}",
+            f"{candidate['share']:.2%}",
+            f"{candidate['cost']:.2%}",
+            str(candidate["blocks"]),
             groups or "all",
-            ", ".join(map(str, entry["dropped"])) or "none",
-            "*" if entry["front"] else "",
+            ", ".join(map(str, candidate["dropped"])) or "none",
+            "*" if candidate["front"] else "",
         )
-    show(made)
+    show(candidate_table)
 
 
 def _change(before: float, after: float, better: str) -> str:
-    """The relative change of a measure, in brackets; empty if it has not changed."""
+    """The relative change of a metric, in brackets; empty if it has not changed."""
     if not (math.isfinite(before) and math.isfinite(after)) or before in (0, after):
         return ""
     improved = (after < before) is (better == "lower")
@@ -121,9 +127,11 @@ def _record(report: Report, task: PruneTask) -> dict[str, Any]:
 def _show_kinds(report: Report) -> None:
     if not report.sites:
         return
-    made = table("site", ">sites", ">weights", ">sparsity", ">mean error", ">worst", ">solve s")
+    kind_table = table(
+        "site", ">sites", ">weights", ">sparsity", ">mean error", ">worst", ">solve s"
+    )
     for kind in by_kind(report.sites):
-        made.add_row(
+        kind_table.add_row(
             kind.kind,
             str(kind.sites),
             f"{kind.weights:,}",
@@ -132,25 +140,32 @@ def _show_kinds(report: Report) -> None:
             f"{kind.max_error:.4f}",
             f"{kind.seconds:.2f}",
         )
-    show(made)
+    show(kind_table)
 
 
 def _show_warnings(report: Report) -> None:
     """Print lines about raised damping and about too few tokens."""
-    asked = report.options["damping"]
-    for event in report.sites:
-        if event.damping is not None and event.damping > asked:
-            say(f"{event.name} needed damping {event.damping:g}")
+    if rounded := report.structure.get("rounded"):
+        name, kind = next(iter(rounded.items()))
+        say(
+            f"{len(rounded)} tensors have new values, rounded again in their own kinds of numbers "
+            f"({name}: {kind}); all others have their stored bytes"
+        )
+    damping = report.options["damping"]
+    for site in report.sites:
+        if site.damping is not None and site.damping > damping:
+            say(f"{site.name} needed damping {site.damping:g}")
     if starved := [site for site in report.sites if site.starved]:
-        first = starved[0]
+        example = starved[0]
         say(
             f"{len(starved)} of {len(report.sites)} sites saw fewer tokens than they have inputs "
-            f"({first.name}: {first.tokens:,} of {first.shape[1]:,}); more --samples would help"
+            f"({example.name}: {example.tokens:,} of {example.shape[1]:,}); "
+            "more --samples would help"
         )
 
 
 def first_not_finite(scores: Mapping[str, Any], metrics: tuple[str, ...]) -> str | None:
-    """The first measure that is not a finite number, with its time; None if all are finite."""
+    """The first metric that is not a finite number, with its time; None if all are finite."""
     for when in ("before", "after"):
         for metric in metrics if scores else ():
             if not math.isfinite(float(scores[when][metric])):

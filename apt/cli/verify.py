@@ -10,7 +10,7 @@ from apt.locations.paths import kind_at
 from apt.options import PrintingOptions, VerifyRun
 
 if TYPE_CHECKING:
-    from apt.engine.verification import Verified
+    from apt.engine.verification import Verification
 
 
 def verify(run: VerifyRun, printing: PrintingOptions) -> None:
@@ -38,7 +38,7 @@ def verify(run: VerifyRun, printing: PrintingOptions) -> None:
         raise typer.Exit(1)
 
 
-def _show(directory: Path, verified: "Verified", *, by_report: bool, as_json: bool) -> None:
+def _show(directory: Path, verified: "Verification", *, by_report: bool, as_json: bool) -> None:
     from apt.cli.output import say, show_json
 
     if as_json:
@@ -51,7 +51,7 @@ def _show(directory: Path, verified: "Verified", *, by_report: bool, as_json: bo
     say(f"{directory}: {_summary(verified, by_report=by_report)}")
 
 
-def _record(directory: Path, verified: "Verified") -> dict[str, object]:
+def _record(directory: Path, verified: "Verification") -> dict[str, object]:
     return {
         "directory": str(directory),
         "pattern": verified.pattern or None,
@@ -64,20 +64,20 @@ def _record(directory: Path, verified: "Verified") -> dict[str, object]:
     }
 
 
-def _summary(verified: "Verified", *, by_report: bool) -> str:
+def _summary(verified: "Verification", *, by_report: bool) -> str:
     from apt.cli.summary import structure_line
 
     if verified.structure:
-        as_said = "not as the report says" if verified.problems else "as the report says"
-        return f"{structure_line(verified.structure)}, {as_said}"
+        comparison = "not as the report says" if verified.problems else "as the report says"
+        return f"{structure_line(verified.structure)}, {comparison}"
     if not verified.verdicts:
         return "its files differ" if verified.problems else "its files are as the report says"
     zeros, size = (
         sum(n) for n in zip(*((v.zeros, v.size) for v in verified.verdicts), strict=True)
     )
-    meeting = len(verified.verdicts) - len(verified.failed)
-    asked = f"their pattern in the report ({verified.pattern})" if by_report else verified.pattern
+    passed = len(verified.verdicts) - len(verified.failed)
+    pattern = f"their pattern in the report ({verified.pattern})" if by_report else verified.pattern
     return (
-        f"{meeting} of {len(verified.verdicts)} sites meet {asked}; "
+        f"{passed} of {len(verified.verdicts)} sites meet {pattern}; "
         f"{zeros / size:.4%} of their weights are zero"
     )

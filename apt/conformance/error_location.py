@@ -28,8 +28,8 @@ def explained(error: BaseException, owner: Any = None) -> str:
     """
     if isinstance(error, AptError):
         return error.message + (_own_frame(error) or place_of(owner))
-    own = owner is not None and not isinstance(owner, type)
-    if isinstance(error, AttributeError) and own and error.obj is owner:
+    is_instance = owner is not None and not isinstance(owner, type)
+    if isinstance(error, AttributeError) and is_instance and error.obj is owner:
         return f"{type(owner).__name__} has no '{error.name}'{place_of(owner)}"
     text = str(error.msg) if isinstance(error, SyntaxError) else first_line(error)
     text = text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
@@ -80,6 +80,6 @@ def _is_own(filename: str) -> bool:
 def at(filename: str, line: int) -> str:
     """``(file:line)``, with a path relative to the working directory if the file is in it."""
     path = Path(filename)
-    here = Path.cwd()
-    shown = path.relative_to(here) if path.is_relative_to(here) else path
+    current = Path.cwd()
+    shown = path.relative_to(current) if path.is_relative_to(current) else path
     return f" ({shown}:{line})"

@@ -34,7 +34,7 @@ class Seen:
     Attributes:
         inputs: the other factors (tokens, in), in fp64.
         stored: for each product, True if the weight is stored (in, out), False for (out, in),
-            None if its shape does not tell.
+            None if its shape does not determine it.
         first: the position of the first product among all products.
     """
 
@@ -57,8 +57,8 @@ class Seen:
 class Oracle(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
     """While entered, collects the inputs of the ``weights`` (2-D, by key).
 
-    The ``routed`` ones get a token of zeros for each token that is not theirs if all experts of a
-    stack are multiplied at once; these are left out.
+    If all experts of a stack are multiplied at once, a ``routed`` weight gets a row of zeros for
+    each token of another expert; these rows are left out.
     """
 
     def __init__(self, weights: Mapping[K, Tensor], routed: Collection[K] = ()) -> None:
@@ -115,16 +115,16 @@ def is_stack(factor: Tensor) -> bool:
 
 
 def used_rows(inputs: Tensor, stacked: bool) -> Tensor:
-    """The rows (tokens, in) of a weight's inputs, for a stack those that are not zero.
+    """The rows (tokens, in) of a weight's inputs; for a stack, only the rows that are not zero.
 
-    A router gives a token to some experts by multiplying it by zero for all others.
+    In a stack, a token is multiplied by zero for all experts that the router has not chosen.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     return rows[rows.any(-1)] if stacked else rows
 
 
 class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
-    """While entered, follows the stream; ``added`` are the weights whose products it takes."""
+    """While entered, follows the residual stream; ``added`` are the weights of its summands."""
 
     def __init__(self, weights: Mapping[K, Tensor], stream: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -171,9 +171,9 @@ class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
 
 
 class Selection(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
-    """While entered, finds the weights of routers: ``routers`` are those whose products select.
+    """While entered, finds ``routers``, the weights whose products decide a selection (top-k).
 
-    A product reaches a selection (top-k) through operators other than products.
+    Between the product and the selection there is no other product.
     """
 
     def __init__(self, weights: Mapping[K, Tensor]) -> None:
@@ -190,15 +190,15 @@ class Selection(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
         results = func(*args, **(kwargs or {}))
         tensors = [x for x in args if isinstance(x, Tensor)]
         if func in PRODUCTS:
-            found = {self._weights[s] for s in map(storage_of, tensors) if s in self._weights}
+            keys = {self._weights[s] for s in map(storage_of, tensors) if s in self._weights}
         else:
-            found = set().union(*(self._products.get(_address(x), set()) for x in tensors))
+            keys = set().union(*(self._products.get(_address(x), set()) for x in tensors))
         if func in _SELECTIONS:
-            self.routers |= found
+            self.routers |= keys
         for result in results if isinstance(results, (tuple, list)) else (results,):
-            if found and isinstance(result, Tensor):
+            if keys and isinstance(result, Tensor):
                 self._alive.append(result)
-                self._products.setdefault(_address(result), set()).update(found)
+                self._products.setdefault(_address(result), set()).update(keys)
         return results
 
 

@@ -1,4 +1,4 @@
-"""Running of checks: an outcome for each, a line for each fault, and no fault twice."""
+"""Running of checks: the outcome of each check, with one line for each distinct fault."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ def check_adapter(
         adapter: the adapter.
         model: a model of its family; see `Subject`.
         tokens: token ids (samples, seqlen).
-        spec: the adapter's spec; by default that of the installed plugin that names its class.
+        spec: the adapter's spec; by default the installed spec that names its class.
     """
     subject = Subject(adapter, model, tokens, spec or spec_of(adapter))
     return list(outcomes(subject))
@@ -72,12 +72,12 @@ def _without_place(line: str) -> str:
 def fault_lines(results: Sequence[Outcome]) -> list[str]:
     """A line for each fault, with the check that found it and the checks that could not run."""
     lines = []
-    for one in results:
-        if one.problem and not one.kept_by:
-            prevented = ", ".join(other.name for other in results if other.kept_by == one.name)
-            first, *rest = one.problem.splitlines()
+    for result in results:
+        if result.problem and not result.kept_by:
+            prevented = ", ".join(later.name for later in results if later.kept_by == result.name)
+            first, *rest = result.problem.splitlines()
             first += f"; prevents: {prevented}" if prevented else ""
-            lines += [f"{one.name}: {line}" for line in (first, *rest)]
+            lines += [f"{result.name}: {line}" for line in (first, *rest)]
     return lines
 
 
@@ -98,8 +98,8 @@ def outcome(name: str, subject: Subject) -> Outcome:
 def run(check: Check, subject: Subject) -> None:
     """Run a check in eval mode, within `Adapter.running`; the state of the process is restored."""
     with preserved(), eval_mode(subject.model):
-        within = nullcontext() if check in ALONE else subject.adapter.running(subject.model)
-        with within:
+        context = nullcontext() if check in ALONE else subject.adapter.running(subject.model)
+        with context:
             check(subject)
 
 

@@ -7,15 +7,15 @@ from apt.planning.plan import read_pattern
 
 
 def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
-    """Check that a pattern keeps what its protocol promises, on random scores.
+    """Check that a pattern keeps the promises of its protocol, on random scores.
 
     Args:
         pattern: the pattern; its kind is that of an installed plugin.
-        shape: the shape (out, in) of a weight that it fits, with several windows of its
-            `apt.solver.Pattern.alignment`, and of which it removes a part.
+        shape: the shape (out, in) of a weight that the pattern fits and of which it removes a part,
+            with several windows of its `apt.solver.Pattern.alignment`.
 
     Raises:
-        AssertionError: it does not; the message names the promise.
+        AssertionError: a promise is broken; the message names it.
     """
     draw = torch.Generator().manual_seed(0)
     scores, needed = torch.rand(shape, generator=draw) + 0.1, pattern.required(shape)
@@ -40,8 +40,8 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
     expect("misfit is empty", not pattern.misfit(shape))
     expect("it removes some and not all weights", 0 < needed < scores.numel())
     expect("shortfall names what a dense weight lacks", pattern.shortfall(scores))
-    every = torch.zeros_like(scores)
-    expect("surplus counts the zeros beyond it", pattern.surplus(every, scores))
+    zeros_everywhere = torch.zeros_like(scores)
+    expect("surplus counts the zeros beyond it", pattern.surplus(zeros_everywhere, scores))
     expect_mask(pattern.lowest(scores), pattern, "the mask of lowest")
     expect_mask(pattern.lowest(torch.ones(shape)), pattern, "the mask of equal scores")
     expect_mask(pattern.smallest(scores), pattern, "the mask of smallest")

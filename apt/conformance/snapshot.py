@@ -1,7 +1,7 @@
 """Snapshots of the state that an adapter must not change: the model, and the state of the process.
 
-A snapshot maps the name of each thing to a value that is equal as long as the thing is unchanged.
-For parameters it has torch's version counter, not the values, which would double the memory.
+A snapshot maps the name of each item to a value that differs if the item has changed. For
+parameters the value is torch's version counter: copies of the values would double the memory.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch.nn.modules import module as modules
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from apt.devices import kinds, random_state
+from apt.devices import device_kinds, random_state
 
 Snapshot = dict[str, Any]
 
@@ -90,7 +90,7 @@ def _process() -> Iterator[tuple[str, Any]]:
     yield "torch's default device", torch.get_default_device()
     yield "torch's gradient mode", torch.is_grad_enabled()
     yield "torch's inference mode", torch.is_inference_mode_enabled()
-    yield "torch's autocast", [torch.is_autocast_enabled(kind) for kind in kinds()]
+    yield "torch's autocast", [torch.is_autocast_enabled(kind) for kind in device_kinds()]
     yield "torch's number of threads", torch.get_num_threads()
     yield "torch's deterministic mode", torch.are_deterministic_algorithms_enabled()
     yield "the environment", dict(os.environ)
@@ -115,7 +115,7 @@ def _hooks(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _hooks_in(attributes: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Every hook, with its kind as torch names it: ``forward hook``."""
+    """Every hook, with its kind in the words of torch: ``forward hook``."""
     for attribute, hooks in attributes.items():
         if attribute.startswith(prefix) and attribute.endswith("_hooks"):
             kind = attribute.removeprefix(prefix).removesuffix("s").replace("_", " ")
@@ -123,7 +123,7 @@ def _hooks_in(attributes: Mapping[str, Any], prefix: str) -> Iterator[tuple[str,
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes of all modules, with the values of the plain ones."""
+    """The attributes of all modules, with their values if they are plain."""
     for name, module in model.named_modules():
         owner = name or "the model"
         yield f"the training mode of {owner}", module.training
@@ -137,7 +137,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _compared(value: Any) -> Any:
-    """The value of an attribute for comparison. A tensor equals None: it may be a state."""
+    """The value of an attribute for comparison; a tensor equals None, since it may be a state."""
     if value is None or isinstance(value, Tensor):
         return "a state"
     return value if isinstance(value, _PLAIN) else type(value)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from apt.devices import best
+from apt.devices import default_device
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 
@@ -25,7 +25,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     local rank as the index.
 
     Args:
-        device: the device that the ranks were told to use. For ``cpu`` there may be more ranks than
+        device: the device option of the run. With ``cpu`` there may be more ranks than
             accelerators.
 
     Raises:
@@ -44,10 +44,10 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
 
 
 def _backend(device: str) -> str:
-    """What exchanges the tensors of each kind of device; selects the accelerator of this rank."""
-    if device == "cpu" or (kind := best()) == "cpu":
+    """The backend for each kind of device. It also selects the accelerator of this rank."""
+    if device == "cpu" or (kind := default_device()) == "cpu":
         return "cpu:gloo"
-    torch.get_device_module(kind).set_device(_own_device())
+    torch.get_device_module(kind).set_device(_local_device())
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
@@ -55,24 +55,24 @@ def _check_rendezvous(size: int) -> None:
     """Raise if the environment lacks the variables by which ranks connect to each other."""
     missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
     if missing:
-        fault = f"WORLD_SIZE is {size}, but {missing[0]} is not set"
-        raise AptError(fault, "start several processes with torchrun, or unset WORLD_SIZE")
+        message = f"WORLD_SIZE is {size}, but {missing[0]} is not set"
+        raise AptError(message, "start several processes with torchrun, or unset WORLD_SIZE")
     whole_number("MASTER_PORT", 0)
     if (rank := whole_number("RANK", 0)) >= size:
         raise AptError(f"RANK is {rank}, but WORLD_SIZE is {size}", "ranks count from 0")
 
 
-def _own_device() -> int:
-    place, devices = whole_number("LOCAL_RANK", 0), torch.accelerator.device_count()
-    if place >= devices:
-        fault = f"this machine has {devices} GPUs, too few for local rank {place}"
+def _local_device() -> int:
+    local_rank, devices = whole_number("LOCAL_RANK", 0), torch.accelerator.device_count()
+    if local_rank >= devices:
+        message = f"this machine has {devices} GPUs, too few for local rank {local_rank}"
         hint = f"start at most {devices} processes on a machine, or use the device cpu"
-        raise AptError(fault, hint, ("device",))
-    return place
+        raise AptError(message, hint, ("device",))
+    return local_rank
 
 
 def whole_number(variable: str, default: int, least: int = 0) -> int:
-    """The whole number of an environment variable; raises `AptError` if it is another value."""
+    """The whole number of an environment variable; raises `AptError` for another value."""
     text = os.environ.get(variable, str(default))
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise AptError(

@@ -38,8 +38,8 @@ class Work:
 class Ranks:
     """The ranks that prune one model together; each process has an instance.
 
-    Each of them must make the same calls. If an error ends the work of one, the others wait for it
-    until the timeout of the group, unless someone ends their processes as ``torchrun`` does.
+    All ranks must make the same calls. If an error ends the work of one rank, the others wait for
+    it until the timeout of the group, unless their processes are ended, as ``torchrun`` does.
 
     Args:
         group: their process group; None for a single process.
@@ -66,15 +66,15 @@ class Ranks:
         return parts[self.rank :: self.size]
 
     def rounds(self, work: Sequence[T]) -> Iterator[dict[int, T]]:
-        """``work`` in rounds of at most one piece per rank; each piece is keyed by its turn.
+        """``work`` in rounds of at most one piece per rank; the key of a piece is its turn.
 
-        Turns are counted through the whole run. So all ranks get equally many pieces over many
-        rounds, even if some rounds have fewer pieces than ranks.
+        Turns are counted over the whole run. So over many rounds all ranks get equally many pieces,
+        even if some rounds have fewer pieces than ranks.
         """
         for start in range(0, len(work), self.size):
-            some = work[start : start + self.size]
-            yield dict(enumerate(some, self._turns))
-            self._turns += len(some)
+            pieces = work[start : start + self.size]
+            yield dict(enumerate(pieces, self._turns))
+            self._turns += len(pieces)
 
     def owner(self, turn: int) -> int:
         """The rank to which ``turn`` belongs."""
@@ -95,10 +95,10 @@ class Ranks:
     def send(self, tensor: Tensor, owner: int) -> None:
         """Broadcast ``tensor`` from rank ``owner`` to all ranks, in place."""
         if self._group:
-            whole = tensor.contiguous()
-            dist.broadcast(whole, dist.get_global_rank(self._group, owner), self._group)
-            if whole is not tensor:
-                tensor.copy_(whole)
+            contiguous = tensor.contiguous()
+            dist.broadcast(contiguous, dist.get_global_rank(self._group, owner), self._group)
+            if contiguous is not tensor:
+                tensor.copy_(contiguous)
 
     def gather(self, value: T) -> list[T]:
         """The ``value`` of every rank, a plain object, in the order of ranks."""
@@ -114,16 +114,16 @@ class Ranks:
         return box[0]
 
     def check_alike(self, inputs: Callable[[], Line]) -> None:
-        """Raise on all ranks if one of them has other inputs than the first.
+        """Raise on all ranks if a rank has other inputs than the first rank.
 
-        Ranks with other files or tokens would add up sums of different models without a word.
+        Without this check, ranks with other files or tokens would add up sums of different models.
 
         Args:
-            inputs: gives all that the run depends on, as values for JSON; a single rank does not
-                ask for it.
+            inputs: returns everything that the run depends on, as values for JSON. A single rank
+                does not call it.
 
         Raises:
-            AptError: the inputs differ; it names the first such rank and the entries.
+            AptError: the inputs differ; the message names the first such rank and the entries.
         """
         if self.size == 1:
             return

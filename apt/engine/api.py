@@ -1,4 +1,4 @@
-"""The functions for programs: the engine of a whole run, without an output directory."""
+"""The functions for programs: pruning and training of a model in memory, without an output."""
 
 import copy
 import tempfile
@@ -14,14 +14,14 @@ from apt.arguments import checked
 from apt.checkpoints.masks import masks_of, sparsity_of
 from apt.checkpoints.smaller import smaller
 from apt.distributed.ranks import Ranks
-from apt.engine.given import GivenModel
+from apt.engine.caller_model import CallerModel
 from apt.engine.pruning_plan import sparse_pruning
 from apt.engine.recover_task import check_dense, check_recovery
 from apt.engine.shrink_plan import Choice, smaller_pruning
 from apt.errors import AptError, name_of
 from apt.events import Observer, TrainingObserver
 from apt.files.journal import Journal, Line
-from apt.modes import usual_modes
+from apt.modes import default_modes
 from apt.options import (
     Activations,
     PruneOptions,
@@ -74,7 +74,7 @@ class PruneArguments(TypedDict, total=False):
     observe: Observer
 
 
-@usual_modes()  # in inference mode a copy would be of inference tensors
+@default_modes()  # in inference mode a copy would be of inference tensors
 @checked
 def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) -> tuple[M, Report]:
     """Prune a copy of a model; the model itself does not change.
@@ -91,7 +91,7 @@ def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) ->
     return pruned, prune(pruned, tokens, **arguments)
 
 
-@usual_modes()
+@default_modes()
 @checked
 def prune(
     model: nn.Module,
@@ -127,14 +127,15 @@ def prune(
         allocation: the distribution of an unstructured sparsity over the sites: an
             `apt.extending.Allocation` or its name. By default ``"auto"`` for mixed n:m and in
             an error-aware run of the default method, unless the pattern has a ``per``; otherwise
-            the same for every site.
+            every site has the same sparsity.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
-        tokenizer: the model's tokenizer, for the special tokens; by default those of its config.
+        tokenizer: the model's tokenizer, for the special tokens; by default its config has them.
         seed: the seed for the text that the model generates.
-        activations: their place, ``"memory"`` (with the model) or ``"cpu"`` (beside a GPU).
+        activations: the place of the calibration activations: ``"memory"`` (with the model) or
+            ``"cpu"`` (beside a GPU).
         ranks: the processes that prune together (distributed.md, "From a program"). None prunes in
             this process alone, even if there is a process group.
-        observe: called with every event of `apt.events`. An exception of it ends the run.
+        observe: called with every event of `apt.events`. An exception that it raises ends the run.
 
     Returns:
         The record of the run; ``report.sites`` has one entry for each pruned site.
@@ -143,22 +144,22 @@ def prune(
         AptError: an option is unknown, out of range or not used by the method, the pattern does not
             fit or prunes nothing, or the model cannot be pruned.
     """
-    given = GivenModel(model, tokens, adapter, activations, ranks, observe)
+    store = CallerModel(model, tokens, adapter, activations, ranks, observe)
     pattern, selection = read_pattern(pattern), selection or Selection()
     options = options or PruneOptions()
     options.check()
     check_seed(seed)
     run = PruneRun(**vars(options) | {"samples": len(tokens), "seed": seed, "also": tuple(also)})
-    spec, job = sparse_pruning(given.opened, run, pattern, selection, method, allocation, _ignore)
-    known = {
+    spec, job = sparse_pruning(store.opened, run, pattern, selection, method, allocation, _ignore)
+    record = {
         "pattern": str(pattern), "per": job.plan.per, "method": spec.name,
         "allocation": job.allocation_name, "also": list(also), "seed": seed,
         "activations": activations, **selection.record(),
     }  # fmt: skip
-    return given.pruned(tokens, job, tokenizer, known, options.compute)[1]
+    return store.prune(tokens, job, tokenizer, record, options.compute)[1]
 
 
-@usual_modes()  # in inference mode a copy would be of inference tensors
+@default_modes()  # in inference mode a copy would be of inference tensors
 @checked
 def shrink(
     model: nn.Module,
@@ -188,8 +189,8 @@ def shrink(
             `apt.solver.GroupChoice`, an `apt.extending.ExpertChoice`, an
             `apt.extending.GroupScores`, or, where only blocks are dropped, an
             `apt.extending.BlockChoice`.
-        options: the options that the weights depend on, without those of zeros such as
-            ``row_importance``.
+        options: the options that the weights depend on, without the options of sparse models such
+            as ``row_importance``.
         tokenizer, seed, activations, ranks, observe: as in `apt.prune`.
 
     Returns:
@@ -200,23 +201,23 @@ def shrink(
         AptError: no smaller model meets the options, an option is out of range or not used by the
             method, or the model cannot be pruned.
     """
-    given = GivenModel(model, tokens, adapter, activations, ranks, observe)
+    store = CallerModel(model, tokens, adapter, activations, ranks, observe)
     size, options = size or ShrinkOptions(), options or PruneOptions()
     size.check()
     options.check()
     check_seed(seed)
-    run = ShrinkRun(**vars(size) | {"samples": len(tokens), "seed": seed, "device": given.device})
-    wish, spec, job = smaller_pruning(given.opened, run, options, method, _ignore)
-    known = {"shrink": wish.size_record(), "method": spec.name, "seed": seed}
-    known |= {"activations": activations}
-    given.model = copy.deepcopy(model)
-    plan, report = given.pruned(tokens, job, tokenizer, known, options.compute)
-    small = smaller(given.model, given.adapter, plan)
-    check_same_function(given.model, small, given.adapter, plan, tokens, given.precision.compute)
+    run = ShrinkRun(**vars(size) | {"samples": len(tokens), "seed": seed, "device": store.device})
+    run, spec, job = smaller_pruning(store.opened, run, options, method, _ignore)
+    record = {"shrink": run.size_record(), "method": spec.name, "seed": seed}
+    record |= {"activations": activations}
+    store.model = copy.deepcopy(model)
+    plan, report = store.prune(tokens, job, tokenizer, record, options.compute)
+    small = smaller(store.model, store.adapter, plan)
+    check_same_function(store.model, small, store.adapter, plan, tokens, store.precision.compute)
     return small, report
 
 
-@usual_modes()
+@default_modes()
 @checked
 def recover(
     model: nn.Module,
@@ -243,8 +244,8 @@ def recover(
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
         seed: the seed for the order of the samples and for new adapters.
-        folder: a folder for checkpoints; by default a temporary one. Without ``resume``, those of
-            an earlier training there are deleted.
+        folder: a folder for checkpoints; by default a temporary one. Without ``resume``, the
+            checkpoints of an earlier training there are deleted.
         resume: True to continue from the last checkpoint in ``folder``, with the same arguments.
         observe: called with the events of the training.
 
@@ -252,9 +253,9 @@ def recover(
         The record of the training.
 
     Raises:
-        AptError: the model has no zeros and the kind needs some, an option is out of range or not
+        AptError: the model has no zeros and the kind needs zeros, an option is out of range or not
             used by the kind, ``folder`` has another training, or the training did not lower the
-            loss on the samples held back. The weights are then those before the training.
+            loss on the samples held back. The model then has the weights before the training.
     """
     if resume and folder is None:
         raise AptError(
@@ -262,25 +263,25 @@ def recover(
             "give the folder of the interrupted training",
             ("resume",),
         )
-    options, spec, function = options or RecoverOptions(), *_kind(kind)
+    options, spec, function = options or RecoverOptions(), *_recovery(kind)
     check_recovery(options, spec, registry())
     check_seed(seed)
-    given = GivenModel(model, tokens, adapter)
-    if spec.zeros and not sparsity_of(masks_of(model, given.adapter)):
+    store = CallerModel(model, tokens, adapter)
+    if spec.zeros and not sparsity_of(masks_of(model, store.adapter)):
         raise AptError("the model has no zeros", "prune it first, or use the kind layers")
     if spec.teacher and dense is None:
         raise AptError(f"recovery {spec.name} needs the dense model", "give it", ("dense",))
     if spec.teacher and dense is not None:
         check_in_memory(dense)
-        check_dense({"the dense model": dense, "the pruned one": model}, options, given.registry)
+        check_dense({"the dense model": dense, "the pruned one": model}, options, store.registry)
     inputs = {"kind": spec.name, "seed": seed, "options": options.record()}
-    inputs |= {"model": given.weights, "tokens": digest(tokens)}
+    inputs |= {"model": store.weights, "tokens": digest(tokens)}
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary) if folder is None else Path(folder)
+        path = Path(temporary) if folder is None else Path(folder)
         job = RecoveryJob(
-            given.adapter, spec, function, options, place,
-            None if dense is None else lambda: dense, seed, given.device,
-            journal=_journal(place, inputs, resume=resume), observe=observe,
+            store.adapter, spec, function, options, path,
+            None if dense is None else lambda: dense, seed, store.device,
+            journal=_journal(path, inputs, resume=resume), observe=observe,
         )  # fmt: skip
         return recover_model(model, tokens, job)[0]
 
@@ -308,7 +309,7 @@ def _journal(folder: Path, inputs: Line, *, resume: bool) -> Journal:
     return journal
 
 
-def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:
+def _recovery(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:
     """A kind of recovery and its spec."""
     if isinstance(kind, str):
         spec = registry().recoveries.get(kind)
@@ -317,7 +318,7 @@ def _kind(kind: str | Recovery) -> tuple[RecoverySpec, Recovery]:
     return RecoverySpec(name, "a function of the caller", ""), kind
 
 
-@usual_modes()
+@default_modes()
 @checked
 def calibration_tokens(
     tokenizer: Any,
@@ -328,7 +329,7 @@ def calibration_tokens(
     seed: int = 0,
     bos: bool = True,
 ) -> Tensor:
-    """Calibration samples from a data source, the same as those of ``apt-prune prune``.
+    """Calibration samples from a data source, the same samples as in ``apt-prune prune``.
 
     Args:
         tokenizer: the model's tokenizer. If it begins each text with a special token, each sample
@@ -358,7 +359,7 @@ def calibration_tokens(
     return mixed_samples(source, tokenizer, registry(), samples, first, draw).tokens
 
 
-@usual_modes()
+@default_modes()
 @checked
 def evaluation_tokens(
     tokenizer: Any,
@@ -368,7 +369,7 @@ def evaluation_tokens(
     seqlen: int = 2048,
     bos: bool = True,
 ) -> Tensor:
-    """Windows of a data source to measure on, the same as those of ``apt-prune eval``.
+    """Windows of a data source to measure on, the same windows as in ``apt-prune eval``.
 
     Args:
         tokenizer: the model's tokenizer, as in `calibration_tokens`.

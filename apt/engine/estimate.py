@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from apt.adapter.text_config import hidden_size, text_config
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
-from apt.engine.costs import Planned, parameters_of
+from apt.engine.costs import PlannedRun, parameters_of
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
@@ -13,9 +13,12 @@ from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
 _FP32 = 4
-_FACTORS = 6  # matrices of a Gram matrix's size: damped, its root, scaled twice, an inverse twice
-_SOLVED = 8  # matrices of a weight's size during its solve: dense, target, kept, dual variable, …
-_TUNED = 28  # bytes of a tuned weight: fp32 value, gradient, moments; bf16 value, gradients; masks
+# Matrices of the size of a Gram matrix: damped, its root, scaled twice, an inverse twice.
+_GRAM_MATRICES = 6
+# Matrices of the size of a weight during its solve: dense, target, kept, dual variable, …
+_SOLVE_MATRICES = 8
+# Bytes of a tuned weight: fp32 value, gradient, moments; bf16 value, gradients; masks.
+_TUNED_BYTES = 28
 _TEXT = 150 * 2**20  # memory that stays allocated after reading and tokenising text
 _READING = 140 * 2**20  # additional memory while text is read
 
@@ -25,20 +28,20 @@ class Estimate:
     """Bytes of memory.
 
     Attributes:
-        process: the memory of this process now, with Python and its libraries, and the memory that
-            reading text will add.
-        weights: the weights of the model; if streamed, those of its largest block and those outside
-            the blocks.
+        process: the present memory of this process, with Python and its libraries, and the memory
+            that reading text adds.
+        weights: the weights of the model; in a streamed run the weights of its largest block and
+            the weights outside the blocks.
         activations: the calibration activations of the pruned and the dense stream between two
             blocks, the inputs of the dense stream within a block, and the products that are stored
             between its stages.
         disk: the part of the activations that is on disk.
         grams: the Gram matrices of the largest block.
-        working: the activations of one batch inside a block, and the larger of two: the solve of
-            one site with the factors of its Gram matrix, or the weights, gradients and moments of a
-            block while it is tuned.
+        working: the activations of one batch inside a block; and the solve of one site with the
+            factors of its Gram matrix, or the weights, gradients and moments of a block that is
+            tuned, whichever is larger.
         predicting: the logits, and the tensors made from them, while the model is measured or
-            generates calibration text. At that time only the weights are in memory beside them.
+            generates calibration text. Only the weights are in memory at the same time.
     """
 
     process: int
@@ -51,7 +54,7 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """The peak memory: that of the run, or that of reading text if the model is tiny."""
+        """The peak memory of the run; for a tiny model, the peak while text is read."""
         run = max(self.activations + self.grams + self.working, self.predicting)
         return self.process + max(self.weights + run, _READING)
 
@@ -61,98 +64,102 @@ class Estimate:
         return self.weights + max(self.activations + self.grams + self.working, self.predicting)
 
 
-def estimate(planned: Planned) -> Estimate:
+def estimate(planned: PlannedRun) -> Estimate:
     """Estimate a run of a plan."""
     skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.options.seqlen
-    on_disk, aware = planned.options.activations == "disk", planned.error_aware
-    own = planned.augmentation.own_samples
-    bytes_each, config = skeleton.runs_in.itemsize, skeleton.config
+    on_disk, error_aware = planned.options.activations == "disk", planned.error_aware
+    own_samples = planned.augmentation.own_samples
+    element_bytes, config = skeleton.runs_in.itemsize, skeleton.config
     tokens = planned.tokens
-    held = skeleton.adapter.held(config, seqlen)
+    inner_width = skeleton.adapter.held(config, seqlen)
     blocks = [module for _, module in skeleton.adapter.blocks(skeleton.module)]
     parameters, in_blocks = planned.parameters, [parameters_of(block) for block in blocks]
     if planned.options.stream:
         parameters += max(in_blocks) - sum(in_blocks)
     widest = max(sum(site.shape) for site in plan.sites)
-    solved = max(
-        (_solve_bytes(e, planned.factors) for block in plan.blocks for e in block.pruned), default=0
+    solve_bytes = max(
+        (_solve_bytes(site, planned.factors) for block in plan.blocks for site in block.pruned),
+        default=0,
     )
-    in_block = max(sum(entry.size for entry in block.pruned) for block in plan.blocks)
+    tuned_weights = max(sum(site.size for site in block.pruned) for block in plan.blocks)
     return Estimate(
         process=planned.process + _TEXT,
-        weights=parameters * bytes_each,
+        weights=parameters * element_bytes,
         activations=(min(tokens, TOKENS_PER_BATCH) if on_disk else tokens)
-        * max(_activations(block, planned) for block in plan.blocks),
-        disk=on_disk * activations_on_disk(skeleton, plan, tokens, error_aware=aware),
-        grams=max(_gram_bytes(block) for block in plan.blocks),
-        working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + held) * bytes_each
-        + max(solved, _TUNED * in_block * planned.tuned),
+        * max(_activation_bytes(block, planned) for block in plan.blocks),
+        disk=on_disk * activations_on_disk(skeleton, plan, tokens, error_aware=error_aware),
+        # They are kept until the sites of the block are measured.
+        grams=_FP32
+        * max(sum(width**2 for width in block.inputs.values()) for block in plan.blocks),
+        working=min(tokens, TOKENS_PER_BATCH) * (4 * widest + inner_width) * element_bytes
+        + max(solve_bytes, _TUNED_BYTES * tuned_weights * planned.tuned),
         predicting=max(
-            _measuring(skeleton, seqlen, (4 * widest + held) * bytes_each),
-            _generating(skeleton, len(blocks), seqlen, bytes_each) if own else 0,
+            _measuring_bytes(skeleton, seqlen, (4 * widest + inner_width) * element_bytes),
+            _generating_bytes(skeleton, len(blocks), seqlen, element_bytes) if own_samples else 0,
         ),
     )
 
 
-def _measuring(skeleton: Opened, seqlen: int, each: int) -> int:
+def _measuring_bytes(skeleton: Opened, seqlen: int, token_bytes: int) -> int:
     """Bytes of a part of the logits, and ``each`` bytes for each token of a batch of windows."""
     windows = windows_at_once(seqlen)
-    return part_bytes(vocabulary(skeleton.module), windows, seqlen) + windows * seqlen * each
+    return part_bytes(vocabulary(skeleton.module), windows, seqlen) + windows * seqlen * token_bytes
 
 
-def _generating(skeleton: Opened, blocks: int, seqlen: int, bytes_each: int) -> int:
+def _generating_bytes(skeleton: Opened, blocks: int, seqlen: int, element_bytes: int) -> int:
     """Bytes of the logits of the next tokens, and of the cached keys and values."""
-    config, cached = text_config(skeleton.config), cached_tokens(seqlen)
+    config, tokens = text_config(skeleton.config), cached_tokens(seqlen)
     heads = getattr(config, "num_attention_heads", None) or 1
     width = hidden_size(config) * (getattr(config, "num_key_value_heads", None) or heads) // heads
     logits = part_bytes(vocabulary(skeleton.module), logits_at_once(), 1)
-    keys_and_values: int = cached * blocks * 2 * width * bytes_each
+    keys_and_values: int = tokens * blocks * 2 * width * element_bytes
     return logits + keys_and_values
 
 
 def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int, *, error_aware: bool) -> int:
     """Bytes of the calibration activations that a run keeps on disk."""
-    kept = max(_kept(block, skeleton, error_aware) for block in plan.blocks)
+    streams = max(_stream_bytes(block, skeleton, error_aware) for block in plan.blocks)
     drift = hidden_size(skeleton.config) * _FP32 if error_aware else 0
-    return tokens * (kept + drift)
+    return tokens * (streams + drift)
 
 
-def _activations(block: PlannedBlock, planned: Planned) -> int:
-    """Bytes for each token: kept activations, the products between two stages, and the drift."""
-    skeleton, kept = planned.skeleton, _kept(block, planned.skeleton, planned.error_aware)
+def _activation_bytes(block: PlannedBlock, planned: PlannedRun) -> int:
+    """Bytes for each token: the streams, the outputs of finished stages, and the drift."""
+    skeleton = planned.skeleton
+    streams = _stream_bytes(block, skeleton, planned.error_aware)
     if not planned.error_aware:
-        return kept
-    width, whole = hidden_size(skeleton.config), [e for e in block.pruned if not e.site.routed]
+        return streams
+    width = hidden_size(skeleton.config)
     stored = 0
-    if (
-        planned.options.activations != "disk"
-    ):  # attention is stored, and the inputs that are done are not
+    if planned.options.activations != "disk":
         stored = width + max(
-            sum(e.shape[0] for e in whole if e.site.order < order)
-            - sum({e.site.input: e.shape[1] for e in whole if e.site.order < order}.values())
-            for order in {0, *(entry.site.order for entry in whole)}
+            _stored_elements(block, order)
+            for order in {0, *(site.site.order for site in _unrouted(block))}
         )
-    return kept + stored * skeleton.runs_in.itemsize + 2 * width * _FP32
+    return streams + stored * skeleton.runs_in.itemsize + 2 * width * _FP32
 
 
-def _kept(block: PlannedBlock, skeleton: Opened, error_aware: bool) -> int:
-    """Bytes for each token: one stream, or two and the dense inputs."""
-    stream, inputs = hidden_size(skeleton.config), sum(_shared_inputs(block).values())
+def _stored_elements(block: PlannedBlock, order: int) -> int:
+    """The elements of a token that the stages before ``order`` add: outputs less dense inputs."""
+    done = [site for site in _unrouted(block) if site.site.order < order]
+    outputs = sum(site.shape[0] for site in done)
+    return outputs - sum({site.site.input: site.shape[1] for site in done}.values())
+
+
+def _unrouted(block: PlannedBlock) -> list[PlannedSite]:
+    """The pruned sites that receive all tokens, unlike the sites of experts."""
+    return [site for site in block.pruned if not site.site.routed]
+
+
+def _stream_bytes(block: PlannedBlock, skeleton: Opened, error_aware: bool) -> int:
+    """Bytes for each token: one stream, or two streams and the dense inputs of sites."""
+    stream = hidden_size(skeleton.config)
+    inputs = sum({site.site.input: site.shape[1] for site in _unrouted(block)}.values())
     return (2 * stream + inputs if error_aware else stream) * skeleton.runs_in.itemsize
 
 
-def _shared_inputs(block: PlannedBlock) -> dict[str, int]:
-    """The width of each input that all tokens have, which is not so for those of experts."""
-    return {entry.site.input: entry.shape[1] for entry in block.pruned if not entry.site.routed}
-
-
-def _gram_bytes(block: PlannedBlock) -> int:
-    """Bytes of the Gram matrices, which are kept until the sites of the block are measured."""
-    return sum(width * width for width in block.inputs.values()) * _FP32
-
-
-def _solve_bytes(entry: PlannedSite, factors: bool) -> int:
+def _solve_bytes(site: PlannedSite, factors: bool) -> int:
     """Bytes of a site's solve: its cross matrix, the factors of its Gram matrix, its weights."""
-    out, width = entry.shape
-    grams = (_FACTORS * width + min(width, out)) * width * factors
-    return (grams + _SOLVED * entry.size) * _FP32
+    out, width = site.shape
+    grams = (_GRAM_MATRICES * width + min(width, out)) * width * factors
+    return (grams + _SOLVE_MATRICES * site.size) * _FP32

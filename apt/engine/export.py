@@ -1,4 +1,4 @@
-"""Models as files of other software."""
+"""The export of models to the file formats of other software."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,14 +8,14 @@ from apt.checkpoints.exporting import Export, Exportable, Exported
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
-from apt.engine.opening import Named, check_export, find_source
+from apt.engine.opening import RunRequest, check_export, find_source
 from apt.engine.packing import integers_of
 from apt.engine.prepare import Notice
 from apt.errors import AptError, faulty
 from apt.files.writing import check_file
 from apt.options import ExportRun, PruneRun, RecoverRun, ShrinkRun
 from apt.output.report import read_report
-from apt.output.staging import whole_file
+from apt.output.staging import staged_file
 from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 from apt.runtime.entries import is_packed
@@ -32,12 +32,12 @@ def export_model(
     """
     spec = check_export(run, registry)
     source = find_source(run.model, run, registry)
-    output, given = run.output, [run.source] if run.source else []
-    for path in given:
+    output, sources = run.output, [run.source] if run.source else []
+    for path in sources:
         if not path.is_file():
             raise AptError(f"no such file: {path}", "check the path", ("source",))
     check_file(
-        output, overwrite=run.overwrite, inputs=[*source.files(), *given], options=("output",)
+        output, overwrite=run.overwrite, inputs=[*source.files(), *sources], options=("output",)
     )
     if source.gguf:
         raise AptError(f"{source.reference} is not a directory", "convert it, or prune it, first")
@@ -45,20 +45,20 @@ def export_model(
         raise AptError(f"{source.reference} is packed", "write it dense first: apt-prune unpack")
     opened = open_skeleton(source, registry, run.adapter)
     directory = local_directory(opened)
-    original = given[0] if given else _original(directory, spec)
+    original = sources[0] if sources else _original_file(directory, spec)
     integers = integers_of(directory)
     write: Export = spec.load()
-    with whole_file(output, run.overwrite) as partial:
+    with staged_file(output, run.overwrite) as partial:
         model = Exportable(opened, run.type, original, integers.kind if integers else None)
-        done = write(model, partial)
-        if not isinstance(done, Exported) or not partial.is_file():
-            fault = "does not write a file, or does not say what it wrote"
-            raise faulty(f"export format {spec.name}", fault, "format", "format")
+        exported = write(model, partial)
+        if not isinstance(exported, Exported) or not partial.is_file():
+            message = "does not write a file, or does not say what it wrote"
+            raise faulty(f"export format {spec.name}", message, "format", "format")
     if original is not None:
         notice(f"metadata and tokenizer: from {original}")
-    for line in done.notes:
+    for line in exported.notes:
         notice(line)
-    return done
+    return exported
 
 
 def check_exportable(
@@ -73,21 +73,21 @@ def check_exportable(
         return
     spec = check_export(ExportRun(model=run.model, output=run.export), registry)
     if spec.check is not None:
-        original = None if opened.source.gguf else _original(local_directory(opened), spec)
+        original = None if opened.source.gguf else _original_file(local_directory(opened), spec)
         spec.examine(Exportable(opened, original=original))
 
 
 def export_output(
-    named: Named[PruneRun | ShrinkRun | RecoverRun], registry: Registry, notice: Notice
+    request: RunRequest[PruneRun | ShrinkRun | RecoverRun], registry: Registry, notice: Notice
 ) -> Exported:
-    """Export the output of a run, which asks for it.
+    """Export the output of a run with the option ``export``.
 
-    If the run has read a GGUF file, for example, that is the original.
+    If the run has read a file, such as a GGUF file, this file is the original.
 
     Raises:
-        AptError: see `export_model`; the output of the run is complete.
+        AptError: see `export_model`. The output of the run is complete then.
     """
-    run, source = named.options, named.source
+    run, source = request.options, request.source
     assert run.export is not None
     exporting = ExportRun(
         model=str(run.directory), output=run.export, adapter=run.adapter, overwrite=run.overwrite,
@@ -96,19 +96,21 @@ def export_output(
     try:
         return export_model(exporting, registry, notice)
     except AptError as error:
-        fault = f"{run.output} is written and verified, but not exported: {error.message}"
-        raise AptError(fault, error.hint) from error
+        message = f"{run.output} is written and verified, but not exported: {error.message}"
+        raise AptError(message, error.hint) from error
 
 
-def _original(directory: Path, spec: ExportSpec) -> Path | None:
-    """The file of this format that a model was made from, by its report; None if by none.
+def _original_file(directory: Path, spec: ExportSpec) -> Path | None:
+    """The file of this format from which a model was made, by its report; None if there is none.
 
-    The report has no more of it than its name.
+    The report has the name of the file alone.
 
     Raises:
-        AptError: it is neither in the working directory nor beside the model.
+        AptError: the file is neither in the working directory nor beside the model.
     """
-    name = next(filter(lambda one: one.endswith(spec.suffix), _references(directory)), None)
+    name = next(
+        filter(lambda reference: reference.endswith(spec.suffix), _references(directory)), None
+    )
     if name is None:
         return None
     for place in (Path(name), directory.resolve().parent / name):
@@ -122,7 +124,7 @@ def _original(directory: Path, spec: ExportSpec) -> Path | None:
 
 
 def _references(directory: Path) -> Iterator[str]:
-    """The models that a model was made from, the last one first, by the reports of all runs."""
+    """The models from which a model was made, from the last to the first, by its reports."""
     record: Mapping[str, Any] | None = read_report(directory)
     while isinstance(record, dict) and record:
         model = record.get("model")

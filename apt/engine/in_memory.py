@@ -1,4 +1,4 @@
-"""A checkpoint that is read into memory as a whole."""
+"""A checkpoint that is read into memory completely."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from apt.compute import ComputeDtype
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.store import ModelStore
-from apt.engine.task import Changed, Task
+from apt.engine.task import Task, TaskResult
 from apt.engine.text import Text
 from apt.events import Status
 from apt.output.staging import Staging, write_errors
@@ -28,7 +28,7 @@ from apt.shrinking.same_function import check_same_function
 
 
 class InMemory(ModelStore):
-    """A checkpoint in memory, which is written as a whole at the end."""
+    """A checkpoint in memory, which is written at the end."""
 
     def __init__(
         self,
@@ -53,27 +53,27 @@ class InMemory(ModelStore):
         return sum(p.numel() for p in skeleton.module.parameters()) * dtype.itemsize
 
     def read(self) -> None:
-        """Read the model, and give it the dtype that it computes in."""
+        """Read the model, and cast it to its compute dtype."""
         self.status("opening the model", "loading the model")
         task, dtypes = self._task, dict[str, torch.dtype]()
         if self._stored is not None:
             self._dtype = self._stored.dtype(task.skeleton, task.plan)
         loaded = load(task.skeleton, self._dtype, task.device)
         self.model = loaded.module
-        if self._stored is not None and not _is_stored(self._stored, loaded):
+        if self._stored is not None and not _equals_stored(self._stored, loaded):
             self._stored = None
         if self._stored is not None and task.plan is not None and not task.plan.structured:
             dtypes = self._stored.dtypes(task.plan)
-        if (asked := getattr(task.options, "compute", None)) is not None:
-            self.compute_in(asked, loaded.dtype, task.device, dtypes)
+        if (compute := getattr(task.options, "compute", None)) is not None:
+            self.compute_in(compute, loaded.dtype, task.device, dtypes)
 
     def begin(self, text: Text, out: Path | None = None, *, resumed: bool = False) -> None:
         """Do nothing: the model is in memory, and a training continues from its checkpoints."""
 
-    def write(self, changed: Changed, work: Staging, text: Text) -> Path:
-        """Save the model, and read the saved model, which is then the one to measure."""
+    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
+        """Save the model, and read the saved model, which is then measured."""
         self.status("writing", "saving and verifying")
-        task, plan, written = self._task, changed.plan, None
+        task, plan, written = self._task, result.plan, None
         self.restore()
         if plan is not None and plan.structured:
             self._shrink(plan, text.tokens)
@@ -88,18 +88,18 @@ class InMemory(ModelStore):
         return work.out
 
     def _shrink(self, plan: Plan, tokens: Tensor) -> None:
-        """Replace the model by a smaller one, which computes the same."""
+        """Replace the model by a smaller model of the same function."""
         adapter, compute = self._task.skeleton.adapter, self.precision.compute
-        small = smaller(self.model, adapter, plan)
-        check_same_function(self.model, small, adapter, plan, tokens, compute)
-        self.model, self._stored = small, None
+        smaller_model = smaller(self.model, adapter, plan)
+        check_same_function(self.model, smaller_model, adapter, plan, tokens, compute)
+        self.model, self._stored = smaller_model, None
 
     def _save(self, plan: Plan | None, directory: Path, tokenizer: Any) -> None:
-        """Write the model, as a copy of its checkpoint if that is possible."""
+        """Write the model, if possible as a modified copy of its checkpoint."""
         options, skeleton = self._task.options, self._task.skeleton
         if self._stored is not None and plan is not None:
-            other = tokenizer if options.tokenizer else None
-            self._stored.copy(directory, other, options.max_shard_size)
+            replacement = tokenizer if options.tokenizer else None
+            self._stored.copy(directory, replacement, options.max_shard_size)
             self._stored.write(self.model, plan, directory)
             return
         save_model(self.model, tokenizer, directory, skeleton.checkpoint, options.max_shard_size)
@@ -119,7 +119,7 @@ class InMemory(ModelStore):
             yield self.model
 
 
-def _is_stored(stored: Stored, model: Opened) -> bool:
+def _equals_stored(stored: Stored, model: Opened) -> bool:
     """True if the blocks equal the stored tensors, so that the output can be a modified copy."""
     names = [
         f"{name}.{path}"

@@ -1,4 +1,4 @@
-"""Zeros that stay while a program trains a pruned model with tools that know nothing of them."""
+"""Zeros that stay while a program trains a pruned model with other tools."""
 
 import weakref
 from typing import Any, Self
@@ -11,7 +11,7 @@ from apt.adapter import Adapter
 from apt.adapter.wrapped import check_in_memory
 from apt.arguments import checked
 from apt.checkpoints.masks import masks_of
-from apt.engine.given import find_adapter
+from apt.engine.caller_model import find_adapter
 from apt.errors import AptError
 from apt.plugin.registry import registry
 from apt.recovery.kept_zeros import KeptZeros
@@ -28,13 +28,13 @@ def keep_zeros(
 
     Args:
         model: the pruned model, a causal language model of transformers.
-        optimizer: the optimizer. AdamW and SGD leave a weight at zero that has no gradient, also
-            with weight decay; others may not, and need this argument.
+        optimizer: the optimizer. AdamW and SGD keep a weight without a gradient at zero, also with
+            weight decay. Other optimizers may not, and need this argument.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
 
     Returns:
-        The zeros; ``remove()``, or the end of a ``with`` statement, lets them be trained again.
+        The zeros. ``remove()``, or the end of a ``with`` statement, lets other code change them.
 
     Raises:
         AptError: the model has no zeros, or no adapter serves it.
@@ -49,9 +49,9 @@ def keep_zeros(
 class KeepZeros(TrainerCallback):  # type: ignore[misc]
     """`keep_zeros` as a callback of transformers' Trainer, and of trainers made from it.
 
-    At the end of the training the model is as any other. The Trainer tells no callback of an
-    exception. After one, the zeros are let go by `remove`, at the end of a ``with`` statement, at
-    the beginning of another training with this callback, or with the callback.
+    At the end of the training the zeros are free again. The Trainer does not report an exception to
+    its callbacks. After an exception, the zeros are freed by `remove`, at the end of a ``with``
+    statement, by another training with this callback, or when the callback is deleted.
 
     Args:
         adapter: as in `keep_zeros`.
@@ -59,7 +59,7 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, adapter: str | Adapter | None = None) -> None:
         self._adapter = adapter
-        self._kept: KeptZeros | None = None
+        self._zeros: KeptZeros | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -68,22 +68,22 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         self.remove()
 
     def remove(self) -> None:
-        """Let the weights be trained from now on."""
-        if self._kept is not None:
-            self._kept.remove()
-            self._kept = None
+        """Free the zeros: other code may change them."""
+        if self._zeros is not None:
+            self._zeros.remove()
+            self._zeros = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Note the zeros of the model."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
+        """Keep the zeros of the model from now on."""
         self.remove()
-        self._kept = keep_zeros(given["model"], adapter=self._adapter)
-        weakref.finalize(self, self._kept.remove)
+        self._zeros = keep_zeros(arguments["model"], adapter=self._adapter)
+        weakref.finalize(self, self._zeros.remove)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set them to zero again, whatever the optimizer did."""
-        if self._kept is not None:
-            self._kept.restore()
+        """Restore the zeros that the optimizer has changed."""
+        if self._zeros is not None:
+            self._zeros.restore()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the model as any other."""
+        """Free the zeros."""
         self.remove()

@@ -11,6 +11,7 @@ from apt.errors import AptError
 from apt.locations.hub import Hub
 from apt.locations.model_source import Source, find
 from apt.options import (
+    DEFAULT_PATTERN,
     ExportRun,
     MeasuringOptions,
     ModelRun,
@@ -33,12 +34,12 @@ R = TypeVar("R", bound=AnyRun)
 W = TypeVar("W", bound=PruneRun | ShrinkRun | RecoverRun)
 
 PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
-"""The allocations of the units of a sparsity that several sites share."""
+"""The allocation for each unit of a sparsity that several sites share."""
 
 
 @dataclass(frozen=True)
-class Named(Generic[R]):
-    """The options of a run with the names of plugins as declared, and the place of its model."""
+class RunRequest(Generic[R]):
+    """The options of a run with resolved names, and the location of its model."""
 
     options: R
     source: Source
@@ -57,27 +58,28 @@ def find_source(reference: str, options: RemoteOptions, registry: Registry) -> S
 def check_export(
     run: ExportRun, registry: Registry, options: tuple[str, ...] = ("format",)
 ) -> ExportSpec:
-    """The format of an export: the given one, or the one of the suffix of the output.
+    """The format of an export: the given format, or the format of the suffix of the output.
 
-    ``options`` choose the format, for the message.
+    ``options`` are the options that choose the format, for the message.
 
     Raises:
-        AptError: there is none, or it needs a package that is not installed; or the output has
-            another suffix, or the type does not exist.
+        AptError: there is no such format, or it needs a package that is not installed; or the
+            output has another suffix, or the type does not exist.
     """
-    known = registry.exports
+    catalog = registry.exports
     if run.format is not None:
-        spec = known.get(run.format)
+        spec = catalog.get(run.format)
     else:
-        fitting = [one for one in known.specs.values() if run.output.suffix == one.suffix]
-        if len(fitting) != 1:
-            kinds = ", ".join(f"{one.name} ({one.suffix})" for one in known.specs.values())
-            fault = f"the suffix of {run.output} does not say the format"
-            raise AptError(fault, f"choose one: {kinds or 'none is installed'}", options)
-        spec = fitting[0]
+        exports = list(catalog.specs.values())
+        matching = [export for export in exports if run.output.suffix == export.suffix]
+        if len(matching) != 1:
+            kinds = ", ".join(f"{export.name} ({export.suffix})" for export in exports)
+            message = f"the suffix of {run.output} does not say the format"
+            raise AptError(message, f"choose one: {kinds or 'none is installed'}", options)
+        spec = matching[0]
     if run.output.suffix != spec.suffix:
-        fault = f"the output {run.output} is not a {spec.suffix} file"
-        raise AptError(fault, "choose another name", ("output",))
+        message = f"the output {run.output} is not a {spec.suffix} file"
+        raise AptError(message, "choose another name", ("output",))
     if run.type is not None and run.type not in spec.types:
         types = ", ".join(spec.types) or "none to choose from"
         raise AptError(f"{spec.name} has no type '{run.type}'", f"it writes {types}", ("type",))
@@ -88,7 +90,7 @@ def check_export(
 
 
 def check_directory_name(output: Path, registry: Registry) -> None:
-    """Raise if a directory would have the name of a file that an export writes."""
+    """Raise if a directory has the suffix of the files of an export."""
     for spec in registry.exports.specs.values():
         if output.suffix == spec.suffix:
             raise AptError(
@@ -98,8 +100,8 @@ def check_directory_name(output: Path, registry: Registry) -> None:
             )
 
 
-def with_names(options: R, registry: Registry, notice: Callable[[str], None]) -> Named[R]:
-    """The options with a model, a text and an output, and the place of the model.
+def resolve_names(options: R, registry: Registry, notice: Callable[[str], None]) -> RunRequest[R]:
+    """The options with all names filled in, and the location of the model.
 
     ``notice`` is called with a line about each default.
 
@@ -107,69 +109,86 @@ def with_names(options: R, registry: Registry, notice: Callable[[str], None]) ->
         AptError: a name is unknown, or the model is not found.
     """
     if isinstance(options, ReapplyRun):
-        return Named(options, find_source(options.model, options, registry))
-    made: Any = options
+        return RunRequest(options, find_source(options.model, options, registry))
+    resolved: Any = options
 
     def choose(**values: Any) -> None:
-        nonlocal made
+        nonlocal resolved
         for name, value in values.items():
             notice(f"{name}: {value} (default)")
-        made = replace(made, **values)
+        resolved = replace(resolved, **values)
 
     _check_packages(options)
     if not options.model and not isinstance(options, RecoverRun):
-        choose(model=_embedded(options, registry))
-    made = replace(made, metrics=_metrics(options, registry), **_plugin(options, registry))
-    source = find_source(made.model, options, registry)
+        choose(model=_embedded_model(options, registry))
+    resolved = replace(
+        resolved, metrics=_metrics(options, registry), **_plugin_name(options, registry)
+    )
+    source = find_source(resolved.model, options, registry)
     if isinstance(options, PruneRun):
         if pattern_of(options) is None:
-            choose(pattern="2:4")
-        made = replace(made, allocation=_allocation(made, registry))
+            choose(pattern=DEFAULT_PATTERN)
+        resolved = replace(resolved, allocation=_allocation(resolved, registry))
     if options.calibration == MeasuringOptions.calibration:
         notice(f"calibration: {options.calibration} (default)")
     if options.output is None:
-        choose(output=Path("-".join([source.name, *_suffixes(made, registry)])))
-    return Named(_with_export(made, registry, notice), source)
+        choose(output=Path("-".join([source.name, *_suffixes(resolved, registry)])))
+    if _is_cut_out(resolved, source, registry):
+        return RunRequest(resolved, source)
+    return RunRequest(_with_export(resolved, registry, notice), source)
+
+
+def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:
+    """True if a run writes a file of the kind of its model, without some experts or blocks.
+
+    Such a file has the stored bytes of its model. All other files are exported.
+    """
+    if not isinstance(options, ShrinkRun) or not source.has_kind_of(options.directory):
+        return False
+    if options.explicit:
+        return options.sizes.keys() <= {"experts"}
+    named = options.method and registry.shrink_methods.get(options.method).chooses
+    return options.mode == "depth" or (options.mode in (None, "width") and named == "experts")
 
 
 def _with_export(options: W, registry: Registry, notice: Callable[[str], None]) -> W:
-    """The options with a directory and a file to export, if the output is named like the file.
+    """The options with a directory and a file to export, if the output has the suffix of a file.
 
     Raises:
         AptError: no export writes a file of such a name.
     """
-    made: Any = options
+    resolved: Any = options
     suffixes = {spec.suffix for spec in registry.exports.specs.values()}
-    if made.export is None and made.output.suffix in suffixes:
-        made = replace(made, output=made.output.with_suffix(""), export=made.output)
-        notice(f"output: {made.output}, and exported {made.export}")
-    elif made.export is not None:
-        check_directory_name(made.output, registry)
-    if made.export is not None:
-        check_export(ExportRun(model=made.model, output=made.export), registry, ("export",))
-    return made  # type: ignore[no-any-return]
+    if resolved.export is None and resolved.output.suffix in suffixes:
+        resolved = replace(resolved, output=resolved.output.with_suffix(""), export=resolved.output)
+        notice(f"output: {resolved.output}, and exported {resolved.export}")
+    elif resolved.export is not None:
+        check_directory_name(resolved.output, registry)
+    if resolved.export is not None:
+        check_export(ExportRun(model=resolved.model, output=resolved.export), registry, ("export",))
+    return resolved  # type: ignore[no-any-return]
 
 
 def _check_packages(options: PruneRun | ShrinkRun | RecoverRun) -> None:
     """Raise if a package for the training of a run is not installed."""
-    timed = isinstance(options, PruneRun) and options.minutes is not None
-    if not (timed or isinstance(options, RecoverRun)):
+    is_timed = isinstance(options, PruneRun) and options.minutes is not None
+    if not (is_timed or isinstance(options, RecoverRun)):
         return
     if missing := [name for name in ("accelerate", "peft") if find_spec(name) is None]:
-        fault = f"a training needs {' and '.join(missing)}"
-        raise AptError(fault, "pip install 'apt-prune[recover]'")
+        message = f"a training needs {' and '.join(missing)}"
+        raise AptError(message, "pip install 'apt-prune[recover]'")
 
 
-def _plugin(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) -> dict[str, str]:
-    """The name of the method or the kind, as its plugin declares it; empty if none is given."""
+def _plugin_name(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) -> dict[str, str]:
+    """The option for the method or the kind, as its plugin names it; empty if it is not given."""
     if isinstance(options, RecoverRun):
         kind = options.kind
         return {} if kind is None else {"kind": registry.recoveries.get(kind).name}
-    known = registry.methods if isinstance(options, PruneRun) else registry.shrink_methods
-    return {} if options.method is None else {"method": known.get(options.method).name}
+    methods = registry.methods if isinstance(options, PruneRun) else registry.shrink_methods
+    return {} if options.method is None else {"method": methods.get(options.method).name}
 
 
-def _embedded(options: ModelRun, registry: Registry) -> str:
+def _embedded_model(options: ModelRun, registry: Registry) -> str:
     """The embedded model of the adapter."""
     if options.adapter is None:
         raise AptError(
@@ -179,7 +198,7 @@ def _embedded(options: ModelRun, registry: Registry) -> str:
 
 
 def _metrics(options: MeasuringOptions, registry: Registry) -> tuple[str, ...]:
-    """The names of the metrics, none of which needs a dense model."""
+    """The names of the metrics. A metric that needs a dense model is an error."""
     specs = [registry.evaluators.get(name) for name in options.metrics]
     for spec in specs:
         if spec.dense:
@@ -191,10 +210,10 @@ def _metrics(options: MeasuringOptions, registry: Registry) -> tuple[str, ...]:
 
 
 def _allocation(options: PruneRun, registry: Registry) -> str | None:
-    """The name of the allocation: the given one, or the one that the unit implies, or None.
+    """The name of the given allocation or of the unit's allocation, or None.
 
     Raises:
-        AptError: it is unknown, or contradicts the unit.
+        AptError: the allocation is unknown, or contradicts the unit.
     """
     name = options.allocation
     if options.per in PER_ALLOCATION:
@@ -212,8 +231,8 @@ def _suffixes(options: PruneRun | ShrinkRun | RecoverRun, registry: Registry) ->
     """The parts of the name of a directory that depend on the options."""
     if isinstance(options, PruneRun):
         pattern = str(pattern_of(options))
-        plain = re.sub("(?<=[a-z]):", "", pattern).replace(":", "of").replace("@", "-")
-        return [plain, options.method or registry.default_method().name]
+        name = re.sub("(?<=[a-z]):", "", pattern).replace(":", "of").replace("@", "-")
+        return [name, options.method or registry.default_method().name]
     return ["recovered"] if isinstance(options, RecoverRun) else options.suffixes()
 
 

@@ -14,7 +14,7 @@ from apt.options import PackRun, PruneRun, RemoteOptions, UnpackRun
 from apt.output.card import mark_as_packed, mark_as_unpacked
 from apt.output.location import check_output, check_space
 from apt.output.report import carry_report, read_report
-from apt.output.staging import whole_directory, write_errors
+from apt.output.staging import staged_directory, write_errors
 from apt.packing.compressed_tensors import write_compressed_tensors
 from apt.packing.directory import (
     OWN_CODE_FILE,
@@ -34,8 +34,8 @@ from apt.runtime.rounding import KINDS
 def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: None) -> Packed:
     """Write a pruned model without its zeros or as integers, and verify it on disk.
 
-    Without ``quantize`` the weights stay as they are: integers if the run that pruned them made
-    such.
+    Without ``quantize`` the weights do not change: if the pruning has rounded them to integers,
+    they are packed as integers.
 
     Raises:
         AptError: the model cannot be read, has nothing to pack, or the output cannot be written.
@@ -49,12 +49,15 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
     shards = Shards(directory)
     size = sum(entry.size for entry in shards.entries.values())
     check_space({"output": (run.output, size)})
-    asked = Rounding(run.quantize, run.scale_group) if run.quantize else None
-    rounding = asked or integers_of(directory)
-    # Only the blocks are rounded: the language-model head is as it was trained.
-    rounds = rounding is not None and not rounding.exact
+    requested = Rounding(run.quantize, run.scale_group) if run.quantize else None
+    rounding = requested or integers_of(directory)
+    # Only the blocks are rounded: the language-model head keeps its trained weights.
+    only_blocks = rounding is not None and not rounding.exact
     layout = layout_of(skeleton, shards)
-    names = {*linear_tensors(skeleton, layout, blocks=rounds), *expert_tensors(skeleton, layout)}
+    names = {
+        *linear_tensors(skeleton, layout, blocks=only_blocks),
+        *expert_tensors(skeleton, layout),
+    }
     group = rounding.scale_group if rounding is not None else COLUMNS
     if run.format == "apt" and isinstance(group, int) and group % COLUMNS:
         notice(f"scale group {group}: no multiple of {COLUMNS}, so torch expands each matrix")
@@ -64,22 +67,21 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
             "round its weights",
             ("quantize",),
         )
-    with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
+    with staged_directory(run.output, run.overwrite) as work, write_errors(run.output):
         if run.format != "apt" and rounding is not None:
-            done = write_compressed_tensors(directory, skeleton, work.out, rounding)
+            packed = write_compressed_tensors(directory, skeleton, work.out, rounding)
         else:
-            done = pack(directory, names, work.out, rounding)
+            packed = pack(directory, names, work.out, rounding)
             mark_as_packed(work.out, has_code=(work.out / OWN_CODE_FILE).is_file())
         carry_report(directory, work.out, source.reference)
-    return done
+    return packed
 
 
 def check_packed_place(run: PruneRun, inputs: list[Path]) -> None:
     """Raise if the packed model of a run cannot be written, before the run.
 
     Raises:
-        AptError: the directory exists, or is that of the pruned model or of an input, inside one or
-            around one.
+        AptError: the directory exists; or it is, contains or is inside the output or an input.
     """
     if run.pack is None:
         return
@@ -94,7 +96,7 @@ def check_packed_place(run: PruneRun, inputs: list[Path]) -> None:
 
 
 def pack_output(run: PruneRun, registry: Registry, notice: Notice) -> Packed:
-    """Write the packed form of the output of a run, which asks for it."""
+    """Write the packed form of the output of a run with the option ``pack``."""
     assert run.pack is not None
     remote = run.trust_remote_code
     packing = PackRun(
@@ -116,7 +118,7 @@ def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda lin
     entries = read_entries(directory)
     size = sum(4 * prod(entry.shape) for entry in entries.values())
     check_space({"output": (run.output, size)})
-    with whole_directory(run.output, run.overwrite) as work, write_errors(run.output):
+    with staged_directory(run.output, run.overwrite) as work, write_errors(run.output):
         count = unpack(directory, work.out)
         mark_as_unpacked(work.out)
         carry_report(directory, work.out, source.reference)
@@ -124,9 +126,9 @@ def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda lin
 
 
 def integers_of(directory: Path) -> Rounding | None:
-    """The integers that a model consists of, by its report; None if it was not quantised.
+    """The integers of a quantised model, by its report; None for other models.
 
-    A model that was trained afterwards does not consist of them.
+    A model that was trained afterwards has no integers.
     """
     report = read_report(directory) or {}
     options = report.get("options")
@@ -135,5 +137,5 @@ def integers_of(directory: Path) -> Rounding | None:
     if report.get("recovery") or report.get("reapplied"):
         return None
     group: Any = options.get("group")
-    known = isinstance(group, int) or group == "row"
-    return Rounding(options["quantize"], group, exact=True) if known else None
+    is_valid = isinstance(group, int) or group == "row"
+    return Rounding(options["quantize"], group, exact=True) if is_valid else None

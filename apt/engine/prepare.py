@@ -1,4 +1,4 @@
-"""Checks that all tasks have in common, before the work: of the model and of the output."""
+"""The checks of the model and of the output before the work, for all tasks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.compute import dtype_name
 from apt.engine.machine import read_dtype
-from apt.engine.opening import Named
+from apt.engine.opening import RunRequest
 from apt.engine.task import WITHOUT_EFFECT, Task
 from apt.errors import AptError
 from apt.files.journal import check_same
@@ -18,9 +18,10 @@ from apt.files.writing import check_file
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded
 from apt.locations.text_sources import text_sources
+from apt.options import ShrinkRun
 from apt.output.json_values import json_value
 from apt.output.location import check_not_input, check_output
-from apt.output.report import Report, read_report
+from apt.output.report import Report, read_report, report_beside
 from apt.output.staging import resumable
 from apt.plugin.registry import Registry
 
@@ -28,15 +29,20 @@ Notice = Callable[[str], None]
 
 
 def open_model(
-    named: Named[Any], texts: Sequence[str | None], registry: Registry, notice: Notice
+    request: RunRequest[Any], texts: Sequence[str | None], registry: Registry, notice: Notice
 ) -> Opened:
     """The model of a run, without weights, after a check of the place of the output.
 
-    ``texts`` are what the run reads beside the model, see `input_paths`.
+    ``texts`` are the other inputs of the run, see `input_paths`.
     """
-    options, source = named.options, named.source
+    options, source = request.options, request.source
     check_place(options, source, texts, notice)
-    opened = open_skeleton(source, registry, options.adapter)
+    same = source.gguf is None or source.has_kind_of(options.output)
+    expanded = same and isinstance(options, ShrinkRun)
+    opened = open_skeleton(source, registry, options.adapter, expanded=expanded)
+    if source.has_kind_of(options.output) and opened.quantised is None:
+        fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
+        raise AptError(fault, "name a directory as the output", ("output",))
     if options.adapter is None and opened.spec.default:
         kind = opened.config.model_type
         notice(f"adapter: {opened.spec.name} (default, since none is for type '{kind}' alone)")
@@ -44,54 +50,58 @@ def open_model(
 
 
 def with_compute(opened: Opened, options: Any, device: str, notice: Notice) -> Opened:
-    """The model with the dtype that it is planned to compute in, which is said if it is another."""
+    """The model with its compute dtype, with a notice if the default is not the stored dtype."""
     dtype = read_dtype(getattr(options, "dtype", "auto")) or opened.dtype
     planned = opened.computing(options.compute, device, dtype)
-    plain = opened.source.gguf or quantised_with(opened.config) is None
-    if plain and options.compute == "auto" and planned.compute != dtype:
-        computed, stored = dtype_name(planned.runs_in), dtype_name(dtype)
-        notice(f"compute: {computed} (default, since {device} multiplies {stored} more slowly)")
+    is_dense = opened.source.gguf or quantised_with(opened.config) is None
+    if is_dense and options.compute == "auto" and planned.compute != dtype:
+        compute, stored = dtype_name(planned.runs_in), dtype_name(dtype)
+        notice(f"compute: {compute} (default, since {device} multiplies {stored} more slowly)")
     return planned
 
 
 def check_place(options: Any, source: Source, texts: Sequence[str | None], notice: Notice) -> None:
-    """Check the place of the output, and notify the user of an earlier result to be replaced."""
+    """Check the place of the output, with a notice about an earlier result to be replaced."""
     inputs, output = input_paths(source, texts), options.output
     if (file := getattr(options, "export", None)) is not None:
         if file.resolve().is_relative_to(output.resolve()):
-            fault = f"export {file} is inside the output"
-            raise AptError(fault, "choose another file", ("export",))
+            message = f"export {file} is inside the output"
+            raise AptError(message, "choose another file", ("export",))
         check_file(file, overwrite=options.overwrite, inputs=inputs, options=("export",))
+    if source.has_kind_of(output):
+        for path in (output, report_beside(output)):
+            check_file(path, overwrite=options.overwrite, inputs=inputs, options=("output",))
+        return
     if getattr(options, "resume", False) and (resumable(output) or read_report(output)):
         check_not_input(output, inputs)
         return
     for link in [] if source.gguf else links_outside(Path(source.location)):
         notice(f"left out: {link} is a link to a file outside the checkpoint")
-    if lost := check_output(output, options.overwrite, inputs):
-        notice(f"replaces {lost}")
+    if replaced := check_output(output, options.overwrite, inputs):
+        notice(f"replaces {replaced}")
 
 
 def input_paths(source: Source, texts: Sequence[str | None]) -> list[Path]:
     """The local files and directories of a model and of texts, tokenizers and other models."""
-    names = [one.name for text in texts if text for one in text_sources(text)]
-    given = [path for name in names if (path := expanded(name)).exists()]
-    return [*source.files(), *given]
+    names = [source.name for text in texts if text for source in text_sources(text)]
+    paths = [path for name in names if (path := expanded(name)).exists()]
+    return [*source.files(), *paths]
 
 
 def finished_report(task: Task) -> Report | None:
-    """The report of the run that is to be resumed, if it was finished before.
+    """The report of the run to resume, if that run is finished; else None.
 
     Raises:
-        AptError: the output is that of a run with other options.
+        AptError: the output is the result of a run with other options.
     """
     output = task.options.output
     if not task.resume or resumable(output) or read_report(output) is None:
         return None
     report, options = Report.read(output), ("output", "overwrite", "resume")
-    fault = f"{output} is the result of another run"
+    message = f"{output} is the result of another run"
     hint = "choose another output, or overwrite it without resuming"
-    now = json_value(task.record())
-    check_same(fault, task.recorded(report), now, hint, options, WITHOUT_EFFECT)
+    record = json_value(task.record())
+    check_same(message, task.recorded(report), record, hint, options, WITHOUT_EFFECT)
     return report
 
 

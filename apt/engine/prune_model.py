@@ -12,7 +12,7 @@ from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
-from apt.events import ExpertsRemoved, ExpertsRouted, SitePruned
+from apt.events import BlockRecord, ExpertsRemoved, ExpertsRouted, SitePruned
 from apt.locations.text_sources import labels
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
@@ -36,7 +36,7 @@ class Pruning(BlockPruning):
     """The pruning of one model: its options with all values filled in.
 
     Attributes:
-        augmentation: the calibration samples beside the given ones.
+        augmentation: the calibration samples in addition to the given ones.
         allocation: the name and the function of an allocation; None keeps the plan's patterns.
         structure: the choice of the structure of a smaller model; None for a sparse one.
         seed: the seed for the text that the model generates.
@@ -54,13 +54,13 @@ class Pruning(BlockPruning):
 
 
 def decide(store: ModelStore, text: Text, job: Pruning) -> tuple[Text, Plan]:
-    """What follows from the dense model: the text with that of the model, and the final plan."""
+    """The text with the samples that the dense model generates, and the final plan."""
     text = with_own_text(store, text, job)
     return text, final_plan(store, text, job)
 
 
 def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> Report:
-    """Prune block by block, on the text and by the plan of `decide`.
+    """Prune block by block, with the text and the plan of `decide`.
 
     Args:
         store: the model, pruned in place.
@@ -69,50 +69,58 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
     Returns:
         The report with the record of each site.
     """
-    structure, calibration = dict[str, Any](), report.calibration
-    if job.recipe.experts.scores:  # the report has the calibration that gave the scores
-        done = remove_chosen(store, job)
+    records, structure = list[BlockRecord](), dict[str, Any]()
+    calibration = report.calibration
+    if job.recipe.experts.scores:  # the report has the calibration of the run that computed them
+        records = remove_chosen(store, job)
     else:
         calibration = calibration | calibration_of(text.tokens)
-        done = prune_blocks(store, job, *_samples(store, text, job))
+        if job.recipe.error_aware or any(block.changes for block in job.plan.blocks):
+            records = prune_blocks(store, job, *_samples(store, text, job))
     if job.structure is not None:
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)
-        removed = [one for one in done if isinstance(one, ExpertsRemoved)]
+        removed = [record for record in records if isinstance(record, ExpertsRemoved)]
         structure["experts"] = removed_experts(removed)
     return replace(
         report,
         calibration=calibration,
-        sites=[one for one in done if isinstance(one, SitePruned)],
+        sites=[record for record in records if isinstance(record, SitePruned)],
         skipped=job.plan.dense,
         ranks=store.ranks.gather(store.ranks.work),
         structure=structure,
         routing=report.routing
         | {
-            one.name: {"tokens": dict(one.tokens), "weights": dict(one.weights)}
-            for one in done
-            if isinstance(one, ExpertsRouted)
+            record.name: {"tokens": dict(record.tokens), "weights": dict(record.weights)}
+            for record in records
+            if isinstance(record, ExpertsRouted)
         },
     )
 
 
 def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor, SampleSources]:
-    """All samples, with copies with random tokens, and their sources.
+    """All samples, with copies with random tokens, and the sources of the samples.
 
-    Any first samples of a mix are of all its sources, and of what is generated, by their numbers.
+    The samples of a mix are in an order in which any first samples are of all sources, generated
+    text included, in proportion to the numbers of samples.
     """
     tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
     names = tuple(labels([source.name for source in text.sources]).values()) or ("calibration",)
-    given = torch.zeros(len(text.tokens)) if text.owners is None else text.owners
-    given = torch.where(given < 0, len(names), given.long())  # the model's own text
-    copies = torch.full((len(tokens) - len(given),), len(names) + 1)
-    of = given if not len(copies) else mixed(given.unsqueeze(1), copies.unsqueeze(1)).squeeze(1)
+    owners = _owners(text)
+    owners = torch.where(owners < 0, len(names), owners)  # the model's own text
+    copies = torch.full((len(tokens) - len(owners),), len(names) + 1)
+    of = owners if not len(copies) else mixed(owners.unsqueeze(1), copies.unsqueeze(1)).squeeze(1)
     sources = SampleSources((*names, OWN_TEXT, RANDOM_TOKENS), of, len(names))
     if len(names) == 1:
         return tokens, sources
     order = of.argsort(stable=True)
     order = order[in_turn(torch.bincount(of, minlength=len(sources.names)).tolist())]
     return tokens[order], sources.part(order)
+
+
+def _owners(text: Text) -> Tensor:
+    """The index of the source of each sample (samples,); 0 for all if no source is known."""
+    return torch.zeros(len(text.tokens)).long() if text.owners is None else text.owners.long()
 
 
 def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
@@ -123,36 +131,36 @@ def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
             store.model, text.tokens, job.seed, bos=text.bos, special=text.special
         )
 
-    own = job.augmentation.own_samples
-    if not own:
+    own_samples = job.augmentation.own_samples
+    if not own_samples:
         return text
-    given = torch.zeros(len(text.tokens)) if text.owners is None else text.owners
-    owners = mixed(given.long().unsqueeze(1), torch.full((own, 1), -1), job.seed).squeeze(1)
+    owners = _owners(text).unsqueeze(1)
+    owners = mixed(owners, torch.full((own_samples, 1), -1), job.seed).squeeze(1)
     return replace(text, tokens=store.generated(generate), owners=owners)
 
 
 def final_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:
-    """The plan with the structure or the sparsities that follow from the dense model."""
+    """The plan with the structure or the sparsities that depend on the dense model."""
     plan = job.plan
     if job.structure is not None:
         with store.readable():
-            plan = _structured(store, text, job) if store.ranks.first else plan
+            plan = _structured_plan(store, text, job) if store.ranks.first else plan
     elif job.allocation is not None and store.ranks.first:
         name, allocation = job.allocation
         store.status("allocation", f"distributing the sparsity ({name})")
-        given = Unallocated(
+        unallocated = Unallocated(
             store.model, job.adapter, plan, text.tokens, store.open, job.recipe.error_aware
         )
-        shares = store.journal.remember("shares", lambda: allocated(name, allocation, given))
+        shares = store.journal.remember("shares", lambda: allocated(name, allocation, unallocated))
         plan = with_shares(plan, name, shares)
     return store.ranks.share(plan)
 
 
-def _structured(store: ModelStore, text: Text, job: Pruning) -> Plan:
+def _structured_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:
     """The plan of a smaller model."""
     assert job.structure is not None
     model = store.model
-    structure, scored = job.structure.choose(
+    structure, candidates = job.structure.choose(
         model, job.adapter, text.tokens, partial(store.status, "structure"),
         bos=text.bos, special=text.special,
     )  # fmt: skip
@@ -161,4 +169,4 @@ def _structured(store: ModelStore, text: Text, job: Pruning) -> Plan:
         model, job.adapter, config, structure, adjusted=job.recipe.error_aware
     )
     smaller_skeleton(model, job.adapter, plan)  # raises if transformers has no model of these sizes
-    return replace(plan, candidates=candidate_records(scored))
+    return replace(plan, candidates=candidate_records(candidates))

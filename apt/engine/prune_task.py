@@ -16,21 +16,22 @@ from apt.distributed.launch import whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
 from apt.engine.export import check_exportable
+from apt.engine.in_place import check_slices, without_rounding
 from apt.engine.kept_scores import KeptScores
 from apt.engine.machine import check_tokens, choose_device, read_dtype
-from apt.engine.opening import Named, pattern_of, selection_of
+from apt.engine.opening import RunRequest, pattern_of, selection_of
 from apt.engine.packing import check_packed_place
 from apt.engine.prepare import Notice, capped, input_paths, open_model, with_compute
 from apt.engine.prune_model import Pruning, decide, prune_model
 from apt.engine.pruning_plan import sparse_pruning
 from apt.engine.recipes import record
 from apt.engine.recover_task import RecoverTask
-from apt.engine.reports import calibration_of, described, in_order, report_beside
+from apt.engine.reports import calibration_of, in_order, model_entry, report_beside
 from apt.engine.shrink_plan import journal_beside, smaller_pruning
 from apt.engine.store import ModelStore
-from apt.engine.task import WITHOUT_EFFECT, Changed, Task
+from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
 from apt.engine.text import Text, read_text
-from apt.engine.timed_run import fitted, training_of
+from apt.engine.timed_run import fit_to_time, training_of
 from apt.errors import AptError
 from apt.files.journal import Line
 from apt.locations.paths import portable
@@ -59,8 +60,8 @@ class PruneTask(Task):
     """The pruning of a model on disk, to a sparse or to a smaller one.
 
     Attributes:
-        training: the distillation in what is left of a given time; None if no time is given.
-        notice: called with a line about what the run finds.
+        training: the distillation in the rest of a given time; None if no time is given.
+        notice: called with a line about a result of the run.
     """
 
     options: PruneRun | ShrinkRun
@@ -73,8 +74,8 @@ class PruneTask(Task):
     @property
     def pattern(self) -> Pattern | None:
         """The pattern of a sparse model, with the unit in which it is counted."""
-        asked = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
-        return asked and asked.counted(self.method.per)
+        pattern = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
+        return pattern and pattern.counted(self.method.per)
 
     @property
     def samples(self) -> int:
@@ -83,14 +84,14 @@ class PruneTask(Task):
 
     def record(self) -> dict[str, Any]:
         """All options with defaults filled in, as values for JSON, for the report."""
-        known: dict[str, Any] = {"per": self.job.plan.per}
+        pattern_record: dict[str, Any] = {"per": self.job.plan.per}
         if isinstance(self.options, PruneRun):
-            known |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
-        chosen = record(self.job.recipe, self.job.augmentation, self.job.plan.grid)
-        return in_order(self.options.record() | known | chosen, (*_ORDER, *chosen))
+            pattern_record |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
+        settings = record(self.job.recipe, self.job.augmentation, self.job.plan.grid)
+        return in_order(self.options.record() | pattern_record | settings, (*_ORDER, *settings))
 
     def space(self, written: int) -> int:
-        """The bytes of the output, and of what a streamed run has on disk meanwhile."""
+        """The bytes of the output, and of the temporary files of a streamed run."""
         options, skeleton = self.options, self.skeleton
         if self.training is not None:
             return self.training.space(written)
@@ -100,10 +101,10 @@ class PruneTask(Task):
             tokens = self.samples * options.seqlen
             aware = self.job.recipe.error_aware
             written += activations_on_disk(skeleton, self.job.plan, tokens, error_aware=aware)
-        return written * 2 if self.job.structure else written  # the smaller model beside the other
+        return written * 2 if self.job.structure else written  # the smaller model and the copy
 
     def read_text(self, ranks: Ranks) -> Text:
-        """The calibration samples, and at most as many windows to measure on."""
+        """The calibration samples, and at most the same number of windows to measure on."""
         options = self.options
 
         def draw(
@@ -129,15 +130,14 @@ class PruneTask(Task):
     def begin(self, store: ModelStore, text: Text) -> Report:
         """A report with the options, the model and the text."""
         options, skeleton = self.options, self.skeleton
-        model = described(options.model, skeleton.config.model_type, skeleton.spec.name)
+        model = model_entry(options.model, skeleton.config.model_type, skeleton.spec.name)
         model |= {"sha256": store.weights} | store.precision.record()
         if isinstance(options, ShrinkRun) and options.scores_from is not None:
-            known = KeptScores.read(options.scores_from)
-            known.check_model(model, stream=options.stream)
-            earlier = report_beside(skeleton.source)
-            given = known.report.calibration
+            scored = KeptScores.read(options.scores_from)
+            scored.check_model(model, stream=options.stream)
+            earlier, report = report_beside(skeleton.source), scored.report
             return Report(
-                self.record(), model, given, earlier=earlier, routing=known.report.routing
+                self.record(), model, report.calibration, earlier=earlier, routing=report.routing
             )
         return Report(
             options=self.record(),
@@ -153,7 +153,7 @@ class PruneTask(Task):
         )
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
-        """All inputs that the result depends on."""
+        """All inputs of the result."""
         return {
             "model": report.model,
             "calibration": report.calibration,
@@ -162,39 +162,43 @@ class PruneTask(Task):
         }
 
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
-        """The text with that of the model, and the plan with what follows from the dense model."""
+        """The text with generated samples, and the plan with the allocation or the structure."""
         return decide(store, text, self.job)
 
-    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
+    def change(
+        self, store: ModelStore, text: Text, plan: Plan | None, report: Report
+    ) -> TaskResult:
         """Prune the model, and train it if there is time."""
         assert plan is not None
         report = prune_model(store, text, replace(self.job, plan=plan), report)
         if store.ranks.first:
             self._tell_experts(report)
         if self.training is not None:
-            report = _trained(self.training, store, report)
+            report = _train(self.training, store, report)
+        if self.in_place:
+            report = replace(report, structure=report.structure | {"rounded": store.rounded})
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
-        return Changed(report, plan, save_masks=save_masks)
+        return TaskResult(report, plan, save_masks=save_masks)
 
     def _tell_experts(self, report: Report) -> None:
         """Say which experts few tokens reached, and which could not be protected."""
-        how, blocks = self.job.recipe.experts, report.structure.get("experts", {})
+        removal, blocks = self.job.recipe.experts, report.structure.get("experts", {})
         few = sum(len(entry.get("underserved", ())) for entry in blocks.values())
         if few:
-            known = (entry["tokens"] for entry in report.routing.values())
-            count = sum(len(next(iter(tokens.values()))) for tokens in known if tokens)
+            by_source = (entry["tokens"] for entry in report.routing.values())
+            count = sum(len(next(iter(tokens.values()))) for tokens in by_source if tokens)
             self.notice(
-                f"expert tokens: {few} of {count} experts got fewer than {how.tokens} tokens; they "
-                "were judged also on tokens that the router came near to sending to them"
+                f"expert tokens: {few} of {count} experts got fewer than {removal.tokens} tokens; "
+                "they were judged also on tokens that the router came near to sending to them"
             )
         if short := sum(bool(entry.get("unprotected")) for entry in blocks.values()):
-            named = " and ".join(how.protect)
-            self.notice(f"protect: {short} blocks keep fewer experts than {named} needs")
+            sources = " and ".join(removal.protect)
+            self.notice(f"protect: {short} blocks keep fewer experts than {sources} needs")
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
     ) -> Report:
-        """The report with what was measured, the timeline, and the time of the run."""
+        """The report with the metrics, the timeline and the time of the run."""
         return replace(report, scores=scores, timeline=timeline).timed(seconds)
 
     def forget(self) -> None:
@@ -203,18 +207,18 @@ class PruneTask(Task):
             self.job.structure.journal.clear()
 
 
-def _trained(training: RecoverTask, store: ModelStore, report: Report) -> Report:
-    """Train a pruned model in what is left of the time, and return the report with the record.
+def _train(training: RecoverTask, store: ModelStore, report: Report) -> Report:
+    """Train a pruned model in the rest of the time, and return the report with the record.
 
-    To write and to measure the model takes as long as to read it took.
+    The time for writing and measuring is estimated as the time of reading and measuring.
     """
     assert training.options.minutes is not None
     store.status("reading text")
     text = training.read_text(store.ranks)
-    left = training.options.minutes - (store.seconds + store.opening) / 60
-    if left <= 0:
+    minutes = training.options.minutes - (store.seconds + store.opening) / 60
+    if minutes <= 0:
         return replace(report, problems=[*report.problems, "no time was left for distillation"])
-    training = replace(training, options=replace(training.options, minutes=left))
+    training = replace(training, options=replace(training.options, minutes=minutes))
     store.status("training", "distilling")
     try:
         return training.change(store, text, None, report).report
@@ -223,7 +227,7 @@ def _trained(training: RecoverTask, store: ModelStore, report: Report) -> Report
 
 
 def prepare_pruning(
-    named: Named[PruneRun | ShrinkRun], registry: Registry, notice: Notice, ranks: Ranks
+    request: RunRequest[PruneRun | ShrinkRun], registry: Registry, notice: Notice, ranks: Ranks
 ) -> PruneTask:
     """Check a pruning.
 
@@ -235,34 +239,39 @@ def prepare_pruning(
         AptError: an option does not fit the model, the machine or the disk.
     """
     started = time.perf_counter()
-    options: PruneRun | ShrinkRun = named.options
+    options: PruneRun | ShrinkRun = request.options
     texts = [options.calibration, options.evaluation, options.tokenizer]
     if isinstance(options, ShrinkRun) and options.scores_from is not None:
         texts.append(str(options.scores_from))
-    skeleton = open_model(named, texts, registry, notice)
+    skeleton = open_model(request, texts, registry, notice)
     check_exportable(options, skeleton, registry)
     device, training = choose_device(options.device), None
     skeleton = with_compute(skeleton, options, device, notice)
     if isinstance(options, PruneRun):
         check_packed_place(options, input_paths(skeleton.source, texts))
-    made: Any = _sparse if isinstance(options, PruneRun) else _smaller
+    make_job: Any = _sparse_job if isinstance(options, PruneRun) else _smaller_job
     seqlen = capped(options.seqlen, skeleton, notice)
-    streams, adapter = options.stream or options.resume, skeleton.spec.name
-    options = replace(options, stream=streams, adapter=adapter, seqlen=seqlen)
+    stream, adapter = options.stream or options.resume, skeleton.spec.name
+    options = replace(options, stream=stream, adapter=adapter, seqlen=seqlen)
+    in_place = skeleton.quantised is not None
+    if in_place and isinstance(options, ShrinkRun):
+        options = without_rounding(options, notice)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
-        _, method, job = made(options, skeleton, lambda line: None)
+        _, method, job = make_job(options, skeleton, lambda line: None)
         options = ranks.share(
-            fitted(options, skeleton, job, method, device, notice) if ranks.first else options
+            fit_to_time(options, skeleton, job, method, device, notice) if ranks.first else options
         )
-        taken = (time.perf_counter() - started) / 60
-        left = replace(options, minutes=max(minutes - taken, 0.0))
-        training = training_of(left, skeleton, registry, device)
-    options, method, job = made(options, skeleton, notice)
-    if named.options.method is None:
+        minutes_taken = (time.perf_counter() - started) / 60
+        timed_options = replace(options, minutes=max(minutes - minutes_taken, 0.0))
+        training = training_of(timed_options, skeleton, registry, device)
+    options, method, job = make_job(options, skeleton, notice)
+    if in_place and isinstance(options, ShrinkRun):
+        job = check_slices(skeleton, job, options, notice)
+    if request.options.method is None:
         notice(f"method: {method.name} (default)")
     task = PruneTask(
         options=options, registry=registry, skeleton=skeleton, device=device,
-        dtype=read_dtype(options.dtype), plan=None if training else _writable(skeleton, job),
+        dtype=read_dtype(options.dtype), plan=None if training else _writable_plan(skeleton, job),
         job=job, method=method, training=training, notice=notice,
     )  # fmt: skip
     _check_memory(task)
@@ -271,7 +280,7 @@ def prepare_pruning(
     return task
 
 
-def _sparse(
+def _sparse_job(
     options: PruneRun, skeleton: Opened, notice: Notice
 ) -> tuple[PruneRun, MethodSpec, Pruning]:
     """The pruning to a sparse model."""
@@ -286,7 +295,7 @@ def _sparse(
     return replace(options, method=spec.name, allocation=job.allocation_name), spec, job
 
 
-def _smaller(
+def _smaller_job(
     options: ShrinkRun, skeleton: Opened, notice: Notice
 ) -> tuple[ShrinkRun, MethodSpec, Pruning]:
     """The pruning to a smaller model."""
@@ -302,8 +311,8 @@ def _smaller(
     return replace(options, method=spec.name), spec, job
 
 
-def _writable(skeleton: Opened, job: Pruning) -> Plan:
-    """The plan with all blocks that may be written: those to drop may not be chosen yet."""
+def _writable_plan(skeleton: Opened, job: Pruning) -> Plan:
+    """The plan with all blocks that may be written: blocks to drop may not be chosen yet."""
     if job.structure is None:
         return job.plan
     structure = Structure(job.structure.sizes[0].kept)
@@ -317,17 +326,17 @@ def _writable(skeleton: Opened, job: Pruning) -> Plan:
 
 
 def _check_memory(task: PruneTask) -> None:
-    """Raise if the samples with one stream of their activations do not fit into memory."""
+    """Raise if the samples and one stream of activations do not fit into memory."""
     options, skeleton = task.options, task.skeleton
-    held = (
+    stream_bytes = (
         0
         if options.activations == "disk"
         else hidden_size(skeleton.config) * skeleton.runs_in.itemsize
     )
     ranks = whole_number("WORLD_SIZE", 1, least=1)
     samples = task.job.augmentation.written(options.samples)
-    each = torch.long.itemsize + held
-    check_tokens(samples, options.seqlen, each, task.device, ranks)
+    token_bytes = torch.long.itemsize + stream_bytes
+    check_tokens(samples, options.seqlen, token_bytes, task.device, ranks)
 
 
 def _check_streamable(task: PruneTask) -> None:

@@ -1,4 +1,4 @@
-"""The plan and the settings of a pruning, from its options: the same for runs and programs."""
+"""The plan and the settings of a pruning, from its options, for runs and for programs."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,14 +35,14 @@ def settings(
         AptError: the method does not use an option.
     """
     smaller = isinstance(method, ShrinkMethodSpec)
-    known: Any = registry().shrink_methods if smaller else registry().methods
-    options.check_used(method, known.specs.values(), "method")
-    recipe, added = recipe_of(options, method), augmentation_of(options, method, run.samples)
-    if options.own_samples is not None or not added.own_samples or writes(opened.module):
-        return recipe, added
+    catalog: Any = registry().shrink_methods if smaller else registry().methods
+    options.check_used(method, catalog.specs.values(), "method")
+    recipe, augmentation = recipe_of(options, method), augmentation_of(options, method, run.samples)
+    if options.own_samples is not None or not augmentation.own_samples or writes(opened.module):
+        return recipe, augmentation
     kind = type(opened.module).__name__
-    notice(f"own samples: 0 (not {added.own_samples}: {kind} cannot generate text)")
-    return recipe, replace(added, own_samples=0)
+    notice(f"own samples: 0 (not {augmentation.own_samples}: {kind} cannot generate text)")
+    return recipe, replace(augmentation, own_samples=0)
 
 
 def sparse_pruning(
@@ -63,7 +63,7 @@ def sparse_pruning(
     """
     spec, function = _method(method)
     options = run
-    if keeps_all(pattern):  # tuning and random tokens make up for weights that are gone
+    if keeps_all(pattern):  # tuning and random tokens compensate for pruned weights
         epochs, copies = run.tuning_epochs or 0, run.random_tokens or 0
         options = replace(run, tuning_epochs=epochs, random_tokens=copies)
     recipe, augmentation = settings(opened, run, options, spec, notice)
@@ -81,20 +81,22 @@ def sparse_pruning(
         allocation = default_allocation(pattern, error_aware=aware)
         if allocation != UNIFORM:
             notice(f"allocation: {allocation} (default)")
-    chosen = _allocation(allocation, plan)
-    return spec, Pruning(adapter, plan, function, recipe, augmentation, chosen, seed=run.seed)
+    allocation_pair = _allocation(allocation, plan)
+    return spec, Pruning(
+        adapter, plan, function, recipe, augmentation, allocation_pair, seed=run.seed
+    )
 
 
 def _check_effects(options: PruneOptions, recipe: Recipe, plan: Plan) -> None:
     """Raise for an option that no site of a plan uses."""
     if options.permute and not any(block.permutable for block in plan.blocks):
-        fault = "permute has no effect: no n:m site has inputs that can change places"
-        raise AptError(fault, "leave it out", ("permute",))
+        message = "permute has no effect: no n:m site has inputs that can change places"
+        raise AptError(message, "leave it out", ("permute",))
     rows = recipe.row_importance
-    served = (rows is not None and rows.serves(s.site, s.pattern) for s in plan.sites)
-    if options.row_importance and rows and not any(served):
-        fault = "row importance has no effect: every row of every site keeps as many weights"
-        raise AptError(fault, "leave it out", ("row_importance",))
+    is_served = (rows is not None and rows.serves(site.site, site.pattern) for site in plan.sites)
+    if options.row_importance and rows and not any(is_served):
+        message = "row importance has no effect: every row of every site keeps as many weights"
+        raise AptError(message, "leave it out", ("row_importance",))
 
 
 def _check_method(plan: Plan, method: MethodSpec) -> None:
@@ -103,8 +105,8 @@ def _check_method(plan: Plan, method: MethodSpec) -> None:
         assert site.pattern is not None
         kind = site.pattern.kind
         if method.patterns is not None and kind not in method.patterns:
-            known = registry().methods.specs.values()
-            others = [m.name for m in known if m.patterns is None or kind in m.patterns]
+            methods = registry().methods.specs.values()
+            others = [m.name for m in methods if m.patterns is None or kind in m.patterns]
             raise AptError(
                 f"method {method.name} does not prune to {site.pattern} ({site.name})",
                 f"choose one of {', '.join(others)}" if others else "choose another pattern",
@@ -116,22 +118,22 @@ def _allocation(allocation: str | Allocation, plan: Plan) -> tuple[str, Allocati
     """The name and the function of an allocation; None if the plan's patterns are final.
 
     Raises:
-        AptError: the name is unknown, or no site has a sparsity that it could change.
+        AptError: the name is unknown, or the allocation could change no site.
     """
     if not isinstance(allocation, str):
-        named = name_of("allocation", allocation), allocation
-        check_allocation(named[0], plan)
-        return named
+        pair = name_of("allocation", allocation), allocation
+        check_allocation(pair[0], plan)
+        return pair
     spec = registry().allocations.get(allocation)
     check_allocation(spec.name, plan)
     return (spec.name, spec.load()) if is_needed(spec.name, plan) else None
 
 
 def _method(method: str | Method | None) -> tuple[MethodSpec, Method]:
-    """A method and its spec; a function has the spec of a method without options."""
+    """A method and its spec. The spec of a function has no options."""
     if method is None or isinstance(method, str):
-        known = registry()
-        spec = known.default_method() if method is None else known.methods.get(method)
+        plugins = registry()
+        spec = plugins.default_method() if method is None else plugins.methods.get(method)
         return spec, spec.load()
     name = name_of("method", method)
     return MethodSpec(name, "a function of the caller", "", patterns=None), method

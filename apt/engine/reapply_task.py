@@ -1,4 +1,4 @@
-"""The task of ``apt-prune reapply``: the zeros of a pruned model in one that was fine-tuned."""
+"""The task of ``apt-prune reapply``: restore the zeros of a pruned model after fine-tuning."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +18,11 @@ from apt.checkpoints.masks import (
     sparsity_of,
 )
 from apt.distributed.ranks import Ranks
-from apt.engine.opening import Named, find_source
+from apt.engine.opening import RunRequest, find_source
 from apt.engine.prepare import Notice, open_model
-from apt.engine.reports import continued
+from apt.engine.reports import continued_report
 from apt.engine.store import ModelStore
-from apt.engine.task import Changed, Task
+from apt.engine.task import Task, TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
 from apt.locations.paths import kind_at, portable
@@ -34,7 +34,12 @@ from apt.plugin.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class ReapplyTask(Task):
-    """The zeros of a pruned model on disk, whose report it is, in another one."""
+    """The zeros of a pruned model, and their application to a fine-tuned model.
+
+    Attributes:
+        masks, orders, report: the masks, the orders of permuted inputs and the report of the pruned
+            model.
+    """
 
     options: ReapplyRun
     masks: Masks
@@ -52,8 +57,10 @@ class ReapplyTask(Task):
         """The report of the pruned model."""
         return self.report
 
-    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
-        """Set the masked weights to zero, after its inputs have the order of the pruned model."""
+    def change(
+        self, store: ModelStore, text: Text, plan: Plan | None, report: Report
+    ) -> TaskResult:
+        """Permute the model into the order of the pruned model, and set masked weights to zero."""
         adapter = self.skeleton.adapter
         permuted = permute_as_masked(self.masks, self.orders, store.model, adapter)
         weights, share = apply_masks(self.masks, store.model)
@@ -67,49 +74,51 @@ class ReapplyTask(Task):
             "parameters": len(self.masks),
             "permuted": permuted,
         }
-        return Changed(replace(report, reapplied=record), masks=self.masks)
+        return TaskResult(replace(report, reapplied=record), masks=self.masks)
 
 
-def prepare_reapplying(named: Named[ReapplyRun], registry: Registry, notice: Notice) -> ReapplyTask:
+def prepare_reapplying(
+    request: RunRequest[ReapplyRun], registry: Registry, notice: Notice
+) -> ReapplyTask:
     """Check the options of a reapplication, and read the masks.
 
     Raises:
         AptError: the masks cannot be read or belong to another model, or the output cannot be
             written.
     """
-    options, masks = named.options, named.options.masks
-    skeleton = open_model(named, (str(masks),), registry, notice)
+    options, masks = request.options, request.options.masks
+    skeleton = open_model(request, (str(masks),), registry, notice)
     kind = kind_at(masks)
     if kind not in ("file", "directory"):
-        fault = "does not exist" if kind is None else "is neither a file nor a directory"
-        raise AptError(f"{masks} {fault}", f"name a pruned model, or a file {MASKS}")
-    loaded = read_masks(masks) if kind == "file" else _masks_of(options, registry)
-    check_masks(loaded, skeleton.module, str(masks))
-    report = continued(_report_of(masks), skeleton, masks)
+        problem = "does not exist" if kind is None else "is neither a file nor a directory"
+        raise AptError(f"{masks} {problem}", f"name a pruned model, or a file {MASKS}")
+    mask_tensors = read_masks(masks) if kind == "file" else _model_masks(options, registry)
+    check_masks(mask_tensors, skeleton.module, str(masks))
+    report = continued_report(_pruning_report(masks), skeleton, masks)
     orders = read_orders(masks) if kind == "file" else report.orders
     return ReapplyTask(
         options=options,
         registry=registry,
         skeleton=skeleton,
         device="cpu",
-        masks=loaded,
+        masks=mask_tensors,
         orders=orders,
         report=report,
     )
 
 
-def _report_of(masks: Path) -> dict[str, Any] | None:
+def _pruning_report(masks: Path) -> dict[str, Any] | None:
     """The record of the pruned model that has these masks; None if there is none.
 
-    A file of masks has its usual name as long as it is beside the model.
+    A file of masks with its default name is beside its model.
     """
     if masks.name == MASKS and masks.is_file():
         return read_report(masks.parent)
     return read_report(masks) if masks.is_dir() else None
 
 
-def _masks_of(options: ReapplyRun, registry: Registry) -> Masks:
+def _model_masks(options: ReapplyRun, registry: Registry) -> Masks:
     """The masks of a pruned model."""
     source = find_source(f"{options.masks.resolve()}", replace(options, revision=None), registry)
-    pruned = load(open_skeleton(source, registry, options.adapter))
-    return masks_of(pruned.module, pruned.adapter)
+    opened = load(open_skeleton(source, registry, options.adapter))
+    return masks_of(opened.module, opened.adapter)

@@ -1,4 +1,4 @@
-"""From the options of pruning to the settings of the loop over blocks, with defaults filled in."""
+"""The settings of the loop over blocks, from the options of pruning and their defaults."""
 
 import math
 from dataclasses import replace
@@ -34,7 +34,7 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
     """The settings for pruning blocks with a method.
 
     Raises:
-        AptError: an option needs an error-aware run, and this is not one.
+        AptError: an option needs an error-aware run, and the run is layer-wise.
     """
     sparse = options if isinstance(options, PruneOptions) else PruneOptions()
     if sparse.quantize and isinstance(method, ShrinkMethodSpec):
@@ -43,35 +43,36 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
         )
     aware, tuning = is_aware(options, method), tuning_of(options, method)
     options.check_needed({"error_aware": aware, "tuning_epochs": tuning and tuning.epochs})
-    damping = _or(options.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
+    damping = _or_default(options.damping, DAMPING_ERROR_AWARE if aware else DAMPING)
+    power = _or_default(sparse.row_importance, ROW_IMPORTANCE) if aware else 0.0
     return Recipe(
         SolverOptions(damping=damping, effort=options.effort, block_size=sparse.block_size),
         _targets(options, method) if aware else None,
-        _row_importance(sparse.row_importance) if aware else None,
+        RowImportance(power) if power else None,
         tuning,
-        _or(
+        _or_default(
             sparse.permute,
             aware and method.error_aware and not isinstance(method, ShrinkMethodSpec),
         ),
-        _or(options.ordered, aware),
+        _or_default(options.ordered, aware),
     )
 
 
 def augmentation_of(options: SolveOptions, method: MethodSpec, samples: int) -> Augmentation:
     """The augmentation of ``samples`` calibration samples."""
     preset = _preset(options, method)
-    copies = _or(options.random_tokens, preset.random_tokens)
+    copies = _or_default(options.random_tokens, preset.random_tokens)
     if options.random_tokens is None and isinstance(method, ShrinkMethodSpec):
         copies = max(copies, method.random_tokens)
     return Augmentation(
-        _or(options.own_samples, math.ceil(preset.own_samples * samples)),
+        _or_default(options.own_samples, math.ceil(preset.own_samples * samples)),
         RandomTokens(copies=copies) if copies else None,
     )
 
 
 def is_aware(options: SolveOptions, method: MethodSpec) -> bool:
     """True if a run of ``method`` is error-aware."""
-    return _or(options.error_aware, method.error_aware)
+    return _or_default(options.error_aware, method.error_aware)
 
 
 def grid_of(options: PruneOptions) -> IntegerGrid | None:
@@ -82,8 +83,8 @@ def grid_of(options: PruneOptions) -> IntegerGrid | None:
 
 def record(recipe: Recipe, augmentation: Augmentation, grid: IntegerGrid | None) -> dict[str, Any]:
     """The options of a run with all defaults filled in, by their names in reports."""
-    targets, tuned = recipe.targets, recipe.tuning
-    random = augmentation.random_tokens
+    targets, tuning = recipe.targets, recipe.tuning
+    random_tokens = augmentation.random_tokens
     return {
         "effort": recipe.solver.effort,
         "error_aware": targets is not None,
@@ -92,10 +93,10 @@ def record(recipe: Recipe, augmentation: Augmentation, grid: IntegerGrid | None)
         "row_importance": recipe.row_importance.power if recipe.row_importance else 0.0,
         "permute": recipe.permute,
         "ordered": recipe.ordered,
-        "tuning_epochs": tuned.epochs if tuned else 0,
-        "tuning_rate": tuned.rate if tuned else 0.0,
-        "tuning_tokens": (tuned.tokens or 0) if tuned else 0,
-        "random_tokens": random.copies if random else 0.0,
+        "tuning_epochs": tuning.epochs if tuning else 0,
+        "tuning_rate": tuning.rate if tuning else 0.0,
+        "tuning_tokens": (tuning.tokens or 0) if tuning else 0,
+        "random_tokens": random_tokens.copies if random_tokens else 0.0,
         "own_samples": augmentation.own_samples,
         "damping": recipe.solver.damping,
         "block_size": recipe.solver.block_size,
@@ -111,30 +112,27 @@ def _preset(options: SolveOptions, method: MethodSpec) -> Preset:
 
 def _targets(options: SolveOptions, method: MethodSpec) -> Targets:
     sparse = not isinstance(method, ShrinkMethodSpec)
-    usual = (INPUT_CORRECTION, DRIFT_CORRECTION) if sparse else (0.0, 0.0)
-    given = options.input_correction, options.drift_correction
-    return Targets(*map(_or, given, usual))
-
-
-def _row_importance(given: float | None) -> RowImportance | None:
-    power = _or(given, ROW_IMPORTANCE)
-    return RowImportance(power) if power else None
+    defaults = (INPUT_CORRECTION, DRIFT_CORRECTION) if sparse else (0.0, 0.0)
+    corrections = options.input_correction, options.drift_correction
+    return Targets(*map(_or_default, corrections, defaults))
 
 
 def tuning_of(options: SolveOptions, method: MethodSpec) -> BlockTuning | None:
     """The block tuning of a run; None for no tuning."""
     preset = _preset(options, method)
-    if not (epochs := _or(options.tuning_epochs, preset.tuning_epochs)):
+    if not (epochs := _or_default(options.tuning_epochs, preset.tuning_epochs)):
         return None
-    usual = preset if preset.tuning_epochs else PRESETS["default"]
+    defaults = preset if preset.tuning_epochs else PRESETS["default"]
     if isinstance(method, ShrinkMethodSpec):
-        usual = replace(usual, tuning_rate=_or(method.tuning_rate, SHRINK_TUNING_RATE))
+        defaults = replace(
+            defaults, tuning_rate=_or_default(method.tuning_rate, SHRINK_TUNING_RATE)
+        )
     return BlockTuning(
-        rate=_or(options.tuning_rate, usual.tuning_rate),
+        rate=_or_default(options.tuning_rate, defaults.tuning_rate),
         epochs=epochs,
-        tokens=_or(options.tuning_tokens, usual.tuning_tokens) or None,
+        tokens=_or_default(options.tuning_tokens, defaults.tuning_tokens) or None,
     )
 
 
-def _or(value: T | None, default: T) -> T:
+def _or_default(value: T | None, default: T) -> T:
     return default if value is None else value

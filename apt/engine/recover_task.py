@@ -16,11 +16,11 @@ from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.export import check_exportable
 from apt.engine.machine import choose_device
-from apt.engine.opening import Named, find_source
+from apt.engine.opening import RunRequest, find_source
 from apt.engine.prepare import Notice, capped, open_model, with_compute
-from apt.engine.reports import continued, in_order, report_beside
+from apt.engine.reports import continued_report, in_order, report_beside
 from apt.engine.store import ModelStore
-from apt.engine.task import Changed, Task
+from apt.engine.task import Task, TaskResult
 from apt.engine.text import Text, read_text
 from apt.errors import AptError, first_line
 from apt.files.journal import Line
@@ -35,7 +35,7 @@ from apt.recovery.job import CHECKPOINT, RecoveryJob
 from apt.recovery.recover import DENSE_LOSS, NotRecoveredError, forget, recover_model
 from apt.text.datasets import digest, training_tokens
 
-_MOST_SAMPLES = 10_000
+_MAX_SAMPLES = 10_000
 _ADAPTER = "adapter"
 _ORDER = (
     "model", "kind", "dense", "calibration", "evaluation", "metrics", "samples", "seqlen", "seed",
@@ -49,8 +49,8 @@ class RecoverTask(Task):
     """The training of a pruned model on disk.
 
     Attributes:
-        earlier: the report beside it, or empty.
-        source: the location of the dense model; None for that which the options or the report name.
+        earlier: the report beside the pruned model; empty if there is none.
+        source: the location of the dense model; None if the options or the report name it.
     """
 
     options: RecoverRun
@@ -73,8 +73,8 @@ class RecoverTask(Task):
     def space(self, written: int) -> int:
         """The bytes of the weights in fp32, and of the outputs of the dense model.
 
-        The weights before the training and the output are on disk at one time. If all weights are
-        trained, there are also three checkpoints, each with two moments.
+        The initial weights and the output are on disk at the same time. If all weights are trained,
+        there are also three checkpoints, each with two moments.
         """
         copies = 2 + 3 * 3 if self.spec.teacher else 4
         weights = sum(p.numel() * 4 for p in self.skeleton.module.parameters())
@@ -83,7 +83,7 @@ class RecoverTask(Task):
     def _teacher_bytes(self) -> int:
         """The bytes of the outputs of the dense model: the top logits and the hidden states.
 
-        0 if the number of samples is not known yet.
+        It is 0 before the number of samples is known.
         """
         options, hidden = self.options, hidden_size(self.skeleton.config)
         open_ended = options.minutes is not None or options.tokens == "auto"
@@ -95,7 +95,7 @@ class RecoverTask(Task):
     def read_text(self, ranks: Ranks) -> Text:
         """The samples to train on, and all windows to measure on."""
         options = self.options
-        most = options.samples or self._useful_samples()
+        count = options.samples or self._useful_samples()
 
         def draw(
             tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None
@@ -105,26 +105,26 @@ class RecoverTask(Task):
             )
 
         return read_text(
-            options, self.skeleton, self.registry, draw, samples=most, windows=None,
+            options, self.skeleton, self.registry, draw, samples=count, windows=None,
             measures=ranks.first,
         )  # fmt: skip
 
     def _useful_samples(self) -> int:
-        """The number of samples that the steps use, with those that are held back."""
-        recover, seqlen = self.options, self.options.seqlen
-        if recover.minutes is not None or recover.tokens == "auto":
-            return _MOST_SAMPLES
-        used = math.ceil(recover.tokens / seqlen) if isinstance(recover.tokens, int) else (
-            (recover.steps or STEPS) * (recover.batch or BATCH)
+        """The number of samples for the steps, and of the samples that are held back."""
+        options, seqlen = self.options, self.options.seqlen
+        if options.minutes is not None or options.tokens == "auto":
+            return _MAX_SAMPLES
+        trained = math.ceil(options.tokens / seqlen) if isinstance(options.tokens, int) else (
+            (options.steps or STEPS) * (options.batch or BATCH)
         )  # fmt: skip
-        return min(_MOST_SAMPLES, math.ceil(used / (1 - recover.validation_share)) + 1)
+        return min(_MAX_SAMPLES, math.ceil(trained / (1 - options.validation_share)) + 1)
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """The report of the pruned model.
 
         Raises:
-            AptError: the model is dense, and the kind needs zeros or a smaller model; or its
-                adapter is to be saved, and other software would fill the zeros with it.
+            AptError: the model is dense, and the kind needs zeros or a smaller model; or the
+                adapter is saved, and other software would fill the zeros with it.
         """
         sparse = sparsity_of(masks_of(store.model, self.skeleton.adapter)) > 0.01
         smaller = self.earlier.get("structure")
@@ -136,7 +136,8 @@ class RecoverTask(Task):
                 ("save_adapter",),
             )
         if sparse or smaller or self.spec.dense:
-            return continued(self.earlier, self.skeleton, Path(self.skeleton.source.location))
+            location = Path(self.skeleton.source.location)
+            return continued_report(self.earlier, self.skeleton, location)
         raise AptError(
             f"{self.options.model} has no zeros, and no report that says how it became smaller",
             "recover a model that was pruned; for dropped blocks use the kind layers",
@@ -144,7 +145,7 @@ class RecoverTask(Task):
         )
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
-        """All inputs that the result depends on."""
+        """All inputs of the result."""
         return {
             "options": self.record(),
             "model": store.weights,
@@ -152,7 +153,9 @@ class RecoverTask(Task):
             **store.precision.record(),
         }
 
-    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
+    def change(
+        self, store: ModelStore, text: Text, plan: Plan | None, report: Report
+    ) -> TaskResult:
         """Train the model."""
         options, skeleton = self.options, self.skeleton
         dense = partial(_dense_model, self) if self.spec.teacher else None
@@ -176,7 +179,7 @@ class RecoverTask(Task):
             "training": training.record(),
             "sparsity": sparsity_of(masks),
             "zeros": sum(int(mask.sum()) for mask in masks.values()),
-            **_size(skeleton, self.earlier, masks),
+            **_size_record(skeleton, self.earlier, masks),
             DENSE_LOSS: next(iter(store.journal.values(DENSE_LOSS)), None),
             "scores": {},
             "seconds": 0.0,
@@ -186,49 +189,52 @@ class RecoverTask(Task):
             "versions": versions(),
             "earlier": self.earlier.get("recovery", {}),
         }
-        save = options.save_masks and bool(masks)
+        save_masks = options.save_masks and bool(masks)
         report = replace(report, recovery=record)
-        return Changed(report, masks=masks, save_masks=save, adapter=adapter)
+        return TaskResult(report, masks=masks, save_masks=save_masks, adapter=adapter)
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
     ) -> Report:
-        """The report with what was measured, and with the time of the run."""
+        """The report with the metrics and the times of the run."""
         measured = {
             "scores": scores,
+            "timeline": timeline,
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(),
         }
         return replace(report, recovery=report.recovery | measured)
 
 
-def _size(skeleton: Opened, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
-    """The number of parameters before the pruning, and the share of them that was pruned."""
-    now = sum(p.numel() for p in skeleton.module.parameters())
+def _size_record(skeleton: Opened, earlier: dict[str, Any], masks: Masks) -> dict[str, Any]:
+    """The number of parameters before the pruning, and the share of pruned parameters."""
+    parameters = sum(p.numel() for p in skeleton.module.parameters())
     share = (earlier.get("structure") or {}).get("share") or 1.0
     blocks = sum(
         p.numel() for _, b in skeleton.adapter.blocks(skeleton.module) for p in b.parameters()
     )
-    before = round(now + blocks * (1 / share - 1))
+    before = round(parameters + blocks * (1 / share - 1))
     zeros = sum(int(mask.sum()) for mask in masks.values())
-    return {"parameters_before": before, "rate": (before - now + zeros) / before}
+    return {"parameters_before": before, "rate": (before - parameters + zeros) / before}
 
 
-def prepare_recovery(named: Named[RecoverRun], registry: Registry, notice: Notice) -> RecoverTask:
+def prepare_recovery(
+    request: RunRequest[RecoverRun], registry: Registry, notice: Notice
+) -> RecoverTask:
     """Check the options of a recovery.
 
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    options = named.options
+    options = request.options
     spec = registry.recoveries.get(options.kind or "distill")
     check_recovery(options, spec, registry)
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
-    skeleton = open_model(named, texts, registry, notice)
+    skeleton = open_model(request, texts, registry, notice)
     check_exportable(options, skeleton, registry)
     device = choose_device(options.device)
     skeleton = with_compute(skeleton, options, device, notice)
-    earlier = _report_beside(skeleton.source)
+    earlier = _pruning_report(skeleton.source)
     if spec.zeros and earlier.get("structure"):
         raise AptError(
             f"recovery {spec.name} serves models with zeros, and {options.model} is a smaller one",
@@ -238,7 +244,7 @@ def prepare_recovery(named: Named[RecoverRun], registry: Registry, notice: Notic
     if options.move_masks and not earlier.get("structure"):
         _check_movable(earlier)
     seqlen = capped(options.seqlen, skeleton, notice)
-    said = f"kind: {spec.name}" + ("" if options.kind else " (default)")
+    line = f"kind: {spec.name}" + ("" if options.kind else " (default)")
     options = replace(options, kind=spec.name, adapter=skeleton.spec.name, seqlen=seqlen)
     task = RecoverTask(
         options=options, registry=registry, skeleton=skeleton, device=device,
@@ -246,16 +252,16 @@ def prepare_recovery(named: Named[RecoverRun], registry: Registry, notice: Notic
     )  # fmt: skip
     if spec.teacher:
         _dense_skeleton(task)
-    notice(said)
+    notice(line)
     return task
 
 
 def _check_movable(earlier: Mapping[str, Any]) -> None:
-    """Raise if the zeros of a pruned model cannot move without a loss of its pattern."""
+    """Raise if a pattern of a pruned model does not let its zeros move."""
     for text in dict.fromkeys(str(site.get("pattern")) for site in earlier.get("sites") or ()):
         if not read_pattern(text).movable:
-            fault = f"masks of the pattern {text} cannot move"
-            raise AptError(fault, "leave it out", ("move_masks",))
+            message = f"masks of the pattern {text} cannot move"
+            raise AptError(message, "leave it out", ("move_masks",))
 
 
 def check_recovery(options: RecoverOptions, spec: RecoverySpec, registry: Registry) -> None:
@@ -264,24 +270,24 @@ def check_recovery(options: RecoverOptions, spec: RecoverySpec, registry: Regist
     options.check_used(spec, registry.recoveries.specs.values(), "recovery")
 
 
-def _report_beside(source: Source) -> dict[str, Any]:
+def _pruning_report(source: Source) -> dict[str, Any]:
     """The report of the pruning; empty if there is none.
 
     Raises:
-        AptError: it is damaged.
+        AptError: the report is damaged.
     """
     report = report_beside(source)
     if not report:
         return report
-    where = f"the report in {source.location}"
-    Report.from_dict(report, where)
+    place = f"the report in {source.location}"
+    Report.from_dict(report, place)
     try:
         share = float((report.get("structure") or {}).get("share", 1))
         if not 0 < share <= 1:
             raise ValueError(f"a smaller model has a share of {share} of the parameters")
     except (AttributeError, TypeError, ValueError) as error:
         raise AptError(
-            f"{where} is damaged: {first_line(error)}", "delete it to recover without it"
+            f"{place} is damaged: {first_line(error)}", "delete it to recover without it"
         ) from error
     return report
 
@@ -298,26 +304,26 @@ def _dense_skeleton(task: RecoverTask) -> Opened:
     """The dense model on the meta device.
 
     Raises:
-        AptError: it is not known or cannot be opened, or has another vocabulary.
+        AptError: the dense model is not known or cannot be opened, or does not fit.
     """
     options, registry = task.options, task.registry
-    given = options.dense or task.earlier.get("model", {}).get("reference")
-    if given is None:
+    reference = options.dense or task.earlier.get("model", {}).get("reference")
+    if reference is None:
         raise AptError(
             f"recovery {task.spec.name} needs the dense model, and no report names it",
             "name it",
             ("dense",),
         )
-    if Path(given).exists() and Path(given).resolve() == Path(options.model).resolve():
-        raise _another_dense(f"{given} is the pruned model itself")
+    if Path(reference).exists() and Path(reference).resolve() == Path(options.model).resolve():
+        raise _wrong_dense(f"{reference} is the pruned model itself")
     try:
-        source = find_source(given, replace(options, revision=None), registry)
+        source = find_source(reference, replace(options, revision=None), registry)
         skeleton = open_skeleton(source, registry)
     except AptError as error:
         if options.dense is None:
             error.add_hint("the report names this dense model: give its place", "dense")
         raise
-    models = {f"the dense model {given}": skeleton.module, options.model: task.skeleton.module}
+    models = {f"the dense model {reference}": skeleton.module, options.model: task.skeleton.module}
     check_dense(models, options, registry)
     return skeleton
 
@@ -333,17 +339,19 @@ def check_dense(
     Raises:
         AptError: the dense model is of another family, or has another vocabulary or width.
     """
-    (given, dense), (name, model) = models.items()
-    families = [_family(one, registry) for one in (dense, model)]
+    (dense_name, dense), (name, model) = models.items()
+    families = [_family(checked, registry) for checked in (dense, model)]
     if families[0] != families[1]:
-        raise _another_dense(f"{given} is of the family {families[0]}, and {name} of {families[1]}")
-    sizes = [one.get_input_embeddings().weight.shape[0] for one in (dense, model)]  # type: ignore[operator]
+        raise _wrong_dense(
+            f"{dense_name} is of the family {families[0]}, and {name} of {families[1]}"
+        )
+    sizes = [checked.get_input_embeddings().weight.shape[0] for checked in (dense, model)]  # type: ignore[operator]
     if sizes[0] != sizes[1]:
-        raise _another_dense(f"{given} has {sizes[0]} tokens, and {name} has {sizes[1]}")
-    widths = [hidden_size(one.config) for one in (dense, model)]
+        raise _wrong_dense(f"{dense_name} has {sizes[0]} tokens, and {name} has {sizes[1]}")
+    widths = [hidden_size(checked.config) for checked in (dense, model)]
     if options.hidden and widths[0] != widths[1]:
         raise AptError(
-            f"the hidden states of {given} have {widths[0]} features, and those of "
+            f"the hidden states of {dense_name} have {widths[0]} features, and those of "
             f"{name} have {widths[1]}",
             "name the model from which it was pruned, or use the logits alone: hidden 0",
             ("dense", "hidden"),
@@ -351,10 +359,10 @@ def check_dense(
 
 
 def _family(model: nn.Module, registry: Registry) -> str:
-    """The name of the adapter for a model's type; the type itself if there is none."""
+    """The name of the adapter for the type of a model; without an adapter, the type."""
     kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     return next((s.name for s in registry.adapters.specs.values() if kind in s.model_types), kind)
 
 
-def _another_dense(fault: str) -> AptError:
-    return AptError(fault, "name the model from which it was pruned", ("dense",))
+def _wrong_dense(message: str) -> AptError:
+    return AptError(message, "name the model from which it was pruned", ("dense",))

@@ -1,4 +1,4 @@
-"""The reports with which runs begin."""
+"""The beginning of a report: its entries before the model changes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +13,8 @@ from apt.output.report import Report, read_report
 from apt.text.datasets import digest
 
 
-def described(reference: str, kind: str, adapter: str) -> dict[str, Any]:
-    """The entry for a model: its name, ``model_type`` and adapter."""
+def model_entry(reference: str, kind: str, adapter: str) -> dict[str, Any]:
+    """The entry of a model in a report: its name, ``model_type`` and adapter."""
     return {"reference": portable(reference), "type": kind, "adapter": adapter}
 
 
@@ -29,19 +29,17 @@ def calibration_of(tokens: Tensor) -> dict[str, Any]:
 
 
 def report_beside(source: Source) -> dict[str, Any]:
-    """The record beside the given model; empty if there is none.
+    """The record in the directory of a model; empty if there is none.
 
     Raises:
-        AptError: it is damaged.
+        AptError: the record is damaged.
     """
-    if source.on_hub or source.gguf:
-        return {}
-    return read_report(Path(source.location)) or {}
+    return {} if source.on_hub else read_report(Path(source.location, source.gguf or "")) or {}
 
 
-def continued(record: dict[str, Any] | None, skeleton: Opened, where: Path) -> Report:
-    """The report of the pruning before this run, from ``where``; an empty one without it."""
+def continued_report(record: dict[str, Any] | None, skeleton: Opened, where: Path) -> Report:
+    """The report of the earlier pruning, from its record; without a record an empty report."""
     if record:
         return Report.from_dict(record, f"the report in {where}")
     reference = skeleton.source.reference
-    return Report({}, described(reference, skeleton.config.model_type, skeleton.spec.name), {})
+    return Report({}, model_entry(reference, skeleton.config.model_type, skeleton.spec.name), {})

@@ -8,20 +8,19 @@ from typing import Any, Literal
 from apt.arguments import checked
 from apt.checkpoints.exporting import Exported
 from apt.distributed.ranks import Ranks
-from apt.engine.costs import Planned
+from apt.engine.costs import PlannedRun
 from apt.engine.export import export_output
 from apt.engine.forecast import forecast
-from apt.engine.opening import AnyRun, Named, with_names
+from apt.engine.opening import AnyRun, RunRequest, resolve_names
 from apt.engine.packing import pack_output
 from apt.engine.prepare import finished_report
 from apt.engine.prune_task import PruneTask, prepare_pruning
-from apt.engine.rank_inputs import read, running
 from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
 from apt.engine.run_output import RunOutput
-from apt.engine.task import Task
-from apt.events import telling
-from apt.modes import usual_modes
+from apt.engine.task import Task, shared_settings
+from apt.events import with_site_observer
+from apt.modes import default_modes
 from apt.options import PruneRun, ReapplyRun, RecoverRun, ShrinkRun
 from apt.output.report import Report
 from apt.output.timeline import Timeline
@@ -32,7 +31,7 @@ Work = Literal["checking", "running", "packing", "exporting"]
 
 
 class Watcher:
-    """What sees a run go on: a command prints it. Only the first rank is watched.
+    """The observer of the steps of a run, such as a command that prints them; on the first rank.
 
     Args:
         observe, status, notice: see `run`.
@@ -47,29 +46,29 @@ class Watcher:
         self.observe, self.status, self.notice = observe, status, notice
 
     def resolved(self, task: Task) -> None:
-        """All options have their values; nothing is written yet."""
+        """Called when all options have their values. Nothing is written yet."""
 
     def during(self, work: Work, task: Task) -> AbstractContextManager[object]:
         """A context in which one part of the run is done, on every rank."""
         return nullcontext()
 
-    def planned(self, planned: Planned) -> None:
-        """The end of a dry run."""
+    def planned(self, planned: PlannedRun) -> None:
+        """Called at the end of a dry run."""
 
     def complete(self, task: Task) -> None:
-        """An earlier run has completed the output."""
+        """Called if an earlier run has completed the output."""
 
     def written(self, task: Task, report: Report) -> None:
-        """The output is published and measured."""
+        """Called when the output is published and measured."""
 
     def packed(self, packed: Packed) -> None:
-        """The packed form of the output is written."""
+        """Called when the packed form of the output is written."""
 
     def exported(self, exported: Exported) -> None:
-        """The output is exported."""
+        """Called when the output is exported."""
 
 
-@usual_modes()
+@default_modes()
 @checked
 def run(
     options: AnyRun,
@@ -89,8 +88,8 @@ def run(
         observe: called with every event of `apt.events`. An exception that it raises ends the run.
         status: called with a text for each step outside the loop over blocks or steps.
         notice: called with a line about each option that was changed to fit the model, and about
-            what is replaced or left out.
-        ranks: the processes that work together; only the first writes.
+            files that are replaced or left out.
+        ranks: the processes that work together; only the first one writes.
 
     Returns:
         The record of the run, as in ``apt_report.json``.
@@ -101,26 +100,26 @@ def run(
             the staging folder from which the run can be resumed.
     """
     options.check()
-    named = with_names(options, registry(), notice)
-    report = drive(named, Watcher(observe, status, notice), ranks or Ranks())
+    request = resolve_names(options, registry(), notice)
+    report = drive(request, Watcher(observe, status, notice), ranks or Ranks())
     assert report is not None
     return report
 
 
 def drive(
-    named: Named[Any], watcher: Watcher, ranks: Ranks, *, dry_run: bool = False
+    request: RunRequest[Any], watcher: Watcher, ranks: Ranks, *, dry_run: bool = False
 ) -> Report | None:
     """Do all steps of a run. Each rank calls this; only the first one writes.
 
     Returns:
-        The report; None of a dry run.
+        The report; None for a dry run.
 
     Raises:
         AptError: see `run`.
     """
-    known, options = registry(), named.options
+    plugins, options = registry(), request.options
     # 1. Resolve the options and open the model without its weights: most errors are found here.
-    task = resolve(named, known, watcher.notice, ranks)
+    task = resolve(request, plugins, watcher.notice, ranks)
     if ranks.first:
         watcher.resolved(task)
     # 2. A dry run ends with the plan.
@@ -143,50 +142,50 @@ def drive(
         return report
     if isinstance(options, PruneRun) and options.pack is not None:
         with watcher.during("packing", task):
-            packed = pack_output(options, known, watcher.notice)
+            packed = pack_output(options, plugins, watcher.notice)
         watcher.packed(packed)
     if not isinstance(options, ReapplyRun) and options.export is not None:
         with watcher.during("exporting", task):
-            exported = export_output(named, known, watcher.notice)
+            exported = export_output(request, plugins, watcher.notice)
         watcher.exported(exported)
     return report
 
 
 def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
-    """Step 3 of `drive`. Every rank reads, from a place that all of them can read."""
+    """Step 3 of `drive`. Every rank reads the model and the text."""
     observe = watcher.observe
     if ranks.first:
-        observe = telling(observe, task.registry.site_pruned)
+        observe = with_site_observer(observe, task.registry.site_pruned)
     timeline = Timeline(watcher.status, observe)
     output = RunOutput(task, timeline, ranks)
-    ranks.check_alike(partial(running, task.record(), stream=task.stream))
+    ranks.check_alike(partial(shared_settings, task.record(), stream=task.stream))
     output.check_space()
     with output.opened():
         # a. Read the text; open the model; continue an interrupted run, or begin anew.
         timeline.status("reading text")
         text = task.read_text(ranks)
         report = output.begin(text)
-        ranks.check_alike(partial(read, output.store, text.tokens))
+        ranks.check_alike(partial(output.store.shared_inputs, text.tokens))
         if output.is_done():
             return output.earlier_report()
         # b. Measure the dense model.
         output.measure("before")
-        output.store.opening = output.store.seconds  # to write and to measure takes as long
-        # c. Plan what depends on the dense model: its text, the allocation, the structure.
+        output.store.opening = output.store.seconds  # the estimate for writing and measuring
+        # c. Take from the dense model: its text, the allocation, the structure.
         text, plan = task.decide(output.store, text)
         # d. Change the model: block by block, or by training.
-        changed = task.change(output.store, text, plan, report)
+        result = task.change(output.store, text, plan, report)
         if not ranks.first:
-            return changed.report
+            return result.report
         # e. Write it with its report, verify it on disk, and publish the directory.
-        report = output.write(changed)
+        report = output.write(result)
     task.forget()
     # f. Measure what was written, and complete the report.
     return output.complete(report)
 
 
 def resolve(
-    named: Named[Any], registry: Registry, notice: Callable[[str], None], ranks: Ranks
+    request: RunRequest[Any], registry: Registry, notice: Callable[[str], None], ranks: Ranks
 ) -> Task:
     """Check everything that can be checked before the work begins, and fill in all defaults.
 
@@ -196,8 +195,8 @@ def resolve(
     Raises:
         AptError: an option does not fit the model, the machine or the disk.
     """
-    if isinstance(named.options, PruneRun | ShrinkRun):
-        return prepare_pruning(named, registry, notice, ranks)
-    if isinstance(named.options, RecoverRun):
-        return prepare_recovery(named, registry, notice)
-    return prepare_reapplying(named, registry, notice)
+    if isinstance(request.options, PruneRun | ShrinkRun):
+        return prepare_pruning(request, registry, notice, ranks)
+    if isinstance(request.options, RecoverRun):
+        return prepare_recovery(request, registry, notice)
+    return prepare_reapplying(request, registry, notice)

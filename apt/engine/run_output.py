@@ -18,8 +18,9 @@ from apt.checkpoints.stored import local_directory
 from apt.checkpoints.verify import zeros_of
 from apt.distributed.ranks import Ranks
 from apt.engine.in_memory import InMemory
+from apt.engine.in_place import InPlace
 from apt.engine.streamed import Streamed
-from apt.engine.task import WITHOUT_EFFECT, Changed, Task
+from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.events import Phase
@@ -28,7 +29,7 @@ from apt.locations.paths import portable
 from apt.output.card import write_card
 from apt.output.location import check_space
 from apt.output.report import Report, read_report, versions
-from apt.output.staging import Staging, write_errors
+from apt.output.staging import FileStaging, Staging, write_errors
 from apt.output.timeline import Timeline
 
 
@@ -36,7 +37,7 @@ class MeasurementError(AptError):
     """The model is written and verified, but a measurement of it failed.
 
     Attributes:
-        record: the failure without the place of the model, for the report.
+        record: the failure in words for the report, without the path of the model.
     """
 
     def __init__(self, output: Path, error: Exception) -> None:
@@ -52,7 +53,7 @@ class MeasurementError(AptError):
 class RunOutput:
     """The output of a run that reads a checkpoint and writes a directory.
 
-    The methods are called in the order in which they stand here. Only the first rank writes.
+    The methods are called in the order of their definition. Only the first rank writes.
 
     Attributes:
         store: the model.
@@ -60,11 +61,13 @@ class RunOutput:
 
     def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
         self.task, self.ranks, self._timeline = task, ranks, timeline
-        kind = Streamed if task.stream else InMemory
+        kind = InPlace if task.in_place else Streamed if task.stream else InMemory
         self.store: InMemory | Streamed = kind(task, ranks, timeline.observe, timeline.status)
-        self.work = Staging(task.options.output, task.options.overwrite)
+        self._is_file = task.skeleton.source.has_kind_of(task.options.output)
+        staging = FileStaging if self._is_file else Staging
+        self.work = staging(task.options.output, task.options.overwrite)
         self.store.folder = self.work.folder
-        self._resumable = task.stream or task.resumable
+        self._resumable = (task.stream and not task.in_place) or task.resumable
         if self._resumable:
             self.store.journal = self.work.journal
         if getattr(task.options, "activations", None) == "disk":
@@ -74,23 +77,24 @@ class RunOutput:
         self._problem: MeasurementError | None = None
 
     def check_space(self) -> None:
-        """Raise if the disk has not enough space; not on resuming."""
+        """Raise if the disk has too little space, unless the run is resumed."""
         if self.ranks.first and not self.task.resume:
-            written, output = self.store.output_bytes(), self.work.name
-            check_space({"output": (output, self.task.space(written))})
+            size, output = self.store.output_bytes(), self.work.name
+            check_space({"output": (output, self.task.space(size))})
             places = {name: getattr(self.task.options, name, None) for name in ("pack", "export")}
-            more = {name: (place, written) for name, place in places.items() if place is not None}
-            check_space({"output": (output, written), **more})  # no copy is larger than the output
+            forms = {name: (place, size) for name, place in places.items() if place is not None}
+            # No copy is larger than the output.
+            check_space({"output": (output, size), **forms})
 
     def _errors(self) -> AbstractContextManager[None]:
-        """Turn errors of the disk into an `AptError`."""
-        if self.task.stream:
+        """While entered, errors of the disk become an `AptError`."""
+        if self._resumable and self.task.stream:
             return write_errors(self.work.name, "correct that, then resume the run", ("resume",))
         return write_errors(self.work.name)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """While entered, the staging folder is locked. After an error, work is kept."""
+        """While entered, the staging folder is locked. An error says how to continue the work."""
         work = self.work
         with self._errors() if self.task.stream else nullcontext():
             try:
@@ -99,20 +103,20 @@ class RunOutput:
                         work.begin()
                     yield
             except AptError as error:
-                mended = "resume" in error.options or "delete" in error.hint
-                another = not set(error.options).issubset(WITHOUT_EFFECT)  # another run
-                if self._resumable and work.worth_keeping and not (mended or another):
-                    error.add_hint(self._left(), "resume")
+                has_remedy = "resume" in error.options or "delete" in error.hint
+                is_other_run = not set(error.options).issubset(WITHOUT_EFFECT)
+                if self._resumable and work.worth_keeping and not (has_remedy or is_other_run):
+                    error.add_hint(self._resume_hint(), "resume")
                 raise
 
-    def _left(self) -> str:
-        """What an interrupted run leaves, in words."""
+    def _resume_hint(self) -> str:
+        """The hint for an interrupted run whose work is kept."""
         if self.task.stream:
             return f"finished blocks are in {self.work.folder.name}: resume the run"
         return "the training can be resumed"
 
     def begin(self, text: Text) -> Report:
-        """Open the model, continue an interrupted run or begin anew, and begin the report."""
+        """Open the model, continue an interrupted run or start one, and start the report."""
         self.text, store, resumed = text, self.store, False
         store.read()
         report = self.task.begin(store, text)
@@ -125,7 +129,7 @@ class RunOutput:
         return report
 
     def _continues(self, report: Report) -> bool:
-        """True if there is work of an interrupted run to continue from; otherwise begin anew."""
+        """Start the output; True if the work of an interrupted run is continued."""
         inputs: Line = self.task.inputs(self.store, self.text, report) | {
             "versions": versions(),
             "threads": torch.get_num_threads(),
@@ -134,7 +138,7 @@ class RunOutput:
         return self.work.begin(inputs, resume=self.task.resume)
 
     def _read_scores(self) -> None:
-        """Take the metrics from the journal."""
+        """Read the metrics that an interrupted run has measured from the journal."""
         try:
             for scores in self.work.journal.values("scores"):
                 self._scores |= scores
@@ -143,15 +147,15 @@ class RunOutput:
 
     @cached_property
     def _finished(self) -> Path | None:
-        """The complete output of an interrupted run; to find it reads all of its files."""
-        return self.work.done
+        """The complete output of an interrupted run; cached, because all files are hashed."""
+        return self.work.finished_output
 
     def is_done(self) -> bool:
         """True if an interrupted run had completed its output."""
         return self._finished is not None
 
     def earlier_report(self) -> Report:
-        """Publish the output of a run that was interrupted after that was complete."""
+        """Publish the complete output of an interrupted run, and return its report."""
         assert self._finished is not None
         report = Report.read(self._finished)
         self.ranks.wait()
@@ -160,7 +164,7 @@ class RunOutput:
         return report
 
     def measure(self, when: str) -> None:
-        """Measure the model in its present state, unless an interrupted run has done that."""
+        """Measure the model in its present state, unless an interrupted run has measured it."""
         task, store, held_out = self.task, self.store, self.text.held_out
         if held_out is None or when in self._scores:
             return
@@ -175,47 +179,47 @@ class RunOutput:
             store.journal.add({"scores": {when: scores}})
 
     def _measure_after(self) -> None:
-        """Measure the written model, which must not be lost by a failed measurement."""
+        """Measure the written model. After a failed measurement the model is kept."""
         try:
             self.measure("after")
         except Exception as error:
             self._problem = MeasurementError(self.work.name, error)
 
-    def write(self, changed: Changed) -> Report:
+    def write(self, result: TaskResult) -> Report:
         """Write the model and the report, verify the written model, and publish it.
 
-        A streamed run, which can be resumed, measures the model before that, any other one after
-        it, see `complete`.
+        A streamed run, which can be resumed, is measured before the report is written. Other runs
+        are measured after the publication, see `complete`.
         """
         work = self.work
-        directory = self.store.write(changed, work, self.text)
+        directory = self.store.write(result, work, self.text)
         if self.task.stream:
             self._measure_after()
-        zeros, masks = self.verify(changed)
-        report = changed.report.with_zeros(zeros)
+        zeros, masks = self.verify(result)
+        report = result.report.with_zeros(zeros)
         with self._errors():
-            if changed.save_masks:
+            if result.save_masks:
                 write_masks(masks, directory / MASKS, report.orders)
-            if changed.adapter is not None:
-                place = directory / changed.adapter.name
-                shutil.copytree(changed.adapter, place, dirs_exist_ok=True)
+            if result.adapter is not None:
+                place = directory / result.adapter.name
+                shutil.copytree(result.adapter, place, dirs_exist_ok=True)
             report = self._record(report, directory)
         if directory != work.out:
             work.replace_out(directory)
         (work.finish if self._resumable else work.publish)()
         return report
 
-    def verify(self, changed: Changed) -> tuple[dict[str, int], Masks]:
+    def verify(self, result: TaskResult) -> tuple[dict[str, int], Masks]:
         """Check the zeros of the written model.
 
         Returns:
-            The zeros of each site of the plan; none of a smaller model. The masks, if they are to
-            be saved.
+            The zeros of each site of the plan, empty for a smaller model; and the masks, if they
+            are saved.
         """
-        plan, masks = changed.plan, dict(changed.masks)
+        plan, masks = result.plan, dict(result.masks)
         if plan is None:
-            if (wrong := filled(masks, self.store.model)) is not None:
-                raise RuntimeError(f"{wrong} on disk lost zeros")
+            if (name := filled(masks, self.store.model)) is not None:
+                raise RuntimeError(f"{name} on disk lost zeros")
             return {}, masks
         if plan.structured:
             return {}, masks
@@ -223,7 +227,7 @@ class RunOutput:
             self.store.status("writing", "verifying")
 
         def collect(name: str, block: nn.Module) -> None:
-            if changed.save_masks:
+            if result.save_masks:
                 masks.update(block_masks(name, block, self.task.skeleton.adapter))
 
         return zeros_of(plan, self.store.written, collect), masks
@@ -238,11 +242,13 @@ class RunOutput:
         report = self.task.finished(report, scores, self._timeline.record(), seconds)
         if self._problem is not None:
             report = replace(report, problems=[*report.problems, self._problem.record])
-        write_card(directory, report, None if skeleton.source.gguf else local_directory(skeleton))
+        if not self._is_file:
+            original = None if skeleton.source.gguf else local_directory(skeleton)
+            write_card(directory, report, original)
         return report.write(directory, changed)
 
     def complete(self, report: Report) -> Report:
-        """Measure the published model, unless that is done, and return its complete report.
+        """Measure the published model, unless it was measured, and return its complete report.
 
         Raises:
             AptError: a measurement failed, or another run has replaced the output in the meantime.
@@ -251,8 +257,8 @@ class RunOutput:
             output, published = self.work.name, report.to_dict()
             self._measure_after()
             if not _has_report(output, published):
-                fault = f"{output} was replaced by another run before its metrics were written"
-                raise AptError(fault, "choose another output", ("output",))
+                message = f"{output} was replaced by another run before its metrics were written"
+                raise AptError(message, "choose another output", ("output",))
             with self._errors():
                 report = self._record(report, output, changed=[CARD])
         if self._problem is not None:

@@ -48,14 +48,14 @@ def journal_beside(output: Path) -> Journal:
     return journal
 
 
-def _only_blocks(wish: ShrinkOptions) -> bool:
-    """True if no groups are removed."""
-    return wish.mode == "depth" or (wish.explicit and not wish.sizes)
+def _only_blocks(run: ShrinkOptions) -> bool:
+    """True if blocks are dropped and no groups are removed."""
+    return run.mode == "depth" or (run.explicit and not run.sizes)
 
 
 def smaller_pruning(
     opened: Opened,
-    wish: ShrinkRun,
+    run: ShrinkRun,
     options: SolveOptions,
     method: str | Choice | None,
     notice: Notice,
@@ -63,9 +63,9 @@ def smaller_pruning(
     """The pruning to a smaller model, whose structure may still change.
 
     Args:
-        wish: the options of the run, with those of the smaller model.
+        run: the options of the run, with the options of the smaller model.
         options: the options that the weights depend on.
-        method: the choice of groups or of blocks, or its name; by default that of the mode.
+        method: the choice of groups or of blocks, or its name; by default the choice of the mode.
 
     Returns:
         The options with a mode, the spec of the method, and the pruning.
@@ -75,77 +75,80 @@ def smaller_pruning(
             meets the options.
     """
     model, adapter, config = opened.module, opened.adapter, opened.config
-    known = KeptScores.read(wish.scores_from) if wish.scores_from is not None else None
-    if known is not None:
-        method = _same_method(known, method)
-        wish = replace(wish, compensate=False, dense_scores=True, samples=0, own_samples=0)
+    kept_scores = KeptScores.read(run.scores_from) if run.scores_from is not None else None
+    if kept_scores is not None:
+        method = _same_method(kept_scores, method)
+        run = replace(run, compensate=False, dense_scores=True, samples=0, own_samples=0)
         options = replace(options, own_samples=0, random_tokens=0)
-    named = _found(method, wish) if method else None
-    mode, sizes = _wanted(opened, wish, named, notice)
-    wish = wish if wish.explicit else replace(wish, mode=mode)
-    spec = _resolved(opened, wish, named)
-    recipe, augmentation = settings(opened, wish, options, spec, notice)
-    choice = _choice(wish, spec, recipe, mode, sizes)
-    _check_experts_removed(opened, wish, choice)
-    removal = _expert_removal(choice, wish, named=named is not None)
-    if known is not None:
-        choice = replace(choice, given=known.structure(opened, sizes[0].kept, removal.protect))
-        removal = replace(removal, choose=None, scores=known.scores)
+    named = _named_spec(method, run) if method else None
+    mode, sizes = _mode_and_sizes(opened, run, named, notice)
+    run = run if run.explicit else replace(run, mode=mode)
+    spec = _method_spec(opened, run, named)
+    recipe, augmentation = settings(opened, run, options, spec, notice)
+    choice = _choice(run, spec, recipe, mode, sizes)
+    _check_experts_removed(opened, run, choice)
+    removal = _expert_removal(choice, run, named=named is not None)
+    if kept_scores is not None:
+        structure = kept_scores.structure(opened, sizes[0].kept, removal.protect)
+        choice = replace(choice, known_structure=structure)
+        removal = replace(removal, choose=None, scores=kept_scores.scores)
     recipe = replace(recipe, experts=removal)
     structure, aware = choice.provisional(model, adapter), recipe.error_aware
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
     if choice.drop:
         smaller_skeleton(model, adapter, plan)  # raises if there is no such model
     job = Pruning(
-        adapter, plan, _removal(choice, wish.compensate), recipe, augmentation,
-        structure=choice, seed=wish.seed,
+        adapter, plan, _removal(choice, run.compensate), recipe, augmentation,
+        structure=choice, seed=run.seed,
     )  # fmt: skip
-    return wish, spec, job
+    return run, spec, job
 
 
-def _wanted(
-    opened: Opened, wish: ShrinkRun, named: ShrinkMethodSpec | None, notice: Notice
+def _mode_and_sizes(
+    opened: Opened, run: ShrinkRun, named: ShrinkMethodSpec | None, notice: Notice
 ) -> tuple[Mode, list[Size]]:
-    """What is removed, and the sizes that meet the wish."""
+    """The mode, and the sizes that meet the options."""
     family, seconds = (opened.module, opened.adapter, opened.config), None
-    if wish.budget == "latency" and not wish.explicit:
-        device = choose_device(wish.device)
+    if run.budget == "latency" and not run.explicit:
+        device = choose_device(run.device)
         notice(f"latency: a block is timed on {device}, with each number of groups of each kind")
         seconds = block_times(*family, device, _PROMPT)
 
     def sizes_of(multiple: int) -> Sizes:
         return Sizes(*family, multiple, seconds, experts=_chooses_experts(named))
 
-    if named is not None and _chooses_experts(named) and not wish.explicit:
-        _check_fit(named, wish, [] if _only_blocks(wish) else [*sizes_of(MULTIPLE).automatic])
-    mode, sizes = wanted_sizes(sizes_of, wish, notice, named.chooses if named else None)
-    if wish.stream and mode in ("width", "blocks-first") and len(sizes) > 1:
+    if named is not None and _chooses_experts(named) and not run.explicit:
+        _check_fit(named, run, [] if _only_blocks(run) else [*sizes_of(MULTIPLE).automatic])
+    mode, sizes = wanted_sizes(sizes_of, run, notice, named.chooses if named else None)
+    if run.stream and mode in ("width", "blocks-first") and len(sizes) > 1:
         notice(
             f"size: {sizes[0]}; a streamed run does not compare the {len(sizes)} possible widths"
         )
     return mode, sizes
 
 
-def _resolved(opened: Opened, wish: ShrinkRun, named: ShrinkMethodSpec | None) -> ShrinkMethodSpec:
-    """The method that was named, or the default one of what is removed.
+def _method_spec(
+    opened: Opened, run: ShrinkRun, named: ShrinkMethodSpec | None
+) -> ShrinkMethodSpec:
+    """The named method, or the default method for the parts that are removed.
 
-    The method is error-aware by default where blocks are dropped: the others make up for them.
+    If blocks are dropped, the run is error-aware by default: the kept blocks compensate.
     """
     family = (opened.module, opened.adapter, opened.config)
     sizes = Sizes(*family, MULTIPLE, experts=_chooses_experts(named))
-    kinds = [] if _only_blocks(wish) else [*(wish.sizes or sizes.automatic)]
+    kinds = [] if _only_blocks(run) else [*(run.sizes or sizes.automatic)]
     experts = [kind for kind in kinds if kind in sizes.groups and sizes.groups[kind].routed]
-    if named is not None and sizes.groups.keys() >= set(kinds):  # the others are refused by name
-        _check_fit(named, wish, experts, others=len(kinds) > len(experts))
-    drops = wish.mode in ("search", "blocks-first") or wish.blocks is not None or bool(wish.drop)
-    kind: Literal["groups", "experts", "blocks"] = "blocks" if not kinds else "groups"
-    kind = "experts" if kinds and experts == kinds else kind
-    spec = named or registry().default_shrink_method(kind, streams=wish.stream)
+    if named is not None and sizes.groups.keys() >= set(kinds):  # other kinds are errors later
+        _check_fit(named, run, experts, others=len(kinds) > len(experts))
+    drops = run.mode in ("search", "blocks-first") or run.blocks is not None or bool(run.drop)
+    chosen: Literal["groups", "experts", "blocks"] = "blocks" if not kinds else "groups"
+    chosen = "experts" if kinds and experts == kinds else chosen
+    spec = named or registry().default_shrink_method(chosen, streams=run.stream)
     return replace(spec, error_aware=True) if drops or not kinds else spec
 
 
 def _chooses_experts(method: ShrinkMethodSpec | None) -> bool:
-    """True if a method was named that chooses experts, so that these are what becomes fewer."""
+    """True if the named method chooses experts: experts are then removed."""
     return method is not None and method.chooses == "experts"
 
 
@@ -160,23 +163,23 @@ class _Function(ShrinkMethodSpec):
         return self.function
 
 
-def _found(method: str | Choice, wish: ShrinkOptions) -> ShrinkMethodSpec:
-    """The spec of a choice. What a function chooses follows from the number of its arguments."""
+def _named_spec(method: str | Choice, run: ShrinkOptions) -> ShrinkMethodSpec:
+    """The spec of a choice. The number of its arguments tells what a function chooses."""
     if isinstance(method, str):
         return registry().shrink_methods.get(method)
     name = name_of("method", method)
-    taken = [count for count in (2, 3, 4) if _takes(method, count)]
-    if len(taken) != 1:
+    counts = [count for count in (2, 3, 4) if _takes(method, count)]
+    if len(counts) != 1:
         raise AptError(
             f"method {name} is not a function of 2, of 3 or of 4 arguments",
             "give an apt.extending.ExpertChoice, GroupScores or BlockChoice, or an "
             "apt.solver.GroupChoice",
         )
     chooses: dict[int, Literal["blocks", "columns", "experts", "groups"]] = {
-        2: "experts", 3: "groups", 4: "blocks" if _only_blocks(wish) else "columns"
+        2: "experts", 3: "groups", 4: "blocks" if _only_blocks(run) else "columns"
     }  # fmt: skip
     return _Function(
-        name, "a function of the caller", "", chooses=chooses[taken[0]], function=method
+        name, "a function of the caller", "", chooses=chooses[counts[0]], function=method
     )
 
 
@@ -190,13 +193,13 @@ def _takes(function: Any, count: int) -> bool:
 
 
 def _check_fit(
-    method: ShrinkMethodSpec, wish: ShrinkOptions, experts: Sequence[str], *, others: bool = True
+    method: ShrinkMethodSpec, run: ShrinkOptions, experts: Sequence[str], *, others: bool = True
 ) -> None:
-    """Raise if a method chooses what is not removed, so that it would not be used.
+    """Raise if a method chooses parts that are not removed: it would have no effect.
 
     Args:
-        experts: the kinds of experts that become fewer.
-        others: False if no other groups become fewer.
+        experts: the kinds of experts that are removed.
+        others: False if no other groups are removed.
     """
     if method.chooses == "experts" and not experts:
         raise AptError(
@@ -205,7 +208,7 @@ def _check_fit(
             ("method", "sizes"),
         )
     blocks = method.chooses == "blocks"
-    if _only_blocks(wish) and not blocks:
+    if _only_blocks(run) and not blocks:
         raise AptError(
             f"method {method.name} chooses groups, and only blocks are dropped here",
             "choose a method for blocks",
@@ -217,8 +220,8 @@ def _check_fit(
             "choose a method for experts, or remove other groups too",
             ("method", "sizes"),
         )
-    counted = wish.mode == "blocks-first" or wish.blocks is not None
-    if blocks and not _only_blocks(wish) and not counted:
+    by_number = run.mode == "blocks-first" or run.blocks is not None
+    if blocks and not _only_blocks(run) and not by_number:
         raise AptError(
             f"method {method.name} chooses blocks, and none are dropped by it here",
             "choose a method for groups, or drop blocks first",
@@ -227,54 +230,54 @@ def _check_fit(
 
 
 def _choice(
-    wish: ShrinkRun, method: ShrinkMethodSpec, recipe: Recipe, mode: Mode, sizes: Sequence[Size]
+    run: ShrinkRun, method: ShrinkMethodSpec, recipe: Recipe, mode: Mode, sizes: Sequence[Size]
 ) -> StructureChoice:
-    """The choice of the structure of a smaller model, from sizes that meet the wish."""
-    own = "groups" if method.chooses == "columns" else method.chooses
+    """The choice of the structure of a smaller model, from sizes that meet the options."""
+    chosen_kind = "groups" if method.chooses == "columns" else method.chooses
 
-    def chosen(kind: Literal["groups", "experts", "blocks"]) -> ShrinkMethodSpec:
+    def spec_for(kind: Literal["groups", "experts", "blocks"]) -> ShrinkMethodSpec:
         default = registry().default_shrink_method
-        return method if kind == own else default(kind, streams=wish.stream)
+        return method if kind == chosen_kind else default(kind, streams=run.stream)
 
     return StructureChoice(
         mode,
         sizes,
-        chosen("groups"),
-        chosen("experts"),
-        chosen("blocks"),
+        spec_for("groups"),
+        spec_for("experts"),
+        spec_for("blocks"),
         recipe.solver,
-        whole=not wish.stream,
-        drop=tuple(wish.drop),
-        search=SearchOptions(wish.evaluations, wish.minutes),
-        seed=wish.seed,
+        whole=not run.stream,
+        drop=tuple(run.drop),
+        search=SearchOptions(run.evaluations, run.minutes),
+        seed=run.seed,
     )
 
 
 def _removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:
-    """The method of the sites: the removal of groups that ``choice`` has chosen or leaves open."""
+    """The method of the sites: the removal of groups, which it may choose itself."""
     spec = choice.groups
     exact = spec.compensate if compensate is None else compensate
     return GroupRemoval(spec.load() if spec.chooses == "columns" else joint_removal, exact)
 
 
-def _expert_removal(choice: StructureChoice, wish: ShrinkRun, *, named: bool) -> ExpertRemoval:
-    """How the experts become fewer, of which ``choice`` may have chosen some."""
-    scored, spec = choice.groups.chooses == "groups", choice.experts
-    usual = (choice.groups if scored else spec).compensate
-    exact = usual if wish.compensate is None else wish.compensate
-    known = labels([source.name for source in text_sources(wish.calibration)])
-    protect = tuple(known[name] for name in wish.protect)
+def _expert_removal(choice: StructureChoice, run: ShrinkRun, *, named: bool) -> ExpertRemoval:
+    """The removal of experts, with the compensation of its method by default."""
+    by_scores, spec = choice.groups.chooses == "groups", choice.experts
+    default = (choice.groups if by_scores else spec).compensate
+    exact = default if run.compensate is None else run.compensate
+    names = labels([source.name for source in text_sources(run.calibration)])
+    protect = tuple(names[name] for name in run.protect)
     return ExpertRemoval(
-        spec.load(), spec.merges, exact, named, protect, wish.expert_tokens, wish.dense_scores
+        spec.load(), spec.merges, exact, named, protect, run.expert_tokens, run.dense_scores
     )
 
 
-def _same_method(known: KeptScores, method: str | Choice | None) -> str | Choice:
-    """The method that gave the scores; raises if another one is named."""
-    if method is not None and method != known.method:
-        fault = f"the scores in {known.place} are those of the method {known.method}"
-        raise AptError(fault, "leave the method out", ("method", "scores_from"))
-    return known.method
+def _same_method(kept_scores: KeptScores, method: str | Choice | None) -> str | Choice:
+    """The method that computed the scores; raises if another method is named."""
+    if method is not None and method != kept_scores.method:
+        message = f"method {kept_scores.method} computed the scores in {kept_scores.place}"
+        raise AptError(message, "leave the method out", ("method", "scores_from"))
+    return kept_scores.method
 
 
 def _check_dense_scores(choice: StructureChoice, opened: Opened) -> None:
@@ -287,19 +290,18 @@ def _check_dense_scores(choice: StructureChoice, opened: Opened) -> None:
         )
     blocks = len(opened.adapter.blocks(opened.module))
     if choice.drop or choice.mode == "search" or any(s.blocks < blocks for s in choice.sizes):
-        fault = "dense scores are not known where blocks are dropped"
-        raise AptError(fault, "leave one of them out", ("dense_scores", "drop"))
+        message = "dense scores are not known where blocks are dropped"
+        raise AptError(message, "leave one of them out", ("dense_scores", "drop"))
 
 
-def _check_experts_removed(opened: Opened, wish: ShrinkRun, choice: StructureChoice) -> None:
+def _check_experts_removed(opened: Opened, run: ShrinkRun, choice: StructureChoice) -> None:
     """Raise for options of the choice of experts in a run that removes none."""
     groups = Sizes(opened.module, opened.adapter, opened.config, MULTIPLE, experts=True).groups
     if any(groups[kind].routed for kind in choice.kinds if kind in groups):
-        if wish.dense_scores:
+        if run.dense_scores:
             _check_dense_scores(choice, opened)
         return
     for name in ("protect", "expert_tokens", "dense_scores"):
-        if getattr(wish, name):
-            words = name.replace("_", " ")
-            fault = f"{words} has no effect: no experts are removed here"
-            raise AptError(fault, "leave it out, or give a number of experts", (name, "sizes"))
+        if getattr(run, name):
+            message = f"{name.replace('_', ' ')} has no effect: no experts are removed here"
+            raise AptError(message, "leave it out, or give a number of experts", (name, "sizes"))

@@ -1,4 +1,4 @@
-"""The model of a run: its blocks, its dtypes, and the surroundings of the run."""
+"""The model of a run: its blocks, its dtypes, and the journal, folder and time of the run."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,22 +14,25 @@ from apt.checkpoints.load import fingerprint
 from apt.compute import ComputeDtype, Precision, compute_dtype
 from apt.distributed.ranks import Ranks
 from apt.events import Status
-from apt.files.journal import Journal
+from apt.files.journal import Journal, Line
 from apt.pruning.block_store import BlockStore
+from apt.text.datasets import digest
 
 
 class ModelStore(BlockStore):
-    """A model, and the surroundings of a run.
+    """The model of a run, with the journal, folder and time of the run.
 
-    Its kinds are a model that a program passes, `apt.engine.given.GivenModel`, a checkpoint that is
-    read into memory, `apt.engine.in_memory.InMemory`, and one whose blocks stay on disk,
-    `apt.engine.streamed.Streamed`.
+    There are four kinds: a model of a program, `apt.engine.caller_model.CallerModel`; a checkpoint
+    in memory, `apt.engine.in_memory.InMemory`; a checkpoint whose blocks stay on disk,
+    `apt.engine.streamed.Streamed`; and a quantised checkpoint, `apt.engine.in_place.InPlace`.
 
     Attributes:
         journal: the journal of the run.
-        folder: a folder for what a training keeps on disk.
+        folder: a folder for the files of a training.
         precision: the dtype of the stored weights, and the dtype that the model computes in.
         opening: the seconds until the model was open and measured.
+        rounded: the kinds of numbers in which changed tensors of a quantised checkpoint are
+            rounded again, by their names.
     """
 
     folder: Path
@@ -46,15 +49,16 @@ class ModelStore(BlockStore):
         self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
         self._cast: ComputeDtype | None = None
         self.journal = Journal()
+        self.rounded: dict[str, str] = {}
 
     @cached_property
     def weights(self) -> str:
-        """The hash of the weights, before they change."""
+        """The hash of the weights before the run changes them."""
         return fingerprint(self.model)
 
     def compute_in(
         self,
-        asked: str,
+        compute: str,
         stored: torch.dtype,
         device: str,
         dtypes: Mapping[str, torch.dtype] | None = None,
@@ -62,13 +66,13 @@ class ModelStore(BlockStore):
         """Give the model the dtype that it computes in, until `restore`.
 
         Args:
-            asked: the name of the dtype, or ``auto``; see `compute_dtype`.
+            compute: the name of the dtype, or ``auto``; see `compute_dtype`.
             stored: the dtype of the model's sites.
-            dtypes: stored dtypes, by the full names of parameters, that the model in memory does
-                not have.
+            dtypes: the stored dtypes of the parameters that have another dtype in memory, by their
+                full names.
         """
-        _ = self.weights  # their hash, before they are cast
-        self.precision = Precision(stored, compute_dtype(stored, device, asked))
+        _ = self.weights  # computes the hash before the cast
+        self.precision = Precision(stored, compute_dtype(stored, device, compute))
         self._cast = ComputeDtype(self.model, self.precision.compute)
         self.dtypes = {**self._cast.stored, **(dtypes or {})}
         self.repeatable = any(
@@ -87,11 +91,16 @@ class ModelStore(BlockStore):
         """The time since the beginning of the run."""
         return time.perf_counter() - self._started
 
+    def shared_inputs(self, tokens: Tensor) -> Line:
+        """The inputs that must be the same on all ranks: hashes of weights and tokens, dtypes."""
+        hashes = {"weights": self.weights, "tokens": digest(tokens)}
+        return hashes | self.precision.record()
+
     def readable(self) -> AbstractContextManager[None]:
         """While entered, the whole dense model can run."""
         return nullcontext()
 
     def generated(self, generate: Callable[[], Tensor]) -> Tensor:
-        """The samples that ``generate`` returns, which runs the model: the same on all ranks."""
+        """The samples of ``generate``, which runs the model: the first rank shares its samples."""
         self.status("generating text", "generating calibration text")
         return self.ranks.share(generate() if self.ranks.first else torch.empty(0))

@@ -1,8 +1,8 @@
-"""A checkpoint whose blocks stay on disk, with one of them in memory at a time.
+"""A checkpoint whose blocks stay on disk, with one block in memory at a time.
 
-The output begins as a copy of the checkpoint, and the pruned tensors are written over their own
-bytes. So shards, dtypes, metadata and all other files do not change. Dense weights are always read
-from the input: an interrupted block is pruned again from the start, with the same result.
+The output begins as a copy of the checkpoint, and each pruned tensor replaces its own bytes. So
+shards, dtypes, metadata and all other files do not change. Dense weights are always read from the
+input: an interrupted block is pruned again from the start, with the same result.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ from apt.devices import is_accelerator
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.store import ModelStore
-from apt.engine.task import Changed, Task
+from apt.engine.task import Task, TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.evaluation.blockwise import carried, streamed
-from apt.events import Done, ExpertsRemoved, ExpertsRouted, SitePruned, Status
+from apt.events import BlockRecord, ExpertsRemoved, ExpertsRouted, SitePruned, Status
 from apt.files.journal import Journal, Line
 from apt.output.report import read_site
 from apt.output.staging import Staging
@@ -68,13 +68,13 @@ class Streamed(ModelStore):
         compute = compute_dtype(stored, task.device, task.options.compute)
         self.precision = Precision(stored, compute)
         self.dtypes, self.repeatable = self._stored.dtypes(self._plan), True
-        self._next = dict(itertools.pairwise(planned.name for planned in self._plan.blocks))
-        self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
+        self._next_names = dict(itertools.pairwise(planned.name for planned in self._plan.blocks))
+        self._reads: dict[str, Future[dict[str, Tensor]]] = {}
         self._reader = ThreadPoolExecutor(1) if reads_ahead(task.device) else None
-        self._done: dict[str, Line] = {}
-        self._dense: StoredBlocks
-        self._kept: StoredBlocks
-        self._small: Path | None = None  # the directory of a smaller model
+        self._kept_lines: dict[str, Line] = {}
+        self._dense_blocks: StoredBlocks
+        self._kept_blocks: StoredBlocks
+        self._smaller_directory: Path | None = None
 
     @property
     def _plan(self) -> Plan:
@@ -98,7 +98,7 @@ class Streamed(ModelStore):
         return copied_size(self._stored.directory, self._stored.shards)
 
     def read(self) -> None:
-        """Check the weights: blocks are read when they are opened."""
+        """Check the weights. Blocks are read when they are opened."""
         self.status("opening the model", "checking and hashing the weights")
         self._stored.check_finite()
 
@@ -106,8 +106,8 @@ class Streamed(ModelStore):
         """Copy the checkpoint, and load the weights outside the blocks.
 
         Args:
-            out: an empty directory for the copy, in which blocks are kept; None if none are kept.
-            resumed: True if an interrupted run has made the copy, which is then checked.
+            out: an empty directory for the copy, in which blocks are kept; None to keep no blocks.
+            resumed: True to check the copy of an interrupted run in place of copying.
 
         Raises:
             AptError: a file of the interrupted run was changed since then.
@@ -122,19 +122,21 @@ class Streamed(ModelStore):
         stored, device = self._stored, self._task.device
         parts = (stored.shards, stored.layout)
         self.model = assemble(self._task.skeleton, *parts, device, self.precision.compute)
-        self._dense = self._blocks(stored.shards)
-        self._kept = self._dense if out is None else self._blocks(Shards(out))
-        self._done = {str(line[_BLOCK]): line for line in self.journal.lines if _BLOCK in line}
+        self._dense_blocks = self._blocks(stored.shards)
+        self._kept_blocks = self._dense_blocks if out is None else self._blocks(Shards(out))
+        self._kept_lines = {
+            str(line[_BLOCK]): line for line in self.journal.lines if _BLOCK in line
+        }
         for planned in self._plan.blocks:
-            line = self._done.get(planned.name)
-            if line is not None and line.get("digest") != self._kept.digest(planned):
+            line = self._kept_lines.get(planned.name)
+            if line is not None and line.get("digest") != self._kept_blocks.digest(planned):
                 raise self.journal.damaged(f"{planned.name} was changed")
 
     def _copy(self, out: Path, text: Text) -> None:
         self.status("opening the model", "copying the checkpoint")
         options = self._task.options
-        other = text.tokenizer if options.tokenizer else None
-        self._stored.copy(out, other, options.max_shard_size)
+        replacement = text.tokenizer if options.tokenizer else None
+        self._stored.copy(out, replacement, options.max_shard_size)
         self.journal.add({_COPIED: checksums(out)}, out)
 
     def _check_copy(self, out: Path) -> None:
@@ -142,8 +144,8 @@ class Streamed(ModelStore):
         self.status("opening the model", "checking the files of the interrupted run")
         pruned = pruned_tensors(self._plan, self._stored.layout)
         try:
-            copied = dict(self.journal.values(_COPIED)[0])
-            check_copy(self._stored.shards, out, copied, pruned)
+            hashes = dict(self.journal.values(_COPIED)[0])
+            check_copy(self._stored.shards, out, hashes, pruned)
         except (AptError, OSError, IndexError, TypeError, ValueError) as error:
             raise self.journal.damaged(getattr(error, "message", first_line(error))) from error
 
@@ -152,106 +154,108 @@ class Streamed(ModelStore):
         return StoredBlocks(shards, self._stored.layout, blocks, self._task.device, cast=True)
 
     def readable(self) -> AbstractContextManager[None]:
-        """While entered, the dense model can run: each block is read for each of its calls."""
-        return self._dense.read_on_call()
+        """While entered, the dense model can run. Each call of a block reads its weights."""
+        return self._dense_blocks.read_on_call()
 
     def generated(self, generate: Callable[[], Tensor]) -> Tensor:
-        """The samples that ``generate`` returns, or those of the interrupted run.
+        """The samples of ``generate``, or the samples of the interrupted run.
 
         Raises:
-            AptError: they were changed since then.
+            AptError: the samples of the interrupted run were changed.
         """
         digests = self.journal.values(_OWN_TEXT)
         if digests:
             place = self.folder / _TOKENS
-            known = self.ranks.share(_tokens_in(place) if self.ranks.first else None)
-            if known is None or digest(known) != digests[-1]:
+            tokens = self.ranks.share(_read_tokens(place) if self.ranks.first else None)
+            if tokens is None or digest(tokens) != digests[-1]:
                 raise self.journal.damaged(f"{place.name} was changed")
-            return known
+            return tokens
         self.status("generating text", "generating calibration text, block by block")
         with self.readable():
-            known = self.ranks.share(generate() if self.ranks.first else torch.empty(0))
+            tokens = self.ranks.share(generate() if self.ranks.first else torch.empty(0))
         if self.ranks.first and self.journal.path is not None:
-            save_file({"tokens": known}, place := self.folder / _TOKENS)
-            self.journal.add({_OWN_TEXT: digest(known)}, place)
-        return known
+            save_file({"tokens": tokens}, place := self.folder / _TOKENS)
+            self.journal.add({_OWN_TEXT: digest(tokens)}, place)
+        return tokens
 
     @contextmanager
     def open(self, name: str, block: nn.Module) -> Iterator[None]:
-        """While entered, the dense block is in memory; then it is on the meta device again.
+        """While entered, the dense block is in memory. At the end it is on the meta device again.
 
         For a GPU, the next block is read in the meantime.
         """
-        reading = self._ahead.pop(name, None)
-        self._ahead.clear()  # of a dropped block that is not opened
-        dense = reading.result() if reading else self._dense.read(name)
-        following = self._next.get(name)
-        if self._reader is not None and following is not None:
-            self._ahead[following] = self._reader.submit(self._dense.read, following)
-        with self._dense.open(name, dense):
+        future = self._reads.pop(name, None)
+        self._reads.clear()  # a dropped block was read ahead, but is not opened
+        dense = future.result() if future else self._dense_blocks.read(name)
+        next_name = self._next_names.get(name)
+        if self._reader is not None and next_name is not None:
+            self._reads[next_name] = self._reader.submit(self._dense_blocks.read, next_name)
+        with self._dense_blocks.open(name, dense):
             yield
 
-    def kept(self, name: str) -> list[Done] | None:
-        """The records in the journal of a block; None if it is not kept yet."""
-        return records_of(self._done[name], self.journal) if name in self._done else None
+    def kept(self, name: str) -> list[BlockRecord] | None:
+        """The records of a block in the journal; None if the block is not kept yet."""
+        return (
+            records_of(self._kept_lines[name], self.journal) if name in self._kept_lines else None
+        )
 
     def read_kept(self, name: str, block: nn.Module) -> None:
-        """Read the kept block from the copy."""
-        self._kept.restore(name)
+        """Read a kept block from the copy."""
+        self._kept_blocks.restore(name)
 
-    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
-        """Write the pruned parameters, and then a line in the journal; the first rank does it.
+    def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
+        """Write the pruned parameters, and then a line in the journal, on the first rank.
 
-        Every rank continues with the values as stored, as a resumed run does.
+        Every rank continues with the stored values, as a resumed run does.
         """
         super().keep(name, block, done)
         if not self.ranks.first:
             return
-        planned = next(entry for entry in self._plan.blocks if entry.name == name)
-        self._kept.write(name, pruned_parameters(planned), self._dense)
-        records = {
-            "sites": [asdict(each) for each in done if isinstance(each, SitePruned)],
-            "experts": [asdict(each) for each in done if isinstance(each, ExpertsRemoved)],
-            "routed": [asdict(each) for each in done if isinstance(each, ExpertsRouted)],
+        planned = next(each for each in self._plan.blocks if each.name == name)
+        self._kept_blocks.write(name, pruned_parameters(planned), self._dense_blocks)
+        entries = {
+            "sites": [asdict(record) for record in done if isinstance(record, SitePruned)],
+            "experts": [asdict(record) for record in done if isinstance(record, ExpertsRemoved)],
+            "routed": [asdict(record) for record in done if isinstance(record, ExpertsRouted)],
         }
-        self.journal.keep({_BLOCK: name, **records, "digest": self._kept.digest(planned)})
+        self.journal.keep({_BLOCK: name, **entries, "digest": self._kept_blocks.digest(planned)})
 
-    def write(self, changed: Changed, work: Staging, text: Text) -> Path:
-        """The directory of the model: the copy, or that of a smaller model beside it.
+    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
+        """The directory of the model: the copy, or the directory of a smaller model beside it.
 
-        The smaller model is written from the kept blocks, and it is checked that it opens.
+        The smaller model is written from the kept blocks, and then opened as a check.
         """
-        if changed.plan is None or not changed.plan.structured:
+        if result.plan is None or not result.plan.structured:
             return work.out
         self.status("writing", "writing the smaller model")
-        zeros_of(changed.plan, self.written)
+        zeros_of(result.plan, self.written)
         skeleton, layout = self._task.skeleton, self._stored.layout
-        self._small = work.fresh("small")
+        self._smaller_directory = work.fresh("small")
         blocks = dict(skeleton.adapter.blocks(self.model))
         written = StoredBlocks(Shards(work.out), layout, blocks, self._task.device)
-        write_smaller(skeleton, changed.plan, written, layout, work.out, self._small)
-        open_stored(self._task.open(self._small))
-        return self._small
+        write_smaller(skeleton, result.plan, written, layout, work.out, self._smaller_directory)
+        open_stored(self._task.open(self._smaller_directory))
+        return self._smaller_directory
 
     def written(self, name: str) -> AbstractContextManager[nn.Module]:
         """While entered, a kept block is in memory."""
-        return self._kept.open(name)
+        return self._kept_blocks.open(name)
 
     @contextmanager
     def measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
         """While entered, the model ``"before"`` or ``"after"`` can run on these windows."""
         skeleton, device = self._task.skeleton, self._task.device
-        if self._small is not None:
-            small = self._task.open(self._small)
-            with streamed(small, held_out, device, self.precision.compute) as module:
+        if self._smaller_directory is not None:
+            opened = self._task.open(self._smaller_directory)
+            with streamed(opened, held_out, device, self.precision.compute) as module:
                 yield module
             return
-        on_disk = self._kept if when == "after" else self._dense
+        on_disk = self._kept_blocks if when == "after" else self._dense_blocks
         with carried(self.model, skeleton.adapter, held_out, on_disk, self.activations):
             yield self.model
 
 
-def _tokens_in(path: Path) -> Tensor | None:
+def _read_tokens(path: Path) -> Tensor | None:
     """The tokens in a file; None if it cannot be read."""
     try:
         return load_file(path)["tokens"]
@@ -260,14 +264,14 @@ def _tokens_in(path: Path) -> Tensor | None:
 
 
 def reads_ahead(device: str) -> bool:
-    """True if the next block is read while the current one is pruned.
+    """True if the next block is read while the current block is pruned.
 
-    On a CPU that would need memory for a second block and gain little: the kernel reads ahead.
+    On a CPU this would need memory for a second block and gain little: the kernel reads ahead.
     """
     return is_accelerator(device)
 
 
-def records_of(line: Line, journal: Journal) -> list[Done]:
+def records_of(line: Line, journal: Journal) -> list[BlockRecord]:
     """The records of a block in a line of a journal.
 
     Raises:
@@ -275,22 +279,22 @@ def records_of(line: Line, journal: Journal) -> list[Done]:
     """
     try:
         sites = [read_site(entry) for entry in line.get("sites", ())]
-        experts = (_experts(**entry) for entry in line.get("experts", ()))
-        routed = (_routed(**entry) for entry in line.get("routed", ()))
+        experts = (_experts_removed(**entry) for entry in line.get("experts", ()))
+        routed = (_experts_routed(**entry) for entry in line.get("routed", ()))
         return [*experts, *sites, *routed]
     except (KeyError, TypeError, ValueError) as error:
         raise journal.damaged(first_line(error)) from error
 
 
-def _experts(
-    name: str, experts: list[int], merged: list[tuple[int, int]], **others: list[Any]
+def _experts_removed(
+    name: str, experts: list[int], merged: list[tuple[int, int]], **lists: list[Any]
 ) -> ExpertsRemoved:
-    more = {key: tuple(values) for key, values in others.items()}
     pairs = tuple((first, other) for first, other in merged)
-    return ExpertsRemoved(name, tuple(experts), pairs, **more)
+    tuples = {key: tuple(values) for key, values in lists.items()}
+    return ExpertsRemoved(name, tuple(experts), pairs, **tuples)
 
 
-def _routed(
+def _experts_routed(
     name: str, tokens: dict[str, list[int]], weights: dict[str, list[float]]
 ) -> ExpertsRouted:
     return ExpertsRouted(

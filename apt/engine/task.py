@@ -1,4 +1,4 @@
-"""What a run does to a model: prune it, make it smaller, train it, or set weights to zero again."""
+"""The task of a run: prune a model, make it smaller, train it, or set weights to zero again."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,21 +14,31 @@ from apt.engine.store import ModelStore
 from apt.engine.text import Text
 from apt.files.journal import Line
 from apt.options import PruneRun
-from apt.output.report import Report
+from apt.output.report import Report, versions
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
 
-WITHOUT_EFFECT = tuple(one.key for one in PruneRun.OPTIONS if not one.option.effect)
-"""The options that do not change the result, but for rounding."""
+WITHOUT_EFFECT = tuple(declared.key for declared in PruneRun.OPTIONS if not declared.option.effect)
+"""The options that do not change the result, except for rounding."""
+
+
+def shared_settings(options: dict[str, Any], *, stream: bool = False) -> Line:
+    """The settings that must be the same on all ranks: options with an effect, and versions.
+
+    The platforms may differ. A streamed run makes other calls between ranks than a run in memory.
+    """
+    effective = {key: value for key, value in options.items() if key not in WITHOUT_EFFECT}
+    packages = {key: value for key, value in versions().items() if key != "platform"}
+    return {"options": effective | {"stream": stream}, "versions": packages}
 
 
 @dataclass(frozen=True)
-class Changed:
+class TaskResult:
     """The result of a task.
 
     Attributes:
         report: the report with the record of the task.
-        plan: the pattern of each site; None if the zeros are those of ``masks``.
+        plan: the pattern of each site; None if ``masks`` has the zeros.
         masks: the masks of the model (True where pruned), if there is no plan.
         save_masks: True if the masks are written beside the model.
         adapter: the folder of a trained adapter, which becomes a part of the output.
@@ -47,9 +57,9 @@ class Task:
 
     Attributes:
         options: the options of the run, with defaults filled in.
-        dtype: the dtype of the weights; None for that of the checkpoint.
-        plan: a plan with all parameters that may change; None if any may.
-        event: what is measured before and after, for messages.
+        dtype: the dtype of the weights; None for the dtype of the checkpoint.
+        plan: a plan with all parameters that may change; None if all parameters may change.
+        event: the words for the task after "before" and "after", in messages.
         resumable: True if an interrupted run in memory can be resumed.
     """
 
@@ -69,8 +79,13 @@ class Task:
         return bool(getattr(self.options, "stream", False))
 
     @property
+    def in_place(self) -> bool:
+        """True if the output has the stored bytes of a quantised checkpoint."""
+        return self.skeleton.quantised is not None
+
+    @property
     def resume(self) -> bool:
-        """True if an interrupted run is to be continued."""
+        """True to continue an interrupted run."""
         return bool(getattr(self.options, "resume", False))
 
     def record(self) -> dict[str, Any]:
@@ -95,27 +110,31 @@ class Task:
         raise NotImplementedError
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
-        """All that the result depends on, for the journal of a run that can be resumed."""
+        """All inputs of the result, for the journal of a run that can be resumed."""
         raise NotImplementedError
 
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan | None]:
         """The text with samples that the model generates, and the final plan, if there is one."""
         return text, self.plan
 
-    def change(self, store: ModelStore, text: Text, plan: Plan | None, report: Report) -> Changed:
+    def change(
+        self, store: ModelStore, text: Text, plan: Plan | None, report: Report
+    ) -> TaskResult:
         """Change the model, with the text and the plan of `decide`."""
         raise NotImplementedError
 
     def open(self, written: Path) -> Opened:
-        """The changed model in a directory, without weights."""
-        source = replace(self.skeleton.source, location=str(written), gguf=None)
-        return open_skeleton(source, self.registry, self.skeleton.spec.name)
+        """The changed model in a directory or a file, without weights."""
+        is_file, adapter = written.is_file(), self.skeleton.spec.name
+        folder, name = (written.parent, written.name) if is_file else (written, None)
+        source = replace(self.skeleton.source, location=str(folder), gguf=name)
+        return open_skeleton(source, self.registry, adapter, expanded=self.in_place)
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
     ) -> Report:
-        """The report with what was measured, the timeline, and the time of the run."""
+        """The report with the metrics, the timeline and the time of the run."""
         return report
 
     def forget(self) -> None:
-        """Delete what would be needed to resume the run: the output is published."""
+        """Delete the files with which the run could be resumed. The output is published."""

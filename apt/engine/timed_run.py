@@ -6,22 +6,22 @@ from dataclasses import replace
 
 from apt.adapter.text_config import hidden_size
 from apt.checkpoints.opened import Opened
-from apt.engine.costs import Planned, measured
+from apt.engine.costs import PlannedRun, measure_machine
 from apt.engine.prune_model import Pruning
 from apt.engine.recover_task import RecoverTask
 from apt.options import Effort, PruneRun, RecoverRun
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
 
-_PRUNING = 0.4  # of the time, at most
-_SHORT = 512  # tokens of a sample where the time is short
-_LEAST: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
-_BETWEEN, _CHECKS = 3, 5  # minutes between measurements of the loss, and the most measurements
+_PRUNING_SHARE = 0.4  # of the time, at most
+_SHORT_SEQLEN = 512  # tokens of a sample if the time is short
+_MIN_TOKENS: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
+_MINUTES_PER_CHECK, _MAX_CHECKS = 3, 5  # measurements of the loss
 # With few steps, a higher rate than that of `recover` is better.
-_RATE, _WIDTH = 4e-4, 576  # measured on SmolLM2; a wider model needs a lower rate (2203.03466)
+_RATE, _RATE_WIDTH = 4e-4, 576  # measured on SmolLM2; a wider model needs a lower rate (2203.03466)
 
 
-def fitted(
+def fit_to_time(
     options: PruneRun,
     skeleton: Opened,
     job: Pruning,
@@ -29,40 +29,40 @@ def fitted(
     device: str,
     notice: Callable[[str], None],
 ) -> PruneRun:
-    """The options with the effort and the samples that take a part of the given time.
+    """The options with an effort and samples for which a part of the given time is enough.
 
     Both become smaller, never larger. The default effort becomes ``"fast"`` before there are fewer
-    than 16,384 tokens, and no effort has fewer than 4,096. A method without efforts is taken for
-    one of the effort ``"fast"``.
+    than 16,384 tokens, and no effort has fewer than 4,096. A method without efforts is counted as
+    the effort ``"fast"``.
     """
     assert options.minutes is not None
-    budget, machine = _PRUNING * 60 * options.minutes, measured(device)
+    budget, machine = _PRUNING_SHARE * 60 * options.minutes, measure_machine(device)
 
     def seconds(effort: Effort, samples: int, seqlen: int) -> float:
-        taken: Effort = effort if method.efforts else "fast"
+        level: Effort = effort if method.efforts else "fast"
         sized = replace(options, samples=samples, seqlen=seqlen)
         allocated = job.allocation is not None
-        return Planned(skeleton, job.plan, sized, allocated=allocated).seconds(taken, machine)
+        return PlannedRun(skeleton, job.plan, sized, allocated=allocated).seconds(level, machine)
 
     for effort, samples, seqlen in _choices(options, efforts=method.efforts):
         if seconds(effort, samples, seqlen) <= budget:
             break
-    said = f"effort {effort}, " if method.efforts else ""
-    said += f"{samples} samples of {seqlen} tokens, then distillation"
-    notice(f"minutes: {options.minutes:g}: {said}")
+    choice = f"effort {effort}, " if method.efforts else ""
+    choice += f"{samples} samples of {seqlen} tokens, then distillation"
+    notice(f"minutes: {options.minutes:g}: {choice}")
     return replace(options, effort=effort, samples=samples, seqlen=seqlen)
 
 
 def _choices(options: PruneRun, *, efforts: bool) -> Iterator[tuple[Effort, int, int]]:
-    """Efforts, samples and tokens of a sample, from those of the options down to the cheapest."""
+    """Efforts, samples and tokens of a sample, from the values of the options to the cheapest."""
     yield options.effort, options.samples, options.seqlen
-    seqlen, whole = min(options.seqlen, _SHORT), options.samples * options.seqlen
+    seqlen, all_tokens = min(options.seqlen, _SHORT_SEQLEN), options.samples * options.seqlen
     levels: list[Effort] = [options.effort]
     if efforts and options.effort == "default":
         levels.append("fast")
     for level in levels:
-        tokens, least = whole, _LEAST[level if efforts else "fast"]
-        while tokens >= min(whole, least):
+        tokens, min_tokens = all_tokens, _MIN_TOKENS[level if efforts else "fast"]
+        while tokens >= min(all_tokens, min_tokens):
             yield level, max(1, tokens // seqlen), seqlen
             tokens //= 2
 
@@ -70,10 +70,10 @@ def _choices(options: PruneRun, *, efforts: bool) -> Iterator[tuple[Effort, int,
 def training_of(
     options: PruneRun, skeleton: Opened, registry: Registry, device: str
 ) -> RecoverTask:
-    """The distillation after a pruning, which lasts as long as there is time."""
-    seqlen = min(options.seqlen, _SHORT)
-    checks = min(_CHECKS, math.ceil((options.minutes or 0) / _BETWEEN))
-    rate = _RATE * min(1.0, _WIDTH / hidden_size(skeleton.config))
+    """The distillation after a pruning, in the remaining time."""
+    seqlen = min(options.seqlen, _SHORT_SEQLEN)
+    checks = min(_MAX_CHECKS, math.ceil((options.minutes or 0) / _MINUTES_PER_CHECK))
+    rate = _RATE * min(1.0, _RATE_WIDTH / hidden_size(skeleton.config))
     run = RecoverRun(
         model=str(options.directory), output=options.directory, dense=options.model,
         kind="distill", adapter=options.adapter, tokenizer=options.tokenizer,

@@ -41,15 +41,15 @@ Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What the check of a model on disk found.
+class Verification:
+    """The result of the check of a model on disk.
 
     Attributes:
-        pattern: the pattern that was asked for; empty for a smaller model, and for one that is
-            quantised, whose zeros are not counted.
+        pattern: the expected pattern; empty for a smaller model, and for a quantised model, whose
+            zeros are not counted.
         verdicts: the result for each site.
         structure: the structure of a smaller model, from its report; empty for other models.
-        problems: the faults beside those of sites.
+        problems: the problems beside failed sites.
     """
 
     pattern: str = ""
@@ -63,11 +63,11 @@ class Verified:
         return failures(self.verdicts)
 
 
-def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Verified:
+def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Verification:
     """Check the files of a model on disk, and its zeros or sizes.
 
-    Without a pattern, the sites must meet that of the run, by its report. So must they if the
-    pattern is that of a run which distributed it over the sites.
+    Without a pattern, the sites must meet the patterns in the report. This holds too if the pattern
+    is the pattern of a run that distributed it over the sites.
 
     Raises:
         AptError: the model cannot be read, there is neither a pattern nor a report, or a smaller
@@ -76,8 +76,8 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
     directory, pattern, selection = run.directory, pattern_of(run), selection_of(run)
     report = read_report(directory) or {}
     if pattern is None and not report:
-        raise _no_pattern()
-    problems = _changed(directory, report, notice)
+        raise _missing_pattern_error()
+    problems = _changed_files(directory, report, notice)
     source = find_source(f"{directory.resolve()}", run, registry)
     source = replace(source, reference=str(directory))
     skeleton = open_skeleton(source, registry, run.adapter, packed=True)
@@ -86,10 +86,10 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
         PackedShards(directory).check()
     elif method:
         if not report:
-            fault = f"{directory} is quantised with {method}, and has no report"
-            raise AptError(fault, "only the files that a report names can be verified")
+            message = f"{directory} is quantised with {method}, and has no report"
+            raise AptError(message, "only the files that a report names can be verified")
         notice(f"its weights are quantised with {method}, and zeros are not counted")
-        return Verified(problems=tuple(problems))
+        return Verification(problems=tuple(problems))
     if pattern is None and (structure := report.get("structure")):
         if selection != Selection():
             raise AptError(
@@ -98,36 +98,38 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
                 ("only", "skip", "overrides"),
             )
         problems += verify_structure(skeleton, structure)
-        return Verified(structure=structure, problems=tuple(problems))
+        return Verification(structure=structure, problems=tuple(problems))
     try:
-        distributed = pattern is not None and _distributed(report, pattern)
-        if distributed:
+        is_distributed = pattern is not None and _is_distributed(report, pattern)
+        if is_distributed:
             notice("the run distributed this sparsity over the sites: see its report")
-        if pattern is None or distributed:
-            expected = expected_by_report(skeleton, report, selection, notice)
-            expected = replace(expected, zeros={}) if run.at_least else expected
+        if pattern is None or is_distributed:
+            expectation = expected_by_report(skeleton, report, selection, notice)
+            expectation = replace(expectation, zeros={}) if run.at_least else expectation
         else:
-            expected = expected_by_pattern(
+            expectation = expected_by_pattern(
                 skeleton, report, pattern, selection, notice, at_least=run.at_least
             )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fault = f"the report in {directory} is damaged: {described(error)}"
-        raise AptError(fault, *_GIVE_PATTERN) from error
-    verdicts = count_zeros(skeleton, directory, expected, packed=method == METHOD)
-    return Verified(expected.pattern, tuple(verdicts), problems=(*problems, *expected.problems))
+        message = f"the report in {directory} is damaged: {described(error)}"
+        raise AptError(message, *_GIVE_PATTERN) from error
+    verdicts = count_zeros(skeleton, directory, expectation, packed=method == METHOD)
+    return Verification(
+        expectation.pattern, tuple(verdicts), problems=(*problems, *expectation.problems)
+    )
 
 
-def _distributed(report: Mapping[str, Any], pattern: Pattern) -> bool:
-    """True if a pattern is that of a run that gave each site a sparsity of its own."""
-    options = _options(report) if report else {}
+def _is_distributed(report: Mapping[str, Any], pattern: Pattern) -> bool:
+    """True if a pattern is the pattern of a run with an allocation."""
+    options = _options_of(report) if report else {}
     allocated = str(options.get("allocation") or UNIFORM) != UNIFORM
     return allocated and pattern.per is None and str(options.get("pattern")) == str(pattern)
 
 
-def _changed(directory: Path, report: Mapping[str, Any], notice: Notice) -> list[str]:
-    """The files that differ from their hashes in the report, as faults.
+def _changed_files(directory: Path, report: Mapping[str, Any], notice: Notice) -> list[str]:
+    """A line for each file that differs from its hash in the report.
 
-    A model card may be edited: that is a notice.
+    A model card may be edited: a change of it is a notice.
     """
     changed = changed_files(directory, listed_files(report))
     if CARD in changed:
@@ -137,14 +139,14 @@ def _changed(directory: Path, report: Mapping[str, Any], notice: Notice) -> list
 
 
 @dataclass(frozen=True)
-class Expected:
+class Expectation:
     """The patterns that the sites must meet, and the exact numbers of their zeros.
 
     Attributes:
-        pattern: the pattern of the run, or the given one, as text.
+        pattern: the given pattern or the pattern of the run, as text.
         plan: the pattern of each site.
         zeros: the number of zeros of each site, by name; empty if more zeros are accepted.
-        problems: the differences between what was asked for and what the report says.
+        problems: the differences between the options and the sites in the report.
     """
 
     pattern: str
@@ -154,13 +156,13 @@ class Expected:
 
 
 def count_zeros(
-    skeleton: Opened, directory: Path, expected: Expected, *, packed: bool
+    skeleton: Opened, directory: Path, expectation: Expectation, *, packed: bool
 ) -> Iterator[Verdict]:
     """Count the zeros of all sites, block by block if the checkpoint can be read so.
 
     If the model is packed, rounding may have made more zeros.
     """
-    plan, exact = expected.plan, {} if packed else expected.zeros
+    plan, exact = expectation.plan, {} if packed else expectation.zeros
     stored = find_stored(skeleton) if not packed else None
     if packed:
         shards: Shards = PackedShards(directory)
@@ -184,28 +186,28 @@ def expected_by_pattern(
     notice: Notice,
     *,
     at_least: bool,
-) -> Expected:
-    """What a given pattern asks for.
+) -> Expectation:
+    """The expectation from a given pattern.
 
-    The sites that the report lists as left dense are not counted. A site may have the zeros that
-    the report says if its pattern there is the given one: weights that were zero in the dense model
-    and that were kept, and weights that were rounded to zero.
+    The sites that the report lists as left dense are not counted. If the report has the given
+    pattern for a site, the site must have the number of zeros in the report. This number may
+    include zeros of the dense model that were kept, and weights that were rounded to zero.
     """
-    if dense := _dense(report):
+    if dense := _dense_names(report):
         notice(f"left dense: {', '.join(dense)}")
         selection = replace(selection, skip=(*selection.skip, *dense))
     plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection, _per(report))
     check_rounding(plan, notice, quantized=True)
-    recorded = {site["name"]: site for site in _sites(report)} if report.get("sites") else {}
+    recorded = {site["name"]: site for site in _site_records(report)} if report.get("sites") else {}
     zeros = {
-        site.name: _zeros(site, recorded.get(site.name))
+        site.name: _expected_zeros(site, recorded.get(site.name))
         for block in plan.blocks
         for site in block.pruned
     }
-    return Expected(str(pattern), plan, {} if at_least else zeros)
+    return Expectation(str(pattern), plan, {} if at_least else zeros)
 
 
-def _zeros(site: PlannedSite, record: Mapping[str, Any] | None) -> int:
+def _expected_zeros(site: PlannedSite, record: Mapping[str, Any] | None) -> int:
     """The number of zeros that a site must have."""
     if record is not None and str(record["pattern"]) == str(site.pattern):
         return int(record["zeros"])
@@ -214,37 +216,41 @@ def _zeros(site: PlannedSite, record: Mapping[str, Any] | None) -> int:
 
 def expected_by_report(
     skeleton: Opened, report: Mapping[str, Any], selection: Selection, notice: Notice
-) -> Expected:
-    """What the options of the run asked for, and the zeros that its report says.
+) -> Expectation:
+    """The expectation from the options of the run, and from the zeros in its report.
 
-    A selection has the sites to check, and patterns to expect in place of those of the run.
+    A selection has the sites to check, and expected patterns in place of the patterns of the run.
 
     Raises:
         AptError: there is no report of a run, or it is damaged; or a glob matches no site.
     """
-    pattern = _options(report).get("pattern")
-    records = {str(site["name"]): site for site in _sites(report)}
-    if dense := _dense(report):
+    pattern = _options_of(report).get("pattern")
+    records = {str(site["name"]): site for site in _site_records(report)}
+    if dense := _dense_names(report):
         notice(f"left dense: {', '.join(dense)}")
-    asked = _asked(skeleton, report)
-    allocated = _allocated(asked, report)
-    plan = Plan(tuple(_with_records(b, records, allocated, dense) for b in asked.blocks))
-    problems = [*_unlike(plan, records), *_wrong_total(asked, plan, allocated)]
+    requested = _requested_plan(skeleton, report)
+    allocated = _allocated_names(requested, report)
+    plan = Plan(tuple(_with_records(b, records, allocated, dense) for b in requested.blocks))
+    problems = [
+        *_pattern_differences(plan, records),
+        *_total_differences(requested, plan, allocated),
+    ]
     check_globs(plan, selection)
     plan = Plan(tuple(_selected(block, selection) for block in plan.blocks))
-    known = {} if report.get("recovery") else records  # a training may move or add zeros
+    exact_records = {} if report.get("recovery") else records  # a training may move or add zeros
     zeros = {
-        entry.name: int(known[entry.name]["zeros"])
+        site.name: int(exact_records[site.name]["zeros"])
         for block in plan.blocks
-        for entry in block.targets
-        if entry.name in known and str(entry.pattern) == str(known[entry.name]["pattern"])
+        for site in block.targets
+        if site.name in exact_records
+        and str(site.pattern) == str(exact_records[site.name]["pattern"])
     }
-    return Expected(str(pattern), plan, zeros, tuple(problems))
+    return Expectation(str(pattern), plan, zeros, tuple(problems))
 
 
-def _asked(skeleton: Opened, report: Mapping[str, Any]) -> Plan:
+def _requested_plan(skeleton: Opened, report: Mapping[str, Any]) -> Plan:
     """The plan of a run, before its allocation."""
-    options = _options(report)
+    options = _options_of(report)
     only, skip = (tuple(options.get(name) or ()) for name in ("only", "skip"))
     overrides = tuple((options.get("overrides") or {}).items())
     return make_plan(
@@ -258,13 +264,13 @@ def _asked(skeleton: Opened, report: Mapping[str, Any]) -> Plan:
 
 
 def _per(report: Mapping[str, Any]) -> Granularity:
-    return "row" if _options(report).get("per") == "row" else "layer"
+    return "row" if _options_of(report).get("per") == "row" else "layer"
 
 
-def _allocated(asked: Plan, report: Mapping[str, Any]) -> set[str]:
+def _allocated_names(requested: Plan, report: Mapping[str, Any]) -> set[str]:
     """The names of the sites whose sparsity an allocation chose."""
-    name = str(_options(report).get("allocation") or UNIFORM)
-    return {site.name for site in unstructured(asked)} if is_needed(name, asked) else set()
+    name = str(_options_of(report).get("allocation") or UNIFORM)
+    return {site.name for site in unstructured(requested)} if is_needed(name, requested) else set()
 
 
 def _with_records(
@@ -273,76 +279,83 @@ def _with_records(
     allocated: Collection[str],
     dense: Collection[str],
 ) -> PlannedBlock:
-    """The block with the patterns of the report for the sites that an allocation served.
+    """The block with the patterns of the report for the sites that an allocation has changed.
 
     An allocation of n:m may leave a site dense.
     """
-    served = [site for site in block.pruned if site.name in allocated]
-    counted: dict[str, SitePattern | None] = {
-        s.site.name: _recorded(s, records[s.name]) for s in served if s.name in records
+    sites = [site for site in block.pruned if site.name in allocated]
+    patterns: dict[str, SitePattern | None] = {
+        site.site.name: _recorded_pattern(site, records[site.name])
+        for site in sites
+        if site.name in records
     }
-    left = {site.site.name: None for site in served if site.name in dense}
-    return block.with_patterns(counted | left)
+    dense_patterns = {site.site.name: None for site in sites if site.name in dense}
+    return block.with_patterns(patterns | dense_patterns)
 
 
-def _recorded(site: PlannedSite, record: Mapping[str, Any]) -> Pattern:
-    """The pattern of a site in the report, counted as the run counted it."""
+def _recorded_pattern(site: PlannedSite, record: Mapping[str, Any]) -> Pattern:
+    """The pattern of a site in the report, with the unit of the run."""
     pattern = read_pattern(str(record["pattern"]))
     return pattern.counted((site.pattern and site.pattern.per) or "layer")
 
 
-def _unlike(plan: Plan, records: Mapping[str, Any]) -> Iterator[str]:
-    """The sites whose pattern in the report is not the one that was asked for."""
+def _pattern_differences(plan: Plan, records: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each site whose pattern in the report differs from the plan."""
     for block in plan.blocks:
-        for entry in block.targets:
-            recorded = records[entry.name]["pattern"] if entry.name in records else "nothing"
-            if str(entry.pattern) != str(recorded):
-                yield f"{entry.name}: {entry.pattern} was asked for, and the report has {recorded}"
+        for site in block.targets:
+            recorded = records[site.name]["pattern"] if site.name in records else "nothing"
+            if str(site.pattern) != str(recorded):
+                yield f"{site.name}: {site.pattern} was asked for, and the report has {recorded}"
 
 
-def _wrong_total(asked: Plan, plan: Plan, allocated: Collection[str]) -> Iterator[str]:
-    """A line if an allocation did not keep the total."""
-    sites = [site for site in asked.sites if site.name in allocated]
-    wanted = sum(Unstructured(sparsity_of(site)).count(site.size) for site in sites)
-    total = sum(removed_by(s.pattern, s.shape) for s in plan.sites if s.name in allocated)
-    if abs(total - wanted) > max(map(step_of, sites), default=0):
-        yield f"the patterns in the report remove {total:,} weights, and {wanted:,} were asked for"
+def _total_differences(requested: Plan, plan: Plan, allocated: Collection[str]) -> Iterator[str]:
+    """A line if the total of an allocation differs from the sparsity."""
+    sites = [site for site in requested.sites if site.name in allocated]
+    expected = sum(Unstructured(sparsity_of(site)).count(site.size) for site in sites)
+    total = sum(
+        removed_by(site.pattern, site.shape) for site in plan.sites if site.name in allocated
+    )
+    if abs(total - expected) > max(map(step_of, sites), default=0):
+        removed = f"the patterns in the report remove {total:,} weights"
+        yield f"{removed}, and {expected:,} were asked for"
 
 
 def _selected(block: PlannedBlock, selection: Selection) -> PlannedBlock:
-    """The block with those sites that a selection does not leave out, and its patterns."""
+    """The block with the sites and the patterns of a selection."""
 
-    def pattern(entry: PlannedSite) -> SitePattern | None:
-        if entry.pattern is None or selection.pattern(entry.name, _ANY) is None:
+    def pattern(site: PlannedSite) -> SitePattern | None:
+        if site.pattern is None or selection.pattern(site.name, _ANY) is None:
             return None
-        chosen = selection.override(entry.name)
-        return entry.pattern if chosen is None else chosen.counted("layer")
+        chosen = selection.override(site.name)
+        return site.pattern if chosen is None else chosen.counted("layer")
 
-    sites = tuple(entry.with_pattern(pattern(entry)) for entry in block.sites)
-    extras = tuple(e for e in block.extras if selection.pattern(e.name, _ANY) is not None)
+    sites = tuple(site.with_pattern(pattern(site)) for site in block.sites)
+    extras = tuple(
+        extra for extra in block.extras if selection.pattern(extra.name, _ANY) is not None
+    )
     return replace(block, sites=sites, extras=extras)
 
 
 _ANY = Unstructured(0.5)  # the default of a selection, which is not used
 
 
-def _options(report: Mapping[str, Any]) -> dict[str, Any]:
+def _options_of(report: Mapping[str, Any]) -> dict[str, Any]:
     options = report.get("options")
     return options if isinstance(options, dict) else {}
 
 
-def _dense(report: Mapping[str, Any]) -> list[str]:
+def _dense_names(report: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in report.get("skipped") or ()]
 
 
-def _sites(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _site_records(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The records of the sites.
 
     Raises:
-        AptError: there are none, or they are damaged.
+        AptError: there are no records, or they are damaged.
     """
-    if not report.get("sites") or not _options(report).get("pattern"):
-        raise _no_pattern()
+    if not report.get("sites") or not _options_of(report).get("pattern"):
+        raise _missing_pattern_error()
     sites = report["sites"]
     needed = {"name", "pattern", "zeros"}
     if not isinstance(sites, list) or not all(
@@ -352,7 +365,7 @@ def _sites(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sites
 
 
-def _no_pattern() -> AptError:
+def _missing_pattern_error() -> AptError:
     return AptError("no report gives a pattern", *_GIVE_PATTERN)
 
 
@@ -368,9 +381,13 @@ def verify_structure(skeleton: Opened, structure: Mapping[str, Any]) -> list[str
     counts = group_counts(skeleton.module, skeleton.adapter, skeleton.config)
     counted = {"blocks": len(skeleton.adapter.blocks(skeleton.module))} | counts
     try:
-        said = {str(kind): int(entry["kept"]) for kind, entry in structure["groups"].items()}
-        said["blocks"] = int(structure["blocks"]["kept"])
+        recorded = {str(kind): int(entry["kept"]) for kind, entry in structure["groups"].items()}
+        recorded["blocks"] = int(structure["blocks"]["kept"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AptError("the report's structure is damaged", "delete the report") from error
     # A smaller model may have fewer kinds of groups, see `group_counts`.
-    return [f"{counted[k]} {k}, not {n}" for k, n in said.items() if counted.get(k, n) != n]
+    return [
+        f"{counted[kind]} {kind}, not {count}"
+        for kind, count in recorded.items()
+        if counted.get(kind, count) != count
+    ]

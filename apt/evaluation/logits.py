@@ -1,4 +1,4 @@
-"""The logits of a model in parts: for a large vocabulary they take more memory than the rest.
+"""The logits of a model in parts: for a large vocabulary they take most of the memory.
 
 The code after the body of a model (a head, scaling, soft caps) works token by token. So the body is
 run once, and then the model is run several times with a stub as the body, which returns a part of
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PART = 2**26  # bytes of logits in a part; more only if those of one token are more
-MOST_STATES = 2**30  # bytes of the states that are kept of one model
+PART = 2**26  # bytes of logits in a part, or the bytes of one token if they are more
+MOST_STATES = 2**30  # bytes of the kept states of one model
 COPIES = 4  # copies of a part's logits: the original, in fp32, and intermediate results
 _FP32 = 4
 
@@ -138,18 +138,18 @@ class _KeptStates:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: dict[tuple[torch.Size, bytes], _BodyOutput] = {}
+        self._outputs: dict[tuple[torch.Size, bytes], _BodyOutput] = {}
         self._bytes = 0
 
     def find(self, tokens: Tensor) -> _BodyOutput | None:
-        """The output of a run on these tokens; None if there was none."""
-        return self._found.get(_key(tokens))
+        """The output of an earlier run on these tokens; None without such a run."""
+        return self._outputs.get(_key(tokens))
 
     def add(self, tokens: Tensor, recorded: _BodyOutput) -> None:
-        """Keep the output of a run, if there is room."""
+        """Keep the output of a run if it fits into the limit."""
         if self._bytes + recorded.states.nbytes <= MOST_STATES:
             self._bytes += recorded.states.nbytes
-            self._found[_key(tokens)] = recorded
+            self._outputs[_key(tokens)] = recorded
 
 
 _kept: ContextVar[tuple[_KeptStates, ...]] = ContextVar("kept states", default=())
@@ -160,7 +160,7 @@ def _key(tokens: Tensor) -> tuple[torch.Size, bytes]:
 
 
 def _bodies(model: nn.Module) -> list[nn.Module]:
-    """The candidates for the body: some models call their base model, others its decoder."""
+    """The candidates for the body: the base model, and its decoder, which some models call."""
     base = getattr(model, "base_model", None)
     candidates = [base, getattr(base, "decoder", None)]
     return [each for each in candidates if isinstance(each, nn.Module) and each is not model]
@@ -169,11 +169,11 @@ def _bodies(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside the context, ``forward`` replaces the forward of ``module``."""
-    own = vars(module).get("forward")
+    previous = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if previous is not None:
+            module.forward = previous

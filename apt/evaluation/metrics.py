@@ -1,4 +1,4 @@
-"""Metrics of a language model on text, by itself or beside the dense model."""
+"""Metrics of a language model on text, alone or in comparison with the dense model."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory
 from apt.arguments import checked
 from apt.evaluation.logits import parts_of_logits
-from apt.modes import usual_modes
+from apt.modes import default_modes
 from apt.text.ids import check_ids, check_vocabulary
 
 _TOKENS_PER_BATCH = 2048
@@ -21,14 +21,14 @@ def windows_at_once(seqlen: int) -> int:
     return max(1, _TOKENS_PER_BATCH // seqlen)
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def perplexity(model: nn.Module, tokens: Tensor) -> float:
     """The exponential of the mean negative log-likelihood of the tokens of separate windows.
 
-    Windows do not overlap and share no context (a stride of one window), and the first token of
-    each is not predicted: the protocol of the GPTQ, SparseGPT and Wanda papers.
+    Windows do not overlap and share no context (a stride of one window). The first token of a
+    window is not predicted. This is the protocol of the GPTQ, SparseGPT and Wanda papers.
 
     Args:
         model: a causal language model of transformers.
@@ -44,7 +44,7 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
     return math.exp(min(_mean(model, tokens, losses), 700.0))
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def accuracy(model: nn.Module, tokens: Tensor) -> float:
@@ -57,15 +57,15 @@ def accuracy(model: nn.Module, tokens: Tensor) -> float:
     return _mean(model, tokens, lambda logits, following: (logits.argmax(-1) == following).sum())
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def divergence(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
-    """The mean Kullback-Leibler divergence of the next token from the dense model's, in nats.
+    """The mean Kullback-Leibler divergence of the next token from the dense model, in nats.
 
     Args:
         model: a causal language model of transformers.
-        tokens: token ids (windows, seqlen); the last token of each has no next one.
+        tokens: token ids (windows, seqlen); the last token of a window has no next token.
         dense: the dense model, of the same vocabulary.
     """
 
@@ -76,7 +76,7 @@ def divergence(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
     return _mean_difference(model, tokens, dense, total)
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def agreement(model: nn.Module, tokens: Tensor, dense: nn.Module) -> float:
@@ -98,15 +98,17 @@ def _mean_difference(
     """The mean of ``measure`` over tokens, of the logits (n, vocabulary) of both models."""
     _check(model, tokens)
     _check(dense, tokens)
-    device, total, last = next(model.parameters()).device, 0.0, tokens.shape[1] - 1
+    device, total, predicted = next(model.parameters()).device, 0.0, tokens.shape[1] - 1
     with eval_mode(model), eval_mode(dense):
         for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
-            place = 0
+            start = 0
             for pair in _pairs(model, dense, batch.to(device)):
-                logits, expected = (part[:, : max(0, last - place)].flatten(0, 1) for part in pair)
-                place += pair[0].shape[1]
+                logits, expected = (
+                    part[:, : max(0, predicted - start)].flatten(0, 1) for part in pair
+                )
+                start += pair[0].shape[1]
                 total += float(measure(logits, expected))
-    return total / (tokens.shape[0] * last)
+    return total / (tokens.shape[0] * predicted)
 
 
 def _check(model: nn.Module, tokens: Tensor) -> None:
@@ -117,7 +119,7 @@ def _check(model: nn.Module, tokens: Tensor) -> None:
 
 
 def _pairs(model: nn.Module, dense: nn.Module, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parts of the logits of both models, which may be the same."""
+    """The parts of the logits of both models; ``model`` and ``dense`` may be one model."""
     if model is dense:
         return ((part, part) for part in parts_of_logits(model, batch))
     return zip(parts_of_logits(model, batch), parts_of_logits(dense, batch), strict=True)
@@ -133,10 +135,10 @@ def _mean(model: nn.Module, tokens: Tensor, measure: Callable[[Tensor, Tensor], 
     device, total = next(model.parameters()).device, 0.0
     with eval_mode(model):
         for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
-            place = 1
+            start = 1
             for logits in parts_of_logits(model, batch := batch.to(device)):
-                following = batch[:, place : place + logits.shape[1]]
-                place += logits.shape[1]
-                seen = logits[:, : following.shape[1]]
-                total += float(measure(seen.flatten(0, 1), following.flatten()))
+                following = batch[:, start : start + logits.shape[1]]
+                start += logits.shape[1]
+                predicting = logits[:, : following.shape[1]]
+                total += float(measure(predicting.flatten(0, 1), following.flatten()))
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))

@@ -1,1 +1,1 @@
-"""Files that are written with care: in one step, not through links, and with checksums."""
+"""Safe files: written in one step, never through links, and with checksums."""

@@ -1,4 +1,4 @@
-"""Files and folders that are on disk, and not only in memory: they survive a power cut."""
+"""Flushing of files and folders to disk, so that they survive a power cut."""
 
 import os
 from contextlib import suppress
@@ -7,12 +7,12 @@ from pathlib import Path
 
 def flush(path: Path) -> None:
     """Flush a file, or a folder with everything in it, and its name in the folder above."""
-    inside = path.rglob("*") if path.is_dir() else ()
-    for each in (*inside, path):
-        if each.is_dir():
-            flush_folder(each)
-        elif not each.is_symlink():
-            with each.open("rb") as file:
+    content = path.rglob("*") if path.is_dir() else ()
+    for item in (*content, path):
+        if item.is_dir():
+            flush_folder(item)
+        elif not item.is_symlink():
+            with item.open("rb") as file:
                 os.fsync(file.fileno())
     flush_folder(path.parent)
 

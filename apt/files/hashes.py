@@ -16,14 +16,14 @@ def file_hashes(directory: Path, without: Collection[str] = ()) -> dict[str, str
     return {n: sha256(p) for n, p in sorted(paths.items()) if p.is_file() and n not in without}
 
 
-def changed_files(directory: Path, known: Mapping[str, str]) -> list[str]:
+def changed_files(directory: Path, hashes: Mapping[str, str]) -> list[str]:
     """The files that are missing, or whose SHA-256 differs from the known one.
 
     Args:
         directory: the directory.
-        known: the hashes by relative path; an empty text for a file whose hash is not known.
+        hashes: the hashes by relative path; an empty text for a file whose hash is not known.
     """
-    return [name for name, digest in known.items() if not _is_same(directory / name, digest)]
+    return [name for name, digest in hashes.items() if not _is_same(directory / name, digest)]
 
 
 def _is_same(path: Path, digest: str) -> bool:

@@ -42,8 +42,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if "weight_map" not in index_file:
         raise AptError(f"{index} has no 'weight_map'", _GET_AGAIN)
     weights = index_file["weight_map"]
-    named = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
-    if not named or not weights:
+    valid = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
+    if not valid or not weights:
         raise AptError(f"{index} is damaged: no map of weights", _GET_AGAIN)
     return dict(weights)
 

@@ -1,9 +1,9 @@
 """The journal of a run that can be resumed: a file of lines, each with a checksum.
 
-The first line has all that the run depends on. A line of `Journal.keep` is about work from which a
-resumed run continues. A line is written after the data that it describes are on disk: the journal
-flushes them first. Its checksum covers all lines before it, so that a changed, added or removed
-line is detected. An incomplete last line is ignored.
+The first line has all inputs of the run. A line of `Journal.keep` describes work from which a
+resumed run continues. The journal flushes the data that a line describes before it writes the line.
+The checksum of a line covers all lines before it, so that a changed, added or removed line is
+detected. An incomplete last line is ignored.
 """
 
 import errno
@@ -86,8 +86,8 @@ class Journal:
 
         Args:
             line: the line.
-            data: the file or the folder that it describes, which is flushed first; None if that is
-                on disk already, or there is none.
+            data: the file or folder that the line describes, which is flushed first; None if it is
+                on disk already, or if there is none.
         """
         if self.path is not None:
             if data is not None:
@@ -118,63 +118,63 @@ class Journal:
         self.lines, self._last = [], ""
 
     def begin(self, inputs: Line) -> None:
-        """Begin anew, with all that the run depends on, as values for JSON."""
+        """Begin anew, with all inputs of the run, as values for JSON."""
         self.clear()
         self.add({_INPUTS: json.loads(json.dumps(inputs))})
 
     def serves(self, inputs: Line) -> bool:
-        """True if the journal is that of a run with these inputs."""
+        """True if the journal belongs to a run with these inputs."""
         return self.lines[:1] == [{_INPUTS: json.loads(json.dumps(inputs))}]
 
     def check(self, inputs: Line) -> None:
-        """Raise if the journal is that of a run with other inputs."""
-        known = self.lines[0].get(_INPUTS)
-        if not isinstance(known, dict):
+        """Raise if the journal belongs to a run with other inputs."""
+        recorded = self.lines[0].get(_INPUTS)
+        if not isinstance(recorded, dict):
             raise self.damaged(f"{self.path} has no {_INPUTS}")
         hint = f"resume with the same options and inputs, or {self._remedy}"
-        check_same(f"{self._run} is another run", known, inputs, hint)
+        check_same(f"{self._run} is another run", recorded, inputs, hint)
 
-    def damaged(self, how: str) -> AptError:
-        """The error for what was changed since the interruption."""
-        return AptError(f"{self._run} is damaged: {how}", self._remedy)
+    def damaged(self, change: str) -> AptError:
+        """The error for a change since the interruption."""
+        return AptError(f"{self._run} is damaged: {change}", self._remedy)
 
     def values(self, key: str) -> list[Any]:
-        """What the lines have by a key, the oldest first."""
+        """The values of a key in the lines, the oldest first."""
         return [line[key] for line in self.lines if key in line]
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """A result of plain values; if no line has it by this key, compute it and add it."""
-        if not (known := self.values(key)):
-            known = [compute()]
-            self.add({key: known[0]})
-        return known[-1]
+        """The last value of a key; if no line has the key, compute the value and add a line."""
+        if not (results := self.values(key)):
+            results = [compute()]
+            self.add({key: results[0]})
+        return results[-1]
 
 
 def check_same(
-    fault: str,
-    known: Line,
-    now: Line,
+    message: str,
+    recorded: Line,
+    current: Line,
     hint: str,
     options: tuple[str, ...] = (),
     ignored: Collection[str] = (),
 ) -> None:
-    """Raise if what a run depends on differs from what another one depended on.
+    """Raise if the inputs of a run differ from the recorded inputs of another run.
 
     Args:
-        fault: the error, to which the names of the entries that differ are added.
-        known, now: what the runs depend on; ``known`` was read from JSON.
+        message: the error, to which the names of the entries that differ are added.
+        recorded, current: the inputs of the two runs; ``recorded`` was read from JSON.
         hint, options: the advice, see `AptError`.
         ignored: the entries that may differ.
     """
-    other = sorted(_differences(known, json.loads(json.dumps(now))))
-    if other := [name for name in other if name.partition(".")[0] not in ignored]:
-        raise AptError(f"{fault}: {', '.join(other)} differ", hint, options)
+    names = sorted(_differences(recorded, json.loads(json.dumps(current))))
+    if names := [name for name in names if name.partition(".")[0] not in ignored]:
+        raise AptError(f"{message}: {', '.join(names)} differ", hint, options)
 
 
-def _differences(known: Line, now: Line, prefix: str = "") -> Iterator[str]:
+def _differences(recorded: Line, current: Line, prefix: str = "") -> Iterator[str]:
     """The dotted names of the entries that differ."""
-    for key in {**known, **now}:
-        left, right = known.get(key), now.get(key)
+    for key in {**recorded, **current}:
+        left, right = recorded.get(key), current.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
             yield from _differences(left, right, f"{prefix}{key}.")
         elif left != right:
@@ -182,7 +182,7 @@ def _differences(known: Line, now: Line, prefix: str = "") -> Iterator[str]:
 
 
 def _open(path: Path, remedy: str) -> int:
-    """Open a file for reading and appending. A link is refused: it may lead to another's file."""
+    """Open a file for reading and appending. A link is refused: its target may be any file."""
     link = AptError(f"{path} is a link or not a regular file", remedy)
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)

@@ -1,4 +1,4 @@
-"""Locks of files. The system releases the lock of a process that ends, however it ends."""
+"""Locks of files. The system releases the lock of a process that ends in any way."""
 
 import fcntl
 import os
@@ -27,8 +27,8 @@ def locked(
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        fault = f"the lock {path} cannot be opened: {error.strerror}"
-        raise AptError(fault, hint, options) from error
+        message = f"the lock {path} cannot be opened: {error.strerror}"
+        raise AptError(message, hint, options) from error
     with open(descriptor, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

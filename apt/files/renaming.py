@@ -36,7 +36,7 @@ def exchange(first: Path, second: Path, spare: Path) -> None:
     Args:
         first, second: the directories.
         spare: an unused name on the same file system. If the system has no exchange, ``second``
-            has this name for a moment.
+            gets this name for a moment.
     """
     if _system_rename(first, second, _EXCHANGE):
         return
@@ -45,12 +45,12 @@ def exchange(first: Path, second: Path, spare: Path) -> None:
     spare.rename(first)
 
 
-def _system_rename(source: Path, target: Path, how: int) -> bool:
+def _system_rename(source: Path, target: Path, flags: int) -> bool:
     """Rename in one system call; False if the system does not support it."""
     function = getattr(ctypes.CDLL(None, use_errno=True), _FUNCTION, None)
     if function is None:
         return False
-    if not function(_HERE, os.fsencode(source), _HERE, os.fsencode(target), how):
+    if not function(_HERE, os.fsencode(source), _HERE, os.fsencode(target), flags):
         return True
     code = ctypes.get_errno()
     if code in _UNSUPPORTED:

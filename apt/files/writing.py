@@ -1,4 +1,4 @@
-"""Writing of single files: each appears in one step, and nothing is replaced unasked.
+"""Writing of single files: in one step, and without replacing other files unless requested.
 
 Commands check the path of a file before their work, by `check_file`, and write it at the end.
 """
@@ -28,31 +28,31 @@ def check_file(
 
     Args:
         path: the file.
-        overwrite: True if a regular file there may be replaced; None if the command has no option
-            for it.
-        inputs: files and directories that the command reads; the file must not be inside.
+        overwrite: True if an existing regular file may be replaced; None if the command has no
+            option for it.
+        inputs: files and directories that the command reads; the file must not be inside of them.
         options: the options that name the file, for the message.
 
     Raises:
-        AptError: its folder does not exist or cannot be written, it is inside an input, or there is
-            a link, a file that may not be replaced, or something else.
+        AptError: the folder does not exist or cannot be written, the path is inside an input, or
+            the path exists and is a link, a file that may not be replaced, or no regular file.
     """
     try:
-        fault, hint = _fault(path, overwrite, inputs)
+        problem, hint = _problem(path, overwrite, inputs)
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error, options) from error
-    if fault:
-        more = ("overwrite",) if hint.startswith("overwrite") else ()
-        raise AptError(f"{path} {fault}", hint, (*options, *more))
+    if problem:
+        extra = ("overwrite",) if hint.startswith("overwrite") else ()
+        raise AptError(f"{path} {problem}", hint, (*options, *extra))
 
 
-def _fault(path: Path, overwrite: bool | None, inputs: Sequence[Path]) -> tuple[str, str]:
-    """What forbids to write a file, and the remedy; two empty texts if nothing does."""
+def _problem(path: Path, overwrite: bool | None, inputs: Sequence[Path]) -> tuple[str, str]:
+    """The reason why a file cannot be written, and the remedy; two empty texts if it can be."""
     folder = path.absolute().parent
     if not folder.is_dir():
         return "cannot be written: its folder does not exist", "create it first"
     real = Path(os.path.realpath(folder)) / path.name
-    for place in (Path(os.path.realpath(given)) for given in inputs):
+    for place in (Path(os.path.realpath(given_path)) for given_path in inputs):
         if real == place or place in real.parents:
             return f"is inside an input of the run, {place}", _CHOOSE_ANOTHER
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -71,12 +71,12 @@ def _fault(path: Path, overwrite: bool | None, inputs: Sequence[Path]) -> tuple[
 
 
 def write_file(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:
-    """Write a file in one step: after an error the old file is still there, or none.
+    """Write a file in one step: after an error, an existing file is unchanged.
 
     Args:
         path: the file.
-        content: its content; a text is encoded as UTF-8.
-        overwrite: True if a regular file there may be replaced.
+        content: the content; a text is encoded as UTF-8.
+        overwrite: True if an existing regular file may be replaced.
 
     Raises:
         AptError: see `check_file`; or the disk is full.

@@ -1,8 +1,9 @@
-"""How transformers makes parameters of stored tensors.
+"""The conversion of stored tensors to parameters by transformers.
 
-transformers 5 keeps each family in the names of its first checkpoint, and converts on loading: it
-renames tensors, stacks those of single experts, joins, cuts and transposes them. Its own mappings
-say how. This file follows them by shapes alone, without any data. transformers 4 converts nothing.
+transformers 5 stores each family under the names of its first checkpoint, and converts on loading:
+it renames, joins, cuts and transposes tensors, and stacks the tensors of single experts. It has a
+mapping for each family. This file follows these mappings with shapes alone, without any data.
+transformers 4 converts nothing.
 """
 
 from bisect import bisect_left
@@ -25,41 +26,44 @@ except ImportError:  # transformers 4
 
 @dataclass(frozen=True)
 class Converted:
-    """A parameter as transformers makes it: its shape, and its pieces.
+    """A parameter after the conversion by transformers.
 
     Attributes:
-        fault: why this file does not follow what transformers does; there are no pieces then.
+        problem: the reason why the conversion cannot be followed; then there are no pieces.
     """
 
     shape: tuple[int, ...] = ()
     pieces: tuple[Piece, ...] = ()
-    fault: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Positions in a dimension of a tensor, and in dimension ``dim`` of what is stored.
+    """Positions in a dimension of a tensor, and the source positions in the stored tensor.
 
-    The stored tensor has no such dimension if ``dim`` is None.
+    Attributes:
+        place: the positions in the tensor.
+        dim: the dimension of the stored tensor; None if the stored tensor has no such dimension.
+        source: the positions in this dimension.
     """
 
     place: range
     dim: int | None
     source: range
 
-    def at(self, chosen: slice) -> "_Axis":
-        """The same for some of the positions."""
-        return replace(self, place=self.place[chosen], source=self.source[chosen])
+    def at(self, selection: slice) -> "_Axis":
+        """The axis with a selection of its positions."""
+        return replace(self, place=self.place[selection], source=self.source[selection])
 
     def moved(self, step: int) -> "_Axis":
-        """The same with other places."""
+        """The axis with its positions in the tensor moved by ``step``."""
         place = range(self.place.start + step, self.place.stop + step, self.place.step)
         return replace(self, place=place)
 
 
 @dataclass(frozen=True)
 class _Box:
-    """A part of a tensor that comes from one stored tensor, which has the shape ``stored``."""
+    """A part of a tensor that comes from one stored tensor of the shape ``stored``."""
 
     key: str
     stored: tuple[int, ...]
@@ -72,18 +76,18 @@ class _Box:
 
 @dataclass(frozen=True)
 class _Value:
-    """A tensor, by the stored tensors that it is made of."""
+    """A tensor, described by the parts of stored tensors of which it consists."""
 
     shape: tuple[int, ...]
     boxes: tuple[_Box, ...]
 
 
 class _NotFollowedError(Exception):
-    """What transformers does is not known here."""
+    """This file cannot follow a conversion by transformers."""
 
 
 _Values = dict[str, list[_Value]]
-"""The tensors in the midst of a conversion, by the patterns that matched their names."""
+"""The tensors during a conversion, by the patterns that matched their names."""
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -91,21 +95,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def converted(module: nn.Module, stored: Shapes) -> dict[str, Converted]:
-    """All parameters and buffers of a model that are among stored tensors."""
+    """The conversions of all parameters and buffers of a model that are stored."""
     state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if get_model_conversion_mapping is None:
         return _by_name(state, f"{getattr(module, 'base_model_prefix', '')}.", stored)
-    found = dict[str, Converted]()
+    conversions = dict[str, Converted]()
     for name, (converter, values) in _collected(module, state, stored).items():
         try:
-            made = _applied(converter, name, values, state)
+            results = _applied(converter, name, values, state)
         except _NotFollowedError as error:
             names = {name, *_targets(converter, name)}
-            made = dict.fromkeys(names, Converted(fault=str(error)))
-        for target, result in made.items():
-            twice = Converted(fault="it comes from several tensors")
-            found[target] = twice if target in found else result
-    return found
+            results = dict.fromkeys(names, Converted(problem=str(error)))
+        for target, result in results.items():
+            duplicate = Converted(problem="it comes from several tensors")
+            conversions[target] = duplicate if target in conversions else result
+    return conversions
 
 
 def _by_name(state: Shapes, prefix: str, stored: Shapes) -> dict[str, Converted]:
@@ -113,28 +117,28 @@ def _by_name(state: Shapes, prefix: str, stored: Shapes) -> dict[str, Converted]
     return {
         name: Converted(stored[key], (Piece(key),))
         for name in state
-        for key in [f"{prefix}{name}", name.removeprefix(prefix), name]  # the last one counts
+        for key in [f"{prefix}{name}", name.removeprefix(prefix), name]  # the last one wins
         if key in stored
     }
 
 
 def _collected(module: Any, state: Shapes, stored: Shapes) -> dict[str, tuple[Any, _Values]]:
-    """The stored tensors of each parameter, and their converter; None if they are renamed only."""
+    """The converter and the stored tensors of each parameter; no converter for a mere renaming."""
     mapping = get_model_conversion_mapping(module)
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     owners = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = getattr(module, "base_model_prefix", "")
-    exists = dict.fromkeys(state, True)  # transformers asks whether a name gives None
-    found = dict[str, tuple[Any, _Values]]()
+    present = dict.fromkeys(state, True)  # transformers asks whether a name gives None
+    collected = dict[str, tuple[Any, _Values]]()
     for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, exists)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, present)
         if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, exists)
+            name, pattern = rename_source_key(key, [], [], prefix, present)
         if name in state:
-            _, values = found.setdefault(name, (owners.get(pattern), {}))
+            _, values = collected.setdefault(name, (owners.get(pattern), {}))
             values.setdefault(pattern or key, []).append(_stored(key, stored[key]))
-    return found
+    return collected
 
 
 def _stored(key: str, shape: tuple[int, ...]) -> _Value:
@@ -145,7 +149,7 @@ def _stored(key: str, shape: tuple[int, ...]) -> _Value:
 def _applied(
     converter: Any, name: str, values: _Values, state: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Converted]:
-    """The parameters that a converter makes of stored tensors."""
+    """The parameters that a converter makes from stored tensors."""
     if converter is None:
         return {name: _result(_single(values))}
     names = _targets(converter, name)
@@ -173,42 +177,42 @@ def _targets(converter: Any, name: str) -> list[str]:
 
 
 def _single(values: _Values) -> _Value:
-    """The only tensor."""
-    given = [value for several in values.values() for value in several]
-    if len(given) != 1:
+    """The only tensor; raises if there are several."""
+    tensors = [value for matched in values.values() for value in matched]
+    if len(tensors) != 1:
         raise _NotFollowedError("it comes from several tensors")
-    return given[0]
+    return tensors[0]
 
 
 def _stacked(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
     """Each list of tensors as one tensor with a new dimension."""
-    stacked: _Values = {}
-    for pattern, several in values.items():
+    results: _Values = {}
+    for pattern, tensors in values.items():
         name = converter.target_patterns[0] if len(values) == 1 else pattern
         boxes = tuple(
-            replace(box, axes=(*box.axes[: operation.dim], new, *box.axes[operation.dim :]))
-            for index, value in enumerate(several)
-            for new in [_Axis(range(index, index + 1), None, range(1))]
+            replace(box, axes=(*box.axes[: operation.dim], axis, *box.axes[operation.dim :]))
+            for index, value in enumerate(tensors)
+            for axis in [_Axis(range(index, index + 1), None, range(1))]
             for box in value.boxes
         )
-        shape = list(_common([value.shape for value in several]))
-        shape.insert(operation.dim, len(several))
-        stacked[name] = [_Value(tuple(shape), boxes)]
-    return stacked
+        shape = list(_common([value.shape for value in tensors]))
+        shape.insert(operation.dim, len(tensors))
+        results[name] = [_Value(tuple(shape), boxes)]
+    return results
 
 
 def _joined(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
     """All tensors one after another along a dimension, in the order of the patterns."""
     dim = operation.dim
-    several = [v for pattern in converter.source_patterns for v in values.get(pattern, ())]
-    rest = _common([(*v.shape[:dim], *v.shape[dim + 1 :]) for v in several])
-    starts = list(accumulate((value.shape[dim] for value in several), initial=0))
+    tensors = [v for pattern in converter.source_patterns for v in values.get(pattern, ())]
+    other_dims = _common([(*v.shape[:dim], *v.shape[dim + 1 :]) for v in tensors])
+    starts = list(accumulate((value.shape[dim] for value in tensors), initial=0))
     boxes = tuple(
         box.having(dim, box.axes[dim].moved(start))
-        for start, value in zip(starts, several, strict=False)
+        for start, value in zip(starts, tensors, strict=False)
         for box in value.boxes
     )
-    joined = _Value((*rest[:dim], starts[-1], *rest[dim:]), boxes)
+    joined = _Value((*other_dims[:dim], starts[-1], *other_dims[dim:]), boxes)
     return {converter.target_patterns[0]: [joined]}
 
 
@@ -228,18 +232,18 @@ def _split(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Val
 
 
 def _cut(value: _Value, dim: int, sizes: Sequence[int], converter: Any) -> _Values:
-    edges = list(accumulate(sizes, initial=0))
-    if edges[-1] != value.shape[dim]:
+    bounds = list(accumulate(sizes, initial=0))
+    if bounds[-1] != value.shape[dim]:
         raise _NotFollowedError("its parts have other sizes in the model")
     return {
         pattern: [_Value((*value.shape[:dim], stop - start, *value.shape[dim + 1 :]), boxes)]
-        for pattern, (start, stop) in zip(converter.target_patterns, pairwise(edges), strict=True)
+        for pattern, (start, stop) in zip(converter.target_patterns, pairwise(bounds), strict=True)
         for boxes in [tuple(_inside(value.boxes, dim, start, stop))]
     }
 
 
 def _inside(boxes: Sequence[_Box], dim: int, start: int, stop: int) -> Iterator[_Box]:
-    """What lies between two places, with places counted from the first."""
+    """The parts between two positions of a dimension, with positions relative to ``start``."""
     for box in boxes:
         place = box.axes[dim].place
         axis = box.axes[dim].at(slice(bisect_left(place, start), bisect_left(place, stop)))
@@ -248,7 +252,7 @@ def _inside(boxes: Sequence[_Box], dim: int, start: int, stop: int) -> Iterator[
 
 
 def _transposed(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
-    """One tensor with two dimensions exchanged, or as it is if it has the right shape already."""
+    """One tensor with two dimensions exchanged; unchanged if it already has the right shape."""
     value, (a, b) = _single(values), (operation.dim0, operation.dim1)
     name = (converter.source_patterns if len(shapes) > 1 else converter.target_patterns)[0]
     if getattr(operation, "check_dims", False) and value.shape == shapes[0]:
@@ -260,7 +264,7 @@ def _transposed(operation: Any, values: _Values, converter: Any, shapes: Any) ->
 
 
 def _uninterleaved(operation: Any, values: _Values, converter: Any, shapes: Any) -> _Values:
-    """One tensor with its even places along a dimension before the odd ones."""
+    """One tensor with its even positions along a dimension before the odd ones."""
     value, dim = _single(values), operation.dim
     half = value.shape[dim] // 2
     if operation.inverse or value.shape[dim] % 2:
@@ -272,13 +276,13 @@ def _uninterleaved(operation: Any, values: _Values, converter: Any, shapes: Any)
             axis = box.axes[dim].at(slice((odd - place.start) % 2, None, 2))
             if axis.place and axis.place.step == 2:
                 first = odd * half + axis.place.start // 2
-                every = range(first, first + len(axis.place))
-                boxes.append(box.having(dim, replace(axis, place=every)))
+                target = range(first, first + len(axis.place))
+                boxes.append(box.having(dim, replace(axis, place=target)))
     return {converter.target_patterns[0]: [_Value(value.shape, tuple(boxes))]}
 
 
 def _common(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape that all have."""
+    """The common shape; raises if the shapes differ."""
     if len(set(shapes)) != 1:
         raise _NotFollowedError("its tensors have different shapes")
     return shapes[0]
@@ -292,21 +296,21 @@ _OPERATIONS: dict[str, Callable[[Any, _Values, Any, Any], _Values]] = {
     "Transpose": _transposed,
     "Interleave": _uninterleaved,
 }
-"""What is done for each operation of transformers, by the name of its class."""
+"""The functions that follow the operations of transformers, by the names of their classes."""
 
 
 def _result(value: _Value) -> Converted:
-    """The pieces of a tensor; raises if some of it comes from nowhere."""
+    """The pieces of a tensor; raises if a part of it is not stored."""
     if sum(prod(len(axis.place) for axis in box.axes) for box in value.boxes) != prod(value.shape):
         raise _NotFollowedError("a part of it is not stored")
     return Converted(value.shape, tuple(_piece(box, value.shape) for box in value.boxes))
 
 
 def _piece(box: _Box, shape: tuple[int, ...]) -> Piece:
-    """The piece of a parameter of some shape."""
-    inside = [(axis.dim, axis.source) for axis in box.axes if axis.dim is not None]
-    order = tuple(dim for dim, _ in inside)
-    sources = [source for _, source in sorted(inside, key=lambda entry: entry[0])]
+    """The piece of a parameter of the given shape."""
+    stored_axes = [(axis.dim, axis.source) for axis in box.axes if axis.dim is not None]
+    order = tuple(dim for dim, _ in stored_axes)
+    sources = [source for _, source in sorted(stored_axes, key=lambda entry: entry[0])]
     of = tuple(map(_slice, sources))
     part = tuple(_slice(axis.place) if axis.dim is not None else axis.place[0] for axis in box.axes)
     return Piece(

@@ -1,4 +1,4 @@
-"""The stored tensors that a parameter is made of, and how each lies in it."""
+"""The pieces of a parameter: parts of stored tensors, and their places in the parameter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ class Piece:
         """True if the stored tensor is the parameter itself."""
         return not (self.part or self.of or self.order)
 
-    def taken(self, stored: Tensor) -> Tensor:
-        """The part of the parameter, of the stored tensor."""
-        taken = stored[self.of]
-        return taken.permute(self.order) if self.order else taken
+    def from_stored(self, stored: Tensor) -> Tensor:
+        """The part of the parameter, taken from the stored tensor."""
+        values = stored[self.of]
+        return values.permute(self.order) if self.order else values
 
-    def given(self, parameter: Tensor) -> Tensor:
-        """The part of the stored tensor, of the parameter."""
+    def to_stored(self, parameter: Tensor) -> Tensor:
+        """The part of the stored tensor, taken from the parameter."""
         values = parameter[self.part]
         if not self.order:
             return values

@@ -1,1 +1,1 @@
-"""References of users to models: local paths, the Hugging Face Hub, embedded models."""
+"""References to models by users: local paths, the Hugging Face Hub, embedded models."""

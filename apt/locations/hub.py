@@ -23,11 +23,14 @@ class Hub:
 
     def options(self) -> dict[str, Any]:
         """The arguments for ``from_pretrained`` and the functions of huggingface_hub."""
-        local = {"local_files_only": True} if self.local else {}
-        return {**({"revision": self.revision} if self.revision is not None else {}), **local}
+        offline_option = {"local_files_only": True} if self.local else {}
+        return {
+            **({"revision": self.revision} if self.revision is not None else {}),
+            **offline_option,
+        }
 
     def or_local(self) -> "Hub":
-        """The same settings, or, if the hub does not answer, those for earlier downloads only."""
+        """The settings, restricted to earlier downloads if the hub does not answer."""
         return self if reachable() else replace(self, local=True)
 
 

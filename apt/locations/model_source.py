@@ -22,8 +22,9 @@ class Source:
     """The source of a model.
 
     Attributes:
+        reference: the reference as the user gives it.
         location: a directory or a hub name.
-        gguf: for GGUF, the file within the directory.
+        gguf: the name of a GGUF file within the directory; None for other formats.
         trust_remote_code: True if code from the checkpoint may run.
         hub: the settings for the hub, used if ``location`` is a hub name.
     """
@@ -36,7 +37,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """A short name, for the name of a directory."""
+        """A short name of the model, for the name of an output directory."""
         if self.gguf:
             return Path(self.gguf).stem
         return Path(self.reference.removeprefix(ZOO)).resolve().name
@@ -50,6 +51,10 @@ class Source:
         """The local file or directory that is read; empty for a hub name."""
         path = Path(self.location) / (self.gguf or "")
         return [path] if path.exists() else []
+
+    def has_kind_of(self, path: Path) -> bool:
+        """True if it is a file, and a path has the suffix of such files."""
+        return self.gguf is not None and path.suffix == Path(self.gguf).suffix
 
     def options(self) -> dict[str, Any]:
         """The arguments for every ``from_pretrained``."""
@@ -76,8 +81,8 @@ def find(
     if source.on_hub:
         return replace(source, hub=hub.or_local())
     if hub.revision is not None:
-        fault = f"a revision is for models of the hub, and {reference} is on this machine"
-        raise AptError(fault, "leave it out", ("revision",))
+        message = f"a revision is for models of the hub, and {reference} is on this machine"
+        raise AptError(message, "leave it out", ("revision",))
     return source
 
 
@@ -111,13 +116,13 @@ def _find(reference: str, registry: Registry, trust_remote_code: bool) -> Source
 
 
 def _hub_name(reference: str) -> bool:
-    """True if it may name a repository of the hub: ``OWNER/NAME``, or ``NAME`` for old ones."""
+    """True for a possible name of a repository of the hub: ``OWNER/NAME``, formerly ``NAME``."""
     local = reference.startswith((".", "/", "~")) or reference.endswith(".gguf")
     return bool(reference.strip()) and not local and reference.count("/") <= 1
 
 
 def _similar_path(path: Path) -> str:
-    """A hint with a path of a similar name, if there is one."""
+    """A hint with an existing path of a similar name, or the hint to check the path."""
     try:
         siblings = os.listdir(path.parent)
     except OSError:

@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with the home directory in place of ``~``; raises `AptError` if there is none."""
+    """The path with ``~`` replaced by the home directory; raises `AptError` without one."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -39,6 +39,7 @@ from apt.options.prune import (
 from apt.options.recover import BATCH, STEPS, RecoverOptions, RecoverRun
 from apt.options.shared import (
     ACCURACY,
+    DEFAULT_PATTERN,
     MODEL,
     OUTPUT,
     PANELS,
@@ -77,7 +78,8 @@ from apt.options.shared import (
 from apt.options.shrink import GENERATION, Budget, Mode, ShrinkOptions, ShrinkRun
 
 __all__ = [
-    "ACCURACY", "ANY_MODEL", "BATCH", "DAMPING", "DAMPING_ERROR_AWARE", "DRIFT_CORRECTION",
+    "ACCURACY", "ANY_MODEL", "BATCH", "DAMPING", "DAMPING_ERROR_AWARE", "DEFAULT_PATTERN",
+    "DRIFT_CORRECTION",
     "GENERATION", "INPUT_CORRECTION", "MODEL", "OUTPUT", "PANELS", "PRESETS", "ROW_IMPORTANCE",
     "RUNNING", "SELECTION", "SHRINK_TUNING_RATE", "SIZE", "STEPS", "TEXT", "TRAINING",
     "Activations", "AdapterOptions", "Budget", "CalibrationOptions", "CheckRun", "Compute",

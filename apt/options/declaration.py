@@ -1,8 +1,9 @@
-"""The declaration of an option: a field of a frozen dataclass, with all that is known about it.
+"""The declaration of an option, as a field of a frozen dataclass.
 
-A field has a name, a type and a default. `option` adds its help, its range and the rest. From these
-follow the flag of the command line, the entry of a TOML file, the check, the entry of the report
-and the command that reproduces a run. This room imports no torch: mistakes are reported at once.
+A field has a name, a type and a default. `option` adds its help, its range and other attributes.
+The flag of the command line, the entry of a TOML file, the check, the entry of the report and the
+command that reproduces a run follow from them. This package does not import torch, so that a
+mistake is reported at once.
 """
 
 import inspect
@@ -10,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, wraps
 from pathlib import Path
 from textwrap import fill
@@ -35,33 +36,33 @@ K = TypeVar("K", bound="Options")
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared about an option, beside the name, the type and the default of its field.
+    """The declaration of an option, without the name, the type and the default of its field.
 
     Attributes:
         help: a sentence for users.
         panel: the heading in the help of a command.
         metavar: the placeholder for its value in the help.
         flag: the flag or the two flags, ``--yes/--no``; by default from the name. Empty for an
-            option that programs alone have.
+            option without a flag, for programs alone.
         short: a flag of one letter.
-        switches: in place of a flag, one flag without a value for each value, with its help.
+        switches: a flag without a value for each possible value, as (flag, value, help).
         positional: True for an argument of the command.
         within: the interval of a number, such as ``"(0, 1]"``.
-        meaning: what the number is, for the error of a number outside.
+        meaning: the meaning of the number, for the error of a number out of range.
         used_if: the attribute of a method's spec that is true if the method uses the option.
-        needs: the option of the same command without which it has no effect, such as
-            ``"quantize"``, or with the value that it needs, ``"mode=search"``.
-        needs_in_run: the same, of an option whose value is known once the method is, see
+        needs: another option of the same command, without which this option has no effect, such as
+            ``"quantize"``, or with the needed value, ``"mode=search"``.
+        needs_in_run: as ``needs``, for an option whose default depends on the method, see
             `Options.check_needed`.
-        off: what a run without this option is, for the error of one that needs it.
-        read: the value of a text, or of a list of texts.
+        off: the words for a run without this option, for the error of an option that needs it.
+        read: a function from a text, or from a list of texts, to the value.
         text: the inverse of ``read``.
-        formerly: the name before the option was renamed. It is accepted with a warning, and it is
+        formerly: the former name of a renamed option. It is accepted with a warning, and it stays
             the name in reports, whose entries do not change.
-        saved: True if a file of options has it.
-        recorded: False if reports do not have it.
-        place: True if it may be a local path. Reports then have its last part alone.
-        effect: False if the result does not depend on it, but for rounding.
+        saved: True if files of options contain it.
+        recorded: False if reports do not contain it.
+        place: True if it may be a local path. Reports then contain its last part alone.
+        effect: False if the result does not depend on it, except for rounding.
     """
 
     help: str
@@ -87,27 +88,27 @@ class Option:
 
 
 def option(
-    help: str, *, default: Any = MISSING, default_factory: Any = MISSING, **declared: Any
+    help: str, *, default: Any = MISSING, default_factory: Any = MISSING, **attributes: Any
 ) -> Any:
     """A field of an options class.
 
     Args:
         help: a sentence for users.
         default, default_factory: as in `dataclasses.field`.
-        declared: other attributes of `Option`.
+        attributes: other attributes of `Option`.
     """
-    metadata = {"option": Option(help, **declared)}
+    metadata = {"option": Option(help, **attributes)}
     return field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Declared:
-    """An option of a class: its field, with what is declared about it.
+    """An option of a class: its field and its declaration.
 
     Attributes:
         name: the name of the field.
         default: its default; `dataclasses.MISSING` if a value must be given.
-        kinds: the types that it may have.
+        kinds: the possible types of the value.
         option: the declaration.
     """
 
@@ -128,7 +129,7 @@ class Declared:
 
     @property
     def kind(self) -> Any:
-        """The type of a value that is not None; of several ones the first."""
+        """The first type beside None."""
         return next(kind for kind in self.kinds if kind is not NoneType)
 
     @property
@@ -138,12 +139,12 @@ class Declared:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The possible values; empty for any."""
+        """The possible values; empty if any value is possible."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
     def flags(self) -> tuple[str, str]:
-        """The flag, and the flag for no; empty if there is none."""
+        """The flag, and the flag for no; each is empty if there is none."""
         flag = f"--{self.name.replace('_', '-')}" if self.option.flag is None else self.option.flag
         yes, _, no = flag.partition("/")
         return yes, no
@@ -160,18 +161,18 @@ class Declared:
         if value is None and NoneType in self.kinds:
             return
         if self.choices and value not in self.choices:
-            known = ", ".join(map(str, self.choices))
-            raise self.error(f"{self.words} '{value}' is not one of {known}")
-        if fault := misfit(value, self.kinds):
-            raise self.error(f"{self.words} {fault}")
+            choices = ", ".join(map(str, self.choices))
+            raise self.error(f"{self.words} '{value}' is not one of {choices}")
+        if problem := misfit(value, self.kinds):
+            raise self.error(f"{self.words} {problem}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if self.option.within and number and not _contains(self.option.within, value):
-            fault = f"{self.words} is {value:.12g}; it must be {_in_words(self.option.within)}"
-            raise self.error(fault, self.option.meaning)
+            problem = f"{self.words} is {value:.12g}; it must be {_in_words(self.option.within)}"
+            raise self.error(problem, self.option.meaning)
 
-    def error(self, fault: str, hint: str = "") -> AptError:
+    def error(self, message: str, hint: str = "") -> AptError:
         """An error that refers to this option."""
-        return AptError(fault, hint, (self.name,))
+        return AptError(message, hint, (self.name,))
 
 
 _INTERVAL = re.compile(r"([\[(])(.+), (.+)([\])])")
@@ -204,31 +205,37 @@ def _in_words(text: str) -> str:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, field))
 def options(kind: type[K]) -> type[K]:
-    """Make a frozen dataclass of options, whose fields are given by name.
+    """A decorator: make a frozen dataclass of options, whose fields are keyword arguments.
 
-    A text is accepted for a path, and a list for a tuple. A former name is accepted with a warning.
+    A path may be a text, and a tuple may be a list. A former name is accepted with a warning.
     """
-    made: Any = dataclass(frozen=True, kw_only=True)(kind)
-    plain = made.__init__
-    made.OPTIONS = tuple(_declared(made))
-    renamed = {one.option.formerly: one.name for one in made.OPTIONS if one.option.formerly}
-    paths = {one.name for one in made.OPTIONS if Path in one.kinds}
+    cls: Any = dataclass(frozen=True, kw_only=True)(kind)
+    plain_init = cls.__init__
+    cls.OPTIONS = tuple(_declarations(cls))
+    renamed = {
+        declared.option.formerly: declared.name
+        for declared in cls.OPTIONS
+        if declared.option.formerly
+    }
+    paths = {declared.name for declared in cls.OPTIONS if Path in declared.kinds}
 
-    @wraps(plain)
-    def init(self: Any, **given: Any) -> None:
-        for old in renamed.keys() & given.keys():
-            warn_renamed(old, renamed[old])
-            given[renamed[old]] = given.pop(old)
-        for name, value in given.items():
+    @wraps(plain_init)
+    def init(self: Any, **values: Any) -> None:
+        for former in renamed.keys() & values.keys():
+            warn_renamed(former, renamed[former])
+            values[renamed[former]] = values.pop(former)
+        for name, value in values.items():
             if isinstance(value, str | Path) and name in paths:
-                given[name] = expanded(value)
+                values[name] = expanded(value)
             elif isinstance(value, list):
-                given[name] = tuple(value)
-        plain(self, **given)
+                values[name] = tuple(value)
+        plain_init(self, **values)
 
-    made.__init__ = init
-    made.__doc__ = f"{inspect.getdoc(kind)}\n\nArgs:\n" + "\n".join(map(_entry, made.OPTIONS))
-    _classes.append(made)
+    cls.__init__ = init
+    cls.__doc__ = f"{inspect.getdoc(kind)}\n\nArgs:\n" + "\n".join(
+        map(_docstring_entry, cls.OPTIONS)
+    )
+    _classes.append(cls)
     return kind
 
 
@@ -236,17 +243,17 @@ _classes: list[type["Options"]] = []
 
 
 def flags_of(names: Iterable[str]) -> str:
-    """`` (--samples, --seqlen)`` for options of these names; empty if there are none."""
-    known = {one.name: one.spelling for kind in _classes for one in kind.OPTIONS}
-    flags = [known.get(name, f"--{name.replace('_', '-')}") for name in names]
+    """The flags of options, such as `` (--samples, --seqlen)``; empty without names."""
+    spellings = {declared.name: declared.spelling for kind in _classes for declared in kind.OPTIONS}
+    flags = [spellings.get(name, f"--{name.replace('_', '-')}") for name in names]
     return f" ({', '.join(flags)})" if flags else ""
 
 
-def _entry(one: Declared) -> str:
+def _docstring_entry(declared: Declared) -> str:
     """The entry of an option in the docstring of its class, with names in place of flags."""
-    said = re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), one.option.help)
+    text = re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), declared.option.help)
     return fill(
-        f"{one.name}: {said}", 96, initial_indent=" " * 4, subsequent_indent=" " * 8,
+        f"{declared.name}: {text}", 96, initial_indent=" " * 4, subsequent_indent=" " * 8,
         break_on_hyphens=False,
     )  # fmt: skip
 
@@ -256,23 +263,21 @@ def warn_renamed(old: str, new: str) -> None:
     warnings.warn(f"{old} is now {new}; the old name goes in the next release", stacklevel=3)
 
 
-def _declared(kind: Any) -> Iterator[Declared]:
-    """The options of a class; those of its first base class come first."""
-    hints, known = get_type_hints(kind), {one.name: one for one in fields(kind)}
-    for name in dict.fromkeys(_names(kind)):
-        if "option" in known[name].metadata:
-            made = known[name].metadata["option"]
-            yield Declared(name, _default(known[name]), alternatives(hints[name]), made)
+def _declarations(kind: Any) -> Iterator[Declared]:
+    """The options of a class; the options of its first base class come first."""
+    hints, by_name = get_type_hints(kind), {field_.name: field_ for field_ in fields(kind)}
+    for name in dict.fromkeys(_field_names(kind)):
+        field_ = by_name[name]
+        if "option" in field_.metadata:
+            factory, declaration = field_.default_factory, field_.metadata["option"]
+            default = field_.default if factory is MISSING else factory()
+            yield Declared(name, default, alternatives(hints[name]), declaration)
 
 
-def _default(one: Field[Any]) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()
-
-
-def _names(kind: type) -> Iterator[str]:
-    """The names of the fields: those of the first base class first."""
+def _field_names(kind: type) -> Iterator[str]:
+    """The names of the fields; the fields of the first base class come first."""
     for base in kind.__bases__:
-        yield from _names(base)
+        yield from _field_names(base)
     yield from (name for name in inspect.get_annotations(kind) if name != "OPTIONS")
 
 
@@ -283,74 +288,74 @@ class Options:
 
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
-        for one in self.OPTIONS:
-            one.check(getattr(self, one.name))
-        self._check_needs(vars(self), lambda declared: declared.needs)
+        for declared in self.OPTIONS:
+            declared.check(getattr(self, declared.name))
+        self._check_needs(vars(self), lambda declaration: declaration.needs)
 
     def check_needed(self, settings: Mapping[str, Any]) -> None:
-        """Raise for an option that has no effect with the settings that a run has come to.
+        """Raise for an option that has no effect with the final settings of a run.
 
         Args:
             settings: the values of the options whose default depends on the method.
 
         Raises:
-            AptError: an option that is on needs one that is off.
+            AptError: an option is on, and the option that it needs is off.
         """
-        self._check_needs(settings, lambda declared: declared.needs_in_run)
+        self._check_needs(settings, lambda declaration: declaration.needs_in_run)
 
     def _check_needs(self, values: Mapping[str, Any], needs_of: Callable[[Option], str]) -> None:
-        known = {one.name: one for one in self.OPTIONS}
-        for one in self.OPTIONS:
-            name, _, wanted = needs_of(one.option).partition("=")
-            value = getattr(self, one.name)
-            if not name or not value or value == one.default:
+        by_name = {declared.name: declared for declared in self.OPTIONS}
+        for declared in self.OPTIONS:
+            needed, _, needed_value = needs_of(declared.option).partition("=")
+            value = getattr(self, declared.name)
+            if not needed or not value or value == declared.default:
                 continue
-            if values[name] == wanted if wanted else values[name]:
+            if values[needed] == needed_value if needed_value else values[needed]:
                 continue
-            other = known[name]
-            without = other.option.off or f"without {wanted or other.words}"
+            needed_option = by_name[needed]
+            without = needed_option.option.off or f"without {needed_value or needed_option.words}"
             raise AptError(
-                f"{one.words} has no effect {without}",
-                f"leave it out, or add {wanted or other.words}",
-                (one.name, name),
+                f"{declared.words} has no effect {without}",
+                f"leave it out, or add {needed_value or needed_option.words}",
+                (declared.name, needed),
             )
 
-    def check_used(self, spec: Any, known: Iterable[Any], what: str) -> None:
+    def check_used(self, spec: Any, specs: Iterable[Any], what: str) -> None:
         """Raise for an option that a method does not use.
 
         Args:
             spec: the spec of the method.
-            known: the specs of all methods, to name those that use the option.
+            specs: the specs of all methods, to name the methods that use the option.
             what: the word for a method, such as ``"recovery"``.
 
         Raises:
             AptError: an option has another value than its default, and ``spec`` does not use it.
         """
-        for one in self.OPTIONS:
-            if getattr(self, one.name) != one.default and not _uses(spec, one):
-                others = ", ".join(other.name for other in known if _uses(other, one))
-                hint = f"those that use it: {others}" if others else "leave it out"
-                raise one.error(f"{what} {spec.name} does not use {one.words}", hint)
+        for declared in self.OPTIONS:
+            if getattr(self, declared.name) != declared.default and not _uses(spec, declared):
+                users = ", ".join(user.name for user in specs if _uses(user, declared))
+                hint = f"those that use it: {users}" if users else "leave it out"
+                raise declared.error(f"{what} {spec.name} does not use {declared.words}", hint)
 
     def record(self) -> dict[str, Any]:
         """The options as values for JSON, by their names in reports."""
         return {
-            one.key: _plain(one, getattr(self, one.name))
-            for one in self.OPTIONS
-            if one.option.recorded
+            declared.key: _json_value(declared, getattr(self, declared.name))
+            for declared in self.OPTIONS
+            if declared.option.recorded
         }
 
 
-def _uses(spec: Any, one: Declared) -> bool:
-    """True if the method of a spec uses an option: by an attribute, or by its list of options."""
-    if one.option.used_if != "options":
-        return not one.option.used_if or bool(getattr(spec, one.option.used_if))
-    return spec.options is None or one.name in spec.options
+def _uses(spec: Any, declared: Declared) -> bool:
+    """True if a spec says that its method uses an option, by an attribute or a list of options."""
+    if declared.option.used_if != "options":
+        return not declared.option.used_if or bool(getattr(spec, declared.option.used_if))
+    return spec.options is None or declared.name in spec.options
 
 
-def _plain(one: Declared, value: Any) -> Any:
+def _json_value(declared: Declared, value: Any) -> Any:
     if isinstance(value, Path):
         return value.name
-    if one.option.place and isinstance(value, str):
+    if declared.option.place and isinstance(value, str):
         return portable(value)
     return dict(value) if isinstance(value, Mapping) else value

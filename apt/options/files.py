@@ -11,30 +11,37 @@ from apt.options.declaration import Declared, Options, warn_renamed
 
 
 def read_options(path: Path, kinds: Sequence[type[Options]]) -> dict[str, Any]:
-    """The values in a file for the options of these classes, by the names of the fields.
+    """The values of options in a file, by the names of their fields.
+
+    Args:
+        path: the file.
+        kinds: the classes of the options.
 
     Raises:
         AptError: the file cannot be read, has an unknown key, or a value of another type.
     """
-    known = {
-        key: (one, value) for kind in kinds for one in kind.OPTIONS for key, value in _keys(one)
+    keys = {
+        key: (declared, meaning)
+        for kind in kinds
+        for declared in kind.OPTIONS
+        for key, meaning in _keys(declared)
     }
     values: dict[str, Any] = {}
-    for written, raw in _read(path).items():
-        key = written.replace("_", "-")
-        if key not in known:
-            current = {name: one for name, (one, _) in known.items() if name != _former(one)}
+    for name, entry in _read_toml(path).items():
+        key = name.replace("_", "-")
+        if key not in keys:
+            current = [other for other, (declared, _) in keys.items() if other != _former(declared)]
             raise unknown("option", key, current, f" ({path})")
-        one, value = known[key]
-        if key == _former(one):
-            warn_renamed(f"{key} in {path}", one.flags[0].lstrip("-"))
-        if value is None:
-            values[one.name] = _value(f"{key} in {path}", one, raw)
-        elif not isinstance(raw, bool):
+        declared, meaning = keys[key]
+        if key == _former(declared):
+            warn_renamed(f"{key} in {path}", declared.flags[0].lstrip("-"))
+        if meaning is None:
+            values[declared.name] = _value(f"{key} in {path}", declared, entry)
+        elif not isinstance(entry, bool):
             raise AptError(f"{key} in {path} is neither true nor false")
-        elif raw or value in (True, False):
-            chosen = value if raw else not value
-            if values.setdefault(one.name, chosen) != chosen:
+        elif entry or meaning in (True, False):
+            chosen = meaning if entry else not meaning
+            if values.setdefault(declared.name, chosen) != chosen:
                 raise AptError(f"{key} in {path} contradicts another line", "leave one of them out")
     return values
 
@@ -44,8 +51,8 @@ def write_options(path: Path, options: Options, inputs: Sequence[Path] = ()) -> 
 
     Args:
         path: the file.
-        options: the options. Those that are for one call only are left out.
-        inputs: what the command reads; the file must not be inside.
+        options: the options. Options for one call only are left out.
+        inputs: the files and directories that the command reads. The file must not be inside.
 
     Raises:
         AptError: the file exists with other content, or cannot be written.
@@ -61,44 +68,44 @@ def write_options(path: Path, options: Options, inputs: Sequence[Path] = ()) -> 
     write_file(path, text, overwrite=same)
 
 
-def _keys(one: Declared) -> Iterator[tuple[str, Any]]:
-    """The keys of an option, with the value that ``true`` stands for; None for a plain value."""
-    if not one.option.saved:
+def _keys(declared: Declared) -> Iterator[tuple[str, Any]]:
+    """The keys of an option, each with the value that ``true`` means; None for a plain value."""
+    if not declared.option.saved:
         return
-    yes, no = one.flags
-    if one.option.switches:
-        yield from ((flag.lstrip("-"), value) for flag, value, _ in one.option.switches)
-    elif one.kind is bool:
+    yes, no = declared.flags
+    if declared.option.switches:
+        yield from ((flag.lstrip("-"), value) for flag, value, _ in declared.option.switches)
+    elif declared.kind is bool:
         yield from ((flag.lstrip("-"), value) for flag, value in ((yes, True), (no, False)) if flag)
     else:
-        yield one.name if one.option.positional else yes.lstrip("-"), None
-        if former := _former(one):
+        yield declared.name if declared.option.positional else yes.lstrip("-"), None
+        if former := _former(declared):
             yield former, None
 
 
-def _former(one: Declared) -> str:
-    return one.option.formerly.replace("_", "-")
+def _former(declared: Declared) -> str:
+    return declared.option.formerly.replace("_", "-")
 
 
 def _entries(options: Options) -> Iterator[tuple[str, Any]]:
-    """The entries of a file: all options that have a value, and flags that are not the default."""
-    for one in options.OPTIONS:
-        value = getattr(options, one.name)
-        for key, meaning in _keys(one):
+    """The entries of a file: options with a value, and flags that differ from their default."""
+    for declared in options.OPTIONS:
+        value = getattr(options, declared.name)
+        for key, meaning in _keys(declared):
             if meaning is not None:
-                if value is meaning and value is not one.default:
+                if value is meaning and value is not declared.default:
                     yield key, True
-            elif value is not None and value not in ((), {}) and key != _former(one):
-                yield key, _toml(one, value)
+            elif value is not None and value not in ((), {}) and key != _former(declared):
+                yield key, _toml_value(declared, value)
 
 
-def _toml(one: Declared, value: Any) -> Any:
-    if one.repeatable:
-        return [str(item) for item in (one.option.text(value) if one.option.read else value)]
+def _toml_value(declared: Declared, value: Any) -> Any:
+    if declared.repeatable:
+        return list(map(str, declared.option.text(value) if declared.option.read else value))
     return value if isinstance(value, int | float) else str(value)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows adds a BOM
     except (OSError, ValueError, RecursionError) as error:
@@ -107,24 +114,23 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _value(name: str, one: Declared, raw: Any) -> Any:
-    """The value of an option, from what TOML has read."""
-    items = raw if isinstance(raw, list) and one.repeatable else [raw]
+def _value(name: str, declared: Declared, entry: Any) -> Any:
+    """The value of an option, from its entry in TOML."""
+    items = entry if isinstance(entry, list) and declared.repeatable else [entry]
     if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in items):
-        kind = "a list of strings" if one.repeatable else "a string or a number"
-        raise AptError(f"{name} is not {kind}")
-    if one.option.read is not None:
+        expected = "a list of strings" if declared.repeatable else "a string or a number"
+        raise AptError(f"{name} is not {expected}")
+    if declared.option.read is not None:
         texts = [str(item) for item in items]
-        return one.option.read(texts if one.repeatable else texts[0])
-    kind = get_args(one.kind)[0] if get_origin(one.kind) is tuple else one.kind
-    made = [
-        _plain(name, kind if kind in (int, float, Path) and str not in one.kinds else str, item)
-        for item in items
-    ]
-    return tuple(made) if one.repeatable else made[0]
+        return declared.option.read(texts if declared.repeatable else texts[0])
+    kind: Any = get_args(declared.kind)[0] if get_origin(declared.kind) is tuple else declared.kind
+    if kind not in (int, float, Path) or str in declared.kinds:
+        kind = str
+    values = tuple(_converted(name, kind, item) for item in items)
+    return values if declared.repeatable else values[0]
 
 
-def _plain(name: str, kind: type, item: str | float) -> Any:
+def _converted(name: str, kind: type, item: str | float) -> Any:
     if kind is int and isinstance(item, float):
         raise AptError(f"{name} is {item}, not a whole number")
     try:

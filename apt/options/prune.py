@@ -8,13 +8,13 @@ from apt.errors import AptError
 from apt.options.declaration import option, options
 from apt.options.recover import check_trainable
 from apt.options.shared import (
-    A_TIME,
     ACCURACY,
     MINUTES,
     OUTPUT,
     RUNNING,
     SELECTION,
     TEXT,
+    TIME_MEANING,
     ComputeOptions,
     DtypeOptions,
     IntegerOptions,
@@ -30,10 +30,10 @@ from apt.options.shared import (
 
 Effort = Literal["fast", "default", "best"]
 QUANTISE_AFTER = "quantise the result in a run of its own: prune it with a sparsity of 0"
-"""What to do where integers exclude another option."""
+"""The hint of an error: integers exclude another option."""
 
 
-INPUT_CORRECTION = DRIFT_CORRECTION = 0.25  # of a sparse model; 0 of a smaller one
+INPUT_CORRECTION = DRIFT_CORRECTION = 0.25  # for a sparse model; 0 for a smaller one
 ROW_IMPORTANCE = 0.35
 DAMPING, DAMPING_ERROR_AWARE = 0.01, 0.05
 SHRINK_TUNING_RATE = 0.03
@@ -137,10 +137,10 @@ class SolveOptions(ComputeOptions):
 
 @options
 class PruneOptions(IntegerOptions, SolveOptions):
-    """The options that the pruned weights depend on, beside model, tokens, pattern and method.
+    """The options that affect the pruned weights, beside model, tokens, pattern and method.
 
     ``None`` means the default, which depends on the effort or on the method. Each option can be set
-    separately, for instance for an ablation. Sources are in methods.md: "The target" (error_aware,
+    separately, for example for an ablation. Sources are in methods.md: "The target" (error_aware,
     input_correction α, drift_correction β), "Row importance", "Block tuning" (after EBFT, arXiv
     2402.12419), "Random tokens"; own samples are after arXiv 2410.17170. Integers are rounded after
     the tuning of their block, so that later roundings and later blocks make up for the error.
@@ -204,9 +204,9 @@ class ModelRun(
             )
 
     def record(self) -> dict[str, Any]:
-        """See `Options.record`; the entries of a sparse model are there for a smaller one too."""
-        plain = {"pattern": None, "allocation": "uniform", "also": (), "save_masks": False}
-        return plain | {"only": (), "skip": (), "overrides": {}} | super().record()
+        """See `Options.record`. A smaller model has the entries of a sparse model too."""
+        defaults = {"pattern": None, "allocation": "uniform", "also": (), "save_masks": False}
+        return defaults | {"only": (), "skip": (), "overrides": {}} | super().record()
 
 
 @options
@@ -225,7 +225,7 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
     minutes: float | None = option(
         "Time for the whole run: effort and samples become smaller until they fit, and what is "
         "left is spent on distillation, which keeps every zero.",
-        default=None, panel=ACCURACY, metavar="M", within=MINUTES, meaning=A_TIME,
+        default=None, panel=ACCURACY, metavar="M", within=MINUTES, meaning=TIME_MEANING,
     )  # fmt: skip
     pack: Path | None = option(
         "Also write the model without its zeros to DIR, as apt-prune pack does.",
@@ -237,16 +237,16 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
         super().check()
         if self.minutes is None:
             return
-        others = {"stream": self.stream, "resume": self.resume, "quantize": self.quantize}
-        if given := [name for name, value in others.items() if value]:
+        conflicts = {"stream": self.stream, "resume": self.resume, "quantize": self.quantize}
+        if others := [name for name, value in conflicts.items() if value]:
             hint = "prune without minutes, and train the result with apt-prune recover"
-            if given == ["quantize"]:
+            if others == ["quantize"]:
                 hint = QUANTISE_AFTER
             raise AptError(
-                f"minutes and {given[0]} exclude each other: a training needs the whole model in "
+                f"minutes and {others[0]} exclude each other: a training needs the whole model in "
                 "memory, and changes integers",
                 hint,
-                ("minutes", given[0]),
+                ("minutes", others[0]),
             )
         check_trainable(self.compute, ("minutes", "compute"))
         if self.samples == 0:

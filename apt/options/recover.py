@@ -5,11 +5,11 @@ from typing import Any
 from apt.errors import AptError
 from apt.options.declaration import option, options
 from apt.options.shared import (
-    A_TIME,
     MINUTES,
     OUTPUT,
     RUNNING,
     TEXT,
+    TIME_MEANING,
     TRAINING,
     Compute,
     ComputeOptions,
@@ -21,11 +21,11 @@ from apt.options.shared import (
 )
 
 STEPS, BATCH = 1000, 8
-"""The number of steps, and of the samples of a step, if nothing else is asked for."""
+"""The defaults of the number of steps, and of the samples of a step."""
 
 
 def check_trainable(compute: Compute, options: tuple[str, ...]) -> None:
-    """Raise for a dtype that a training cannot compute in; ``options`` are those to name."""
+    """Raise for a dtype that a training cannot compute in; the error names ``options``."""
     if compute == "float16":
         raise AptError(
             "a training does not compute in float16: small gradients would be zero",
@@ -52,7 +52,7 @@ def read_amount(text: str) -> int | str:
 
 @options
 class RecoverOptions(ComputeOptions):
-    """The options that the result of a recovery depends on, beside the text.
+    """The options that affect the result of a recovery, beside the text.
 
     At most one of ``steps``, ``tokens`` and ``minutes`` is given. The rate rises over the first 3 %
     of the steps, and falls along a cosine; with ``minutes``, it falls to zero within the time.
@@ -69,7 +69,7 @@ class RecoverOptions(ComputeOptions):
     )  # fmt: skip
     minutes: float | None = option(
         "Time for the training, with the outputs of the dense model, in place of --steps.",
-        default=None, panel=TRAINING, metavar="M", within=MINUTES, meaning=A_TIME,
+        default=None, panel=TRAINING, metavar="M", within=MINUTES, meaning=TIME_MEANING,
     )  # fmt: skip
     rate: float | None = option(
         "Highest learning rate; the default depends on the kind.",
@@ -140,9 +140,9 @@ class RecoverOptions(ComputeOptions):
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
         check_trainable(self.compute, ("compute",))
-        given = [n for n in ("steps", "tokens", "minutes") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise AptError(f"{' and '.join(given)} exclude each other", "choose one", given)
+        lengths = [n for n in ("steps", "tokens", "minutes") if getattr(self, n) is not None]
+        if len(lengths) > 1:
+            raise AptError(f"{' and '.join(lengths)} exclude each other", "choose one", lengths)
         if isinstance(self.tokens, str) and self.tokens != "auto":
             raise AptError(f"tokens is '{self.tokens}'", "write a number, or auto", ("tokens",))
         if self.move_masks and self.window is not None:
@@ -193,7 +193,7 @@ class RecoverRun(
 
     def record(self) -> dict[str, Any]:
         """The options as values for JSON, for the report."""
-        known = super().record()
+        record = super().record()
         return {
-            name: known[name] for name in known if name not in ("overwrite", "resume", "output")
+            name: record[name] for name in record if name not in ("overwrite", "resume", "output")
         }

@@ -12,12 +12,12 @@ MODEL, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT = (
 )  # fmt: skip
 SIZE, TRAINING = "Size", "Training"
 PANELS = ("", MODEL, SIZE, TRAINING, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT)
-"""The headings in the help of a command, in this order; others come after the text."""
+"""The headings in the help of a command, in order; other headings come after ``TEXT``."""
 
 Activations = Literal["memory", "cpu", "disk"]
 Compute = Literal["auto", "float32", "bfloat16", "float16"]
 MachineName = Literal["h100", "h200", "a100", "4090", "mi300x"]
-MINUTES, A_TIME = "(0, 1e6]", "it is a time in minutes, such as 30"  # two years at most
+MINUTES, TIME_MEANING = "(0, 1e6]", "it is a time in minutes, such as 30"  # two years at most
 _SEEDS = (-(2**63), 2**64 - 1)  # the range of torch's generators
 
 
@@ -57,6 +57,9 @@ class ModelOptions(AdapterOptions, TokenizerOptions, RemoteOptions):
     """Options for opening a model with its tokenizer."""
 
 
+DEFAULT_PATTERN = "2:4"
+
+
 @options
 class PatternOptions(Options):
     """Options for the pattern of the sites."""
@@ -83,7 +86,7 @@ class PatternOptions(Options):
 
     @property
     def shared(self) -> bool:
-        """True if the pattern is NAME:SIZES, to which the sparsity adds a share: auto:8."""
+        """True if the pattern is NAME:SIZES, which needs a sparsity too, such as auto:8."""
         return self.pattern is not None and self.pattern[:1].isalpha() and ":" in self.pattern
 
     def check(self) -> None:
@@ -293,7 +296,8 @@ class OutputOptions(ShardOptions):
     """Options for the output of a run."""
 
     output: Path | None = option(
-        "Directory to write. NAME.gguf means the directory NAME, and --export NAME.gguf.",
+        "Directory to write. NAME.gguf means the directory NAME, and --export NAME.gguf; where "
+        "shrink removes only experts or blocks from a GGUF file, the file alone.",
         default=None, panel=OUTPUT, short="-o",
     )  # fmt: skip
     export: Path | None = option(
@@ -325,7 +329,7 @@ class MaskOptions(Options):
 
 @options
 class ConfigOptions(Options):
-    """Options for a file of options."""
+    """Options for reading and writing a file of options."""
 
     config: Path | None = option(
         'Take options from a TOML file with lines such as pattern = "2:4". Options on the '
@@ -340,7 +344,7 @@ class ConfigOptions(Options):
 
 @options
 class DryRunOptions(Options):
-    """Options for showing a run in place of doing it."""
+    """Options for a dry run."""
 
     dry_run: bool = option(
         "Show the plan and write nothing.", default=False, panel=RUNNING, saved=False
@@ -358,7 +362,7 @@ class PrintingOptions(Options):
 
 
 def plot_option(drawn: str) -> Any:
-    """The option for a picture, of which ``drawn`` says what it shows."""
+    """The option for a plot of ``drawn``."""
     return option(
         f"Draw {drawn} into a .png, .svg or .pdf file (needs matplotlib).",
         default=None, panel=OUTPUT, metavar="FILE", saved=False,
@@ -382,7 +386,7 @@ def read_columns(text: str) -> Any:
 
 @options
 class IntegerOptions(Options):
-    """Options for weights of integers."""
+    """Options for rounding weights to integers."""
 
     quantize: Literal["int8", "int4"] | None = option(
         "Round the kept weights to the nearest int8 or int4.",
@@ -395,7 +399,7 @@ class IntegerOptions(Options):
     )  # fmt: skip
 
     def check(self) -> None:
-        """Raise `AptError` for a group that no runtime knows; see `Options.check`."""
+        """Raise `AptError` for a scale group that no runtime supports; see `Options.check`."""
         super().check()
         group = self.scale_group
         if group != "row" and (group < 32 or group % 32):
@@ -414,12 +418,12 @@ def check_seed(seed: int) -> None:
 
 
 def check_windows(count: int | None, seqlen: int) -> None:
-    """Raise for amounts that give no windows.
+    """Raise `AptError` if windows of text cannot have these sizes.
 
     Args:
         count: the number of windows; None for all.
-        seqlen: their tokens.
+        seqlen: the tokens of a window.
     """
     if (count is not None and count < 1) or seqlen < 2:
-        fault = "samples must be at least 1 and seqlen at least 2"
-        raise AptError(fault, options=("samples", "seqlen"))
+        message = "samples must be at least 1 and seqlen at least 2"
+        raise AptError(message, options=("samples", "seqlen"))

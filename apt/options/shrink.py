@@ -1,4 +1,4 @@
-"""The options that decide how small a model becomes, and what it loses."""
+"""The options for the size of a smaller model, and for the parts that are removed."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from apt.errors import AptError
 from apt.locations.text_sources import labels, text_sources
 from apt.options.declaration import Options, option, options
 from apt.options.prune import ModelRun
-from apt.options.shared import A_TIME, ACCURACY, MINUTES, SIZE
+from apt.options.shared import ACCURACY, MINUTES, SIZE, TIME_MEANING
 
 Budget = Literal["parameters", "latency"]
 Mode = Literal["width", "depth", "blocks-first", "search"]
@@ -29,7 +29,7 @@ _SHARE = re.compile(r"0?\.\d*[1-9]\d*")
 
 
 def read_sizes(texts: list[str]) -> dict[str, int | float]:
-    """The numbers, or shares, of groups by kind, of texts such as ``channels=1024``.
+    """The numbers or shares of groups by kind, from texts such as ``channels=1024``.
 
     Raises:
         AptError: a text has another form.
@@ -42,10 +42,23 @@ def read_sizes(texts: list[str]) -> dict[str, int | float]:
             hint = "write channels=1024, or a share such as experts=0.5"
             raise AptError(f"size {text} is not KIND=N", hint, ("sizes",))
         if kind in sizes:
-            fault = f"the number of {kind} is given twice: {sizes[kind]} and {number}"
-            raise AptError(fault, "leave one of them out", ("sizes",))
+            message = f"the number of {kind} is given twice: {sizes[kind]} and {number}"
+            raise AptError(message, "leave one of them out", ("sizes",))
         sizes[kind] = float(number) if share else int(number)
     return sizes
+
+
+def read_indices(texts: list[Any]) -> tuple[int, ...]:
+    """The indices in texts such as ``20`` and ``20,21``.
+
+    Raises:
+        AptError: a text has another form.
+    """
+    parts = [part.strip() for text in texts for part in str(text).split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        hint = "write the numbers of blocks from 0 on, such as 20,21"
+        raise AptError(f"drop {wrong[0] or ','} is no index of a block", hint, ("drop",))
+    return tuple(map(int, parts))
 
 
 @options
@@ -83,8 +96,10 @@ class ShrinkOptions(Options):
         "Keep N blocks, in place of --keep.", default=None, panel=SIZE, metavar="N"
     )
     drop: tuple[int, ...] = option(
-        "Drop the block with this index, from 0, in place of --keep; repeatable.",
-        default=(), panel=SIZE, metavar="INDEX",
+        "Drop the blocks with these indices, from 0, such as 20,21, in place of --keep; "
+        "repeatable.",
+        default=(), panel=SIZE, metavar="INDEX", read=read_indices,
+        text=lambda indices: [str(index) for index in indices],
     )  # fmt: skip
     expert_tokens: int = option(
         "Judge each expert on at least N calibration tokens: more text is read, and an expert that "
@@ -102,7 +117,7 @@ class ShrinkOptions(Options):
     )  # fmt: skip
     minutes: float | None = option(
         "Time for --search; by default no limit.",
-        default=None, panel=SIZE, metavar="M", within=MINUTES, meaning=A_TIME,
+        default=None, panel=SIZE, metavar="M", within=MINUTES, meaning=TIME_MEANING,
         needs="mode=search",
     )  # fmt: skip
 
@@ -121,15 +136,15 @@ class ShrinkOptions(Options):
         if not self.explicit:
             return
         by_blocks = self.blocks is not None or bool(self.drop)
-        fits = {None: True, "width": not by_blocks, "depth": not self.sizes}
-        if not fits.get(self.mode, False):
-            raise _not_used(f"mode '{self.mode}'", "mode")
+        fitting = {None: True, "width": not by_blocks, "depth": not self.sizes}
+        if not fitting.get(self.mode, False):
+            raise _unused(f"mode '{self.mode}'", "mode")
         if self.keep != ShrinkOptions.keep:
-            raise _not_used(f"a share of {self.keep:g}", "keep")
+            raise _unused(f"a share of {self.keep:g}", "keep")
         if self.budget != "parameters":
-            raise _not_used(f"budget '{self.budget}'", "budget")
+            raise _unused(f"budget '{self.budget}'", "budget")
         if self.multiple_of is not None:
-            raise _not_used(f"a multiple of {self.multiple_of}", "multiple_of")
+            raise _unused(f"a multiple of {self.multiple_of}", "multiple_of")
 
     def suffixes(self) -> list[str]:
         """The parts of the name of a directory that depend on the size."""
@@ -146,16 +161,16 @@ class ShrinkOptions(Options):
             "expert_tokens", "dense_scores",
         )  # fmt: skip
         search = {"evaluations": self.evaluations, "minutes": self.minutes, **GENERATION}
-        plain = {name: getattr(self, name) for name in names}
-        return plain | {
+        record = {name: getattr(self, name) for name in names}
+        return record | {
             "sizes": dict(self.sizes), "drop": list(self.drop), "search": search
         }  # fmt: skip
 
 
-def _not_used(what: str, option: str) -> AptError:
-    kind = "in place of" if option == "keep" else "for a share to keep, and does not fit"
-    said = f"{what} is {kind} the given blocks or groups"
-    return AptError(said, "leave it out", (option,))
+def _unused(what: str, option: str) -> AptError:
+    reason = "in place of" if option == "keep" else "for a share to keep, and does not fit"
+    message = f"{what} is {reason} the given blocks or groups"
+    return AptError(message, "leave it out", (option,))
 
 
 @options
@@ -209,8 +224,8 @@ class ShrinkRun(ModelRun, ShrinkOptions):
 
     def record(self) -> dict[str, Any]:
         """See `Options.record`; the options of the size are one entry."""
-        size = {one.name for one in ShrinkOptions.OPTIONS}
-        plain = {name: value for name, value in super().record().items() if name not in size}
-        known = labels([source.name for source in text_sources(self.calibration)])
-        protect = [known.get(name, name) for name in self.protect]
-        return plain | {"protect": protect, "shrink": self.size_record()}
+        size = {declared.name for declared in ShrinkOptions.OPTIONS}
+        record = {name: value for name, value in super().record().items() if name not in size}
+        names = labels([source.name for source in text_sources(self.calibration)])
+        protect = [names.get(name, name) for name in self.protect]
+        return record | {"protect": protect, "shrink": self.size_record()}

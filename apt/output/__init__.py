@@ -1,1 +1,1 @@
-"""The output directory: where it may be, how it appears whole, and the record in it."""
+"""The output directory: the checks of its place, the staging folder, the report and the card."""

@@ -9,32 +9,32 @@ from apt.checkpoints.copies import CARD, REPORT
 from apt.files.writing import write_file
 from apt.output.report import Report
 
-_NO_FASTER = "Zeros alone make a model neither smaller nor faster: a runtime must use the pattern."
+_NOT_FASTER = "Zeros alone make a model neither smaller nor faster: a runtime must use the pattern."
 _TAGS = ("apt-prune", "pruned")
 
 
 def write_card(directory: Path, report: Report, source: Path | None = None) -> None:
     """Write ``README.md``: a summary of the run, then the card of the original in ``source``."""
-    original, reference = _original(source), str(report.model["reference"])
-    parts = [f"---\n{_front_matter(original, reference)}\n---\n", _about(report, reference)]
+    original, reference = _original_card(source), str(report.model["reference"])
+    parts = [f"---\n{_front_matter(original, reference)}\n---\n", _summary(report, reference)]
     if original is not None and original.text.strip():
         parts.append(f"## Card of the original\n\n{original.text.strip()}\n")
     write_file(directory / CARD, "\n".join(parts), overwrite=True)
 
 
-def _original(source: Path | None) -> ModelCard | None:
+def _original_card(source: Path | None) -> ModelCard | None:
     """The card of the original model; None if there is none or it cannot be read."""
     if source is None or not (source / CARD).is_file():
         return None
     try:
         card: ModelCard = ModelCard.load(source / CARD, ignore_metadata_errors=True)
-    except Exception:  # whatever its YAML holds, a card must not cost a pruned model
+    except Exception:  # a card with any wrong YAML must not lose the pruned model
         return None
     return card
 
 
 def _front_matter(original: ModelCard | None, reference: str) -> str:
-    """The metadata of the original with those of this model, or the latter alone."""
+    """The metadata of this model, with the metadata of the original if they are valid."""
     data: dict[str, Any] = vars(original.data) if original else {}
     data = {key: value for key, value in data.items() if value is not None}
     tags = data.get("tags") or []
@@ -46,29 +46,29 @@ def _front_matter(original: ModelCard | None, reference: str) -> str:
         data["base_model"] = reference
     try:
         return str(ModelCardData(**data))
-    except Exception:  # as above: some values are valid YAML, but no metadata
+    except Exception:  # values of the original that are valid YAML, but no metadata
         if original is None:
             raise
         return _front_matter(None, reference)
 
 
-def _about(report: Report, reference: str) -> str:
-    """The summary of a pruning, if APT pruned the model, and of what followed."""
-    done = "with zeros again" if report.reapplied else "recovered"
-    parts = [_pruned(report, reference)] if report.options else [f"# {reference}, {done}\n"]
-    parts += [_recovered(report)] if report.recovery else []
-    parts += [_reapplied(report.reapplied)] if report.reapplied else []
+def _summary(report: Report, reference: str) -> str:
+    """The summary of the pruning, and of a later training and reapplication."""
+    change = "with zeros again" if report.reapplied else "recovered"
+    parts = [_pruning(report, reference)] if report.options else [f"# {reference}, {change}\n"]
+    parts += [_training(report)] if report.recovery else []
+    parts += [_reapplication(report.reapplied)] if report.reapplied else []
     return "\n".join(parts)
 
 
-def _reapplied(record: dict[str, Any]) -> str:
+def _reapplication(record: dict[str, Any]) -> str:
     return (
         f"It was fine-tuned ({record['model']}), and its zeros were then set again by the masks "
         f"of {record['masks']}: {record['sparsity']:.2%} of {record['parameters']} matrices.\n"
     )
 
 
-def _recovered(report: Report) -> str:
+def _training(report: Report) -> str:
     record, losses = report.recovery, dict(report.recovery["training"]["held_back"])
     training, options = record["training"], record["options"]
     best = training["best"]
@@ -79,45 +79,46 @@ def _recovered(report: Report) -> str:
     )
 
 
-def _pruned(report: Report, reference: str) -> str:
+def _pruning(report: Report, reference: str) -> str:
     options, text = report.options, report.calibration
-    small, integers = bool(report.structure), options.get("quantize")
+    smaller, integers = bool(report.structure), options.get("quantize")
     rounds = bool(report.sites) and all(site.pattern == "0" for site in report.sites)
-    done = f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
-    done = _smaller(report) if small else done
-    verb, word = ("rounded", "rounded") if rounds else ("pruned", "smaller" if small else "pruned")
+    result = f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
+    result = _structure(report) if smaller else result
+    verb = "rounded" if rounds else "pruned"
+    title = "smaller" if smaller and not rounds else verb
     shape = " × ".join(map(str, text.get("shape", ())))
     error = report.relative_layer_error
     lines = [
-        f"# {reference}, {word}",
+        f"# {reference}, {title}",
         "",
-        f"[APT](https://arxiv.org/abs/2410.15567) {verb} this model after training: {done}",
+        f"[APT](https://arxiv.org/abs/2410.15567) {verb} this model after training: {result}",
         "",
         "| | |",
         "| --- | --- |",
         f"| original | {reference} |",
-        *([] if small or rounds else [f"| pattern | {options.get('pattern')} |"]),
+        *([] if smaller or rounds else [f"| pattern | {options.get('pattern')} |"]),
         *([f"| weights | {integers}, scale group {options.get('group')} |"] if integers else []),
         *([] if rounds else [f"| method | {options.get('method')} |"]),
         *([f"| calibration | {text.get('source')}, {shape} tokens |"] if shape else []),
         *([f"| mean relative layer error | {error:.4f} |"] if report.sites else []),
-        *_scores(report),
+        *_score_rows(report),
         "",
-        *([] if small or rounds else [_NO_FASTER]),
+        *([] if smaller or rounds else [_NOT_FASTER]),
         f"`{REPORT}` has all options and the record of each matrix.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _smaller(report: Report) -> str:
+def _structure(report: Report) -> str:
     blocks, groups = report.structure["blocks"], report.structure["groups"]
     kept = [f"{g['kept']} of {g['of']} {kind}" for kind, g in groups.items() if g["kept"] < g["of"]]
     parts = ", ".join([f"{blocks['kept']} of {blocks['of']} blocks", *kept])
     return f"it keeps {report.structure['share']:.2%} of the parameters of its blocks: {parts}."
 
 
-def _scores(report: Report) -> list[str]:
-    """A row for each metric that was measured before and after."""
+def _score_rows(report: Report) -> list[str]:
+    """A row for each metric that was measured before and after the run."""
     before, after = report.scores.get("before", {}), report.scores.get("after", {})
     where = f"on {report.scores.get('source')}"
     return [
@@ -127,7 +128,7 @@ def _scores(report: Report) -> list[str]:
     ]
 
 
-_PACKED = "<!-- apt-prune pack -->\n", "<!-- end of apt-prune pack -->\n\n"
+_PACKED_MARKERS = "<!-- apt-prune pack -->\n", "<!-- end of apt-prune pack -->\n\n"
 _PACKED_TEXT = """## A packed model
 
 The file of the weights has no zeros. [APT](https://arxiv.org/abs/2410.15567) opens it:
@@ -144,25 +145,25 @@ model = apt.runtime.load("DIRECTORY")
 
 The weights stay packed in memory. {without} `apt-prune unpack` writes the plain model.
 """
-_WITHOUT = (
+_WITHOUT_APT = (
     "Without APT, the code in this directory opens it, with dense weights in memory: "
     '`AutoModelForCausalLM.from_pretrained("DIRECTORY", trust_remote_code=True)`.'
 )
-_NOT_WITHOUT = "Without APT it cannot be opened."
+_ONLY_WITH_APT = "Without APT it cannot be opened."
 
 
 def mark_as_packed(directory: Path, *, has_code: bool) -> None:
-    """Add a section to the card that says how a packed model is opened, with APT and without."""
-    path, (start, end) = directory / CARD, _PACKED
+    """Add a section to the card: how to open the packed model, with APT and without."""
+    path, (start, end) = directory / CARD, _PACKED_MARKERS
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    head, rest = _front_matter_of(text)
-    section = _PACKED_TEXT.format(without=_WITHOUT if has_code else _NOT_WITHOUT)
+    head, rest = _split_front_matter(text)
+    section = _PACKED_TEXT.format(without=_WITHOUT_APT if has_code else _ONLY_WITH_APT)
     write_file(path, f"{head}{start}{section}{end}{rest}", overwrite=True)
 
 
 def mark_as_unpacked(directory: Path) -> None:
     """Remove the section of `mark_as_packed`, and the card if nothing else is left."""
-    path, (start, end) = directory / CARD, _PACKED
+    path, (start, end) = directory / CARD, _PACKED_MARKERS
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     head, marker, tail = text.partition(start)
     _, closed, rest = tail.partition(end)
@@ -174,10 +175,10 @@ def mark_as_unpacked(directory: Path) -> None:
         path.unlink()
 
 
-def _front_matter_of(text: str) -> tuple[str, str]:
+def _split_front_matter(text: str) -> tuple[str, str]:
     """The metadata of a card, and the text behind it."""
-    marked = "---\n"
-    if not text.startswith(marked) or (end := text.find(f"\n{marked}", len(marked) - 1)) < 0:
+    marker = "---\n"
+    if not text.startswith(marker) or (end := text.find(f"\n{marker}", len(marker) - 1)) < 0:
         return "", text
-    place = end + 1 + len(marked)
+    place = end + 1 + len(marker)
     return text[:place], text[place:]

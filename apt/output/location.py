@@ -1,7 +1,7 @@
 """Checks of the path of an output directory.
 
-A run replaces an empty directory, or one that has only files that APT wrote and that nobody has
-changed since, and no other.
+A run replaces an empty directory, or a directory in which every file was written by APT and is
+unchanged. It replaces no other directory.
 """
 
 import os
@@ -17,20 +17,20 @@ from apt.errors import AptError, first_line
 from apt.files.hashes import changed_files
 from apt.output.report import listed_files, read_report
 
-_CHOOSE_ANOTHER = "choose another output"
+_ANOTHER_OUTPUT = "choose another output"
 _OUTPUT = ("output",)
 _OVERWRITE = ("overwrite", "output")
-_FOLDER = ".{}.apt"
+_FOLDER_NAME = ".{}.apt"
 
 
-def _unusable(fault: str) -> AptError:
-    return AptError(fault, _CHOOSE_ANOTHER, _OUTPUT)
+def _unusable(message: str) -> AptError:
+    return AptError(message, _ANOTHER_OUTPUT, _OUTPUT)
 
 
 def staging_folder(output: Path) -> Path:
-    """The folder ``.NAME.apt`` beside an output directory ``NAME``: the staging folder of a run."""
+    """The staging folder of a run: ``.NAME.apt`` beside the output directory ``NAME``."""
     output = Path(os.path.realpath(output))
-    return output.parent / _FOLDER.format(output.name)
+    return output.parent / _FOLDER_NAME.format(output.name)
 
 
 def check_output(
@@ -52,22 +52,22 @@ def check_output(
             changed since, it is or contains a protected place, it is inside an input, or it cannot
             be written.
     """
-    with _named(option):
+    with _naming_option(option):
         try:
             _check_links(directory)
             target = Path(os.path.realpath(directory))
             _check_place(directory, target, inputs)
             _check_name(target)
-            lost = check_replaceable(target, overwrite, str(directory))
+            replaced = check_replaceable(target, overwrite, str(directory))
             _check_writable(target)
         except OSError as error:
             raise _unusable(f"cannot write {directory}: {error.strerror}") from error
-        return lost
+        return replaced
 
 
 @contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Errors about an output name the option that gave it."""
+def _naming_option(option: str) -> Iterator[None]:
+    """While entered, errors about the output name this option."""
     try:
         yield
     except AptError as error:
@@ -89,22 +89,24 @@ def check_replaceable(target: Path, overwrite: bool, name: str) -> str:
     entries = set(relative_paths(target))
     if not entries:
         return ""
-    written = _written_by_apt(target)
-    own = {REPORT, *written} if written else set()
-    _refuse(f"{name} exists and has files that APT did not write", entries - own)
+    listed = _files_in_report(target)
+    expected = {REPORT, *listed} if listed else set()
+    _refuse_files(f"{name} exists and has files that APT did not write", entries - expected)
     if not overwrite:
-        fault = f"{name} exists and is not empty"
-        raise AptError(fault, "overwrite it, or choose another", _OVERWRITE)
-    _refuse(f"{name} exists and was changed since APT wrote it", changed_files(target, written))
+        message = f"{name} exists and is not empty"
+        raise AptError(message, "overwrite it, or choose another", _OVERWRITE)
+    _refuse_files(
+        f"{name} exists and was changed since APT wrote it", changed_files(target, listed)
+    )
     return f"{name}, the result of an earlier run, with its {len(entries)} files"
 
 
-def _refuse(fault: str, files: Collection[str]) -> None:
-    """Raise if a fault has files."""
+def _refuse_files(message: str, files: Collection[str]) -> None:
+    """Raise if there are files, with some of their names in the message."""
     if files:
-        shown = ", ".join(sorted(files)[:3]) + (", …" if len(files) > 3 else "")
-        hint = f"APT never deletes such files; {_CHOOSE_ANOTHER}"
-        raise AptError(f"{fault}: {shown}", hint, _OUTPUT)
+        examples = ", ".join(sorted(files)[:3]) + (", …" if len(files) > 3 else "")
+        hint = f"APT never deletes such files; {_ANOTHER_OUTPUT}"
+        raise AptError(f"{message}: {examples}", hint, _OUTPUT)
 
 
 def relative_paths(directory: Path) -> list[str]:
@@ -118,8 +120,8 @@ def relative_paths(directory: Path) -> list[str]:
     return sorted(paths)
 
 
-def _written_by_apt(target: Path) -> dict[str, str]:
-    """The files of a directory that its report lists, with their hashes; none without a report."""
+def _files_in_report(target: Path) -> dict[str, str]:
+    """The files that the report of a directory lists, with their hashes; empty without a report."""
     report = None if (target / REPORT).is_symlink() else read_report(target)
     return {} if report is None else listed_files(report)
 
@@ -133,14 +135,14 @@ def _check_links(directory: Path) -> None:
 
 def _check_name(target: Path) -> None:
     longest = os.pathconf(_existing_parent(target), "PC_NAME_MAX")
-    if len(os.fsencode(_FOLDER.format(target.name))) > longest:
-        room = longest - len(_FOLDER.format(""))
-        raise _unusable(f"the name {target.name[:20]}… of the output is longer than {room} bytes")
+    if len(os.fsencode(_FOLDER_NAME.format(target.name))) > longest:
+        limit = longest - len(_FOLDER_NAME.format(""))
+        raise _unusable(f"the name {target.name[:20]}… of the output is longer than {limit} bytes")
 
 
 def _check_place(directory: Path, target: Path, inputs: Sequence[Path]) -> None:
     """Raise if the target is or contains a protected place, or is inside an input."""
-    for name, place in _protected(inputs):
+    for name, place in _protected_places(inputs):
         if target == place:
             raise _unusable(f"{directory} is {name}")
         if target in place.parents:
@@ -154,8 +156,8 @@ def _check_place(directory: Path, target: Path, inputs: Sequence[Path]) -> None:
 _INPUT = "an input of the run"
 
 
-def _protected(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """The places that no output replaces, each with a name for messages."""
+def _protected_places(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """The places that an output must not replace, each with its name for messages."""
     try:
         yield "the working directory", Path.cwd()
     except OSError as error:
@@ -179,10 +181,10 @@ def _check_writable(target: Path) -> None:
 
 
 def check_space(needed: Mapping[str, tuple[Path, int]]) -> None:
-    """Raise if a disk has less space left than what will be written there needs.
+    """Raise if a disk has too little space for the outputs on it.
 
     Args:
-        needed: each output with the bytes that it needs, by the option that names it.
+        needed: each output and the bytes that it needs, by the option that names the output.
     """
     disks: dict[int, dict[str, tuple[Path, int]]] = defaultdict(dict)
     for option, (place, count) in needed.items():
@@ -191,11 +193,11 @@ def check_space(needed: Mapping[str, tuple[Path, int]]) -> None:
     for outputs in disks.values():
         parent, total = next(iter(outputs.values()))[0], sum(n for _, n in outputs.values())
         if (free := shutil.disk_usage(parent).free) < total:
-            what = " and ".join(f"the {option}" for option in outputs)
+            names = " and ".join(f"the {option}" for option in outputs)
             verb = "need" if len(outputs) > 1 else "needs"
-            left = f"{parent} has {free / 2**20:,.0f} MiB left"
-            fault = f"{left}, but {what} {verb} {total / 2**20:,.0f} MiB"
-            raise AptError(fault, _CHOOSE_ANOTHER, outputs)
+            available = f"{parent} has {free / 2**20:,.0f} MiB left"
+            message = f"{available}, but {names} {verb} {total / 2**20:,.0f} MiB"
+            raise AptError(message, _ANOTHER_OUTPUT, outputs)
 
 
 def _existing_parent(directory: Path) -> Path:

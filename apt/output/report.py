@@ -26,7 +26,7 @@ from apt.files.hashes import file_hashes, sha256
 from apt.files.writing import write_file
 from apt.locations.paths import portable, user_error
 from apt.output.json_values import json_value
-from apt.output.schema import fault_of
+from apt.output.schema import first_problem
 
 _PACKAGES = ("apt-prune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
@@ -56,20 +56,20 @@ class Report:
         sites: the record of each pruned site.
         skipped: the names of the sites that were left dense, on request or by an allocation.
         recovery: the record of a training after the pruning; empty if there was none.
-        reapplied: the masks that were applied to a model that was fine-tuned elsewhere, and what
-            they removed; empty if there were none.
-        structure: what a smaller model keeps and lacks; empty for a sparse one.
-        routing: what the experts of each block got from each source of the calibration text:
-            ``tokens`` and ``weights``, the sums of the router's weights, with a number for each
-            expert of the dense model, by source; empty without experts.
+        reapplied: the masks that were applied to a fine-tuned model, and the number of weights
+            that they removed; empty if there were none.
+        structure: the kept and removed parts of a smaller model; empty for a sparse one.
+        routing: the routing of the experts of each block, by the source of the calibration text:
+            ``tokens``, the numbers of tokens, and ``weights``, the sums of the router's weights,
+            with a number for each expert of the dense model; empty without experts.
         timeline: the phases of the run (`apt.events.Phase`) with their first second, ``phases``,
-            the resident memory in bytes over the seconds, ``memory``, and the last second, ``end``;
-            of the part after the resumption, if the run was resumed.
+            the resident memory in bytes over the seconds, ``memory``, and the last second, ``end``.
+            For a resumed run, the timeline begins with the resumption.
         earlier: the report of the run that wrote the given model; empty if there is none.
         seconds: the time of the whole run.
         scores: the text, and each metric before and after pruning; empty if nothing was measured.
         ranks: the work of each process.
-        problems: what failed after the pruning: metrics that could not be measured, and a training
+        problems: failures after the pruning: metrics that could not be measured, and a training
             that had no time or did not lower the loss.
         peak_memory_bytes: the peak memory of the process, ``cpu``, and of a GPU by its kind.
         files: the SHA-256 of each file of the output, by relative path, without the report.
@@ -116,12 +116,12 @@ class Report:
         return {site.name: site.order for site in self.sites if site.order is not None}
 
     def with_zeros(self, zeros: Mapping[str, int]) -> "Report":
-        """The report with the numbers of zeros that were counted on disk, by site."""
+        """The report with numbers of zeros by site, as counted on disk."""
         sites = [replace(site, zeros=zeros.get(site.name, site.zeros)) for site in self.sites]
         return replace(self, sites=sites)
 
     def timed(self, seconds: float) -> "Report":
-        """The report at the end of a run of that time, with the peak memory."""
+        """The report at the end of a run, with its time and the peak memory."""
         return replace(self, seconds=round(seconds, 3), peak_memory_bytes=peak_memory())
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,13 +133,13 @@ class Report:
             "ranks": [asdict(work) for work in self.ranks],
             "sites": [{**asdict(site), "sparsity": site.sparsity} for site in self.sites],
         }
-        plain: dict[str, Any] = json_value(record)
-        return {name: plain[name] for name in _ORDER}
+        values: dict[str, Any] = json_value(record)
+        return {name: values[name] for name in _ENTRY_ORDER}
 
     @classmethod
     @checked
     def from_dict(cls, record: dict[str, Any], name: str = "the report") -> "Report":
-        """The report of a record of `to_dict`.
+        """The report from a record of `to_dict`.
 
         Args:
             record: the record.
@@ -150,20 +150,22 @@ class Report:
         """
         _check(record, name)
         try:
-            record = {name: {} for name in _ADDED} | record
-            known = {entry.name: record[entry.name] for entry in fields(cls)}
-            known["files"] = listed_files(record)
-            known["ranks"] = [Work(**work) for work in known["ranks"]]
-            known["sites"] = [read_site(site) for site in known["sites"]]
-            known["scores"] = {name: _numbers(part) for name, part in known["scores"].items()}
+            record = {name: {} for name in _LATER_ENTRIES} | record
+            values = {entry.name: record[entry.name] for entry in fields(cls)}
+            values["files"] = listed_files(record)
+            values["ranks"] = [Work(**work) for work in values["ranks"]]
+            values["sites"] = [read_site(site) for site in values["sites"]]
+            values["scores"] = {
+                name: _with_numbers(part) for name, part in values["scores"].items()
+            }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AptError(f"{name} is damaged: {described(error)}", _RESTORE) from error
-        return cls(**known)
+        return cls(**values)
 
     @classmethod
     @checked
     def read(cls, directory: Path | str) -> "Report":
-        """The report in ``directory``.
+        """The report in ``directory``, or beside the file of a model.
 
         Raises:
             AptError: there is no report, or it cannot be read.
@@ -178,7 +180,7 @@ class Report:
 
         Args:
             directory: the directory.
-            changed: the files that differ from those in `files`; None hashes all files anew.
+            changed: the files that have changed since `files` was made; None to hash all files.
         """
         if changed is None:
             files = file_hashes(directory, [REPORT])
@@ -192,11 +194,11 @@ class Report:
 def carry_report(source: Path, target: Path, reference: str) -> None:
     """Write the report of a directory beside a copy of its model in another format.
 
-    Without a report that can be read, an empty one is written. It lists the files of the copy, so
-    that a later run may replace them.
+    The report lists the files of the copy, so that a later run may replace them. If the directory
+    has no readable report, the new report has no other entries.
 
     Args:
-        reference: the user's name for the model, for an empty report.
+        reference: the user's name for the model, for a new report.
     """
     try:
         record = read_report(source)
@@ -206,63 +208,57 @@ def carry_report(source: Path, target: Path, reference: str) -> None:
     _write({**record, "files": file_hashes(target, [REPORT])}, target)
 
 
-_NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # lists of numbers, which get one line each
+_NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # a list of numbers gets one line
 
 
 def _write(record: dict[str, Any], directory: Path) -> None:
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    text = _NUMBERS.sub(lambda found: "".join(found[0].split()).replace(",", ", "), text)
+    text = _NUMBERS.sub(lambda match: "".join(match[0].split()).replace(",", ", "), text)
     write_file(directory / REPORT, text, overwrite=True)
 
 
-_ORDER = (
+_ENTRY_ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
     "structure", "routing", "recovery", "reapplied", "timeline", "earlier", "problems", "files",
 )  # fmt: skip
 
 
-_ADDED = (
-    "structure",
-    "routing",
-    "recovery",
-    "reapplied",
-    "timeline",
-    "earlier",
-)  # not in early reports
+# Reports of early versions lack these entries.
+_LATER_ENTRIES = ("structure", "routing", "recovery", "reapplied", "timeline", "earlier")
 
 
 def read_site(entry: Mapping[str, Any]) -> SitePruned:
-    """The record of a site. Strings for numbers that are not finite become numbers again.
+    """The record of a site. Strings such as ``"Infinity"`` become numbers again.
 
     Raises:
         KeyError, TypeError, ValueError: the record is damaged.
     """
-    known = {"order": None, **entry}  # early records have no order
-    known = {name: known[name] for name in SitePruned.__dataclass_fields__}
-    known |= {name: float(known[name]) for name in ("relative_error", "seconds")}
-    known["residual"] = None if known["residual"] is None else float(known["residual"])
-    known["order"] = None if known["order"] is None else tuple(known["order"])
-    return SitePruned(**known | {"shape": tuple(known["shape"])})
+    values = {"order": None, **entry}  # records of early versions have no order
+    values = {name: values[name] for name in SitePruned.__dataclass_fields__}
+    values |= {name: float(values[name]) for name in ("relative_error", "seconds")}
+    values["residual"] = None if values["residual"] is None else float(values["residual"])
+    values["order"] = None if values["order"] is None else tuple(values["order"])
+    return SitePruned(**values | {"shape": tuple(values["shape"])})
 
 
-def _numbers(part: Any) -> Any:
-    """The metrics of a model, with numbers for strings; another entry as it is."""
+def _with_numbers(part: Any) -> Any:
+    """The metrics of a model, as numbers; an entry of another type is returned unchanged."""
     return {name: float(value) for name, value in part.items()} if isinstance(part, dict) else part
 
 
 def versions() -> dict[str, str]:
     """The versions that can change a result."""
-    return dict(_versions())
+    return dict(_read_versions())
 
 
-@cache  # the files of metadata are searched for and read
-def _versions() -> tuple[tuple[str, str], ...]:
-    known = {"python": platform.python_version(), "platform": platform.platform()}
+@cache  # reading the metadata of packages takes time
+def _read_versions() -> tuple[tuple[str, str], ...]:
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
-            known[package] = version(package)
-    return tuple(known.items())
+            installed[package] = version(package)
+    return tuple(installed.items())
 
 
 def peak_memory() -> dict[str, int]:
@@ -282,13 +278,27 @@ def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def read_report(directory: Path) -> dict[str, Any] | None:
-    """The record in ``directory``, or None; raises `AptError` if it is damaged."""
-    path = directory / REPORT
+def report_beside(file: Path) -> Path:
+    """The path of the report of a model that is a single file: NAME.apt_report.json."""
+    return file.with_name(f"{file.stem}.{REPORT}")
+
+
+def report_of(model: Path) -> Path:
+    """The path of the report in a directory, or beside a file."""
+    return report_beside(model) if model.is_file() else model / REPORT
+
+
+def read_report(model: Path) -> dict[str, Any] | None:
+    """The record of the report of a directory or a file; None if there is none.
+
+    Raises:
+        AptError: the report is damaged.
+    """
+    path = report_of(model)
     if not path.is_file():
         return None
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        record: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise user_error(error) or error from error
     except RecursionError as error:
@@ -301,8 +311,8 @@ def read_report(directory: Path) -> dict[str, Any] | None:
     return record
 
 
-def _refuse(constant: str) -> Any:
-    """Refuse what Python reads as a number and JSON does not know, such as ``Infinity``."""
+def _refuse_constant(constant: str) -> Any:
+    """Raise for a constant that Python reads but JSON does not have, such as ``Infinity``."""
     raise ValueError(f"{constant} is no number in JSON")
 
 
@@ -311,16 +321,16 @@ def _check(record: dict[str, Any], name: str) -> None:
     if (schema := record.get("schema")) != SCHEMA and isinstance(schema, int):
         hint = "use the version of APT that wrote it, or delete it to go on without a report"
         raise AptError(f"{name} has schema {shortened(str(schema))}, not {SCHEMA}", hint)
-    if fault := fault_of(record):
-        raise AptError(f"{name} is damaged: {shortened(fault)}", _RESTORE)
+    if problem := first_problem(record):
+        raise AptError(f"{name} is damaged: {shortened(problem)}", _RESTORE)
 
 
 def listed_files(record: Mapping[str, Any]) -> dict[str, str]:
-    """The hashes of the files that a record lists; empty ones if it lists only names."""
+    """The hashes of the files that a record lists; empty hashes if it lists only names."""
     files = record.get("files", {})
     names = files if isinstance(files, list) else []
-    known = files if isinstance(files, dict) else dict.fromkeys(map(str, names), "")
-    return {str(name): str(digest) for name, digest in known.items()}
+    hashes = files if isinstance(files, dict) else dict.fromkeys(map(str, names), "")
+    return {str(name): str(digest) for name, digest in hashes.items()}
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Check = Callable[[Any], str]
-"""A check of a value: its fault after the name of the entry, such as `` is no text``; or empty."""
+"""A check of a value. It returns the end of a message, such as `` is no text``, or empty."""
 
-_MOST, _LARGEST = 2**63 - 1, 1e305  # of a count, and of a number, such as a perplexity
+_MOST, _LARGEST = 2**63 - 1, 1e305  # the limits of a count, and of a number such as a perplexity
 _NOT_FINITE = ("Infinity", "-Infinity", "NaN")  # as `json_value` writes them
 
 
@@ -55,139 +55,152 @@ def anything(value: Any) -> str:
     return ""
 
 
-def many(check: Check) -> Check:
+def list_of(check: Check) -> Check:
     """A list of values."""
 
-    def fault(value: Any) -> str:
+    def problem(value: Any) -> str:
         if not isinstance(value, list):
             return " is no list"
         return _first((f"[{place}]", check(item)) for place, item in enumerate(value))
 
-    return fault
+    return problem
 
 
-def row(*checks: Check) -> Check:
+def row_of(*checks: Check) -> Check:
     """A list with a value for each check."""
 
-    def fault(value: Any) -> str:
+    def problem(value: Any) -> str:
         if not isinstance(value, list) or len(value) != len(checks):
             return f" is no list of {len(checks)} values"
         pairs = zip(checks, value, strict=True)
         return _first((f"[{place}]", check(item)) for place, (check, item) in enumerate(pairs))
 
-    return fault
+    return problem
 
 
-def named(check: Check) -> Check:
+def object_of(check: Check) -> Check:
     """An object with values of one kind."""
 
-    def fault(value: Any) -> str:
+    def problem(value: Any) -> str:
         if not isinstance(value, dict):
             return " is no object"
         return _first((f".{name}", check(item)) for name, item in value.items())
 
-    return fault
+    return problem
 
 
-def entries(needed: Mapping[str, Check], others: Mapping[str, Check] | None = None) -> Check:
-    """An object with these entries; those of ``others`` may be missing, and there may be more."""
-    known = {**needed, **(others or {})}
+def object_with(required: Mapping[str, Check], others: Mapping[str, Check] | None = None) -> Check:
+    """An object with the required entries. It may lack the others, and may have more entries."""
+    checks = {**required, **(others or {})}
 
-    def fault(value: Any) -> str:
+    def problem(value: Any) -> str:
         if not isinstance(value, dict):
             return " is no object"
-        if missing := [name for name in needed if name not in value]:
+        if missing := [name for name in required if name not in value]:
             return f".{missing[0]} is missing"
-        return _first((f".{n}", check(value[n])) for n, check in known.items() if n in value)
+        return _first((f".{n}", check(value[n])) for n, check in checks.items() if n in value)
 
-    return fault
+    return problem
 
 
-def _first(faults: Iterable[tuple[str, str]]) -> str:
-    """The first fault, after the place of its value."""
-    return next((f"{place}{fault}" for place, fault in faults if fault), "")
+def _first(problems: Iterable[tuple[str, str]]) -> str:
+    """The first problem, after the place of its value."""
+    return next((f"{place}{problem}" for place, problem in problems if problem), "")
 
 
 def or_empty(check: Check) -> Check:
-    """An object, or one without entries."""
+    """A value that passes the check, or an empty object."""
     return lambda value: "" if value == {} else check(value)
 
 
-_NAMES = optional(many(text))
-_SCORES = entries({}, {"before": named(number), "after": named(number), "source": optional(text)})
-_KEPT = entries({"kept": count, "of": count})
-_OPTIONS = entries(
+_NAMES = optional(list_of(text))
+_SCORES = object_with(
+    {}, {"before": object_of(number), "after": object_of(number), "source": optional(text)}
+)
+_KEPT = object_with({"kept": count, "of": count})
+_OPTIONS = object_with(
     {},
     {
         "pattern": optional(text), "only": _NAMES, "skip": _NAMES, "also": _NAMES,
-        "overrides": optional(named(text)), "per": optional(text), "allocation": optional(text),
-        "method": optional(text), "model": optional(text), "output": optional(text),
+        "overrides": optional(object_of(text)), "per": optional(text),
+        "allocation": optional(text), "method": optional(text), "model": optional(text),
+        "output": optional(text),
         "quantize": optional(text), "group": either(count, text),
-        "shrink": optional(named(anything)),
+        "shrink": optional(object_of(anything)),
     },
 )  # fmt: skip
-_SITE = entries(
+_SITE = object_with(
     {
-        "name": text, "kind": text, "pattern": text, "shape": row(size, size), "zeros": count,
+        "name": text, "kind": text, "pattern": text, "shape": row_of(size, size), "zeros": count,
         "tokens": count, "relative_error": number, "seconds": amount,
         "damping": optional(number), "residual": optional(number),
     },
-    {"order": optional(many(count))},
+    {"order": optional(list_of(count))},
 )  # fmt: skip
-_STRUCTURE = entries(
-    {"blocks": _KEPT, "groups": named(_KEPT), "share": number},
-    { "experts": named(
-            entries(
-                {"removed": many(count), "merged": many(row(count, count))},
-                {"scores": many(number), "underserved": many(count), "unprotected": many(count)},
+_STRUCTURE = object_with(
+    {"blocks": _KEPT, "groups": object_of(_KEPT), "share": number},
+    { "experts": object_of(
+            object_with(
+                {"removed": list_of(count), "merged": list_of(row_of(count, count))},
+                {
+                    "scores": list_of(number), "underserved": list_of(count),
+                    "unprotected": list_of(count),
+                },
             )
         ),
-        "candidates": many(
-            entries({"loss": number, "share": number, "blocks": count, "groups": named(count)})
+        "rounded": object_of(text),
+        "candidates": list_of(
+            object_with(
+                {"loss": number, "share": number, "blocks": count, "groups": object_of(count)}
+            )
         ),
     },
 )  # fmt: skip
-_ROUTED = entries({"tokens": named(many(count)), "weights": named(many(number))})
-_SOURCE = entries({"name": text, "share": number, "samples": count})
-_TRAINING = entries(
-    {"tokens": count, "held_back": many(row(count, number)), "losses": many(number)},
+_ROUTED = object_with({"tokens": object_of(list_of(count)), "weights": object_of(list_of(number))})
+_SOURCE = object_with({"name": text, "share": number, "samples": count})
+_TRAINING = object_with(
+    {"tokens": count, "held_back": list_of(row_of(count, number)), "losses": list_of(number)},
     {"best": count, "diverged": optional(count)},
 )
-_RECOVERY = entries(
+_TIMELINE = object_with(
     {},
     {
-        "training": _TRAINING, "options": entries({"kind": text}),
-        "parameters_before": count, "rate": number, "dense_loss": optional(number), "zeros": count,
-        "scores": _SCORES, "earlier": named(anything), "seconds": amount,
+        "phases": list_of(row_of(text, amount)), "memory": list_of(row_of(amount, amount)),
+        "end": amount,
     },
 )  # fmt: skip
 
-_REPORT = entries(
+_RECOVERY = object_with(
+    {},
+    {
+        "training": _TRAINING, "options": object_with({"kind": text}),
+        "parameters_before": count, "rate": number, "dense_loss": optional(number), "zeros": count,
+        "scores": _SCORES, "timeline": _TIMELINE, "earlier": object_of(anything),
+        "seconds": amount,
+    },
+)  # fmt: skip
+
+_REPORT = object_with(
     {
         "schema": count, "options": _OPTIONS,
-        "model": entries({}, {"reference": text, "type": text, "adapter": text}),
-        "calibration": entries(
-            {}, {"source": text, "shape": many(count), "sources": many(_SOURCE)}
+        "model": object_with({}, {"reference": text, "type": text, "adapter": text}),
+        "calibration": object_with(
+            {}, {"source": text, "shape": list_of(count), "sources": list_of(_SOURCE)}
         ),
-        "scores": _SCORES, "seconds": amount, "peak_memory_bytes": named(amount),
-        "sites": many(_SITE), "skipped": many(text), "problems": many(text), "created": text,
-        "versions": named(text), "files": either(named(text), many(text)),
-        "ranks": many(entries({"tokens": count, "solves": count, "solve_seconds": amount})),
+        "scores": _SCORES, "seconds": amount, "peak_memory_bytes": object_of(amount),
+        "sites": list_of(_SITE), "skipped": list_of(text), "problems": list_of(text),
+        "created": text, "versions": object_of(text),
+        "files": either(object_of(text), list_of(text)),
+        "ranks": list_of(object_with({"tokens": count, "solves": count, "solve_seconds": amount})),
     },
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
-        "routing": named(_ROUTED), "reapplied": named(anything), "earlier": named(anything),
-        "timeline": entries(
-            {},
-            {
-                "phases": many(row(text, amount)), "memory": many(row(amount, amount)),
-                "end": amount,
-            },
-        ),
+        "routing": object_of(_ROUTED), "reapplied": object_of(anything),
+        "earlier": object_of(anything), "timeline": _TIMELINE,
     },
 )  # fmt: skip
 
 
-def fault_of(record: Mapping[str, Any]) -> str:
-    """The first fault of a report, such as ``sites[0].zeros is no count``; empty without one."""
+def first_problem(record: Mapping[str, Any]) -> str:
+    """The first problem of a report, such as ``sites[0].zeros is no count``; empty if none."""
     return _REPORT(dict(record)).removeprefix(".")

@@ -1,7 +1,7 @@
 """The staging folder of a run: beside the output, with a lock and the partial output.
 
-For the output ``NAME`` it is ``.NAME.apt``. No other user can write in it, and it has no links. It
-is deleted once the output is complete.
+For the output ``NAME`` its name is ``.NAME.apt``. No other user can write in it, and it contains no
+links. It is deleted when the output is complete.
 """
 
 import os
@@ -23,7 +23,7 @@ from apt.files.locking import locked
 from apt.files.renaming import exchange, rename_new
 from apt.files.writing import check_file
 from apt.output.location import cannot_write, check_replaceable, staging_folder
-from apt.output.report import listed_files, read_report
+from apt.output.report import listed_files, read_report, report_beside
 
 _JOURNAL, _FINISHED = "journal.jsonl", "finished"
 
@@ -38,9 +38,9 @@ class Staging:
     Attributes:
         output: the real path of the output directory.
         name: the path of the output directory as the user gave it.
-        folder: its path.
+        folder: the path of the staging folder.
         out: the partial output, which becomes the output directory at the end.
-        scratch: a folder for what no later run uses.
+        scratch: a folder for files that no later run uses.
         journal: the journal of a run that can be resumed.
     """
 
@@ -48,7 +48,7 @@ class Staging:
         self.name, self.overwrite = output, overwrite
         self.output, self.folder = Path(os.path.realpath(output)), staging_folder(output)
         self.out, self._old = self.folder / "out", self.folder / "old"
-        self._former = self.folder / "former"  # ``out`` for a moment, while another replaces it
+        self._former = self.folder / "former"  # ``out`` while another folder replaces it
         self.scratch = self.folder / "scratch"
         self.journal = Journal(
             self.folder / _JOURNAL, f"the interrupted run of {output}",
@@ -71,12 +71,12 @@ class Staging:
             try:
                 yield
             finally:
-                unused = self.scratch if self.worth_keeping else self.folder
-                shutil.rmtree(unused, ignore_errors=True)
+                discarded = self.scratch if self.worth_keeping else self.folder
+                shutil.rmtree(discarded, ignore_errors=True)
 
     @property
     def worth_keeping(self) -> bool:
-        """True if there is work to resume from, or a result that was not moved."""
+        """True if there is work to resume from, or a complete result that was not published."""
         return self.journal.has_work or self.complete
 
     @property
@@ -88,8 +88,8 @@ class Staging:
         """Start a new output, or continue an interrupted run.
 
         Args:
-            inputs: what the run depends on, if it can be resumed.
-            resume: True to continue from the work of an interrupted run, if there is any.
+            inputs: all inputs of a run that can be resumed; None for other runs.
+            resume: True to continue an interrupted run, if there is one.
 
         Returns:
             True if an interrupted run is continued.
@@ -127,48 +127,48 @@ class Staging:
         return folder
 
     def replace_out(self, folder: Path) -> None:
-        """Publish another folder than ``out``, from `fresh`, when it is complete.
+        """Put a complete folder, made by `fresh`, in the place of ``out``.
 
-        At every moment one of the two is at ``out``, or is put back there by the next run.
+        At every moment one of the two folders is at ``out``, or the next run puts it back there.
         """
         self._finish(folder)
         exchange(folder, self.out, self._former)
         shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> None:
-        """Publish the output of a run that can be resumed, unless that has been done."""
-        done = self.done
-        if done == self.output:
+        """Publish the output of a run that can be resumed, unless it is already published."""
+        finished = self.finished_output
+        if finished == self.output:
             self._remove()
             return
-        if done is None:
+        if finished is None:
             self._finish(self.out)
         self.publish()
 
     def _finish(self, directory: Path) -> None:
-        """Record a complete output, by the hash of its report, which has those of its files."""
+        """Record a complete output by the hash of its report, which has the hashes of its files."""
         self.journal.add({_FINISHED: sha256(directory / REPORT)}, directory)
 
     @property
-    def done(self) -> Path | None:
+    def finished_output(self) -> Path | None:
         """The complete output of the interrupted run, published or not; None if there is none."""
         return next(filter(self._is_finished, (self.output, self.out)), None)
 
     def _is_finished(self, directory: Path) -> bool:
-        known = self.journal.values(_FINISHED)
-        if not known or not (directory / REPORT).is_file():
+        hashes = self.journal.values(_FINISHED)
+        if not hashes or not (directory / REPORT).is_file():
             return False
-        if sha256(directory / REPORT) != known[-1]:
+        if sha256(directory / REPORT) != hashes[-1]:
             return False
-        listed, without = listed_files(read_report(directory) or {}), [REPORT, CARD]
-        return file_hashes(directory, without) == {k: v for k, v in listed.items() if k != CARD}
+        listed, unlisted = listed_files(read_report(directory) or {}), [REPORT, CARD]
+        return file_hashes(directory, unlisted) == {k: v for k, v in listed.items() if k != CARD}
 
     def publish(self) -> None:
         """Move the output to its place, and delete the staging folder.
 
         Raises:
             AptError: a file that may not be replaced was created there. The output is then moved
-                to a free name beside it, which is in the message.
+                to a free name beside its place; the message has this name.
         """
         with write_errors(self.name):
             flush(self.out)
@@ -205,7 +205,7 @@ class Staging:
     def _remove(self) -> None:
         """Delete the folder.
 
-        What cannot be deleted does no harm to a published output. A file system of a network keeps
+        Files that cannot be deleted do no harm to a published output. A network file system keeps
         the lock in the folder until it is closed, see `_locked`.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -218,8 +218,37 @@ class Staging:
                     raise self.journal.damaged(f"{path} is a link")
 
 
+class FileStaging(Staging):
+    """The staging folder of a run whose output is a file, with its report beside it."""
+
+    def publish(self) -> None:
+        """Move the file to its place, and then its report; delete the staging folder.
+
+        Raises:
+            AptError: a file that may not be replaced was created there. The result then stays in
+                the staging folder, which is in the message.
+        """
+        hint = f"the result is complete, in {self.out}"
+        places = {self.output.name: self.output, REPORT: report_beside(self.output)}
+        set_permissions(self.out)
+        for path in places.values():
+            try:
+                check_file(path, overwrite=self.overwrite)
+            except AptError as error:
+                raise AptError(f"{error.message}, and was not replaced", hint) from error
+        with write_errors(self.name, hint):
+            flush(self.out)
+            for name, path in places.items():
+                if self.overwrite:
+                    (self.out / name).replace(path)
+                else:
+                    rename_new(self.out / name, path)
+            flush_folder(self.output.parent)
+        self._remove()
+
+
 def _put_back(aside: Path, place: Path) -> None:
-    """Put back a folder that an earlier run had moved aside when it was killed; or delete it."""
+    """Put back a folder that a killed run had moved aside, or delete it if its place is taken."""
     if aside.is_dir() and not os.path.lexists(place):
         aside.rename(place)
     shutil.rmtree(aside, ignore_errors=True)
@@ -240,19 +269,19 @@ def _locked(work: Staging) -> Iterator[None]:
             if lock is None:
                 raise AptError(f"another run is writing {work.name}", "wait for it")
             if not _is_at(lock, place):
-                continue  # its last holder deleted it in the meantime
+                continue  # the previous run has deleted it in the meantime
             try:
                 yield
                 return
             finally:
-                lock.close()  # until then, NFS keeps an open file in its folder as .nfsXXXX
-                with suppress(OSError):  # it is not empty: it is kept, or of another run by now
+                lock.close()  # NFS keeps a deleted open file as .nfsXXXX until it is closed
+                with suppress(OSError):  # it is not empty: it is kept, or another run uses it
                     work.folder.rmdir()
 
 
 @contextmanager
 def _removing_new_parents(folder: Path) -> Iterator[None]:
-    """Delete, at the end, the parent folders that were created in the meantime and are empty."""
+    """While entered, parent folders may be created. At the end the empty ones are deleted."""
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         yield
@@ -273,7 +302,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _is_at(lock: IO[str], path: Path) -> bool:
-    """True if the open file is still the one at ``path``."""
+    """True if the open file is still at ``path``."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), path.lstat())
     except OSError:
@@ -281,8 +310,8 @@ def _is_at(lock: IO[str], path: Path) -> bool:
 
 
 @contextmanager
-def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Staging]:
-    """A staging folder: ``out`` in it is published at the end, or deleted after an error.
+def staged_directory(output: Path, overwrite: bool = False) -> Iterator[Staging]:
+    """A staging folder. Its ``out`` is published at the end, or deleted after an error.
 
     Raises:
         AptError: see `Staging`.
@@ -295,8 +324,8 @@ def whole_directory(output: Path, overwrite: bool = False) -> Iterator[Staging]:
 
 
 @contextmanager
-def whole_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """The path of a file to create, which becomes the output at the end in one step.
+def staged_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """The path of a file to create. At the end the file becomes the output in one step.
 
     Args:
         output: the file; `apt.files.writing.check_file` has checked its place.
@@ -329,7 +358,7 @@ def write_errors(output: Path, hint: str = "", options: Iterable[str] = ()) -> I
 
 
 def set_permissions(partial: Path) -> None:
-    """Set the default permissions: private folders and safetensors files have others."""
+    """Set the default permissions: private folders and safetensors files have other ones."""
     mask = os.umask(0)
     os.umask(mask)
     partial.chmod(0o777 & ~mask)

@@ -1,7 +1,7 @@
 """Dense checkpoints of integers in the format ``pack-quantized`` of compressed-tensors.
 
 vLLM and transformers open them (W4A16 and W8A16). The package compressed-tensors is not needed to
-write them. Zeros stay zeros, but take as many bits as all other integers.
+write them. Zeros stay zeros, but need as many bits as other integers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -78,11 +78,11 @@ def _check_group(shards: Shards, modules: Mapping[str, str], group: ScaleGroup) 
     if group == "row":
         return
     widths = {shards.entries[name].shape[1] for name in modules}
-    if wrong := sorted(width for width in widths if width % group):
-        fitting = next((g for g in (128, 64) if not any(w % g for w in widths)), None)
-        advice = f"use {fitting}" if fitting else "use the format apt"
+    if unfitting := sorted(width for width in widths if width % group):
+        divisor = next((g for g in (128, 64) if not any(w % g for w in widths)), None)
+        advice = f"use {divisor}" if divisor else "use the format apt"
         raise AptError(
-            f"group {group} does not divide matrices of {wrong[0]} columns, which "
+            f"group {group} does not divide matrices of {unfitting[0]} columns, which "
             "compressed-tensors needs",
             advice,
             ("scale_group",),
@@ -94,13 +94,13 @@ def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Te
         return nearest_integers(tensor, rounding.kind, rounding.scale_group)
     exact = exact_integers(tensor, rounding.kind, rounding.scale_group)
     if exact is None:
-        said = f"{name} does not consist of integers times scales"
-        raise AptError(said, "round it", ("quantize",))
+        message = f"{name} does not consist of integers times scales"
+        raise AptError(message, "round it", ("quantize",))
     return exact
 
 
 def packed(integers: Tensor, bits: int) -> Tensor:
-    """Integers (out, in) of 4 or 8 bits, made positive, in int32 (out, words), lowest first."""
+    """Integers (out, in) of 4 or 8 bits plus an offset, in int32 (out, words), lowest first."""
     values = (integers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     padded: Tensor = nn.functional.pad(values, (0, -values.shape[1] % (32 // bits)))
     if bits == 4:
@@ -161,9 +161,11 @@ def _verified(
         integers, scales = _integers(name, original, rounding)
         stem = name.removesuffix("weight")
         words = written.read(f"{stem}{_PACKED}")
-        back = unpacked(words, BITS[rounding.kind], original.shape[1])
-        same = torch.equal(back, integers) and torch.equal(written.read(f"{stem}{_SCALE}"), scales)
+        integers_read = unpacked(words, BITS[rounding.kind], original.shape[1])
+        equal = torch.equal(integers_read, integers) and torch.equal(
+            written.read(f"{stem}{_SCALE}"), scales
+        )
         values = dequantized(integers, scales)
-        if not same or (rounding.exact and not torch.equal(values, original)):
+        if not equal or (rounding.exact and not torch.equal(values, original)):
             raise RuntimeError(f"{name} was not written exactly")
         yield values, original

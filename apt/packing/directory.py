@@ -1,10 +1,10 @@
 """Directories of packed checkpoints: written, checked and unpacked, file by file.
 
 ``config.json`` describes the packed matrices under ``quantization_config``, where transformers
-looks for the way in which weights are stored. All other tensors and files are those of the
-checkpoint. The files of the weights have other names than those of transformers, which would take
-them for the weights of the model; beside them lies the code that opens them where APT is not
-installed. docs/packed-format.md specifies the format.
+looks for the format of the weights. All other tensors and files are the same as in the checkpoint.
+The files of weights have other names than in plain checkpoints, so that transformers does not load
+them as plain weights. The directory also has the code that opens the model without APT.
+docs/packed-format.md specifies the format.
 """
 
 import json
@@ -49,23 +49,24 @@ _CODE = {
     "matrix": "apt_packed_matrix",
     "remote_code": "apt_packed",
 }
-"""The modules of `apt.runtime` that are copied beside the weights, with their names there."""
+"""The modules of `apt.runtime` that are copied into the directory, with the names of the copies."""
 OWN_CODE_FILE = f"{_CODE['remote_code']}.py"
 """The file of the class that `apt.runtime.entries.OWN_CODE` names."""
 _AUTO_MAP = "auto_map"
 Change = Callable[[str, Tensor], dict[str, Tensor]]
-"""A function from a tensor and its name to the tensors that take its place."""
+"""A function from the name of a tensor and the tensor to the tensors that replace it."""
 _MODEL, _PACKED = "model", SINGLE_PACKED.partition(".")[0]
-"""The beginnings of the names of files of weights."""
+"""The stems of the names of files of weights."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What packing made of a checkpoint.
+    """The sizes of a packed checkpoint.
 
     Attributes:
-        dense_bytes, packed_bytes: the bytes of their tensors before and after.
-        bound_bytes: the least bytes: the entropy of the masks, the values and the scales.
+        matrices: the number of packed matrices.
+        dense_bytes, packed_bytes: the bytes of the tensors of these matrices before and after.
+        bound_bytes: the lower bound: the entropy of the masks, the values and the scales.
         total_bytes: the bytes of all tensors of the packed checkpoint.
         relative_error: the squared rounding errors of the packed matrices, relative to the squares
             of their weights; 0 without rounding.
@@ -86,8 +87,8 @@ class Rounding:
     Args:
         kind: ``int8`` or ``int4``.
         scale_group: the number of columns that share a scale, or a whole row.
-        exact: True to use integers only for matrices that consist of integers times scales, which
-            `apt.PruneOptions.quantize` makes; all others keep their values.
+        exact: True to use integers only for matrices that consist of integers times scales, as
+            `apt.PruneOptions.quantize` makes them; all other matrices keep their values.
     """
 
     kind: str
@@ -96,18 +97,19 @@ class Rounding:
 
 
 def linear_tensors(skeleton: Opened, layout: Layout, *, blocks: bool = False) -> dict[str, str]:
-    """The Linear modules by the tensors of their weights.
+    """The names of the Linear modules by the tensors of their weights.
 
-    Left out are modules that share their weight with an embedding, since only dense weights can be
-    tied, and those of a class that does more than multiply, such as Llama 4's router.
+    Two kinds of modules are left out: modules that share their weight with an embedding, since only
+    dense weights can be tied, and modules of subclasses with another forward, such as Llama 4's
+    router.
 
     Args:
         skeleton: the model, without weights.
         layout: the tensors of its parameters.
         blocks: True to leave out modules outside the blocks, such as the language-model head.
     """
-    inside = tuple(f"{name}." for name, _ in skeleton.adapter.blocks(skeleton.module))
-    shared = Counter(
+    prefixes = tuple(f"{name}." for name, _ in skeleton.adapter.blocks(skeleton.module))
+    users = Counter(
         map(id, dict(skeleton.module.named_parameters(remove_duplicate=False)).values())
     )
     return {
@@ -117,13 +119,13 @@ def linear_tensors(skeleton: Opened, layout: Layout, *, blocks: bool = False) ->
         if isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and [piece.whole for piece in pieces] == [True]
-        and shared[id(module.weight)] == 1
-        and (not blocks or name.startswith(inside))
+        and users[id(module.weight)] == 1
+        and (not blocks or name.startswith(prefixes))
     }
 
 
 def expert_tensors(skeleton: Opened, layout: Layout) -> set[str]:
-    """The tensors of stacked experts: that of each expert, or the stack as it is."""
+    """The stored tensors of stacked experts: one for each expert, or one for the stack."""
     stacks = {
         f"{name}.{site.parameter}"
         for name, block in skeleton.adapter.blocks(skeleton.module)
@@ -136,7 +138,7 @@ def expert_tensors(skeleton: Opened, layout: Layout) -> set[str]:
 def pack(
     directory: Path, names: Collection[str], target: Path, rounding: Rounding | None = None
 ) -> Packed:
-    """Write a checkpoint without the zeros of some matrices, where that needs fewer bytes.
+    """Write a checkpoint in which matrices are packed if that needs fewer bytes.
 
     Args:
         target: an empty directory.
@@ -148,8 +150,8 @@ def pack(
     config = read_config(directory)
     if not names:
         owners = "a torch.nn.Linear module of its own, or to stacked experts"
-        fault = f"no weight of {directory} belongs to {owners}"
-        raise AptError(fault, "other modules, such as Conv1D, cannot be packed")
+        message = f"no weight of {directory} belongs to {owners}"
+        raise AptError(message, "other modules, such as Conv1D, cannot be packed")
     shards, entries = Shards(directory), dict[str, Entry]()
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -168,15 +170,17 @@ def pack(
 
     rewrite(shards, target, packed, _PACKED, described)
     if not entries:
-        fault = f"no matrix of {directory} has so many zeros that packing makes it smaller"
-        raise AptError(fault, "name a pruned model")
+        message = f"no matrix of {directory} has so many zeros that packing makes it smaller"
+        raise AptError(message, "name a pruned model")
     weights = SINGLE_PACKED if len(shards.files) == 1 else INDEX_PACKED
     stacks = any(len(entry.shape) > 2 for entry in entries.values())
     version = WITH_STACKS if stacks else VERSION
-    about = {"quant_method": METHOD, "version": version, "weights": weights}
-    code = {} if config.get(_AUTO_MAP) else {_AUTO_MAP: OWN_CODE}  # a model may have its own
-    finish(directory, target, {**config, **code, KEY: {**about, "matrices": described()}})
-    if code:
+    description = {"quant_method": METHOD, "version": version, "weights": weights}
+    code_entry = {} if config.get(_AUTO_MAP) else {_AUTO_MAP: OWN_CODE}  # a model may have its own
+    finish(
+        directory, target, {**config, **code_entry, KEY: {**description, "matrices": described()}}
+    )
+    if code_entry:
         _write_code(target)
     error = relative_error(_verified(shards, PackedShards(target), entries, rounding))
     sizes = {name: entry.size for name, entry in stored_tensors(target).entries.items()}
@@ -187,12 +191,12 @@ def pack(
 
 
 def _encoded(tensor: Tensor, rounding: Rounding | None) -> tuple[Entry, Parts]:
-    """A matrix, or a stack as one matrix of all its rows."""
-    matrix, found = tensor.flatten(0, -2), None
+    """A packed matrix; a stack is packed as one matrix of all its rows."""
+    matrix, rounded = tensor.flatten(0, -2), None
     if rounding is not None:
-        encoded = encode_integers if rounding.exact else encode_rounded
-        found = encoded(matrix, rounding.kind, rounding.scale_group)
-    entry, parts = found or encode(matrix)
+        encode_function = encode_integers if rounding.exact else encode_rounded
+        rounded = encode_function(matrix, rounding.kind, rounding.scale_group)
+    entry, parts = rounded or encode(matrix)
     return replace(entry, shape=tuple(tensor.shape)), parts
 
 
@@ -203,9 +207,9 @@ def unpack(directory: Path, target: Path) -> int:
     shards.check()
 
     rewrite(shards, target, lambda name, tensor: {name: tensor}, _MODEL)
-    without = [KEY, *([_AUTO_MAP] if config.get(_AUTO_MAP) == OWN_CODE else [])]
-    plain = {key: value for key, value in config.items() if key not in without}
-    finish(directory, target, plain, [f"{name}.py" for name in _CODE.values()])
+    dropped = [KEY, *([_AUTO_MAP] if config.get(_AUTO_MAP) == OWN_CODE else [])]
+    dense_config = {key: value for key, value in config.items() if key not in dropped}
+    finish(directory, target, dense_config, [f"{name}.py" for name in _CODE.values()])
     written = Shards(target)
     for name in entries:
         if not _same(written.read(name), shards.read(name)):
@@ -214,28 +218,28 @@ def unpack(directory: Path, target: Path) -> int:
 
 
 class PackedShards(Shards):
-    """The tensors of a packed directory as those of the plain checkpoint: matrices have zeros."""
+    """The tensors of a packed directory, expanded to the tensors of the plain checkpoint."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, SINGLE_PACKED, INDEX_PACKED)
         self._stored = stored_tensors(directory)
         self._matrices = read_entries(directory)
         if missing := missing_parts(self.entries, self._matrices):
-            fault = f"{directory} lacks {missing[0]}, which its config.json describes"
-            raise AptError(fault, "is the checkpoint complete?")
+            message = f"{directory} lacks {missing[0]}, which its config.json describes"
+            raise AptError(message, "is the checkpoint complete?")
         for name, entry in self._matrices.items():
-            places = [self.entries.pop(f"{name}_{part}", None) for part in PARTS]
-            place = next(place for place in places if place is not None)
-            self.entries[name] = replace(place, dtype=FLOATS[entry.dtype], shape=entry.shape)
+            parts_on_disk = [self.entries.pop(f"{name}_{part}", None) for part in PARTS]
+            first_part = next(first_part for first_part in parts_on_disk if first_part is not None)
+            self.entries[name] = replace(first_part, dtype=FLOATS[entry.dtype], shape=entry.shape)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor, or expand a matrix (out, in); raises `AptError` if it is damaged."""
         if name not in self._matrices:
             return super().read(name)
         parts = {part: f"{name}_{part}" for part in PARTS}
-        given = {part: self._stored.read(k) for part, k in parts.items() if k in self._stored}
+        stored = {part: self._stored.read(k) for part, k in parts.items() if k in self._stored}
         try:
-            return decode(self._matrices[name], given)
+            return decode(self._matrices[name], stored)
         except (KeyError, ValueError) as error:
             raise AptError(
                 f"{name} is damaged: {first_line(error)}", "pack the model again"
@@ -248,7 +252,7 @@ class PackedShards(Shards):
 
 
 def stored_tensors(directory: Path) -> Shards:
-    """The tensors of a packed directory as they are stored."""
+    """The tensors of a packed directory in their packed form."""
     return Shards(directory, SINGLE_PACKED, INDEX_PACKED)
 
 
@@ -264,20 +268,21 @@ def rewrite(
     Args:
         change: called with each tensor.
         stem: the beginning of the names of the files.
-        described: the descriptions of the packed matrices so far, for files with checksums.
+        described: returns the descriptions of the matrices packed so far, for files with checksums;
+            None for files without checksums.
     """
 
     def parts() -> Iterator[tuple[Parts, dict[str, str] | None]]:
         for path in shards.files:
-            made: Parts = {}
+            tensors: Parts = {}
             for name, entry in shards.entries.items():
                 if entry.file == path:
-                    made |= change(name, shards.read(name))
+                    tensors |= change(name, shards.read(name))
             with safe_open(path, "pt") as file:
                 metadata = {k: v for k, v in (file.metadata() or {}).items() if k != CHECKSUMS}
             if described is not None:
-                metadata[CHECKSUMS] = checksums(made, described())
-            yield made, metadata or None
+                metadata[CHECKSUMS] = checksums(tensors, described())
+            yield tensors, metadata or None
 
     write_files(target, parts(), len(shards.files), stem, shards.about)
 
@@ -285,44 +290,44 @@ def rewrite(
 def finish(
     directory: Path, target: Path, config: Mapping[str, Any], without: Collection[str] = ()
 ) -> None:
-    """Copy all files beside the weights but some, and write the configuration."""
-    copied = (path for path in side_files(directory) if path.name not in without)
-    copy_files(copied, directory, target)
+    """Copy the side files except those named in ``without``, and write the configuration."""
+    files = (path for path in side_files(directory) if path.name not in without)
+    copy_files(files, directory, target)
     text = json.dumps(config, indent=2) + "\n"
     (target / _CONFIG).write_text(text, encoding="utf-8")
     synchronise(target / _CONFIG)
 
 
 def _write_code(target: Path) -> None:
-    """Copy the modules that open the model where APT is not installed."""
+    """Copy the modules that open the model without APT."""
     for module, name in _CODE.items():
         text = resources.files(runtime).joinpath(f"{module}.py").read_text(encoding="utf-8")
-        for other, there in _CODE.items():
-            text = text.replace(f"from apt.runtime.{other} import", f"from .{there} import")
+        for other, copy_name in _CODE.items():
+            text = text.replace(f"from apt.runtime.{other} import", f"from .{copy_name} import")
         (target / f"{name}.py").write_text(text, encoding="utf-8")
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The squared errors relative to the original squares, in fp64: 1e30² is beyond fp32."""
-    lost = whole = 0.0
+    error = norm = 0.0
     for matrix, original in pairs:
-        lost += float((matrix.double() - original.double()).square().sum())
-        whole += float(original.double().square().sum())
-    return lost / whole if whole else 0.0
+        error += float((matrix.double() - original.double()).square().sum())
+        norm += float(original.double().square().sum())
+    return error / norm if norm else 0.0
 
 
 def _verified(
     shards: Shards, written: PackedShards, entries: Mapping[str, Entry], rounding: Rounding | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each matrix on disk, and the original that it must fit.
+    """Each matrix on disk and its original, after a check.
 
-    Without rounding they are equal byte for byte, but for negative zeros. With rounding the matrix
-    on disk is the one that was computed, and has the same zeros or more.
+    Without rounding, the two must be equal byte for byte, except for negative zeros. With rounding,
+    the matrix on disk must be the rounded original.
     """
     for name in entries:
         matrix = written.read(name)
         original = shards.read(name)
-        original.masked_fill_(original == 0, 0)  # which makes negative zeros positive
+        original.masked_fill_(original == 0, 0)  # makes negative zeros positive
         lossless = rounding is None or rounding.exact
         expected = original if lossless else decode(*_encoded(original, rounding))
         if not _same(matrix, expected):

@@ -1,13 +1,12 @@
-"""Patterns: the zeros that a weight must have, and the selection of masks that have them.
+"""Patterns: the required zeros of a weight, and the selection of masks.
 
-A pattern answers all questions that the rest of APT has about it (`SitePattern`, `Pattern`). So a
-kind of pattern is one class, and comes from any package through the hook ``apt_patterns``.
+A pattern answers all questions of other packages about it (`SitePattern`, `Pattern`). So a kind of
+pattern is one class. Any package can add a kind through the hook ``apt_patterns``.
 """
 
 from apt.patterns.column_groups import ColumnGroups
-from apt.patterns.kinds import NM, MixedNM, Unstructured
-from apt.patterns.protocol import Granularity, Pattern, SitePattern
-from apt.patterns.reading import keeps_all, lowest, meets, parse_pattern, read
+from apt.patterns.kinds import NM, MixedNM, Unstructured, parse_pattern, read
+from apt.patterns.protocol import Granularity, Pattern, SitePattern, keeps_all, lowest, meets
 from apt.patterns.selection import lowest_k
 from apt.patterns.target_form import COLUMNS, IntegerGrid, ScaleGroup, TargetForm
 

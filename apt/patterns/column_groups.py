@@ -23,7 +23,7 @@ class ColumnGroups(SitePattern):
 
     Raises:
         ValueError: nothing is kept, the bins cannot be equal, or ``chosen`` are not ``count −
-            kept`` different groups, as many from each bin.
+            kept`` different groups with the same number in each bin.
     """
 
     structured = True
@@ -40,14 +40,16 @@ class ColumnGroups(SitePattern):
         if self.count % self.bins or self.kept % self.bins:
             raise ValueError(f"{self.kept} of {self.count} groups in {self.bins} unequal bins")
         if self.chosen is not None and not self._fits(self.chosen):
-            each = f", {self.removed // self.bins} in each bin" if self.bins > 1 else ""
-            raise ValueError(f"{self} needs {self.removed} removed groups{each}, not {self.chosen}")
+            per_bin = f", {self.removed // self.bins} in each bin" if self.bins > 1 else ""
+            raise ValueError(
+                f"{self} needs {self.removed} removed groups{per_bin}, not {self.chosen}"
+            )
 
     def _fits(self, chosen: tuple[int, ...]) -> bool:
         """True if the same number of different groups is chosen from every bin."""
-        size, each = self.count // self.bins, self.removed // self.bins
+        size, per_bin = self.count // self.bins, self.removed // self.bins
         bins = sorted(group // size for group in set(chosen))
-        return len(chosen) == self.removed and bins == sorted([*range(self.bins)] * each)
+        return len(chosen) == self.removed and bins == sorted([*range(self.bins)] * per_bin)
 
     def __str__(self) -> str:
         return f"{self.kept} of {self.count} groups" if self.removed else "dense"
@@ -75,10 +77,10 @@ class ColumnGroups(SitePattern):
 
     def lowest(self, scores: Tensor) -> Tensor:
         """The mask (count,) of the removed groups: those of the lowest ``scores`` in each bin."""
-        each = self.removed // self.bins
-        order = scores.view(self.bins, -1).argsort(dim=1, stable=True)[:, :each]
-        first = torch.arange(self.bins, device=order.device) * (self.count // self.bins)
-        return self.mask((order + first.unsqueeze(1)).flatten())
+        per_bin = self.removed // self.bins
+        order = scores.view(self.bins, -1).argsort(dim=1, stable=True)[:, :per_bin]
+        bin_starts = torch.arange(self.bins, device=order.device) * (self.count // self.bins)
+        return self.mask((order + bin_starts.unsqueeze(1)).flatten())
 
     def zeros(self, weight: Tensor) -> Tensor:
         """The mask (count,) of the groups whose columns of ``weight`` (out, in) are all zero."""
@@ -90,15 +92,15 @@ class ColumnGroups(SitePattern):
         return shape[0] * shape[1] // self.count * self.removed
 
     def shortfall(self, weight: Tensor) -> str:
-        """The number of groups, if some bin of ``weight`` (out, in) has too few of zeros."""
-        fault = f"too few of its {self.count} groups are zero: {self} are kept"
+        """A message if some bin of ``weight`` (out, in) has too few groups of zeros."""
+        message = f"too few of its {self.count} groups are zero: {self} are kept"
         if weight.shape[1] % self.count:
-            return fault
+            return message
         empty = self.zeros(weight).view(self.bins, -1).sum(1)
-        return "" if bool((empty >= self.removed // self.bins).all()) else fault
+        return "" if bool((empty >= self.removed // self.bins).all()) else message
 
     def surplus(self, weight: Tensor, dense: Tensor) -> int:
         """The number of groups that are zero beyond the pattern, but not in ``dense``."""
-        gone = self.zeros(weight) & ~self.zeros(dense)
-        counts = gone.view(self.bins, -1).sum(1)
+        new_zeros = self.zeros(weight) & ~self.zeros(dense)
+        counts = new_zeros.view(self.bins, -1).sum(1)
         return int((counts - self.removed // self.bins).clamp_min(0).sum())

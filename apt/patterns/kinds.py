@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -18,7 +18,7 @@ class Unstructured(Pattern):
     """A share of the weights is pruned, at any position.
 
     Args:
-        sparsity: the share of weights pruned, below 1. 0 keeps the zeros that are there.
+        sparsity: the share of weights pruned, below 1. 0 keeps the zeros of the dense weight.
         per: the unit over which the share is counted, each output row or the whole layer;
             None leaves the choice to the method.
     """
@@ -70,13 +70,13 @@ class Unstructured(Pattern):
         return rows * self.count(columns) if self.per == "row" else self.count(rows * columns)
 
     def zero_counts(self, zeros: Tensor) -> tuple[Tensor, int]:
-        """The ones of a mask in each row, or in the layer, and the number due there."""
+        """The zeros of a mask in each row, or in the layer, and the required number."""
         if self.per == "row":
             return zeros.sum(1), self.count(zeros.shape[1])
         return super().zero_counts(zeros)
 
     def shortfall(self, weight: Tensor) -> str:
-        """The row with the fewest zeros, or the number of all."""
+        """The row with the fewest zeros, or the number of zeros of the layer."""
         counts, needed = self.zero_counts(weight == 0)
         if bool((counts >= needed).all()):
             return ""
@@ -112,7 +112,7 @@ class Unstructured(Pattern):
         return kth_lowest(sample, min(self.count(sample.numel()) + 1, sample.numel()))
 
     def rest(self, shape: tuple[int, int], dead: int) -> Pattern | None:
-        """The share of the weights of live inputs, for the rest of the count."""
+        """The share of the weights of live inputs that completes the count."""
         rows, columns = 1 if self.per == "row" else shape[0], shape[1]
         count, live = self.count(rows * columns) - rows * dead, rows * (columns - dead)
         return replace(self, sparsity=count / live) if 0 < count < live else None
@@ -127,7 +127,7 @@ class Unstructured(Pattern):
         return None
 
     def at(self, sparsity: float) -> Pattern:
-        """A share, whose unit is left to the method."""
+        """A share; the method chooses its unit."""
         return Unstructured(sparsity)
 
     def step(self, shape: tuple[int, int]) -> int:
@@ -135,13 +135,13 @@ class Unstructured(Pattern):
         return shape[0] if self.per == "row" else 1
 
     def with_zeros(self, zeros: int, shape: tuple[int, int]) -> Pattern | None:
-        """The share of so many zeros."""
+        """The share with this number of zeros."""
         return replace(self, sparsity=zeros / (shape[0] * shape[1]))
 
 
 @dataclass(frozen=True)
 class MixedNM(Unstructured):
-    """n:m with an ``n`` of its own for each site; an allocation chooses it before the pruning.
+    """n:m with a separate ``n`` for each site, which an allocation chooses before the pruning.
 
     Args:
         sparsity: the share of weights pruned in all sites together.
@@ -203,7 +203,7 @@ class MixedNM(Unstructured):
         return shape[0] * shape[1] // self.m
 
     def with_zeros(self, zeros: int, shape: tuple[int, int]) -> Pattern | None:
-        """n:m with so many zeros; None without zeros."""
+        """n:m with this number of zeros; None without zeros."""
         pruned = zeros // self.step(shape)
         return NM(self.m - pruned, self.m) if pruned else None
 
@@ -298,3 +298,35 @@ class NM(Pattern):
 
 def _misfit(m: int, shape: tuple[int, int], inputs: str) -> str:
     return f"has {shape[1]} {inputs}, not a multiple of {m}" if shape[1] % m else ""
+
+
+def read(given: object, kinds: Iterable[type[Pattern]], forms: Sequence[str] = ()) -> Pattern:
+    """The pattern ``given``, or the pattern of a text or a number by the first kind that reads it.
+
+    Args:
+        forms: texts of kinds of other packages, for the message.
+
+    Raises:
+        ValueError: no kind reads the text, or it is out of range.
+        TypeError: a kind returns a value that is no pattern.
+    """
+    if isinstance(given, Pattern):
+        return given
+    text = str(given).strip()
+    pattern = next((p for kind in kinds if (p := kind.parse(text)) is not None), None)
+    if pattern is None:
+        others = "".join(f" or {form}" for form in forms)
+        message = f"'{text}' is neither a sparsity such as 0.5 nor a pattern such as 2:4"
+        raise ValueError(message + others)
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"is read as {type(pattern).__name__}, not as an apt.solver.Pattern")
+    return pattern
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read ``0.5``, ``50%``, ``2:4`` or ``auto:8@0.5``, which is `MixedNM`.
+
+    Raises:
+        ValueError: the text has none of these forms, or is out of range.
+    """
+    return read(text, (MixedNM, NM, Unstructured))

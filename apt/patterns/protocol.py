@@ -1,4 +1,4 @@
-"""The protocol of a pattern: what a weight must lose, and all that APT asks about it."""
+"""The protocol of a pattern: the zeros of a weight, and all questions of APT about them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ Granularity = Literal["row", "layer"]
 
 
 class SitePattern(ABC):
-    """What a weight (out, in) loses: single weights (`Pattern`), or groups of its columns.
+    """The zeros of a weight (out, in): single weights (`Pattern`), or groups of its columns.
 
     ``str(pattern)`` is its text in reports and messages.
 
     Attributes:
         kind: the name of its `apt.hookspecs.PatternSpec`; empty for groups of columns.
         structured: True if whole columns are removed, so that the model becomes smaller.
-        unit: what it counts, for messages.
+        unit: the name of the counted things, for messages.
     """
 
     kind: ClassVar[str] = ""
@@ -54,7 +54,7 @@ class SitePattern(ABC):
 
     @property
     def keeps_all(self) -> bool:
-        """True if no weight is removed, and the zeros that are there stay."""
+        """True if no weight is removed; zeros of the dense weight stay."""
         return False
 
     @abstractmethod
@@ -63,7 +63,7 @@ class SitePattern(ABC):
 
     @abstractmethod
     def shortfall(self, weight: Tensor) -> str:
-        """What ``weight`` (out, in) lacks, in words; empty if it has the zeros of the pattern."""
+        """A text about missing zeros of ``weight`` (out, in); empty if it meets the pattern."""
 
     @abstractmethod
     def surplus(self, weight: Tensor, dense: Tensor) -> int:
@@ -90,10 +90,10 @@ class Pattern(SitePattern):
     @classmethod
     @abstractmethod
     def parse(cls, text: str) -> "Pattern | None":
-        """The pattern of a text, such as ``str`` makes; None if the text has another form.
+        """The pattern of a text, as ``str`` returns it; None if the text has another form.
 
         Raises:
-            ValueError: it has this form, but there is no such pattern.
+            ValueError: the text has this form, but there is no such pattern.
         """
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Pattern(SitePattern):
 
         Args:
             per: the unit of a share whose own `per` is None.
-            offset: the index of the first column, if the scores are those of a window of columns.
+            offset: the index of the first column, if the scores belong to a window of columns.
                 The masks of consecutive windows add up to the exact count of the whole.
         """
 
@@ -116,25 +116,25 @@ class Pattern(SitePattern):
     def keep_largest(self, magnitudes: Tensor) -> None:
         """Replace ``magnitudes`` (columns, rows) by 1 where they are kept, else by 0.
 
-        This is the projection of searches that select at every step and need the exact count only
-        at the end: the count may be approximate. Note the transposed layout.
+        The count may be approximate: this is the projection of searches, which select at every step
+        and need the exact count only at the end. Note the transposed layout.
         """
         magnitudes.copy_(~self.smallest(magnitudes.T.contiguous()).T)
 
     def misfit(self, shape: tuple[int, int], inputs: str = "inputs") -> str:
         """Why a weight of ``shape`` (out, in) cannot have the pattern; empty if it can.
 
-        The words continue the name of the weight; ``inputs`` are what its columns are called.
+        The text continues the name of the weight; ``inputs`` is the name of its columns.
         """
         return ""
 
     @property
     def alignment(self) -> int:
-        """The number of columns of which a window of columns must be a multiple."""
+        """Windows of columns must be a multiple of this number of columns."""
         return self.group or 1
 
     def zero_counts(self, zeros: Tensor) -> tuple[Tensor, int]:
-        """The ones of a mask (out, in) in each part with a count of its own, and the number due."""
+        """The zeros of a mask (out, in) in each counted part, and the required number."""
         return zeros.sum().view(1), self.required((zeros.shape[0], zeros.shape[1]))
 
     def surplus(self, weight: Tensor, dense: Tensor) -> int:
@@ -147,10 +147,10 @@ class Pattern(SitePattern):
         return self
 
     def rest(self, shape: tuple[int, int], dead: int) -> "Pattern | None":
-        """The pattern of the other inputs if ``dead`` inputs of a weight (out, in) lose everything.
+        """The pattern of the live inputs if all weights of ``dead`` inputs (out, in) are pruned.
 
-        None if it leaves no choice among the others. The pattern itself if inputs cannot be left
-        out.
+        None if it leaves no choice among the live inputs. The pattern itself if inputs cannot be
+        left out.
         """
         return self
 
@@ -162,17 +162,17 @@ class Pattern(SitePattern):
     def knots(self) -> Sequence[float] | None:
         """The sparsities, from 0 to 1, at which an allocation measures losses.
 
-        Between them losses are interpolated. None if weights are pruned one by one: a loss is then
+        Losses between them are interpolated. None if weights are pruned one by one: a loss is then
         the sum of the lowest scores.
         """
         return [k / 16 for k in range(17)]
 
     def at(self, sparsity: float) -> "Pattern":
-        """The pattern of another sparsity between 0 and 1, or the nearest; a share is uncounted."""
+        """The pattern of another sparsity between 0 and 1, or the nearest; without ``per``."""
         return self
 
     def step(self, shape: tuple[int, int]) -> int:
-        """The number of weights in steps of which a weight (out, in) can lose weights."""
+        """The step of the number of zeros of a weight (out, in)."""
         return 1
 
     def with_zeros(self, zeros: int, shape: tuple[int, int]) -> "Pattern | None":
@@ -181,3 +181,29 @@ class Pattern(SitePattern):
         None if the weight stays dense.
         """
         return self
+
+
+def keeps_all(pattern: SitePattern | None) -> bool:
+    """True for a sparsity of 0: no weight is removed; zeros of the dense weight stay."""
+    return pattern is not None and pattern.keeps_all
+
+
+def lowest(scores: Tensor, pattern: Pattern, per: Granularity = "layer", offset: int = 0) -> Tensor:
+    """The mask (True = pruned) of the lowest ``scores`` (rows, columns) that meets ``pattern``.
+
+    The count is exact even if scores are equal. ``per`` applies to an unstructured pattern whose
+    own ``per`` is None. The masks of consecutive windows of columns, each with its ``offset``, add
+    up to the exact count of the whole.
+
+    Raises:
+        ValueError: the columns are not a multiple of the m of n:m.
+    """
+    return pattern.lowest(scores, per, offset)
+
+
+def meets(weight: Tensor, pattern: SitePattern) -> bool:
+    """True if ``weight`` (out, in) has at least the zeros that ``pattern`` requires.
+
+    An unstructured pattern without ``per`` is counted over the layer.
+    """
+    return not pattern.shortfall(weight)

@@ -38,16 +38,16 @@ def lowest_of_groups(groups: Tensor, kept: int) -> Tensor:
 def _lowest_of_many(scores: Tensor, k: int) -> Tensor:
     """`lowest_k` of one long row, about four times faster: only a bracket of scores is sorted.
 
-    A sample of the scores gives the bracket, which is four standard deviations of the sampled rank
-    wide. If the bracket misses the threshold (for scores in a regular order), all scores are
+    A sample of the scores gives the bracket. Its width is four standard deviations of the sampled
+    rank. If the bracket misses the threshold (for scores in a regular order), all scores are
     sorted.
     """
     sample = scores[:: stride(scores.numel())]
     size = len(sample)
     rank, margin = k / scores.numel() * size, 2 * math.sqrt(size)
     low, high = (
-        kth_lowest(sample, min(max(int(at), 0), size - 1) + 1)
-        for at in (rank - margin, rank + margin + 1)
+        kth_lowest(sample, min(max(int(position), 0), size - 1) + 1)
+        for position in (rank - margin, rank + margin + 1)
     )
     mask = scores < low
     middle = ((scores <= high) & ~mask).nonzero().squeeze(1)
@@ -76,7 +76,7 @@ def kth_lowest(values: Tensor, k: int) -> Tensor:
 def selects_in_numpy(values: Tensor) -> bool:
     """True if numpy selects among ``values``.
 
-    It takes a sixth of the time of torch, which however gives rows to several threads.
+    On one thread it takes a sixth of the time of torch; torch distributes rows over threads.
     """
     if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
         return False

@@ -30,8 +30,8 @@ class IntegerGrid:
 
         It is at most the width, rounded up to a multiple of `COLUMNS`.
         """
-        whole = max(1, math.ceil(width / COLUMNS)) * COLUMNS
-        return whole if self.group == "row" else min(self.group, whole)
+        padded = max(1, math.ceil(width / COLUMNS)) * COLUMNS
+        return padded if self.group == "row" else min(self.group, padded)
 
     @property
     def most(self) -> int:
@@ -41,11 +41,11 @@ class IntegerGrid:
 
 @dataclass(frozen=True)
 class TargetForm:
-    """What a run makes of a weight (out, in).
+    """The pattern and the grid of the result of a run for a weight (out, in).
 
     Attributes:
-        pattern: the weights that become zero.
-        grid: the values that the other weights are rounded to; None for no rounding.
+        pattern: the pattern of zeros.
+        grid: the grid to which kept weights are rounded; None for no rounding.
     """
 
     pattern: SitePattern

@@ -12,15 +12,15 @@ from apt.planning.plan import Plan, PlannedBlock
 def with_permutable(plan: Plan, model: nn.Module, adapter: Adapter, config: Any) -> Plan:
     """The plan with the permutable inputs of its n:m sites.
 
-    A site that stays dense keeps its bytes, so no input changes places if it would have to.
+    A site that stays dense keeps its bytes, so inputs that it shares do not change places.
     """
     modules = dict(adapter.blocks(model))
     blocks = list[PlannedBlock]()
     for planned in plan.blocks:
-        some = any(entry.pattern.group for entry in planned.pruned if entry.pattern)
-        known = adapter.permutable(modules[planned.name], config) if some else ()
-        found = tuple(each for each in known if _serves(each, planned))
-        blocks.append(replace(planned, permutable=found))
+        has_n_m = any(entry.pattern.group for entry in planned.pruned if entry.pattern)
+        available = adapter.permutable(modules[planned.name], config) if has_n_m else ()
+        serving = tuple(permutable for permutable in available if _serves(permutable, planned))
+        blocks.append(replace(planned, permutable=serving))
     return replace(plan, blocks=tuple(blocks))
 
 

@@ -49,12 +49,12 @@ class Selection:
         return self.override(name) or default
 
     def override(self, name: str) -> Pattern | None:
-        """The pattern that an override gives to this site; None if there is none."""
+        """The pattern of the override for this site; None without an override."""
         index = self.deciding(name)
         return None if index is None else read_pattern(self.overrides[index][1])
 
     def deciding(self, name: str) -> int | None:
-        """The index of the override that decides about this site; None if there is none."""
+        """The index of the override for this site, the last one that matches; None without one."""
         matching = [i for i, (glob, _) in enumerate(self.overrides) if _matches(name, [glob])]
         return matching[-1] if matching else None
 
@@ -80,7 +80,7 @@ def _is_override(value: Any) -> bool:
 
 
 def read_pattern(pattern: Pattern | str | float) -> Pattern:
-    """The pattern, or that of a text such as ``"2:4"``; raises `AptError` if there is none."""
+    """The pattern, or the pattern of a text such as ``"2:4"``; raises `AptError` for others."""
     known = registry()
     specs = known.pattern_kinds()
     forms = [spec.form for spec in specs if not known.patterns.is_own(spec)]
@@ -109,7 +109,7 @@ class PlannedSite:
         name: its full name.
         site: the site.
         shape: (out, in).
-        form: what the run makes of its weight; None if the weight stays as it is.
+        form: the target form of its weight; None if the weight does not change.
         fixed: True if an override gives the pattern, which no allocation changes.
     """
 
@@ -135,14 +135,14 @@ class PlannedSite:
         return self.shape[0] * self.shape[1]
 
     def with_pattern(self, pattern: SitePattern | None) -> "PlannedSite":
-        """The site with another pattern and the same grid; it stays as it is for None."""
+        """The site with another pattern and the same grid; None leaves the weight unchanged."""
         form = None if pattern is None else TargetForm(pattern, self.grid)
         return replace(self, form=form)
 
 
 @dataclass(frozen=True)
 class PlannedExtra:
-    """An extra that is to be pruned, with its pattern; its shape is (channels, k)."""
+    """An extra to prune, with its pattern; its shape is (channels, k)."""
 
     name: str
     extra: Extra
@@ -152,7 +152,7 @@ class PlannedExtra:
 
 @dataclass(frozen=True)
 class PlannedGroups:
-    """Groups of which a number is kept; ``chosen`` are removed if it is given."""
+    """Groups of one kind, and the number of kept ones; ``chosen`` are the removed groups."""
 
     groups: Groups
     kept: int
@@ -161,14 +161,14 @@ class PlannedGroups:
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """A block, its sites, and its extras that are to be pruned.
+    """A block, its sites, and its extras to prune.
 
     Attributes:
         name: its full name.
         sites, extras: its sites and extras; none if it is dropped.
         dropped: True if the whole block is removed from the model.
-        groups: the groups that lose some.
-        tied: the names of sites that lose the same groups of columns, the last of which decides.
+        groups: the kinds of groups from which some are removed.
+        tied: the names of sites that lose the same groups of columns; the last site decides.
         permutable: the inputs that change places before the sites are pruned.
     """
 
@@ -182,17 +182,22 @@ class PlannedBlock:
 
     @property
     def disconnected(self) -> list[PlannedGroups]:
-        """The groups without readers that lose some."""
+        """The kinds of groups without readers from which some are removed."""
         return [entry for entry in self.groups if not entry.groups.readers]
 
     @property
     def kept(self) -> dict[str, int]:
-        """The number of groups of each kind that are kept, for the kinds that lose some."""
+        """The number of kept groups of each kind from which some are removed."""
         return {entry.groups.kind: entry.kept for entry in self.groups}
 
     @property
+    def changes(self) -> bool:
+        """True if a weight of the block may change."""
+        return bool(self.pruned or self.groups or self.extras or self.permutable)
+
+    @property
     def pruned(self) -> list[PlannedSite]:
-        """The sites that do not stay dense."""
+        """The sites with a pattern."""
         return [site for site in self.sites if site.pattern is not None]
 
     @property
@@ -202,7 +207,7 @@ class PlannedBlock:
 
     @property
     def targets(self) -> list["PlannedSite | PlannedExtra"]:
-        """The sites and extras that are to be pruned."""
+        """The sites and extras to prune."""
         return [*self.pruned, *self.extras]
 
     def with_patterns(self, patterns: Mapping[str, SitePattern | None]) -> "PlannedBlock":
@@ -222,7 +227,7 @@ class Plan:
 
     Attributes:
         shared: the names of the sites whose weight several blocks use; they stay dense.
-        candidates: the records of the structures that this one was chosen from.
+        candidates: the records of the candidates from which the structure was chosen.
     """
 
     blocks: tuple[PlannedBlock, ...]
@@ -236,7 +241,7 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """The names of all sites, and of the extras that are to be pruned."""
+        """The names of all sites, and of the extras to prune."""
         extras = [extra.name for block in self.blocks for extra in block.extras]
         return [*(site.name for site in self.sites), *extras]
 
@@ -279,7 +284,7 @@ class Plan:
 
 
 def _outline(block: PlannedBlock) -> str:
-    """The sites of a block, grouped by input; a plus marks those that write to the stream."""
+    """The sites of a block, grouped by input; a plus marks sites that write to the stream."""
     fed: dict[str, dict[str, None]] = {}
     for site in (entry.site for entry in block.sites):
         fed.setdefault(site.input, {})[site.kind + "+" * site.residual] = None
@@ -300,15 +305,16 @@ def make_plan(
     Args:
         pattern: the pattern of every selected site without an override.
         selection: the sites to prune; all by default.
-        per: the unit over which unstructured patterns are counted, those of overrides too, unless
-            ``pattern`` has one of its own.
+        per: the unit over which unstructured patterns are counted, also in overrides. The unit of
+            ``pattern`` takes precedence.
         also: the kinds of extras to prune in addition to the sites.
         grid: the grid that the kept weights of every selected site are rounded to; None for no
             rounding.
 
     Raises:
         AptError: the adapter does not fit the model, a pattern does not fit a site, a glob matches
-            no site, an override has no effect, no site is selected, or the model has no such extra.
+            no site, an override has no effect, no site is selected, or the model has no extra of a
+            kind in ``also``.
     """
     selection, per = selection or Selection(), pattern.per or per
     shared = shared_sites(model, adapter)
@@ -340,7 +346,7 @@ def check_globs(plan: Plan, selection: Selection) -> None:
 
 
 def _check_overrides(plan: Plan, selection: Selection) -> None:
-    """Raise if an override decides about no site."""
+    """Raise if an override applies to no site."""
     dense = set(plan.dense)
     deciding = {selection.deciding(name) for name in plan.names if name not in dense}
     for index, (glob, pattern) in enumerate(selection.overrides):
@@ -354,7 +360,7 @@ def _check_overrides(plan: Plan, selection: Selection) -> None:
 
 
 def shared_sites(model: nn.Module, adapter: Adapter) -> tuple[str, ...]:
-    """The names of the sites whose weight several blocks use: each would prune it separately."""
+    """The names of the sites whose weight several blocks use; each block would prune it anew."""
     names: dict[tuple[nn.Parameter, int | None], list[str]] = {}
     for name, block in adapter.blocks(model):
         for site in adapter.sites(block):
@@ -417,7 +423,7 @@ def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> No
 
 
 def tell_shared(plan: Plan, notice: Callable[[str], None]) -> None:
-    """Call ``notice`` with a line about the sites that stay dense since blocks share them."""
+    """Call ``notice`` with a line about sites that stay dense because several blocks use them."""
     if plan.shared:
         count, first = len(plan.shared), plan.shared[0]
         notice(f"left dense: {count} sites, whose weights several blocks use ({first}, …)")
@@ -426,7 +432,7 @@ def tell_shared(plan: Plan, notice: Callable[[str], None]) -> None:
 def check_rounding(
     plan: Plan, notice: Callable[[str], None] = lambda line: None, quantized: bool = False
 ) -> None:
-    """Raise if a plan prunes no weight; ``notice`` gets a line about sites that lose none.
+    """Raise if a plan prunes no weight; ``notice`` gets a line about sites that lose no weight.
 
     Args:
         quantized: True if weights become integers, so that a sparsity of 0 has an effect.

@@ -1,4 +1,4 @@
-"""The structure of a smaller model, and the plan of the run that leads to it."""
+"""The structure of a smaller model, and the plan of the run that makes it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from apt.planning.plan import (
 )
 
 Removed = Mapping[str, Sequence[int]]
-"""The indices of the groups that are removed from a block, by kind, or of the columns by reader."""
+"""The indices of the removed groups of a block, by kind, or of the removed columns, by reader."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Structure:
         kept: the number of groups of each kind that every block keeps. Kinds that are not named
             keep all.
         dropped: the full names of the blocks that are dropped.
-        removed: the groups that are removed from each block, by the block's name, and the columns
-            of each reader of groups that are apart; empty leaves the choice to the method.
+        removed: the removed groups of each block, by the block's name. For groups that are apart,
+            the removed columns of each reader. Empty leaves the choice to the method.
     """
 
     kept: Mapping[str, int] = field(default_factory=dict)
@@ -59,14 +59,14 @@ class Structure:
 def make_structured_plan(
     model: nn.Module, adapter: Adapter, config: Any, structure: Structure, *, adjusted: bool = True
 ) -> Plan:
-    """The plan of a run that leads to ``structure``; the model may be a skeleton.
+    """The plan of a run whose result has ``structure``; the model may be a skeleton.
 
     Args:
         adjusted: True if the sites that lose no columns are solved as well, to compensate for the
             errors before them. False leaves them as they are.
 
     Raises:
-        AptError: two kinds of groups are removed from one site, or one that several blocks share
+        AptError: two kinds of groups are removed from one site, or a site that several blocks share
             would become smaller.
     """
     blocks, shared = adapter.blocks(model), shared_sites(model, adapter)
@@ -81,12 +81,12 @@ def make_structured_plan(
 
 def _with_shared(block: PlannedBlock, shared: Collection[str]) -> PlannedBlock:
     """The block without changes of the sites that several blocks use."""
-    used = [entry for entry in block.sites if entry.name in shared]
-    for entry in used:
+    entries = [entry for entry in block.sites if entry.name in shared]
+    for entry in entries:
         if removed_by(entry.pattern, entry.shape):
-            fault = f"{entry.name} cannot become smaller: several blocks use its weight"
-            raise AptError(fault, "drop blocks instead", ("depth_only",))
-    return block.with_patterns({entry.site.name: None for entry in used})
+            message = f"{entry.name} cannot become smaller: several blocks use its weight"
+            raise AptError(message, "drop blocks instead", ("depth_only",))
+    return block.with_patterns({entry.site.name: None for entry in entries})
 
 
 def _planned(
@@ -116,8 +116,8 @@ def _planned(
     planned = []
     for site in adapter.sites(block):
         rows, width = site.oriented(site.weight(block)).shape
-        rest = ColumnGroups(1, 1) if adjusted and not site.routed else None
-        columns = patterns.get(site.name, rest)
+        unchanged = ColumnGroups(1, 1) if adjusted and not site.routed else None
+        columns = patterns.get(site.name, unchanged)
         form = None if columns is None else TargetForm(columns)
         planned.append(PlannedSite(f"{name}.{site.name}", site, (rows, width), form))
     return PlannedBlock(name, tuple(planned), groups=tuple(smaller), tied=tuple(tied))

@@ -1,4 +1,4 @@
-"""APT's own commands. Those of plugins come between the two groups, in ``apt-prune --help``."""
+"""APT's own commands. ``apt-prune --help`` lists the commands of plugins between the groups."""
 
 from apt.plugin.specs import CommandSpec
 
@@ -34,6 +34,6 @@ MACHINE = (
     _in_cli("methods", "List methods, patterns, allocations and kinds of recovery.", "installed"),
     _in_cli("plugins", "List the installed plugins.", "installed"),
 )
-"""The commands about what is installed."""
+"""The commands about the machine and the installed packages."""
 
 OWN = MODELS + MACHINE

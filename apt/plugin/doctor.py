@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from apt.compute import compute_dtype, dtype_name
-from apt.devices import accelerator, best, name_of, operations_per_second, total_memory
+from apt.devices import accelerator, default_device, name_of, operations_per_second, total_memory
 from apt.errors import AptError, first_line
 from apt.plugin.registry import Registry
 from apt.plugin.specs import AdapterSpec
@@ -42,22 +42,22 @@ class Finding:
 
 
 def machine() -> list[Finding]:
-    """Processor, every GPU, and how fast the device of a run multiplies each dtype."""
+    """The processor, every GPU, and the speed of the default device in each dtype."""
     findings = [
         Finding("python", platform.python_version()),
         Finding("processor", f"{torch.get_num_threads()} threads"),
         *_graphics(),
     ]
-    return [*findings, *dtypes(best())]
+    return [*findings, *dtypes(default_device())]
 
 
 def dtypes(device: str) -> Iterator[Finding]:
-    """How fast a device multiplies each dtype, and the dtype that a model of it computes in."""
+    """The speed of a device in each dtype, and the compute dtype of a model in that dtype."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = dtype_name(dtype)
         speed = f"{operations_per_second(dtype, device) / 1e9:,.0f} GFLOP/s on {device}"
-        taken = dtype_name(compute_dtype(dtype, device))
-        yield Finding(name, f"{speed}; a model in {name} computes in {taken}")
+        compute = dtype_name(compute_dtype(dtype, device))
+        yield Finding(name, f"{speed}; a model in {name} computes in {compute}")
 
 
 def _graphics() -> list[Finding]:
@@ -89,15 +89,17 @@ def packages() -> Iterator[Finding]:
 def try_import(distribution: str, module: str) -> Finding | None:
     """The version of a package and any error on import; None if it is not installed."""
     try:
-        installed = version(distribution)
+        installed_version = version(distribution)
     except PackageNotFoundError:
         return None
     try:
         import_module(module)
     except Exception as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
-        return Finding(distribution, f"{installed}, does not import: {problem}", broken=True)
-    return Finding(distribution, installed)
+        return Finding(
+            distribution, f"{installed_version}, does not import: {problem}", broken=True
+        )
+    return Finding(distribution, installed_version)
 
 
 def plugins(registry: Registry) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The hooks. The built-in plugins use the same ones.
+"""The hooks of plugins. The built-in plugins use the same hooks.
 
 Example:
 
@@ -25,6 +25,7 @@ from apt.plugin.specs import (
     FormatSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
 )
@@ -51,6 +52,11 @@ def apt_adapters() -> Iterable[AdapterSpec]:  # type: ignore[empty-body]
 @hookspec
 def apt_formats() -> Iterable[FormatSpec]:  # type: ignore[empty-body]
     """The checkpoint formats that this plugin reads, beside the one of transformers."""
+
+
+@hookspec
+def apt_quantised_formats() -> Iterable[QuantisedFormatSpec]:  # type: ignore[empty-body]
+    """The formats of quantised checkpoints from which this plugin removes experts and blocks."""
 
 
 @hookspec

@@ -25,6 +25,7 @@ from apt.plugin.specs import (
     FormatSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
     Spec,
@@ -46,8 +47,8 @@ class Plugin:
     Attributes:
         distribution: the distribution that declares it, with its version.
         name, module: the entry point.
-        problem: the error in loading it or a part of it; empty if there is none.
-        disabled: True if `DISABLE` names it.
+        problem: the error on loading the plugin or a part of it; empty without an error.
+        disabled: True if `DISABLE` names the plugin.
     """
 
     distribution: str
@@ -63,11 +64,11 @@ class Plugin:
 
     @property
     def key(self) -> str:
-        """The key that it is registered by."""
+        """The key of the plugin in the registry."""
         return f"{self.distribution}:{self.name}"
 
 
-_CORE = Plugin(OWN_DISTRIBUTION, "", "apt")  # no entry point
+_CORE = Plugin(OWN_DISTRIBUTION, "", "apt")  # has no entry point
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Catalog(Generic[S]):
     plugins: Mapping[str, Plugin]
 
     def get(self, name: str) -> S:
-        """The spec of that name, upper or lower case; an `AptError` suggests the closest name."""
-        by_case = {known.lower(): spec for known, spec in self.specs.items()}
+        """The spec of a name in any case; the `AptError` for an unknown name suggests another."""
+        by_case = {spec_name.lower(): spec for spec_name, spec in self.specs.items()}
         if name.lower() not in by_case:
             raise unknown(self.kind, name, self.specs, _unavailable(self.plugins.values()))
         return by_case[name.lower()]
@@ -97,6 +98,7 @@ class Registry:
 
     adapters: Catalog[AdapterSpec]
     formats: Catalog[FormatSpec]
+    quantised_formats: Catalog[QuantisedFormatSpec]
     exports: Catalog[ExportSpec]
     methods: Catalog[MethodSpec]
     patterns: Catalog[PatternSpec]
@@ -121,7 +123,7 @@ class Registry:
         return names + ["an observer"] * (plugin.key in self.observers)
 
     def site_pruned(self, event: Any) -> None:
-        """Call every observer. One that raises is reported in a warning and not called again."""
+        """Call every observer. One that raises causes a warning, and is not called again."""
         for name, observer in list(self.observers.items()):
             try:
                 observer.function(*[event for _ in observer.argnames])
@@ -150,30 +152,30 @@ class Registry:
             kind: what it chooses.
             streams: True if the blocks stay on disk.
         """
-        chosen = {"blocks": ("blocks",), "experts": ("experts",), "groups": ("columns", "groups")}
+        choices = {"blocks": ("blocks",), "experts": ("experts",), "groups": ("columns", "groups")}
         specs = self.shrink_methods.specs.values()
-        known = [s for s in specs if s.chooses in chosen[kind] and s.streams >= streams]
-        return _most_accurate(self.shrink_methods, known)
+        candidates = [s for s in specs if s.chooses in choices[kind] and s.streams >= streams]
+        return _most_accurate(self.shrink_methods, candidates)
 
     def adapter_for(self, model_type: str) -> AdapterSpec:
-        """The only adapter that claims ``model_type``; if there is none, the default one.
+        """The only adapter that claims ``model_type``; without one, the default adapter.
 
         Raises:
-            AptError: there is none of either, or several.
+            AptError: several adapters claim the type; or none does, and there is no default.
         """
-        known = self.adapters.specs.values()
-        claims = [spec for spec in known if model_type in spec.model_types]
-        claims = claims or [spec for spec in known if spec.default]
-        if len(claims) == 1:
-            return claims[0]
-        if not claims:
-            supported = ", ".join(sorted(kind for spec in known for kind in spec.model_types))
+        specs = self.adapters.specs.values()
+        matching = [spec for spec in specs if model_type in spec.model_types]
+        matching = matching or [spec for spec in specs if spec.default]
+        if len(matching) == 1:
+            return matching[0]
+        if not matching:
+            supported = ", ".join(sorted(kind for spec in specs for kind in spec.model_types))
             raise AptError(
                 f"no adapter serves models of type '{model_type}'",
                 f"install a package with one; supported: {supported}",
                 ("adapter",),
             )
-        names = " and ".join(f"'{spec.name}'" for spec in claims)
+        names = " and ".join(f"'{spec.name}'" for spec in matching)
         raise AptError(f"adapters {names} all serve '{model_type}'", "choose one", ("adapter",))
 
 
@@ -181,13 +183,13 @@ R = TypeVar("R", bound=MethodSpec)
 
 
 def _most_accurate(catalog: Catalog[R], specs: Iterable[R]) -> R:
-    """The spec with the highest rank among those of APT; among all if it has none."""
-    known = list(specs)
-    if not known:
-        fault = f"no {catalog.kind} is installed{_unavailable(catalog.plugins.values())}"
-        raise AptError(fault, "install a package with one, or leave out APT_DISABLE_PLUGINS")
-    own = [spec for spec in known if catalog.is_own(spec)]
-    return max(own or known, key=lambda spec: spec.rank)
+    """The spec of APT with the highest rank; without specs of APT, the one of all specs."""
+    candidates = list(specs)
+    if not candidates:
+        message = f"no {catalog.kind} is installed{_unavailable(catalog.plugins.values())}"
+        raise AptError(message, "install a package with one, or leave out APT_DISABLE_PLUGINS")
+    apt_specs = [spec for spec in candidates if catalog.is_own(spec)]
+    return max(apt_specs or candidates, key=lambda spec: spec.rank)
 
 
 class _Loader:
@@ -231,37 +233,39 @@ class _Loader:
     def unknown_hook(self, error: pluggy.PluginValidationError) -> str:
         """The line for a hook that does not exist, with the distribution that implements it."""
         key = self.manager.get_name(error.plugin) or ""
-        said = first_line(error).partition(" in plugin ")[0]
-        return f"plugin {self.plugins[key].distribution}: {said}"
+        message = first_line(error).partition(" in plugin ")[0]
+        return f"plugin {self.plugins[key].distribution}: {message}"
 
     def catalog(
-        self, kind: str, hook: pluggy.HookCaller, of: type[S], own: Iterable[S] = ()
+        self, kind: str, hook: pluggy.HookCaller, spec_type: type[S], core_specs: Iterable[S] = ()
     ) -> Catalog[S]:
         """Call ``hook`` on every plugin and collect the specs. A duplicate name is an error.
 
         Names that differ in upper and lower case only are duplicates, as `Catalog.get` ignores it.
-        ``own`` are APT's own specs that do not come from a plugin.
+        ``core_specs`` are APT's own specs that do not come from a plugin.
         """
-        specs: dict[str, S] = {spec.name: spec for spec in own}
+        specs: dict[str, S] = {spec.name: spec for spec in core_specs}
         origins = dict.fromkeys(specs, _CORE)
         names = {name.lower(): name for name in specs}
         for implementation in hook.get_hookimpls():
             origin = self.plugins[implementation.plugin_name]
-            for spec in self._call(implementation, of):
-                known = names.setdefault(spec.name.lower(), spec.name)
-                if known in specs:
-                    pair = (origins[known], origin)
-                    both = " and ".join(sorted({plugin.distribution for plugin in pair}))
-                    raise AptError(f"{kind} '{spec.name}' comes from {both}", "uninstall one")
+            for spec in self._call(implementation, spec_type):
+                first_name = names.setdefault(spec.name.lower(), spec.name)
+                if first_name in specs:
+                    pair = (origins[first_name], origin)
+                    distributions = " and ".join(sorted({plugin.distribution for plugin in pair}))
+                    raise AptError(
+                        f"{kind} '{spec.name}' comes from {distributions}", "uninstall one"
+                    )
                 specs[spec.name], origins[spec.name] = spec, origin
         return Catalog(kind, specs, origins, self.plugins)
 
-    def _call(self, implementation: pluggy.HookImpl, of: type[S]) -> list[S]:
+    def _call(self, implementation: pluggy.HookImpl, spec_type: type[S]) -> list[S]:
         try:
             declared: Iterable[S] = implementation.function()  # type: ignore[assignment]
             specs = list(declared)
-            if wrong := [spec for spec in specs if not isinstance(spec, of)]:
-                raise TypeError(f"{wrong[0]!r} is not of type {of.__name__}")
+            if invalid := [spec for spec in specs if not isinstance(spec, spec_type)]:
+                raise TypeError(f"{invalid[0]!r} is not of type {spec_type.__name__}")
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -287,18 +291,19 @@ def _check_wrappers(callers: Iterable[pluggy.HookCaller], plugin: str) -> None:
                 raise TypeError(f"{caller.name} cannot be a wrapper")
 
 
-def _check_version(wanted: object) -> None:
+def _check_version(required: object) -> None:
     """Refuse a plugin for an unsupported version of the hooks."""
-    if not isinstance(wanted, int):
-        raise TypeError(f"APT_API is {wanted!r}, not a whole number")
-    if wanted > hookspecs.API:
+    if not isinstance(required, int):
+        raise TypeError(f"APT_API is {required!r}, not a whole number")
+    if required > hookspecs.API:
         raise RuntimeError(
-            f"needs version {wanted} of the hooks, this APT has {hookspecs.API}: "
+            f"needs version {required} of the hooks, this APT has {hookspecs.API}: "
             f"upgrade {OWN_DISTRIBUTION}"
         )
-    if wanted < hookspecs.OLDEST_API:
+    if required < hookspecs.OLDEST_API:
         raise RuntimeError(
-            f"needs version {wanted} of the hooks, this APT has {hookspecs.OLDEST_API} and later: "
+            f"needs version {required} of the hooks, "
+            f"this APT has {hookspecs.OLDEST_API} and later: "
             "upgrade the plugin"
         )
 
@@ -325,6 +330,7 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
     return Registry(
         loader.catalog("adapter", hook.apt_adapters, AdapterSpec),
         loader.catalog("format", hook.apt_formats, FormatSpec),
+        loader.catalog("quantised format", hook.apt_quantised_formats, QuantisedFormatSpec),
         loader.catalog("export format", hook.apt_exports, ExportSpec),
         loader.catalog("method", hook.apt_methods, MethodSpec),
         loader.catalog("pattern", hook.apt_patterns, PatternSpec),
@@ -340,11 +346,11 @@ def load_registry(entries: Iterable[EntryPoint], disable: str = "") -> Registry:
 
 
 def _may_have(entry: EntryPoint, hooks: Collection[str]) -> bool:
-    """False if a plugin's module defines hooks by itself, and names none of these ``hooks``."""
+    """False if the source of a plugin's module defines hooks, but names none of ``hooks``."""
     try:
         module = find_spec(entry.module)
         source = "" if module is None else Path(str(module.origin)).read_text("utf-8")
-    except Exception:  # of any kind: loading the module tells what is wrong
+    except Exception:  # of any kind: loading the module reports it
         return True
     imports = "import *" in source or "def apt_" not in source
     return imports or any(hook in source for hook in hooks)
@@ -353,7 +359,7 @@ def _may_have(entry: EntryPoint, hooks: Collection[str]) -> bool:
 def listed(*hooks: str) -> Registry:
     """The registry of the plugins that may implement some of the ``hooks``, for lists.
 
-    Most plugins are families, which import torch: those without the hooks are not loaded.
+    Most plugins are families, which import torch. Plugins without the hooks are not loaded.
     """
     entries = (e for e in entry_points(group=hookspecs.PROJECT) if _may_have(e, hooks))
     return load_registry(entries, os.environ.get(DISABLE, ""))

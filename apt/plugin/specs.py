@@ -40,11 +40,11 @@ class Spec:
             return resolve_name(self.target)
 
     @contextmanager
-    def loading(self, what: str = "") -> Iterator[None]:
+    def loading(self, item: str = "") -> Iterator[None]:
         """Convert an exception of the plugin's code to an `AptError` of one line.
 
         Args:
-            what: what is loaded; by default the target.
+            item: the name of the loaded item; by default the target.
         """
         try:
             yield
@@ -52,7 +52,7 @@ class Spec:
             raise
         except BaseException as error:  # of any kind, as those of `apt.plugin.registry`
             raise AptError(
-                f"{what or self.target} of '{self.name}' does not load: {described(error)}",
+                f"{item or self.target} of '{self.name}' does not load: {described(error)}",
                 "reinstall or upgrade its package",
             ) from error
 
@@ -64,7 +64,7 @@ class AdapterSpec(Spec):
     Args:
         model_types: the supported values of ``model_type`` in configurations. Empty for an adapter
             that is chosen only by name, or as the default of other types.
-        default: True for the adapter of the models whose type no adapter supports.
+        default: True for the adapter of models whose type no other adapter supports.
         zoo: ``"package:folder"`` of a checkpoint that ships with the adapter, for ``zoo:NAME``.
         example: ``"module:function"`` that returns a small random model of the family.
             ``apt-prune check`` checks the adapter with it.
@@ -85,9 +85,9 @@ class AdapterSpec(Spec):
         Raises:
             AptError: the class cannot be imported, or its constructor raises an exception.
         """
-        kind = self.load()
+        adapter_class = self.load()
         with self.loading():
-            return kind()
+            return adapter_class()
 
     def examine(self) -> Any:
         """Call the doctor function."""
@@ -95,10 +95,10 @@ class AdapterSpec(Spec):
         return resolve_name(self.doctor)()
 
     def zoo_path(self) -> Path | None:
-        """The folder of the embedded checkpoint; None if there is none.
+        """The folder of the embedded checkpoint; None without one.
 
         Raises:
-            AptError: its package cannot be imported.
+            AptError: the package of the checkpoint cannot be imported.
         """
         if self.zoo is None:
             return None
@@ -109,11 +109,21 @@ class AdapterSpec(Spec):
 
 @dataclass(frozen=True)
 class FormatSpec(Spec):
-    """A checkpoint format other than that of transformers.
+    """A checkpoint format other than the format of transformers.
 
     Its target is a function of the location of a checkpoint (a directory or a name on the hub) and
     the content of its ``config.json``, which has no ``model_type``. It returns an
     `apt.extending.Checkpoint`, or None if the checkpoint has another format.
+    """
+
+
+@dataclass(frozen=True)
+class QuantisedFormatSpec(Spec):
+    """A format of quantised checkpoints whose experts and blocks are removed byte by byte.
+
+    Its target is a function of an `apt.locations.model_source.Source`. It returns an
+    `apt.extending.QuantisedCheckpoint`, or None if the checkpoint has another format. It is asked
+    about every model that is opened, so it first looks at what is cheap to read.
     """
 
 
@@ -127,10 +137,10 @@ class ExportSpec(Spec):
         suffix: the suffix of the names of its files, such as ``".gguf"``.
         types: the types of numbers that it writes, by their names for ``--type``.
         requires: the modules that it imports beside those of APT.
-        install: the command that installs them, for the message if one is missing.
-        check: ``"module:function"`` of an `apt.extending.Exportable`, which raises
-            `apt.AptError` if the format cannot express the model. A run that is to be
-            exported calls it first, with the model that it reads. None if there is none.
+        install: the command that installs these modules, for the message if one is missing.
+        check: ``"module:function"`` of a function of an `apt.extending.Exportable` that raises
+            `apt.AptError` if the format cannot express the model. A run with an export calls it
+            first, with the input model. None without a check.
     """
 
     suffix: str = ""
@@ -140,7 +150,7 @@ class ExportSpec(Spec):
     check: str | None = None
 
     def examine(self, model: Any) -> None:
-        """Call the check, if there is one."""
+        """Call the check of a model; without a check, do nothing."""
         if self.check is not None:
             with self.loading(self.check):
                 check = resolve_name(self.check)
@@ -152,17 +162,17 @@ class MethodSpec(Spec):
     """A pruning method; its target is a function `apt.extending.Method`.
 
     Args:
-        rank: its order by measured accuracy. The method of APT with the highest rank is the
-            default. A method of another package is used only by name.
+        rank: the position in the order of measured accuracy. The method of APT with the highest
+            rank is the default. A method of another package is used only by name.
         source: the paper.
         per: the default unit, row or layer, in which an unstructured sparsity is counted.
         error_aware: True if its targets are error-aware by default, see methods.md, "The target".
         efforts: True if it uses ``SolverOptions.effort``.
         blocks: True if it uses ``SolverOptions.block_size``.
         factors: False if it factorises no Gram matrix. The predicted memory of a run is then less.
-        patterns: the names of the kinds of patterns that it prunes to, see `PatternSpec`; by
-            default those that ship with APT. None for all: it then asks the pattern for masks, as
-            `apt.solver.lowest` does, and never for its type.
+        patterns: the names of the kinds of patterns that it supports, see `PatternSpec`; by default
+            the kinds that ship with APT. None for all kinds: the method then gets masks from the
+            pattern, as `apt.solver.lowest` does, and does not depend on its type.
     """
 
     sparse: ClassVar[bool] = True
@@ -195,19 +205,20 @@ class PatternSpec(Spec):
 
 @dataclass(frozen=True)
 class ShrinkMethodSpec(MethodSpec):
-    """A choice of what ``apt-prune shrink`` removes.
+    """A method that chooses the parts of a model that ``apt-prune shrink`` removes.
 
     Args:
-        chooses: what its target chooses. ``"columns"``: the groups of columns of one weight, an
-            `apt.solver.GroupChoice`. ``"experts"``: the experts of one block, an
+        chooses: the kind of the target's choices. ``"columns"``: the groups of columns of one
+            weight, an `apt.solver.GroupChoice`. ``"experts"``: the experts of one block, an
             `apt.extending.ExpertChoice`. ``"groups"``: an `apt.extending.GroupScores`, the
             importance of the groups of the whole model. ``"blocks"``: an
             `apt.extending.BlockChoice`, the blocks to drop.
         compensate: True if the kept columns, or the last weights of the kept experts, have exact
             least-squares weights by default.
-        merges: True if removed experts are averaged into those that are kept.
-        random_tokens: the copies with random tokens for each sample by default, if layer-wise.
-        tuning_rate: the first learning rate of the tuning, if error-aware; None for the usual one.
+        merges: True if removed experts are averaged into the kept ones.
+        random_tokens: the default number of copies with random tokens of each sample, if
+            layer-wise.
+        tuning_rate: the first learning rate of the tuning, if error-aware; None for the default.
         streams: True if it calls each block about once, so that the blocks can stay on disk.
     """
 
@@ -242,15 +253,15 @@ class AllocationSpec(Spec):
 class RecoverySpec(Spec):
     """A kind of recovery: training that keeps the zeros of a pruned model.
 
-    Its target is an `apt.extending.Recovery`, which chooses what is trained.
+    Its target is an `apt.extending.Recovery`, which chooses the trained parameters.
 
     Args:
         source: the paper.
         rate: the default learning rate.
-        zeros: True if it serves only models with zeros. Otherwise it serves smaller models too.
+        zeros: True if it supports only models with zeros. Otherwise it supports smaller models too.
         teacher: True if it needs the dense model.
-        dense: True if it also serves models without zeros and without a report, such as those from
-            which another tool dropped blocks.
+        dense: True if it also supports models without zeros and without a report, such as models
+            from which another tool dropped blocks.
         options: the names of the options ``rank``, ``dropout``, ``blocks``, ``move_masks``,
             ``hidden``, ``top`` and ``save_adapter`` that it uses; ``apt-prune recover`` refuses the
             others. None accepts them all.
@@ -274,9 +285,9 @@ class EvaluatorSpec(Spec):
     Args:
         better: the better direction, ``"lower"`` or ``"higher"``.
         dense: True if it compares the model with the dense one, which is then the third argument.
-        mean: the mean of the metrics of single windows that is the metric of all of them:
-            ``"arithmetic"`` or ``"geometric"``. ``apt-prune compare`` and ``eval --dense`` then
-            know its confidence interval. None if the metric is no mean of windows.
+        mean: the kind of mean, ``"arithmetic"`` or ``"geometric"``, of the metrics of single
+            windows that equals the metric of all windows. Then ``apt-prune compare`` and ``eval
+            --dense`` give a confidence interval. None if the metric is not a mean over windows.
     """
 
     better: Literal["lower", "higher"] = "lower"
@@ -287,17 +298,17 @@ class EvaluatorSpec(Spec):
         """Call the metric.
 
         Args:
-            given: the model, the tokens, and the dense model if it compares with it.
+            given: the model, the tokens, and the dense model if the metric needs it.
 
         Raises:
-            AptError: it does not load, or it returns no number.
+            AptError: the metric does not load, or it returns no number.
         """
         value = self.load()(*given)
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            fault = f"returns {type(value).__name__}, not a number"
-            raise faulty(f"metric {self.name}", fault, "metric", "metrics") from error
+            message = f"returns {type(value).__name__}, not a number"
+            raise faulty(f"metric {self.name}", message, "metric", "metrics") from error
 
 
 @dataclass(frozen=True)
@@ -317,14 +328,14 @@ class CalibrationSpec(Spec):
         """The documents of a split.
 
         Raises:
-            AptError: the source does not load, or has something other than documents.
+            AptError: the source does not load, or yields an item that is not a document.
         """
         texts = self.load()(split)
-        known = isinstance(texts, Iterable) and not isinstance(texts, str)
-        for document in texts if known else [texts]:
-            if not known or not isinstance(document, Document):
-                fault = f"gives {type(document).__name__} in place of documents"
-                raise faulty(f"data set '{self.name}'", fault, "text")
+        iterable = isinstance(texts, Iterable) and not isinstance(texts, str)
+        for document in texts if iterable else [texts]:
+            if not iterable or not isinstance(document, Document):
+                message = f"gives {type(document).__name__} in place of documents"
+                raise faulty(f"data set '{self.name}'", message, "text")
             yield document
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from apt.calibration.storage import MemoryStore, Store
 from apt.compute import round_parameter
 from apt.distributed.ranks import Ranks
-from apt.events import Done
+from apt.events import BlockRecord
 
 
 class BlockStore:
@@ -18,16 +18,16 @@ class BlockStore:
 
     Args:
         model: the model; None if it is opened later.
-        ranks: the processes that prune together. Each of them has a store.
+        ranks: the processes that prune together. Each process has a store.
         observe: called with every event.
 
     Attributes:
-        activations: the store of the activations between two blocks. If they leave the device of
-            the model, products are not stored either, and all of a block is run again for each
-            stage of sites that is solved in order.
+        activations: the store of the activations between two blocks. If activations leave the
+            device of the model, products are not stored either. The whole block is then run again
+            for each stage of sites that is solved in order.
         dtypes: the dtypes in which parameters are stored, by their full names.
-        repeatable: True if the activations before a block must be bit-identical when they are
-            computed again from kept blocks, as a resumed run does.
+        repeatable: True if a resumed run must get bit-identical activations before a block when it
+            computes them again from kept blocks.
     """
 
     model: nn.Module
@@ -49,20 +49,20 @@ class BlockStore:
         """A context in which the block's dense weights are in memory."""
         return nullcontext()
 
-    def kept(self, name: str) -> list[Done] | None:
-        """The records of a block that an earlier run has kept; None if it is not kept yet."""
+    def kept(self, name: str) -> list[BlockRecord] | None:
+        """The records of a block that an earlier run has kept; None if no run has kept it."""
         return None
 
     def read_kept(self, name: str, block: nn.Module) -> None:
         """Load the kept weights of an earlier run into an open block."""
 
-    def keep(self, name: str, block: nn.Module, done: Sequence[Done]) -> None:
+    def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
         """Keep a changed block, with its records.
 
-        Its parameters are rounded to their stored dtypes: the blocks after it get the outputs that
-        its stored weights give.
+        Its parameters are rounded to their stored dtypes, so that later blocks receive the outputs
+        of the stored weights.
         """
         for path, parameter in block.named_parameters(remove_duplicate=False):
-            whole = f"{name}.{path}"
-            if (stored := self.dtypes.get(whole, parameter.dtype)) != parameter.dtype:
-                round_parameter(whole, parameter, stored)
+            full_name = f"{name}.{path}"
+            if (dtype := self.dtypes.get(full_name, parameter.dtype)) != parameter.dtype:
+                round_parameter(full_name, parameter, dtype)

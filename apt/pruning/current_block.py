@@ -19,7 +19,7 @@ from apt.calibration.sources import RoutedBySource
 from apt.calibration.stored_products import StoredProducts
 from apt.calibration.targets import Sums
 from apt.errors import AptError
-from apt.events import BlockTuned, Done, ExpertsRemoved, ExpertsRouted, SitePruned, Working
+from apt.events import BlockRecord, BlockTuned, ExpertsRemoved, ExpertsRouted, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.block_store import BlockStore
 from apt.pruning.disconnecting import disconnect_groups
@@ -58,20 +58,19 @@ _Turn = tuple[int, SolvedSite]  # a solved site and its turn, which also determi
 
 @dataclass(kw_only=True)
 class CurrentBlock(OpenBlock):
-    """The block that is being pruned, with everything that its solves need.
+    """The block that is being pruned, with all inputs of its solves.
 
     Attributes:
-        dropped: the dropped blocks between it and the next one that is kept.
-        tuning_batches: the number of batches for tuning, which are the first ones.
-        dense: the dense weights (out, in) of those that write to the residual stream; none without
-            a dense stream, since only the drift between the streams needs them.
+        dropped: the dropped blocks between this block and the next kept block.
+        tuning_batches: the number of the first batches, which are for tuning.
+        dense: the dense weights (out, in) of the sites that write to the residual stream; empty
+            without a dense stream, since only the drift between the streams needs them.
         scales: the factors of the rows (out, 1) of each site with row importance.
-        orders: the former column of each column, by the full name of a site whose inputs have
-            changed places.
-        propagated: True if the batches' states are already those after the block.
-        judged: batches with the states before the block in the dense model, if experts are judged
-            on these; they become the states after it.
-        usage: the record of what the experts get from each source; None if it is not known yet.
+        orders: the former index of each column, by the full name of a site with permuted inputs.
+        propagated: True if the states of the batches are already the states after the block.
+        judged: the batches with the states before the block in the dense model, if experts are
+            judged on these states; after the block they have the states after it.
+        usage: the record of the experts' tokens by source; None if it is not known yet.
     """
 
     store: BlockStore
@@ -90,16 +89,15 @@ class CurrentBlock(OpenBlock):
         writers = (site for site in self.sites if site.residual and self.job.recipe.error_aware)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}
 
-    def prune(self) -> list[Done]:
+    def prune(self) -> list[BlockRecord]:
         """Prune the block: groups without readers, its extras, then its sites; then tune it.
 
-        The outputs that it is tuned towards are those of the dense model before the next block that
-        is not dropped.
+        The target of the tuning is the dense stream before the next kept block.
         """
         after = self.judged_after()
         self.scales = self._advance_dense_stream()
         self._bridge_gap()
-        done = list[Done](self._disconnected())
+        done = list[BlockRecord](self._disconnected())
         self.advance_judged(after)
         self.planned = self._with_tied_groups()
         done += self.ranks.share(self._extras())
@@ -140,7 +138,7 @@ class CurrentBlock(OpenBlock):
             batch.state = state
 
     def _disconnected(self) -> Iterator[ExpertsRemoved]:
-        """Disconnect the groups without readers; the records of those that are experts."""
+        """Disconnect the groups without readers; yields the records of removed experts."""
         recipe = self.job.recipe
         for lost in self.planned.disconnected:
             damping = recipe.solver.damping
@@ -157,13 +155,13 @@ class CurrentBlock(OpenBlock):
                 yield removed
 
     def _gather(self) -> None:
-        """Move the channels that each reader has lost behind its others; see `gather`."""
+        """Move the removed channels of each reader behind its kept channels; see `gather`."""
         for groups in (entry.groups for entry in self.planned.groups if entry.groups.apart):
             readers = [site for site in self.sites if site.name in groups.readers]
             gather(tensors_of(self.module), groups, readers)
 
     def _advance_dense_stream(self) -> dict[Site, Tensor]:
-        """Run the block on the dense stream; returns the row scales of sites that use them."""
+        """Run the block on the dense stream; returns the scales of rows by their importance."""
         if not self.job.recipe.error_aware:
             return {}
         how = self.job.recipe.row_importance
@@ -179,7 +177,7 @@ class CurrentBlock(OpenBlock):
         return how.scales(self.using(first), starts, wanted)
 
     def _bridge_gap(self) -> None:
-        """Record what dropped blocks add; the last site that writes takes it over."""
+        """Record the sum that dropped blocks add, to which the last writing site is fitted."""
         writers = [site for site in self.sites if site.residual and not site.routed]
         if not self.dropped or not self.job.recipe.error_aware:
             return
@@ -192,7 +190,7 @@ class CurrentBlock(OpenBlock):
                 each.gap_input = max(writers, key=lambda site: site.order).input
 
     def _with_tied_groups(self) -> PlannedBlock:
-        """The planned block, with a choice of the groups that several sites lose together."""
+        """The planned block, with chosen groups for sites that lose the same groups."""
         planned = self.planned
         for tied in planned.tied:
             last = next(entry for entry in planned.sites if entry.site.name == tied[-1])
@@ -210,10 +208,9 @@ class CurrentBlock(OpenBlock):
         return done
 
     def _captured(self) -> Generator[tuple[list[PlannedSite], dict[str, Sums]]]:
-        """The sites in stages, each solved from one run, with the sums of their inputs.
+        """The stages of sites, with the sums of their inputs over all ranks, from one run each.
 
-        The sums are those over all ranks. Nothing else refers to them, so that those that are
-        deleted are freed.
+        Nothing else refers to the sums, so that deleted sums are freed.
         """
         passes, stages = self._passes(), self._stages(self.planned.pruned)
         self.propagated = bool(
@@ -230,7 +227,7 @@ class CurrentBlock(OpenBlock):
             self.progress()
 
     def _passes(self) -> list[BlockPass]:
-        """The passes of the batches through all stages; none if each stage has its own."""
+        """The passes of the batches through all stages; empty if each stage has separate passes."""
         if not (self.job.recipe.ordered and self.store.activations.with_model):
             return []
         weights = {site: site.weight(self.module).data for site in self.sites}
@@ -289,7 +286,7 @@ class CurrentBlock(OpenBlock):
     def _solve_round(
         self, turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float
     ) -> list[_Turn]:
-        """Solve this rank's site of a round, and receive the weights of the other ranks' sites."""
+        """Solve the site of this rank in a round, and receive the weights of the other sites."""
         own = []
         for turn, entry in turns.items():
             if self.ranks.owner(turn) == self.ranks.rank:
@@ -303,7 +300,7 @@ class CurrentBlock(OpenBlock):
         return own
 
     def _exchange(self, turns: dict[int, PlannedSite]) -> None:
-        """Send the weights of a round that this rank has written, and receive the others."""
+        """Send the weights of a round that this rank has solved, and receive the other weights."""
         for turn, entry in turns.items():
             self.ranks.send(entry.site.weight(self.module).data, self.ranks.owner(turn))
 
@@ -321,8 +318,8 @@ class CurrentBlock(OpenBlock):
     ) -> list[SitePruned]:
         """Round the solved sites that have a grid, and measure all. Both lists are emptied.
 
-        Each rank rounds and measures the sites that it solved, and the others receive their
-        weights and their records.
+        Each rank rounds and measures the sites that it solved. The other ranks receive the weights
+        and the records of these sites.
         """
         if any(entry.grid for entry in self.planned.pruned):
             for _, each in solved:

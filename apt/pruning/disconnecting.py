@@ -1,7 +1,8 @@
 """The removal of groups without readers: states of a scan, and experts.
 
-No matrix multiplies the outputs of these groups. So they are chosen by what the block loses. Inside
-a block that is pruned, the outputs of removed groups are zero, and its router does not choose them.
+No matrix multiplies the outputs of these groups. So groups are chosen by the change of the block's
+output. While the block is pruned, the outputs of removed groups are zero, and its router does not
+choose removed experts.
 """
 
 from collections.abc import Iterable
@@ -39,12 +40,13 @@ class Disconnected:
     """The groups of one kind that a block has lost.
 
     Attributes:
-        chosen: their indices.
-        merged: those that were merged, each with the one that has them.
-        by_source: what the experts get from each source; None if that is not known.
+        chosen: the indices of the removed groups.
+        merged: pairs of a removed expert and the kept expert that it was merged into.
+        by_source: the tokens of each expert by source; None if the routing is not known.
         scores: the scores (experts,) of the choice; empty if it has none.
-        underserved: the experts with fewer tokens than they should have.
-        unprotected: the experts that a protected source needs and for which there was no place.
+        underserved: the experts with fewer tokens than the least number.
+        unprotected: the experts that a protected source needs, and that had no place among the kept
+            experts.
     """
 
     chosen: tuple[int, ...]
@@ -58,44 +60,45 @@ class Disconnected:
 def disconnect_groups(
     block: OpenBlock,
     planned: PlannedGroups,
-    how: ExpertRemoval,
+    removal: ExpertRemoval,
     damping: float | None,
     judged: OpenBlock | None = None,
 ) -> Disconnected:
     """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts.
 
     Args:
-        judged: the block with the batches on which experts are judged; by default the same ones.
+        judged: the block with the batches on which experts are judged; by default ``block``.
     """
     groups, chosen, merged = planned.groups, planned.chosen, tuple[tuple[int, int], ...]()
-    experts = _readable(judged or block, groups, how) if groups.routed else None
+    routed = _routed_experts(judged or block, groups, removal) if groups.routed else None
     pattern = ColumnGroups(groups.count, planned.kept, groups.bins)
     scores, unprotected = tuple[float, ...](), tuple[int, ...]()
-    if experts is not None and how.protect:
-        own = [experts.by_source.weights[block.sources.index(name)] for name in how.protect]
-        experts.protected, unprotected = protected_experts(own, pattern)
-    if chosen is None and experts is not None and how.choose is not None:
-        chosen, scores = _chosen(experts, pattern, how.choose)
-    if chosen is not None and experts is not None:
-        mask = with_protected(pattern.mask(chosen), experts, pattern)
+    if routed is not None and removal.protect:
+        places = [block.sources.index(name) for name in removal.protect]
+        weights = [routed.by_source.weights[place] for place in places]
+        routed.protected, unprotected = protected_experts(weights, pattern)
+    if chosen is None and routed is not None and removal.choose is not None:
+        chosen, scores = _chosen_experts(routed, pattern, removal.choose)
+    if chosen is not None and routed is not None:
+        mask = with_protected(pattern.mask(chosen), routed, pattern)
         chosen = tuple(mask.nonzero().squeeze(1).tolist())
-    chosen = tuple(block.ranks.share(chosen or _by_effect(block, planned)))
-    targets = dense_outputs(block, groups) if experts is not None and how.compensate else []
-    if experts is not None and how.merge:
+    chosen = tuple(block.ranks.share(chosen or _groups_of_least_effect(block, planned)))
+    targets = dense_outputs(block, groups) if routed is not None and removal.compensate else []
+    if routed is not None and removal.merge:
         removed = pattern.mask(chosen)
-        merged = merge_experts(block.module, block.adapter, groups, experts, removed)
-    by_source = experts.by_source if experts is not None else None
-    underserved = experts.underserved if experts is not None else ()
-    del experts  # the outputs are large
+        merged = merge_experts(block.module, block.adapter, groups, routed, removed)
+    by_source = routed.by_source if routed is not None else None
+    underserved = routed.underserved if routed is not None else ()
+    del routed  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
-    block.unrouted = {**block.unrouted, **unrouted(block.module, [planned])}
+    block.unrouted = {**block.unrouted, **unrouted_experts(block.module, [planned])}
     if targets:
         kept = set(range(groups.count)) - set(chosen)
         compensate(block, groups, kept, targets, damping)
     return Disconnected(chosen, merged, by_source, scores, underserved, unprotected)
 
 
-def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:
+def unrouted_experts(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:
     """The masks (experts,) of experts whose outputs are zero, by the weights of their routers."""
     tensors, masks = tensors_of(block), dict[Tensor, Tensor]()
     for planned in removed:
@@ -107,31 +110,33 @@ def unrouted(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor,
     return masks
 
 
-def _readable(block: OpenBlock, groups: Groups, how: ExpertRemoval) -> RoutedExperts | None:
-    """The experts on calibration tokens; None if only the effect of each can be known."""
-    if how.choose is None:
+def _routed_experts(
+    block: OpenBlock, groups: Groups, removal: ExpertRemoval
+) -> RoutedExperts | None:
+    """The experts on calibration tokens; None if they are chosen by their effects alone."""
+    if removal.choose is None:
         return None
     try:
-        return RoutedExperts(block, groups, how.tokens)
+        return RoutedExperts(block, groups, removal.tokens)
     except AptError as error:
-        for option, given in (("protect", how.protect), ("expert_tokens", how.tokens)):
-            if given:
+        for option, value in (("protect", removal.protect), ("expert_tokens", removal.tokens)):
+            if value:
                 raise AptError(error.message, "leave the option out", (option,)) from error
-        if how.named:
+        if removal.named:
             raise AptError(error.message, "leave the method out", ("method",)) from error
         return None
 
 
-def _chosen(
+def _chosen_experts(
     experts: RoutedExperts, groups: ColumnGroups, choose: ExpertChoice
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The experts that a choice removes, and the scores of all, if the choice has some."""
+    """The experts that a choice removes, and the scores of all experts, if it computes scores."""
     scores = tuple[float, ...]()
     name = getattr(choose, "__name__", type(choose).__name__)
     try:
         if isinstance(choose, LowestScores):
-            found = choose.scores(experts).cpu()
-            mask, scores = lowest(found, groups, experts.protected), tuple(found.tolist())
+            values = choose.scores(experts).cpu()
+            mask, scores = lowest(values, groups, experts.protected), tuple(values.tolist())
         else:
             mask = choose(experts, groups)
         check_removed(mask, groups)
@@ -140,20 +145,20 @@ def _chosen(
     return tuple(mask.nonzero().squeeze(1).tolist()), scores
 
 
-def _by_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:
-    """The groups without which the block's output changes least, each by itself."""
+def _groups_of_least_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:
+    """The groups whose removal, each by itself, changes the block's output least."""
     groups = planned.groups
     losses = torch.zeros(groups.count)
     parameters = {path: p.detach() for path, p in block.module.named_parameters()}
     for batch in block.first_batches(_TOKENS):
-        whole = stream_after(block, {}, batch, batch.state).float()
+        stream = stream_after(block, {}, batch, batch.state).float()
         for group in range(groups.count):
             paths = {part.path(group) for part in groups.outputs}
-            without = {path: parameters[path].clone() for path in paths}
-            disconnect(without, groups, [group])
-            changed = stream_after(block, without, batch, batch.state).float()
-            size = whole.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            losses[group] += float(((whole - changed).square().sum(-1) / size).sum())
+            disconnected_outputs = {path: parameters[path].clone() for path in paths}
+            disconnect(disconnected_outputs, groups, [group])
+            changed_stream = stream_after(block, disconnected_outputs, batch, batch.state).float()
+            squares = stream.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            losses[group] += float(((stream - changed_stream).square().sum(-1) / squares).sum())
             block.progress()
     block.ranks.add(losses)
     pattern = ColumnGroups(groups.count, planned.kept, groups.bins)

@@ -22,7 +22,7 @@ class ExpertChoice(Protocol):
 
         Args:
             experts: the experts of a block on calibration tokens.
-            groups: the number of experts, and that of those that are kept; see
+            groups: the number of experts, and the number of kept experts; see
                 `ColumnGroups.lowest`.
 
         Returns:
@@ -106,15 +106,15 @@ def with_protected(removed: Tensor, experts: RoutedExperts, groups: ColumnGroups
 
 @dataclass(frozen=True)
 class ExpertRemoval:
-    """How the experts of a block become fewer.
+    """The removal of experts of a block.
 
     Args:
         choose: the choice of the experts; None for the effect of each alone on the block's output.
-        merge: True if the removed ones are averaged into those that are left.
-        compensate: True if the last weights of those that are left are solved for the output of
-            the dense block.
-        named: True if a user named the choice. Another choice falls back to the effects if what a
-            router decides cannot be read.
+        merge: True if removed experts are averaged into kept experts.
+        compensate: True if the last weights of kept experts are solved for the output of the dense
+            block.
+        named: True if a user named the choice. Otherwise the run falls back to the effects if the
+            decisions of the router cannot be read.
         protect: the names of sources of calibration text whose experts are kept.
         tokens: the least number of tokens on which each expert is judged; see `RoutedExperts`.
         dense: True if the experts of a block are judged on its inputs in the dense model.
@@ -133,16 +133,16 @@ class ExpertRemoval:
 
 
 def joint_experts(experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
-    """The experts to remove, chosen greedily by what the others make of their tokens.
+    """The experts to remove, chosen greedily by the joint loss with a rerouted router.
 
-    Without an expert, the router sends its tokens to others. The loss of a removal is the change of
-    the sum of the experts' outputs, with the router choosing among those that are left, relative to
-    the stream. Each step removes the expert of least loss, given all removals before. Then removed
-    experts are exchanged for others as long as that lowers the loss, in at most one pass.
+    Without an expert, the router sends its tokens to other experts. The loss of a removal is the
+    change of the sum of the experts' outputs relative to the stream, with a router that chooses
+    among the remaining experts. Each step removes the expert of least loss, given all earlier
+    removals. Then each removed expert is exchanged once for another expert if that lowers the loss.
 
     Args:
         experts: the experts of a block, on calibration tokens.
-        groups: the number that is kept, of each bin.
+        groups: the number of experts that are kept, in each bin.
 
     Returns:
         The mask (experts,) of the experts to remove.
@@ -156,7 +156,7 @@ def joint_experts(experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
 
 
 class _Search:
-    """A greedy removal; ``removed`` (experts,) is True for the experts that are gone."""
+    """A greedy removal; ``removed`` (experts,) is the mask of the removed experts."""
 
     def __init__(self, experts: RoutedExperts, groups: ColumnGroups) -> None:
         self._experts, self._groups = experts, groups
@@ -171,12 +171,12 @@ class _Search:
         self.removed[cheapest], self._loss = True, float(losses[cheapest])
 
     def exchange(self, expert: int) -> None:
-        """Restore an expert, and remove that of its bin without which the loss is lowest."""
+        """Restore an expert, and remove the expert of its bin whose removal loses least."""
         restored = self.removed.clone()
         restored[expert] = False
         size = self._groups.count // self._groups.bins
-        others = (b for b in range(self._groups.bins) if b != expert // size)
-        losses = self._losses_without(restored, others)
+        other_bins = (index for index in range(self._groups.bins) if index != expert // size)
+        losses = self._losses_without(restored, other_bins)
         losses[expert] = math.inf
         cheapest = int(losses.argmin())
         if float(losses[cheapest]) < self._loss:
@@ -184,61 +184,63 @@ class _Search:
             self.removed, self._loss = restored, float(losses[cheapest])
 
     def _full_bins(self) -> Iterable[int]:
-        """The bins that have lost all that they lose."""
-        each = self.removed.view(self._groups.bins, -1).sum(1)
-        return (each >= self._groups.removed // self._groups.bins).nonzero().squeeze(1).tolist()
+        """The bins from which no further expert may be removed."""
+        removed_per_bin = self.removed.view(self._groups.bins, -1).sum(1)
+        full = removed_per_bin >= self._groups.removed // self._groups.bins
+        return full.nonzero().squeeze(1).tolist()
 
     def _losses_without(self, removed: Tensor, closed: Iterable[int]) -> Tensor:
-        """The loss without each expert (experts,) beside ``removed``; ∞ in the ``closed`` bins."""
-        losses = self._local(removed) if self._is_local else self._every(removed)
+        """The loss (experts,) of each removal after ``removed``; ∞ in the ``closed`` bins."""
+        by_picks = self._picks_suffice
+        losses = self._losses_by_picks(removed) if by_picks else self._losses_by_experts(removed)
         self._experts.over_ranks(losses)
         losses[removed] = math.inf
         if self._experts.protected is not None:
             losses[self._experts.protected] = math.inf
-        for each in closed:
-            losses.view(self._groups.bins, -1)[each] = math.inf
+        for closed_bin in closed:
+            losses.view(self._groups.bins, -1)[closed_bin] = math.inf
         return losses
 
-    def _local(self, removed: Tensor) -> Tensor:
+    def _losses_by_picks(self, removed: Tensor) -> Tensor:
         """The losses from one run of the router for each pick.
 
-        In that run, every token lacks the expert that it picks there.
+        In the run for the k-th pick, each token lacks the expert of its k-th pick.
         """
         routing = self._experts.rerouted(removed)
-        now = self._errors(routing)
-        losses = now.sum().repeat(self._groups.count)
+        errors = self._errors(routing)
+        losses = errors.sum().repeat(self._groups.count)
         for pick in routing.index.T:
-            lacking = removed | torch.nn.functional.one_hot(pick, len(removed)).bool()
-            change = self._errors(self._experts.rerouted(lacking)) - now
+            without_pick = removed | torch.nn.functional.one_hot(pick, len(removed)).bool()
+            change = self._errors(self._experts.rerouted(without_pick)) - errors
             losses.index_add_(0, pick[: len(change)], change)
         return losses
 
-    def _every(self, removed: Tensor) -> Tensor:
-        """The losses from a run of the router for each expert that is left."""
+    def _losses_by_experts(self, removed: Tensor) -> Tensor:
+        """The losses from a run of the router for each remaining expert."""
         losses = torch.zeros(len(removed), dtype=torch.double, device=removed.device)
         for expert in (~removed).nonzero().squeeze(1).tolist():
-            lacking = removed.clone()
-            lacking[expert] = True
-            losses[expert] = self._errors(self._experts.rerouted(lacking)).sum()
+            without_expert = removed.clone()
+            without_expert[expert] = True
+            losses[expert] = self._errors(self._experts.rerouted(without_expert)).sum()
         return losses
 
     @cached_property
-    def _is_local(self) -> bool:
+    def _picks_suffice(self) -> bool:
         """True if the removal of an expert changes nothing for the tokens that do not pick it.
 
-        It changes their weights if these are shares of all experts, as in Qwen2-MoE, and it may
-        change their experts if a router selects groups of experts first.
+        If weights are shares over all experts, as in Qwen2-MoE, a removal changes the weights of
+        all tokens. If a router selects groups of experts first, it may change all choices.
         """
         routing = self._experts.routing
         rarest = int(self._experts.sums(torch.ones_like(routing.weights)).argmin())
         removed = torch.zeros_like(self.removed)
         removed[rarest] = True
-        other, rest = self._experts.rerouted(removed), (routing.index != rarest).all(1)
-        same = torch.equal(other.index[rest], routing.index[rest])
-        same = same and torch.allclose(other.weights[rest], routing.weights[rest])
+        rerouted, unaffected = self._experts.rerouted(removed), (routing.index != rarest).all(1)
+        same = torch.equal(rerouted.index[unaffected], routing.index[unaffected])
+        same = same and torch.allclose(rerouted.weights[unaffected], routing.weights[unaffected])
         return not self._experts.over_ranks(torch.tensor([float(not same)]))
 
     def _errors(self, routing: Routing) -> Tensor:
-        """The relative error of each of the first tokens (few,) with these experts."""
+        """The relative errors (few,) of the first tokens with this routing."""
         lost = self._dense - self._experts.output(routing)
         return lost.square().sum(1).double() / self._experts.sizes[: len(lost)]

@@ -1,4 +1,4 @@
-"""The pruning of one site: the method applied to its target, and the error measured afterwards."""
+"""The pruning of one site: the method, applied to the target, and the measured error."""
 
 import time
 from collections.abc import Iterable
@@ -51,10 +51,9 @@ class SiteMethod(Protocol[P]):
 class Method(SiteMethod[Pattern], Protocol):
     """A function that prunes one layer; the target of `apt.hookspecs.MethodSpec`.
 
-    A run calls it for each site, without the inputs that were zero on all tokens; for n:m, the
-    weights of these are zero. What it returns is checked: the shapes, the dtypes, that the
-    weight is finite and zero under the mask, and that it has the zeros of the pattern, as many as
-    the pattern prunes and no more.
+    A run calls it for each site, without the dead inputs; for n:m, the weights of dead inputs are
+    zero. The run checks the solution: the shapes and dtypes, a finite weight that is zero under the
+    mask, and exactly the number of zeros of the pattern.
     """
 
     def __call__(
@@ -68,13 +67,13 @@ class Method(SiteMethod[Pattern], Protocol):
                 the same input share it.
             pattern: `apt.solver.NM`, `apt.solver.Unstructured` with its ``per`` filled in, or
                 another kind if the spec of the method names it or allows all.
-            options: the damping, and what the spec of the method says that it uses.
+            options: the damping, and the options that the spec of the method names.
 
         Returns:
             The weight, of the same shape and dtype, and its mask.
 
         Raises:
-            SolverError: the layer has no solution; the message says why.
+            SolverError: the layer has no solution; the message gives the reason.
         """
 
 
@@ -89,7 +88,7 @@ class Recipe:
         permute: True to change the places of inputs of n:m sites before they are pruned.
         ordered: True to solve the sites of a block in their order of execution, each on the outputs
             of the pruned sites before it (true-sequential).
-        experts: the removal of experts, in a plan that removes some.
+        experts: the removal of experts, in a plan that removes experts.
     """
 
     solver: SolverOptions = field(default_factory=SolverOptions)
@@ -108,10 +107,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class BlockPruning:
-    """What is done to the blocks of a model: the options of a run with all values filled in.
+    """The job for the blocks of a model: the plan, the method, and the recipe.
 
     Attributes:
-        plan: the pattern of each site.
+        plan: the target form of each site.
     """
 
     adapter: Adapter
@@ -122,13 +121,12 @@ class BlockPruning:
 
 @dataclass(frozen=True)
 class SolvedSite:
-    """A site whose solution is written to the model, but which may still be tuned.
+    """A site with its solution written to the model, before its tuning.
 
-    The solved sites of a block wait for its tuning together, so nothing in fp32 but the Gram
-    matrices is kept.
+    All solved sites of a block wait for its tuning. So only the Gram matrices are kept in fp32.
 
     Attributes:
-        dense: its dense weight (out, in), in the dtype in which it is stored.
+        dense: its dense weight (out, in), in the stored dtype.
         matrix: the Gram matrix (in, in) of its inputs.
         mask: True where it is pruned (out, in).
         damping, residual: see `apt.solver.Solution`.
@@ -161,8 +159,8 @@ def solve_site(
         scale: the factor of each row (out, 1) in the choice of the mask; None for equal rows.
 
     Raises:
-        AptError: the site has no solution, or none that is finite in the dtype of the weight,
-            which then stays.
+        AptError: the site has no solution that is finite in the dtype of the weight. The weight is
+            then unchanged.
     """
     started, scale = time.perf_counter(), torch.ones(()) if scale is None else scale
     weight = planned.site.oriented(planned.site.weight(block).data)
@@ -184,7 +182,7 @@ def solve_site(
 def _check_weight(
     method: SiteMethod[Any], planned: PlannedSite, dense: Tensor, solution: Solution
 ) -> None:
-    """Raise unless the weight is finite and has its zeros; a cast could make more."""
+    """Raise unless the weight is finite and has exactly its zeros, before a cast makes more."""
     assert planned.pattern is not None
     if not solution.weight.isfinite().all():
         said = f"{_name_of(method)} returns a weight of {planned.name} that is not finite"
@@ -217,7 +215,7 @@ def _refused(method: SiteMethod[Any], fault: str) -> AptError:
 def chosen_groups(
     job: BlockPruning, block: nn.Module, planned: PlannedSite, sums: Sums
 ) -> ColumnGroups:
-    """The pattern of a site with the groups that the method removes; the weight stays."""
+    """The pattern of a site with the groups that the method removes; no weight is changed."""
     pattern = cast(ColumnGroups, planned.pattern)
     dense = planned.site.oriented(planned.site.weight(block).data).float()
     whole = torch.ones((), device=dense.device)
@@ -258,21 +256,21 @@ def round_site(
     """Round the kept weights of a site, as written to its module, if its target form has a grid.
 
     Args:
-        stored: the dtype in which the integers times their scales are stored; None for that of the
-            weight.
+        stored: the dtype in which the integers times their scales are stored; None for the dtype of
+            the weight.
     """
     if (grid := solved.planned.grid) is None:
         return
     weight = solved.planned.site.oriented(solved.planned.site.weight(block).data)
     matrix = solved.matrix / max(solved.tokens, 1)
     mean = float(matrix.diagonal().mean())
-    more = mean * (damping or DAMPING) or 1.0  # some, for the sake of dead inputs
+    more = mean * (damping or DAMPING) or 1.0  # above 0, because of dead inputs
     matrix = matrix + more * torch.eye(len(matrix), device=matrix.device)
     weight.copy_(rounded(weight.float(), matrix, grid, stored or weight.dtype))
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:
-    """The record of a solved site, measured and checked on the weight as written."""
+    """The record of a solved site, measured and checked on the written weight."""
     planned = solved.planned
     weight = planned.site.oriented(planned.site.weight(block).data)
     _check_finite(planned, weight)

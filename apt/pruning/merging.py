@@ -1,8 +1,8 @@
-"""The merging of experts: those that are removed are averaged into others that resemble them.
+"""The merging of experts: removed experts are averaged into similar kept experts.
 
 This follows REAM (arXiv 2604.04356) and HC-SMoE (arXiv 2410.08589). The neurons of an expert can be
-permuted without a change of its output. So they are matched with those of the expert that they are
-merged into, before the weights are averaged by the numbers of tokens.
+permuted without a change of its output. So before the merge, they are matched with the neurons of
+the kept expert. The weights are averaged by the numbers of tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,17 @@ from apt.pruning.routed_experts import RoutedExperts, owner_of
 def merge_experts(
     block: nn.Module, adapter: Adapter, groups: Groups, experts: RoutedExperts, removed: Tensor
 ) -> tuple[tuple[int, int], ...]:
-    """Average each removed expert into one of the others, in place.
+    """Average each removed expert into a kept expert, in place.
 
-    It is that with the most similar output on the removed expert's tokens. An expert without
-    tokens is merged into none.
+    The kept expert is the one with the most similar output on the tokens of the removed expert. A
+    removed expert without tokens is not merged.
 
     Args:
         experts: the experts of the dense block, on calibration tokens.
         removed: True for the experts that are removed (experts,).
 
     Returns:
-        The removed experts that were merged, each with the one that it became a part of.
+        The pairs of a removed expert and the kept expert that it was merged into.
     """
     kept = (~removed).nonzero().squeeze(1).tolist()
     weights = _Weights(block, adapter, groups)
@@ -82,42 +82,42 @@ class _Weights:
         sites = [site for site in adapter.sites(block) if site.parameter.startswith(f"{owner}.")]
         channels = expert_channels(block, sites, ("", neurons(block, sites)), {})
         if channels is None:
-            fault = f"the weights in {owner} are stored in a way that is not known"
-            raise AptError(fault, "choose a method that does not merge", ("method",))
+            message = f"the weights in {owner} are stored in a way that is not known"
+            raise AptError(message, "choose a method that does not merge", ("method",))
         self._channels, self._tensors = channels, tensors
         self._last = [site for site in sites if site.name in channels.readers]
         self._matrices = {site.parameter for site in sites}
         self._biases = [p.parameter for p in groups.outputs if p.parameter not in self._matrices]
 
     def average(self, members: Sequence[int], shares: Sequence[float]) -> None:
-        """Set the first of some experts to their mean, with all neurons in the order of its own."""
+        """Set the first member to the mean of all, with its order of neurons."""
         orders = [self._order(members[0], member) for member in members]
         entries = [[values for _, values in self._entries(member)] for member in members]
-        for same in zip(*entries, strict=True):
-            moved = [values[order] for values, order in zip(same, orders, strict=True)]
-            same[0].copy_(_mean(moved, shares))
+        for parts in zip(*entries, strict=True):
+            ordered = [values[order] for values, order in zip(parts, orders, strict=True)]
+            parts[0].copy_(_mean(ordered, shares))
         for bias in (self._tensors[path].detach() for path in self._biases):
             bias[members[0]] = _mean([bias[member] for member in members], shares)
 
     def _order(self, first: int, expert: int) -> Tensor:
-        """The neurons of an expert that are matched with those of another, in their order."""
-        own, other = self._matrices_of(first), self._matrices_of(expert)
+        """The neurons of ``expert``, in the order of the matched neurons of ``first``."""
+        targets, matrices = self._matrices_of(first), self._matrices_of(expert)
         similarity = torch.stack([
-            nn.functional.normalize(own[path]) @ nn.functional.normalize(other[path]).T
-            for path in own
+            nn.functional.normalize(targets[path]) @ nn.functional.normalize(matrices[path]).T
+            for path in targets
         ]).sum(0)  # fmt: skip
         return matched(similarity.nan_to_num())
 
     def _matrices_of(self, expert: int) -> dict[str, Tensor]:
-        """The weights of an expert (neurons, …), by parameter."""
-        found = dict[str, list[Tensor]]()
+        """The matrices (neurons, …) of an expert, by parameter."""
+        parts_of = dict[str, list[Tensor]]()
         for part, values in self._entries(expert):
             if part.parameter in self._matrices:
-                found.setdefault(part.parameter, []).append(values.float().flatten(1))
-        return {path: torch.cat(values, 1) for path, values in found.items()}
+                parts_of.setdefault(part.parameter, []).append(values.float().flatten(1))
+        return {path: torch.cat(values, 1) for path, values in parts_of.items()}
 
     def _entries(self, expert: int) -> Iterator[tuple[Part, Tensor]]:
-        """Each part of an expert, as a view whose first dimension are the neurons."""
+        """The parts of an expert, each with a view whose first dimension is the neurons."""
         return entries_of(self._tensors, self._channels, self._last[expert])
 
 

@@ -14,11 +14,11 @@ from apt.adapter.recording import eval_mode
 from apt.calibration.batches import TOKENS_PER_BATCH, Batch, OpenBlock, check_finite, enter
 from apt.calibration.sources import SampleSources
 from apt.errors import AptError
-from apt.events import BlockStarted, Done, ExpertsRemoved, Working
+from apt.events import BlockRecord, BlockStarted, ExpertsRemoved, Working
 from apt.planning.plan import PlannedGroups
 from apt.pruning.block_store import BlockStore
 from apt.pruning.current_block import CurrentBlock, pass_dropped
-from apt.pruning.disconnecting import unrouted
+from apt.pruning.disconnecting import unrouted_experts
 from apt.pruning.layer import BlockPruning
 from apt.pruning.routed_experts import batches_to_judge
 from apt.text.ids import check_ids
@@ -28,18 +28,18 @@ from apt.text.ids import check_ids
 @torch.no_grad()
 def prune_blocks(
     store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources | None = None
-) -> list[Done]:
+) -> list[BlockRecord]:
     """Prune a model in place, one block after the other.
 
     Each block is run with its dense weights on the outputs of the pruned blocks before it. Its
     sites are solved from the Gram matrices of their inputs and written back, and the block is run
-    again. If the sites are solved in order, it is run again for each stage of them, and products of
-    the runs before are stored. With error-aware targets, the activations of the dense model are
-    computed as well.
+    again. If the sites are solved in order, the block is run again for each stage of sites, and the
+    products of earlier runs are stored. With error-aware targets, the activations of the dense
+    model are computed as well.
 
     Args:
-        store: the model; it is set to eval mode during the run. Each of the ranks calls this
-            function with the same arguments and ends with the same model.
+        store: the model; it is in eval mode during the run. Each rank calls this function with the
+            same arguments and ends with the same model.
         job: what is done to the blocks.
         tokens: calibration token ids (samples, seqlen).
         sources: their sources; None for one source.
@@ -55,16 +55,16 @@ def prune_blocks(
     sources = sources or SampleSources.one(len(tokens))
     model, adapter, planned = store.model, job.adapter, job.plan.blocks
     with eval_mode(model), adapter.running(model):
-        # 1. The inputs of the first block, in batches; those for tuning come first.
-        batches, tuning = _enter(store, job, tokens, sources)
-        # 2. The dense stream passes the blocks that are dropped before the first one.
+        # 1. The inputs of the first block, in batches; batches for tuning come first.
+        batches, tuning = _entered_batches(store, job, tokens, sources)
+        # 2. The dense stream passes the dropped blocks before the first kept block.
         modules = dict(adapter.blocks(model))
-        judged = _judged(store, job, batches, sources) if job.recipe.experts.dense else []
+        judged = _judged_batches(store, job, batches, sources) if job.recipe.experts.dense else []
         blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
         kept = [index for index, block in enumerate(planned) if not block.dropped]
         pass_dropped(store, job, batches, blocks[: kept[0]])
-        # 3. Each block that is kept, with the dropped ones behind it.
-        done: list[Done] = []
+        # 3. Each kept block, with the dropped blocks behind it.
+        done: list[BlockRecord] = []
         for index, following in pairwise([*kept, len(planned)]):
             name, module = planned[index].name, modules[planned[index].name]
             store.observe(BlockStarted(name, index, len(planned)))
@@ -82,40 +82,40 @@ def prune_blocks(
 
 
 @torch.no_grad()
-def remove_chosen(store: BlockStore, job: BlockPruning) -> list[Done]:
+def remove_chosen(store: BlockStore, job: BlockPruning) -> list[BlockRecord]:
     """Remove the groups that the plan names, without calibration; the other weights stay.
 
     Returns:
         The records of all blocks.
     """
-    done, scores = list[Done](), job.recipe.experts.scores
+    done, scores = list[BlockRecord](), job.recipe.experts.scores
     modules = dict(job.adapter.blocks(store.model))
     for index, planned in enumerate(job.plan.blocks):
         name, module = planned.name, modules[planned.name]
         store.observe(BlockStarted(name, index, len(job.plan.blocks)))
-        if (known := store.kept(name)) is None:
+        if (records := store.kept(name)) is None:
             with store.open(name, module):
-                known = [_remove(module, name, lost, scores) for lost in planned.disconnected]
-                store.keep(name, module, known)
-        for record in known:
+                records = [_remove(module, name, lost, scores) for lost in planned.disconnected]
+                store.keep(name, module, records)
+        for record in records:
             store.observe(record)
-        done += known
+        done += records
     return done
 
 
 def _remove(
     module: nn.Module, name: str, lost: PlannedGroups, scores: Mapping[str, Sequence[float]]
-) -> Done:
+) -> BlockRecord:
     """Set the outputs of the groups that a plan names to zero."""
     assert lost.chosen is not None
     disconnect(tensors_of(module), lost.groups, lost.chosen)
     return ExpertsRemoved(name, tuple(lost.chosen), scores=tuple(scores.get(name, ())))
 
 
-def _judged(
+def _judged_batches(
     store: BlockStore, job: BlockPruning, batches: list[Batch], sources: SampleSources
 ) -> list[Batch]:
-    """The batches on which experts are judged, with states of their own."""
+    """The batches on which experts are judged, with separate states."""
     first = OpenBlock(
         job.adapter, nn.Identity(), 0, batches, store.ranks, mixed=sources.mixed
     )  # only to count them
@@ -126,27 +126,27 @@ def _judged(
     ]
 
 
-def _enter(
+def _entered_batches(
     store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources
 ) -> tuple[list[Batch], int]:
-    """This rank's batches before the first block, and the number of those for tuning.
+    """This rank's batches before the first block, and the number of batches for tuning.
 
-    The latter are smaller, and come first.
+    The batches for tuning are smaller, and come first.
     """
-    how, batches, rest, first = job.recipe.tuning, list[Batch](), tokens, 0
-    if how is not None:
-        chosen = how.chosen(*tokens.shape)
-        size = how.step_tokens(int(chosen.sum()), tokens.shape[1])
+    tuning, batches, rest, tuning_count = job.recipe.tuning, list[Batch](), tokens, 0
+    if tuning is not None:
+        chosen = tuning.chosen(*tokens.shape)
+        size = tuning.step_tokens(int(chosen.sum()), tokens.shape[1])
         batches = _batches(store, job, tokens[chosen], sources.part(chosen), size)
-        first, rest, sources = len(batches), tokens[~chosen], sources.part(~chosen)
+        tuning_count, rest, sources = len(batches), tokens[~chosen], sources.part(~chosen)
     if len(rest):
         batches += _batches(store, job, rest, sources, TOKENS_PER_BATCH)
     ranks = store.ranks
     if ranks.sum(not batches):
-        fault = f"too few samples: some of {ranks.size} ranks have none"
-        raise AptError(fault, "give more samples, or start fewer ranks", ("samples",))
+        message = f"too few samples: some of {ranks.size} ranks have none"
+        raise AptError(message, "give more samples, or start fewer ranks", ("samples",))
     ranks.work.tokens = sum(batch.tokens for batch in batches)
-    return batches, first
+    return batches, tuning_count
 
 
 def _batches(
@@ -160,25 +160,25 @@ def _batches(
     )  # fmt: skip
 
 
-def _prune_opened(current: CurrentBlock, *, last: bool) -> list[Done]:
-    """Prune or restore a block that is in memory, and run it unless it is the last one."""
+def _prune_opened(current: CurrentBlock, *, last: bool) -> list[BlockRecord]:
+    """Prune or restore a block in memory, and run it unless it is the last block."""
     try:
         done = _prune_or_restore(current)
         if not last:
-            check_finite(current.adapter, _propagated(current), current.ranks)
+            check_finite(current.adapter, _propagated_states(current), current.ranks)
     except AptError as error:
         name = current.planned.name
         raise AptError(f"in {name}: {error.message}", error.hint, error.options) from error
     return done
 
 
-def _prune_or_restore(current: CurrentBlock) -> list[Done]:
+def _prune_or_restore(current: CurrentBlock) -> list[BlockRecord]:
     """Prune a block, or restore it if an earlier run has pruned it."""
     name, store = current.planned.name, current.store
-    if (known := store.kept(name)) is None:
-        known = current.prune()
-        store.keep(name, current.module, known)
-        return known
+    if (records := store.kept(name)) is None:
+        records = current.prune()
+        store.keep(name, current.module, records)
+        return records
     current.advance_judged(current.judged_after())
     for batch in current.batches:
         if batch.dense is not None:
@@ -186,13 +186,13 @@ def _prune_or_restore(current: CurrentBlock) -> list[Done]:
             current.progress()
     pass_dropped(store, current.job, current.batches, current.dropped)
     store.read_kept(name, current.module)
-    current.unrouted = unrouted(current.module, current.planned.disconnected)
-    for record in known:
+    current.unrouted = unrouted_experts(current.module, current.planned.disconnected)
+    for record in records:
         store.observe(record)
-    return known
+    return records
 
 
-def _propagated(current: CurrentBlock) -> Iterator[State]:
+def _propagated_states(current: CurrentBlock) -> Iterator[State]:
     """The output of the pruned block for each batch, which becomes its state."""
     for batch in current.batches:
         if not current.propagated:

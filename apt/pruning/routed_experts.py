@@ -1,4 +1,4 @@
-"""The experts of a block on calibration tokens: what they compute, and what the router chooses."""
+"""The experts of a block on calibration tokens: their outputs, and the router's choices."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -33,19 +33,19 @@ class _Routed(Exception):
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The last call of a router, or else of a part of a block with the router, on one batch.
+class _RouterCall:
+    """A call that computes the routing of one batch: of the router, or of a module around it.
 
     Attributes:
         call: the call.
         tokens: the number of tokens of the batch.
-        chosen: the positions of the indices and of the weights in what the router returns; None if
-            they are only known when the experts are called.
+        positions: the positions of the indices and the weights in the output of the router. None if
+            the routing is known only when the experts are called.
     """
 
     call: Callable[[], Any]
     tokens: int
-    chosen: tuple[int, int] | None = None
+    positions: tuple[int, int] | None = None
 
 
 class RoutedExperts:
@@ -55,15 +55,16 @@ class RoutedExperts:
 
     Attributes:
         count: the number of experts.
-        routing: what the router decides on these tokens.
-        judged: the same, with more picks: an expert with fewer than ``least`` tokens has also those
-            of its other tokens for which the router gives it the most weight, so many that it has
-            ``least`` tokens, if there are as many.
+        routing: the routing of these tokens.
+        judged: the routing with more picks: an expert with fewer than ``least`` tokens is also
+            judged on further tokens. Of all tokens that are not sent to it, these are the tokens
+            for which its router weight is largest. It has ``least`` tokens then, if there are as
+            many.
         underserved: the experts with fewer than ``least`` tokens.
-        protected: True for the experts (experts,) that a choice must not remove, on the CPU; None
-            if it may remove all.
-        sizes: the mean square of each token (tokens,) on the stream after the block. Errors are
-            divided by it, since the norm before the next block divides the stream by its root.
+        protected: the mask (experts,) of the experts that a choice must not remove, on the CPU;
+            None if it may remove all.
+        sizes: the mean square of each token (tokens,) on the stream after the block. Squared errors
+            are divided by it, as the norm before the next block divides the stream by its root.
         few: the number of tokens for which the outputs of all experts fit into 1 GiB.
         by_source: the tokens of each expert, and their weights, by the source of the text.
 
@@ -82,18 +83,18 @@ class RoutedExperts:
         path = owner_of(groups)
         self._experts: Any = block.module.get_submodule(path)
         self._routers = routers_of(block.module, groups)
-        self._runs, found, sizes = list[_Run](), list[Routing](), list[Tensor]()
+        self._runs, recorded, sizes = list[_RouterCall](), list[Routing](), list[Tensor]()
         width = block.adapter.residual(block.batches[0].state).shape[-1]
         self._ranks = block.ranks
         self.by_source = RoutedBySource(block.sources, groups.count)
         self.protected: Tensor | None = None
         for batch in self._batches(block, least):
-            after = self._record(block, batch, path.rpartition(".")[0], found)
-            sizes.append(mean_squares(stream_rows(block.adapter, after)).squeeze(1))
-            self.by_source.add(found[-1], batch.token_sources())
+            state = self._record(block, batch, path.rpartition(".")[0], recorded)
+            sizes.append(mean_squares(stream_rows(block.adapter, state)).squeeze(1))
+            self.by_source.add(recorded[-1], batch.token_sources())
             block.progress()
         self.by_source.over_ranks(block.ranks)
-        self.routing, self.sizes = _joined(found), torch.cat(sizes)
+        self.routing, self.sizes = _concatenated(recorded), torch.cat(sizes)
         self.few = min(len(self.sizes), max(1, _OUTPUTS // (groups.count * width)))
         self.underserved, self.judged = tuple[int, ...](), self.routing
         if least:
@@ -149,34 +150,36 @@ class RoutedExperts:
         weight = (weight * scale).nan_to_num(0.0, 0.0, 0.0).to(routing.weights.dtype)
         return weight.masked_fill((routing.index == expert).any(1), 0.0)
 
-    def _record(self, block: OpenBlock, batch: Batch, part: str, found: list[Routing]) -> State:
-        """Run a batch, and record how its routing is computed again; returns the state after it."""
+    def _record(
+        self, block: OpenBlock, batch: Batch, outer_path: str, recorded: list[Routing]
+    ) -> State:
+        """Run a batch and record the call that computes its routing; returns the state after it."""
         run = partial(block.step, batch, batch.state)
-        router = _owner(block.module, self._routers[0])
-        around = block.module.get_submodule(part)
+        router = _module_of(block.module, self._routers[0])
+        outer = block.module.get_submodule(outer_path)
         with (
-            _calls(around) as whole,
-            _calls(router) as alone,
-            routings(self._experts, found.append),
+            _calls(outer) as outer_calls,
+            _calls(router) as router_calls,
+            routings(self._experts, recorded.append),
         ):
-            after = run()
-        tokens, (call, result) = len(found[-1].inputs), alone[-1]
-        if (chosen := _positions(result, found[-1])) is not None:
-            self._runs.append(_Run(call, tokens, chosen))
+            state = run()
+        tokens, (call, result) = len(recorded[-1].inputs), router_calls[-1]
+        if (positions := _positions(result, recorded[-1])) is not None:
+            self._runs.append(_RouterCall(call, tokens, positions))
         else:
-            self._runs.append(_Run(whole[-1][0] if part else run, tokens))
-        return after
+            self._runs.append(_RouterCall(outer_calls[-1][0] if outer_path else run, tokens))
+        return state
 
     def rerouted(self, removed: Tensor) -> Routing:
-        """What the router decides if some experts do not exist.
+        """The routing without some experts.
 
         Args:
-            removed: True for these experts, (experts,) or, for each token, (tokens, experts).
+            removed: the mask of these experts: (experts,), or (tokens, experts) for each token.
         """
-        found, rest = list[Routing](), removed.to(self.sizes.device)
+        recorded, rest = list[Routing](), removed.to(self.sizes.device)
 
         def stop(routing: Routing) -> None:
-            found.append(routing)
+            recorded.append(routing)
             raise _Routed
 
         for run in self._runs:
@@ -186,10 +189,10 @@ class RoutedExperts:
             masks = dict.fromkeys(self._routers, mask)
             with suppress(_Routed), routings(self._experts, stop), Unrouted(masks):
                 result = run.call()
-                if run.chosen is not None:
-                    index, weights = (result[place] for place in run.chosen)
-                    found.append(Routing(self.routing.inputs, index, weights))
-        return replace(_joined(found), inputs=self.routing.inputs)
+                if run.positions is not None:
+                    index, weights = (result[place] for place in run.positions)
+                    recorded.append(Routing(self.routing.inputs, index, weights))
+        return replace(_concatenated(recorded), inputs=self.routing.inputs)
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -216,10 +219,10 @@ class RoutedExperts:
         index = self.judged.index
         norms = torch.zeros(index.shape, device=self.sizes.device)
         for expert in range(self.count):  # on its own tokens alone, unlike `outputs`
-            own = index == expert
-            inputs = self.routing.inputs[own.any(1)]
+            picked = index == expert
+            inputs = self.routing.inputs[picked.any(1)]
             if len(inputs):
-                norms[own] = self._output_of(expert, inputs).float().norm(dim=1)
+                norms[picked] = self._output_of(expert, inputs).float().norm(dim=1)
         return norms * self.judged.weights.float().abs()
 
     def sums(self, values: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ class RoutedExperts:
         )
 
     def over_ranks(self, sums: Tensor) -> Tensor:
-        """The sums over all ranks, of those over this rank's tokens; in place."""
+        """Add up sums over this rank's tokens over all ranks, in place."""
         self._ranks.add(sums)
         return sums
 
@@ -269,30 +272,30 @@ def _calls(module: nn.Module) -> Iterator[list[tuple[Callable[[], Any], Any]]]:
         handle.remove()
 
 
-def _owner(block: nn.Module, parameter: Tensor) -> nn.Module:
+def _module_of(block: nn.Module, parameter: Tensor) -> nn.Module:
     """The module that owns a parameter."""
     modules = block.modules()
     return next(m for m in modules if any(p is parameter for p in m.parameters(recurse=False)))
 
 
 def _positions(result: Any, routing: Routing) -> tuple[int, int] | None:
-    """The positions of a routing's indices and weights in what a router returns."""
-    places = list[int]()
-    for wanted in (routing.index, routing.weights):
-        for place, each in enumerate(result if isinstance(result, tuple) else ()):
-            if isinstance(each, Tensor) and _same(each, wanted):
-                places.append(place)
+    """The positions of a routing's indices and weights in the output of a router."""
+    positions = list[int]()
+    for tensor in (routing.index, routing.weights):
+        for position, value in enumerate(result if isinstance(result, tuple) else ()):
+            if isinstance(value, Tensor) and _same_memory(value, tensor):
+                positions.append(position)
                 break
-    return (places[0], places[1]) if len(places) == 2 else None
+    return (positions[0], positions[1]) if len(positions) == 2 else None
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
-    """True if two tensors are one in memory."""
+def _same_memory(left: Tensor, right: Tensor) -> bool:
+    """True if two tensors share their memory."""
     return (left.data_ptr(), left.shape, left.dtype) == (right.data_ptr(), right.shape, right.dtype)
 
 
-def _joined(parts: Sequence[Routing]) -> Routing:
-    """The routing of several batches as one."""
+def _concatenated(parts: Sequence[Routing]) -> Routing:
+    """The routing of several batches, concatenated."""
     return Routing(
         torch.cat([part.inputs for part in parts]),
         torch.cat([part.index for part in parts]),

@@ -20,6 +20,8 @@ from apt.solver.gram import DAMPING
 
 @dataclass
 class _Effect:
+    """The effect of an extra: the Gram matrices of its channels, and the energy of the output."""
+
     gram: Tensor
     energy: float
 
@@ -29,21 +31,21 @@ def prune_extras(
 ) -> Iterator[SitePruned]:
     """Prune the extras ``planned`` in place, from one run of the block on all batches.
 
-    They are pruned before the sites. The sites then receive the outputs of the pruned extras and
+    Extras are pruned before the sites. The sites then receive the outputs of the pruned extras and
     compensate for the error.
 
     Raises:
-        AptError: the adapter's ``effects`` report nothing for one of them.
+        AptError: the adapter's ``effects`` report nothing for one of the extras.
     """
     sums: dict[Extra, _Effect] = {}
 
-    def take(extra: Extra, gram: Tensor, energy: float) -> None:
-        known = sums.setdefault(extra, _Effect(torch.zeros_like(gram), 0.0))
-        known.gram += gram
-        known.energy += energy
+    def add(extra: Extra, gram: Tensor, energy: float) -> None:
+        effect = sums.setdefault(extra, _Effect(torch.zeros_like(gram), 0.0))
+        effect.gram += gram
+        effect.energy += energy
 
     ranks = block.ranks
-    with block.adapter.effects(block.module, [entry.extra for entry in planned], take):
+    with block.adapter.effects(block.module, [entry.extra for entry in planned], add):
         for batch in block.batches:
             block.step(batch, batch.state)
             block.progress()
@@ -67,14 +69,14 @@ def _prune(
     started, extra = time.perf_counter(), planned.extra
     weight = extra.weight(block).data
     multiplies = extra.removal == "product"
-    acting = weight.double() if multiplies else torch.ones_like(weight, dtype=torch.float64)
+    factors = weight.double() if multiplies else torch.ones_like(weight, dtype=torch.float64)
     damping = DAMPING if options.damping is None else options.damping
     solution = prune_channels(
-        acting, effect.gram, planned.pattern, compensated=multiplies, damping=damping
+        factors, effect.gram, planned.pattern, compensated=multiplies, damping=damping
     )
     weight.copy_(solution.weight if multiplies else weight.masked_fill(solution.mask, 0))
-    lost = (weight.double() if multiplies else solution.weight) - acting
-    loss = float(torch.einsum("ck,ckl,cl->", lost, effect.gram.double(), lost))
+    change = (weight.double() if multiplies else solution.weight) - factors
+    loss = float(torch.einsum("ck,ckl,cl->", change, effect.gram.double(), change))
     return SitePruned(
         planned.name,
         extra.name,

@@ -1,4 +1,4 @@
-"""A recovery: its options and its surroundings, and how much it trains."""
+"""The job of a recovery, its options and its folder, and the plan of its training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,16 +26,16 @@ STEPS_FOLDER = "steps"
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """What a recovery needs beside the model and the text.
+    """The inputs of a recovery except the model and the text.
 
     Attributes:
         folder: a folder for checkpoints and for the outputs of the dense model.
-        dense: opens the dense model, with the tokens of the same tokenizer; None if there is none.
+        dense: opens the dense model, which has the same tokenizer; None without a dense model.
         journal: the journal of the training, which the first rank writes. The training continues
-            from the last checkpoint that it names.
+            from the last checkpoint in the journal.
         status: called at each step outside the training.
-        saved_adapter: the directory to which the first rank writes the trained adapter, before it
-            is merged; None to write none.
+        saved_adapter: the directory for the trained adapter, which the first rank writes before the
+            adapter is merged; None to write no adapter.
     """
 
     adapter: Adapter
@@ -62,30 +62,30 @@ class RecoveryJob:
         """The folder of the checkpoints."""
         return self.folder / STEPS_FOLDER
 
-    def written(self) -> list[Path]:
-        """The checkpoints that were completely written, the last one last."""
+    def written_checkpoints(self) -> list[Path]:
+        """The completely written checkpoints, in the order of their steps."""
         steps = self.ranks.share(self.journal.values(CHECKPOINT))
         return [checkpoint_of(self.checkpoints, step) for step in steps]
 
-    def happened(self, event: TrainingEvent) -> None:
+    def report(self, event: TrainingEvent) -> None:
         """Report an event of the training; a checkpoint is recorded in the journal."""
         if isinstance(event, CheckpointSaved) and self.ranks.first:
-            place = checkpoint_of(self.checkpoints, event.step)
-            self.journal.keep({CHECKPOINT: event.step}, place)
+            folder = checkpoint_of(self.checkpoints, event.step)
+            self.journal.keep({CHECKPOINT: event.step}, folder)
         self.observe(event)
 
 
 @dataclass(frozen=True)
-class Course:
-    """How much is trained, and until when.
+class TrainingPlan:
+    """The number of steps of a training, its samples, and its end.
 
     Attributes:
-        batch: the samples of a step, over all processes.
+        batch: the number of samples of a step, over all processes.
         text: the samples to train on (samples, seqlen).
         held_back: the samples on which the loss is measured (samples, seqlen).
-        moving: the masks, if they move; None if they stay.
-        windows: the windows of blocks, if blocks are trained in turn; None to train all together.
-        ends: the time of `time.perf_counter` at which the training ends; None for no such time.
+        moving: the masks if they move; None for fixed masks.
+        windows: the windows of blocks if blocks are trained in turn; None to train all together.
+        ends: the time of `time.perf_counter` at which the training ends; None for no time limit.
     """
 
     steps: int

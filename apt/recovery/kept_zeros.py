@@ -1,4 +1,4 @@
-"""The zeros of a pruned model that stay while other code trains it."""
+"""Zeros of a pruned model that stay zero while other code trains the model."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 class KeptZeros:
     """Weights that stay zero until `remove` is called.
 
-    Their gradients are zero, so that neither clipping nor an optimizer's moments see them. A
-    parameter that is frozen now keeps its zeros too, if it is trained later. In a ``with``
-    statement `remove` is called at the end, also after an exception.
+    Their gradients are zero, so that neither clipping nor the moments of an optimizer depend on
+    them. A frozen parameter keeps its zeros too if it is trained later. In a ``with`` statement
+    `remove` is called at the end, also after an exception.
 
     Args:
         masks: the masks (True where a weight stays zero), by parameter.
@@ -27,7 +27,7 @@ class KeptZeros:
     ) -> None:
         self._masks = masks
         self._handles = [
-            _hooked(parameter, partial(Tensor.masked_fill, mask=mask, value=0))
+            _register_hook(parameter, partial(Tensor.masked_fill, mask=mask, value=0))
             for parameter, mask in masks.items()
         ]
         if optimizer is not None:
@@ -46,16 +46,16 @@ class KeptZeros:
             parameter.masked_fill_(mask, 0)
 
     def remove(self) -> None:
-        """Let the weights be trained from now on."""
+        """Remove all hooks: the weights can then be trained."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
-def _hooked(parameter: nn.Parameter, hook: Callable[..., Any]) -> RemovableHandle:
+def _register_hook(parameter: nn.Parameter, hook: Callable[..., Any]) -> RemovableHandle:
     """Register a hook on the gradient of a parameter, which may be frozen."""
-    trained = parameter.requires_grad
-    parameter.requires_grad_(True)  # torch registers none on a frozen one, but keeps it there
+    required = parameter.requires_grad
+    parameter.requires_grad_(True)  # for `register_hook`; the hook stays afterwards
     handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
-    parameter.requires_grad_(trained)
+    parameter.requires_grad_(required)
     return handle

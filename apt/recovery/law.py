@@ -1,4 +1,4 @@
-"""The P² law of one training: its loss as a function of its tokens, and how many are enough.
+"""The P² law of one training: the loss as a function of the tokens, and enough tokens.
 
     L = D_C/D^β + E
 
@@ -17,11 +17,11 @@ from apt.recovery.record import Training
 Array = Any  # of numpy
 MILLION = 1e6
 THRESHOLD = 0.01
-"""Nats per token: so much less loss from twice the tokens is not worth them."""
+"""Nats per token: a smaller gain from twice the tokens does not justify them."""
 
-_LEAST_CHECKS = 5  # measurements before the law is asked
+_LEAST_CHECKS = 5  # measurements before the first fit of the law
 _STARTS = 8
-_EVALUATIONS = 200  # of the residuals for a start; a curve without a slope would need any number
+_EVALUATIONS = 200  # of the residuals for each start: a fit of a flat curve may not converge
 _FREE = ("gamma", "delta", "E")  # the other parameters are positive: their logarithms are fitted
 _START = {
     "D_C": -1.0, "beta": -1.0, "E": 0.1, "gamma": 0.0, "delta": 0.0, "N_C": -1.0, "alpha": -1.0,
@@ -38,7 +38,7 @@ def fit(
 
     Args:
         names: the names of the parameters, as in the equation.
-        predict: the losses that given parameters predict.
+        predict: a function from parameters to predicted losses.
         losses: the measured losses.
         near: parameters to start from; by default there are several starts.
     """
@@ -52,19 +52,19 @@ def fit(
     upper = [20.0 if name in _FREE else 6.0 if name in ("D_C", "N_C") else 1.1 for name in names]
     best = None
     for start in _starts(names, near):
-        inside = np.clip(start, np.add(lower, 1e-6), np.subtract(upper, 1e-6))
-        found = least_squares(
-            lambda vector: predict(values(vector)) - losses, inside, bounds=(lower, upper),
+        clipped = np.clip(start, np.add(lower, 1e-6), np.subtract(upper, 1e-6))
+        result = least_squares(
+            lambda vector: predict(values(vector)) - losses, clipped, bounds=(lower, upper),
             loss="soft_l1", f_scale=0.05, max_nfev=_EVALUATIONS,
         )  # fmt: skip
-        if best is None or found.cost < best.cost:
-            best = found
+        if best is None or result.cost < best.cost:
+            best = result
     assert best is not None
     return values(best.x)
 
 
 def _starts(names: Sequence[str], near: dict[str, float] | None) -> list[list[float]]:
-    """The starts of the fit, on the scale on which the parameters are fitted."""
+    """The starts of the fit, in the scale of the fitted parameters."""
     if near is not None:
         values = ((name, near[name]) for name in names)
         return [[v if name in _FREE else math.log(max(v, 1e-12)) for name, v in values]]
@@ -76,7 +76,7 @@ def _starts(names: Sequence[str], near: dict[str, float] | None) -> list[list[fl
 
 
 def enough(size: float, beta: float, threshold: float = THRESHOLD) -> float:
-    """The tokens from which on twice as many lower ``size/D^β`` by less than ``threshold``."""
+    """The least tokens for which twice as many lower ``size/D^β`` by less than ``threshold``."""
     gain = size * (1 - 2**-beta)
     if gain <= 0:
         return 0.0
@@ -85,7 +85,7 @@ def enough(size: float, beta: float, threshold: float = THRESHOLD) -> float:
 
 
 def enough_tokens(training: Training) -> str | None:
-    """A rule that ends a training once, by the law of its own curve, more tokens hardly help."""
+    """A rule that ends a training if, by the law of its curve, more tokens hardly help."""
     points = [
         (step * training.tokens, loss)
         for step, loss in training.held_back.items()
@@ -102,5 +102,5 @@ def enough_tokens(training: Training) -> str | None:
     least = enough(values["D_C"], values["beta"])
     if points[-1][0] < least:
         return None
-    said = f"enough tokens: the law predicts {THRESHOLD:g} nats less from twice as many"
-    return f"{said} as {least:,.0f}"
+    message = f"enough tokens: the law predicts {THRESHOLD:g} nats less from twice as many"
+    return f"{message} as {least:,.0f}"

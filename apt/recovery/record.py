@@ -13,11 +13,11 @@ class Training:
         steps: the planned number of steps.
         tokens: the tokens of a step, over all processes.
         held_back: the loss of the next token on the samples held back, by step.
-        best: the step whose weights were taken; 0 if no step lowered the loss on the samples held
-            back, and the weights are those before the training.
+        best: the step whose weights are the result. If no step lowered the loss on the samples held
+            back, it is 0, and the result is the weights before the training.
         diverged: the step after which the loss diverged; None if it did not.
-        stopped: why the training ended before its planned end; empty if it did not.
-        exchanges: the number of weights that were pruned in exchange for others, if masks move.
+        stopped: the reason for an early end; empty if the training ended as planned.
+        exchanges: the number of exchanged weights, if masks move.
     """
 
     steps: int
@@ -32,7 +32,7 @@ class Training:
 
     @property
     def checks_since_best(self) -> int:
-        """The number of measurements after the one with the lowest loss, without that of step 0."""
+        """The number of measurements after the lowest loss; step 0 does not count."""
         losses = [loss for step, loss in self.held_back.items() if step]
         return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
@@ -42,4 +42,4 @@ class Training:
 
 
 StopRule = Callable[[Training], str | None]
-"""Why a training ends now, or None; asked after each measurement of the loss."""
+"""A function that returns the reason to end a training, or None, after each measured loss."""

@@ -19,12 +19,12 @@ _DIVERGED = 2.0  # nats per token above the loss before the training
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """The place of the checkpoint after a step, as the Trainer names it."""
+    """The folder of the checkpoint after a step, with the name that the Trainer gives."""
     return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Records the losses, and ends a training that diverges or that a rule ends."""
+    """Records the losses, and ends a training that diverges, or by a rule."""
 
     def __init__(
         self,
@@ -36,17 +36,17 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._training, self._rules, self._observe = training, rules, observe
         self._ends, self._measuring = ends, 0.0
-        self._moving, self._next = moving, 1  # the number of the current step
+        self._moving, self._step = moving, 1  # the number of the current step
         self._started = 0.0
 
     def begin(self, trainer: Trainer, checkpoint: str | None) -> None:
         """Measure the loss before the training, and read the record of a checkpoint."""
         self._started = time.perf_counter()
         with eval_mode(trainer.model):
-            self._keep(0, trainer.evaluate()["eval_loss"])
+            self._record_held_back(0, trainer.evaluate()["eval_loss"])
         self._measuring = time.perf_counter() - self._started
         if trainer.args.world_size > 1:
-            # Else accelerate takes the model for one whose gradients are shared already.
+            # Otherwise accelerate assumes that the gradients of the model are shared already.
             vars(trainer.model).pop("_is_accelerate_prepared", None)
         if checkpoint is None:
             return
@@ -60,24 +60,24 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Note the number of the step."""
-        self._next = state.global_step + 1
+        """Set the number of the current step."""
+        self._step = state.global_step + 1
 
     def see(self, name: str, gradient: Tensor) -> None:
-        """Note the gradient of a parameter, if its mask moves after this step."""
-        if self._moving is not None and self._moving.wants(self._next):
-            self._moving.see(name, gradient)
+        """Add the gradient of a parameter if its mask moves after this step."""
+        if self._moving is not None and self._moving.moves_after(self._step):
+            self._moving.add_gradient(name, gradient)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Move the masks, and measure the loss after the last step, or if the time is over."""
-        if state.global_step >= state.max_steps:  # transformers 4.57 does not
+        """Move the masks; measure the loss after the last step, or at the end of the time."""
+        if state.global_step >= state.max_steps:  # transformers 4.57 does not measure then
             control.should_evaluate = True
         elif self._ends is not None and time.perf_counter() + self._measuring > self._ends:
             control.should_evaluate = control.should_save = control.should_training_stop = True
             self._training.stopped = "the time was over"
-        if self._moving is not None and self._moving.wants(state.global_step):
+        if self._moving is not None and self._moving.moves_after(state.global_step):
             self._training.exchanges += self._moving.move(state.global_step, given["optimizer"])
 
     def on_log(
@@ -98,11 +98,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
     ) -> None:
-        """Record the loss on the samples held back, and ask the rules."""
+        """Record the loss on the samples held back, and apply the rules."""
         training, loss = self._training, float(metrics["eval_loss"])
         if not state.global_step or training.diverged is not None:
             return
-        self._keep(state.global_step, loss)
+        self._record_held_back(state.global_step, loss)
         if not loss < training.held_back.get(0, math.inf) + _DIVERGED:
             self._diverge(state, control)
         for rule in self._rules:
@@ -112,18 +112,18 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Tell that the checkpoint is complete; then delete those before it but the best one."""
+        """Report the complete checkpoint; then delete all earlier checkpoints but the best one."""
         folder = checkpoint_of(Path(str(args.output_dir)), state.global_step)
         if state.is_world_process_zero and self._moving is not None:
             self._moving.save(folder)
         self._observe(CheckpointSaved(state.global_step))
         if state.is_world_process_zero:
-            kept = {folder.name, Path(state.best_model_checkpoint or "").name}
-            for old in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                if old.name not in kept:
-                    shutil.rmtree(old)
+            names = {folder.name, Path(state.best_model_checkpoint or "").name}
+            for checkpoint in folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if checkpoint.name not in names:
+                    shutil.rmtree(checkpoint)
 
-    def _keep(self, step: int, loss: float) -> None:
+    def _record_held_back(self, step: int, loss: float) -> None:
         self._training.held_back[step] = loss
         self._observe(HeldBack(step, loss))
 
@@ -134,8 +134,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """Record the end."""
         training, state = self._training, trainer.state
         training.seconds = time.perf_counter() - self._started
-        known = {step: loss for step, loss in training.held_back.items() if math.isfinite(loss)}
-        training.best = min(known, key=lambda step: known[step], default=0)
+        finite = {step: loss for step, loss in training.held_back.items() if math.isfinite(loss)}
+        training.best = min(finite, key=lambda step: finite[step], default=0)
         if training.stopped or training.diverged is not None:
             return
         if state.global_step < training.steps:

@@ -1,4 +1,4 @@
-"""The recovery of a pruned model: its kept weights are trained, and its zeros stay."""
+"""The recovery of a pruned model: training of kept weights with fixed zeros."""
 
 import math
 import shutil
@@ -17,10 +17,10 @@ from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in, mixed_precision
-from apt.devices import random_states_kept, synchronize
+from apt.devices import keep_random_states, synchronize
 from apt.errors import AptError, faulty, first_line
 from apt.options import BATCH, STEPS, RecoverOptions
-from apt.recovery.job import STEPS_FOLDER, Course, RecoveryJob
+from apt.recovery.job import STEPS_FOLDER, RecoveryJob, TrainingPlan
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import Training
 from apt.recovery.teacher import Teacher, write_teacher
@@ -29,12 +29,12 @@ from apt.recovery.training import train
 from apt.recovery.windows import BlockWindows
 
 DENSE_LOSS = "dense_loss"
-"""The key by which the loss of the dense model on the samples held back is remembered."""
+"""The key of the journal for the loss of the dense model on the samples held back."""
 
 _MOST_HELD_BACK = 64
-_MEASURING = 0.1  # of a given time
-_ENOUGH_STEPS = 400  # of a given time, above which a step may have more samples
-_SLOW = 1.0  # seconds of the gradients of one sample, above which more are not timed
+_MEASURING = 0.1  # the greatest share of a given time for measurements
+_ENOUGH_STEPS = 400  # steps in a given time, above which a step may have more samples
+_SLOW_SECONDS = 1.0  # of the gradients of one sample, above which more samples are not timed
 _DENSE = "dense"  # the folder of the outputs of the dense model
 
 
@@ -46,9 +46,8 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
     """Train a pruned model, in place.
 
     Args:
-        model: the pruned model, a causal language model of transformers. Its parameters have the
-            same dtypes afterwards; the training is in fp32, or mixed with bf16, see the option
-            ``compute``.
+        model: the pruned model, a causal language model of transformers. Its parameters keep their
+            dtypes; the training is in fp32, or mixed with bf16, see the option ``compute``.
         tokens: samples of text (samples, seqlen), without padding.
 
     Returns:
@@ -56,36 +55,37 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
 
     Raises:
         NotRecoveredError: no step lowered the loss on the samples held back.
-        AptError: the kind of recovery does not serve this model, or filled zeros.
+        AptError: the kind of recovery is not usable for this model, or filled zeros.
     """
     started, masks = time.perf_counter(), masks_of(model, job.adapter)
     text, held_back = _split(tokens, job.options, job.ranks.size)
     with _in_fp32(model), job.adapter.running(model):
         job.status("training", "preparing")
         amount = None
-        if job.spec.teacher:  # the dense model runs on the samples of all steps, and no others
-            with _blocks_trained(model, job.adapter):
+        if job.spec.teacher:  # the dense model runs on the samples of the steps only
+            with _gradients_of_blocks(model, job.adapter):
                 amount = _amount(model, Trainable(model), text, held_back, job, started)
             text, held_back = amount.text, amount.held_back
-        trainable = _trainable(model, masks, text, held_back, job)
-        with _undone_on_error(model, trainable, job):
+        trainable = _prepared_trainable(model, masks, text, held_back, job)
+        with _restored_on_error(model, trainable, job):
             amount = amount or _amount(model, trainable, text, held_back, job, started)
-            course = _planned(model, trainable, masks, amount, job, started)
-            training = train(trainable, masks, job, course)
-            _check_lower(training)
+            plan = _complete_plan(model, trainable, masks, amount, job, started)
+            training = train(trainable, masks, job, plan)
+            _check_improved(training)
         if job.saved_adapter is not None and trainable.save is not None and job.ranks.first:
             trainable.save(job.saved_adapter)
         trainable.merge()
-    if (wrong := filled(masks, model)) is not None:
+    if (filled_parameter := filled(masks, model)) is not None:
         raise AptError(
-            f"recovery {job.spec.name} filled zeros of {wrong}", "use another kind of recovery"
+            f"recovery {job.spec.name} filled zeros of {filled_parameter}",
+            "use another kind of recovery",
         )
     return training, masks
 
 
 @dataclass(frozen=True)
 class _Pace:
-    """Seconds of a sample with its gradients, of the optimizer, and of a sample's forward."""
+    """The seconds of a sample with gradients, of the optimizer, and of the forward of a sample."""
 
     sample: float
     update: float
@@ -94,70 +94,70 @@ class _Pace:
 
 @contextmanager
 def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """While entered, parameters and buffers are fp32; then they have their dtypes again."""
-    before = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
-    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    """Inside the context, parameters and buffers are fp32; their dtypes are restored after it."""
+    settings = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    buffer_dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
     model.float()
     try:
         yield
     finally:
         model.zero_grad(set_to_none=True)
         for name, parameter in model.named_parameters():
-            if name in before:  # after an error a module of peft may be left
-                dtype, gradient = before[name]
+            if name in settings:  # after an error, modules of peft may remain
+                dtype, gradient = settings[name]
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(gradient)
         for name, buffer in model.named_buffers():
-            buffer.data = buffer.data.to(buffers.get(name, buffer.dtype))
+            buffer.data = buffer.data.to(buffer_dtypes.get(name, buffer.dtype))
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, trainable: Trainable, job: RecoveryJob) -> Iterator[None]:
-    """Restore the model if an exception ends the training; meanwhile its weights are on disk."""
+def _restored_on_error(model: nn.Module, trainable: Trainable, job: RecoveryJob) -> Iterator[None]:
+    """Restore the model from a backup on disk if an exception ends the training."""
     trained = {str(i): p for i, p in enumerate(model.parameters()) if p.requires_grad}
-    before = job.folder / f"before-{job.ranks.rank}.safetensors"
+    backup = job.folder / f"before-{job.ranks.rank}.safetensors"
     try:
-        save_file({name: p.detach().contiguous() for name, p in trained.items()}, before)
+        save_file({name: p.detach().contiguous() for name, p in trained.items()}, backup)
     except (OSError, SafetensorError) as error:
         trainable.undo()
-        raise AptError(f"cannot write {before}: {first_line(error)}", "free some space") from error
+        raise AptError(f"cannot write {backup}: {first_line(error)}", "free some space") from error
     try:
         yield
     except BaseException:
         trainable.undo()
-        with safe_open(before, "pt") as saved:
+        with safe_open(backup, "pt") as saved:
             for name, parameter in trained.items():
                 parameter.data.copy_(saved.get_tensor(name))
         raise
     finally:
-        before.unlink()
+        backup.unlink()
 
 
-def _planned(
+def _complete_plan(
     model: nn.Module,
     trainable: Trainable,
     masks: Masks,
-    course: Course,
+    plan: TrainingPlan,
     job: RecoveryJob,
     started: float,
-) -> Course:
-    """The course with the masks that move, the windows of blocks, and the end.
+) -> TrainingPlan:
+    """The plan with moving masks, windows of blocks, and the end.
 
-    A training of one process that has a time, from ``started``, ends in time. Several processes
-    could not agree on its end.
+    A training of one process with a given time, from ``started``, ends in time. Several processes
+    cannot agree on an end.
 
     Raises:
-        AptError: masks shall move, and the kind of recovery trains adapters.
+        AptError: the options move masks, and the kind of recovery trains adapters.
     """
-    steps, moving = course.steps, None
+    steps, moving = plan.steps, None
     if job.options.move_masks:
         if not trainable.masked:
-            fault = f"recovery {job.spec.name} trains adapters, and its masks cannot move"
-            raise AptError(fault, "use the kind distill or layers", ("kind", "move_masks"))
+            message = f"recovery {job.spec.name} trains adapters, and its masks cannot move"
+            raise AptError(message, "use the kind distill or layers", ("kind", "move_masks"))
         moving = MovingMasks(model, job.adapter, masks, steps)
     timed = job.options.minutes is not None and job.ranks.size == 1
     ends = started + 60 * (job.options.minutes or 0) if timed else None
-    return replace(course, moving=moving, windows=_windows(model, steps, job), ends=ends)
+    return replace(plan, moving=moving, windows=_windows(model, steps, job), ends=ends)
 
 
 def forget(folder: Path) -> None:
@@ -174,9 +174,10 @@ def _windows(model: nn.Module, steps: int, job: RecoveryJob) -> BlockWindows | N
 
 
 def _split(tokens: Tensor, options: RecoverOptions, processes: int) -> tuple[Tensor, Tensor]:
-    """The samples to train on, and the last ones, which are held back.
+    """The samples to train on, and the last samples, which are held back.
 
-    Each process measures as many: the Trainer would give some of them two samples of the same.
+    If possible, their number is a multiple of the processes: otherwise the Trainer gives a sample
+    to several processes.
     """
     if len(tokens) < 2:
         raise AptError(
@@ -187,8 +188,8 @@ def _split(tokens: Tensor, options: RecoverOptions, processes: int) -> tuple[Ten
     count = min(
         max(1, round(options.validation_share * len(tokens))), _MOST_HELD_BACK, len(tokens) - 1
     )
-    if (more := count + -count % processes) < len(tokens):
-        count = more
+    if (rounded_up := count + -count % processes) < len(tokens):
+        count = rounded_up
     return tokens[:-count], tokens[-count:]
 
 
@@ -199,24 +200,24 @@ def _amount(
     held_back: Tensor,
     job: RecoveryJob,
     started: float,
-) -> Course:
-    """The steps, and the samples that they use and that are measured.
+) -> TrainingPlan:
+    """The number of steps, their samples, and the samples held back.
 
-    The given time begins at ``started``.
+    A given time begins at ``started``.
     """
     options = job.options
     batch = options.batch or BATCH
     if options.minutes is not None:
-        windows, given = _windows(model, 1, job), text[: options.micro_batch].to(job.device)
+        windows, sample_batch = _windows(model, 1, job), text[: options.micro_batch].to(job.device)
 
-        def fitting() -> list[int]:
+        def fitting_amount() -> list[int]:
             assert options.minutes is not None
-            pace = _pace(trainable, windows, given, job)
-            left = 60 * options.minutes - (time.perf_counter() - started)
-            return [*_steps_in(left, pace, len(held_back), job)]
+            pace = _pace(trainable, windows, sample_batch, job)
+            remaining = 60 * options.minutes - (time.perf_counter() - started)
+            return [*_steps_in(remaining, pace, len(held_back), job)]
 
-        chosen = job.journal.remember("amount", fitting) if job.ranks.first else []
-        steps, count, batch = job.ranks.share(chosen)  # a training that is resumed has the same
+        chosen = job.journal.remember("amount", fitting_amount) if job.ranks.first else []
+        steps, count, batch = job.ranks.share(chosen)  # a resumed training has the same steps
         held_back = held_back[:count]
     elif isinstance(options.tokens, int):
         steps = math.ceil(options.tokens / (batch * text.shape[1]))
@@ -224,25 +225,25 @@ def _amount(
         steps = max(1, len(text) // batch)
     else:
         steps = options.steps or STEPS
-    return Course(steps, batch, text[: steps * batch], held_back)
+    return TrainingPlan(steps, batch, text[: steps * batch], held_back)
 
 
 def _steps_in(
     seconds: float, pace: _Pace, held_back: int, job: RecoveryJob
 ) -> tuple[int, int, int]:
-    """The steps in a time, the samples on which the loss is measured, and those of a step.
+    """The steps in a given time, the number of measured samples, and the samples of a step.
 
-    To measure takes at most a tenth of the time, but for one sample of each process. With few
-    steps, more of them with fewer samples each are better.
+    Measuring takes at most a tenth of the time, unless one sample per process takes more. If there
+    are few steps, a step gets fewer samples, since more steps are better.
     """
     options, processes = job.options, job.ranks.size
-    each = (options.checks + 1) * pace.forward
-    most = max(processes, int(_MEASURING * seconds / each) // processes * processes)
-    count = min(held_back, most)
+    per_sample = (options.checks + 1) * pace.forward
+    greatest = max(processes, int(_MEASURING * seconds / per_sample) // processes * processes)
+    count = min(held_back, greatest)
     sample = pace.sample / processes + (pace.forward if job.spec.teacher else 0.0)
 
     def steps(batch: int) -> int:
-        return max(1, int((seconds - count * each) / (batch * sample + pace.update)))
+        return max(1, int((seconds - count * per_sample) / (batch * sample + pace.update)))
 
     batch = options.batch or BATCH
     while options.batch is None and steps(batch) < _ENOUGH_STEPS and batch % (2 * processes) == 0:
@@ -251,82 +252,87 @@ def _steps_in(
 
 
 @contextmanager
-def _blocks_trained(model: nn.Module, adapter: Adapter) -> Iterator[None]:
-    """Inside the context, the parameters of the blocks require gradients, and no others."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+def _gradients_of_blocks(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Inside the context, the parameters of the blocks require gradients, and no other ones."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     train_only(model, (p for _, block in adapter.blocks(model) for p in block.parameters()))
     try:
         yield
     finally:
-        for parameter, gradient in before.items():
-            parameter.requires_grad_(gradient)
+        for parameter, requires in required.items():
+            parameter.requires_grad_(requires)
 
 
 def _pace(
-    trainable: Trainable, windows: BlockWindows | None, given: Tensor, job: RecoveryJob
+    trainable: Trainable, windows: BlockWindows | None, samples: Tensor, job: RecoveryJob
 ) -> _Pace:
     """The pace on one process.
 
-    The optimizer's part is that of AdamW, without gradients. A kind with a teacher is prepared
-    after the teacher has run. The step that is timed for it trains all blocks by the loss of the
-    next token.
+    The time of the optimizer is the time of AdamW with zero gradients. A kind with a teacher is
+    prepared after the run of the teacher. So for such a kind, the timed step trains all blocks by
+    the loss of the next token.
 
     Args:
-        given: samples (samples, seqlen) that run together.
+        samples: samples (samples, seqlen) that run together.
     """
     model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = mixed_precision(model.parameters(), job.options.compute)
     with nullcontext() if windows is None else windows.middle():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
-        for count in (1, len(given)):  # the first one warms up, and is enough where it is slow
-            batch = {"input_ids": given[:count], "row": torch.arange(count, device=device)}
+        for size in (1, len(samples)):  # the first run warms up, and is enough if it is slow
+            batch = {"input_ids": samples[:size], "row": torch.arange(size, device=device)}
             started = _now(device)
             with mixed:
                 loss = trainable.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            gradients = _now(device)
+            backward_done = _now(device)
             nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.zero_grad(set_to_none=False)  # no weight moves, whatever the gradients are
+            # With zero gradients no weight changes, even after gradients that are not finite.
+            optimizer.zero_grad(set_to_none=False)
             optimizer.step()
-            sample, update = (gradients - started) / count, _now(device) - gradients
-            if gradients - started > _SLOW:
+            sample, update = (backward_done - started) / size, _now(device) - backward_done
+            if backward_done - started > _SLOW_SECONDS:
                 break
     model.zero_grad(set_to_none=True)
     with torch.no_grad(), mixed:
         started = _now(device)
-        next_token_loss(model, {"input_ids": given[:count]})
-        forward = (_now(device) - started) / count
+        next_token_loss(model, {"input_ids": samples[:size]})
+        forward = (_now(device) - started) / size
     return _Pace(sample, update, forward)
 
 
 def _now(device: torch.device) -> float:
-    """The time in seconds, after all work that a device was given."""
+    """The time in seconds, after all queued work of a device."""
     synchronize(device)
     return time.perf_counter()
 
 
-def _trainable(
+def _prepared_trainable(
     model: nn.Module, masks: Masks, text: Tensor, held_back: Tensor, job: RecoveryJob
 ) -> Trainable:
-    """What the kind of recovery trains."""
+    """The result of the kind of recovery, checked."""
     teacher = _teacher(text, held_back, job) if job.spec.teacher else None
-    with random_states_kept():
+    with keep_random_states():
         torch.manual_seed(job.seed)
-        made: object = job.recovery(Unrecovered(model, job.adapter, masks, job.options, teacher))
-    if isinstance(made, Trainable) and any(p.requires_grad for p in made.module.parameters()):
-        if job.saved_adapter is not None and made.save is None:
-            fault = f"recovery {job.spec.name} trains no adapter that can be saved"
-            raise AptError(fault, "leave the option out", ("save_adapter",))
-        return made
-    fault = "returns a Trainable without a parameter that needs gradients"
-    if not isinstance(made, Trainable):
-        fault = f"returns {type(made).__name__}, not an apt.extending.Trainable"
-    raise faulty(f"recovery {job.spec.name}", fault, "kind", "kind")
+        trainable: object = job.recovery(
+            Unrecovered(model, job.adapter, masks, job.options, teacher)
+        )
+    if isinstance(trainable, Trainable) and any(
+        p.requires_grad for p in trainable.module.parameters()
+    ):
+        if job.saved_adapter is not None and trainable.save is None:
+            message = f"recovery {job.spec.name} trains no adapter that can be saved"
+            raise AptError(message, "leave the option out", ("save_adapter",))
+        return trainable
+    message = "returns a Trainable without a parameter that needs gradients"
+    if not isinstance(trainable, Trainable):
+        message = f"returns {type(trainable).__name__}, not an apt.extending.Trainable"
+    raise faulty(f"recovery {job.spec.name}", message, "kind", "kind")
 
 
 def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
-    """The outputs of the dense model, computed by the first rank, which remembers its loss."""
+    """The outputs of the dense model, which the first rank computes; its loss is in the journal."""
     folder = job.folder / _DENSE
     if job.ranks.first and not folder.is_dir():
         if job.dense is None:
@@ -336,10 +342,12 @@ def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
         def step(done: int, total: int) -> None:
             job.status("dense model", f"running the dense model: sample {done} of {total}")
 
-        stored = next(dense.parameters()).dtype
-        computing = computing_in(dense, compute_dtype(stored, job.device, job.options.compute))
+        dtype = next(dense.parameters()).dtype
+        in_compute_dtype = computing_in(
+            dense, compute_dtype(dtype, job.device, job.options.compute)
+        )
         with (
-            computing,
+            in_compute_dtype,
             eval_mode(dense),
             job.adapter.running(dense),
             mixed_precision(dense.parameters(), job.options.compute),
@@ -357,16 +365,16 @@ def _loss(model: nn.Module, samples: Tensor, device: str) -> float:
     return float(torch.stack(losses).mean())
 
 
-def _check_lower(training: Training) -> None:
-    """Raise if the weights are those before the training."""
+def _check_improved(training: Training) -> None:
+    """Raise if the training did not lower the loss on the samples held back."""
     if training.best:
         return
     before = training.held_back.get(0, math.nan)
     lowest = min((loss for step, loss in training.held_back.items() if step), default=math.nan)
-    what = (
+    reason = (
         f"the loss diverged after {training.diverged} steps"
         if training.diverged is not None
         else "the training did not lower the loss"
     )
-    fault = f"{what}: {lowest:.4f} on the samples held back, {before:.4f} before"
-    raise NotRecoveredError(fault, "use a lower rate, or more text", ("rate", "calibration"))
+    message = f"{reason}: {lowest:.4f} on the samples held back, {before:.4f} before"
+    raise NotRecoveredError(message, "use a lower rate, or more text", ("rate", "calibration"))

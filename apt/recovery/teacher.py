@@ -1,8 +1,8 @@
 """The outputs of the dense model on the training text, computed once and kept on disk.
 
-For each token there are the largest logits, as log-probabilities, with their tokens, and the last
-hidden state. The log-probabilities are those of the full vocabulary: the probability of all other
-tokens together is what they leave.
+The outputs for each token are the largest logits, as log-probabilities, with their tokens, and the
+last hidden state. Log-probabilities are normalised over the full vocabulary: all other tokens
+together have the remaining probability.
 """
 
 from collections.abc import Callable
@@ -53,8 +53,8 @@ def write_teacher(
     """Run the dense model on ``tokens`` (samples, seqlen), and write its outputs.
 
     Args:
-        folder: the folder to write; it exists only when it is whole.
-        step: called with the number of samples that are done, and of all.
+        folder: the folder to write; it exists only if it is complete.
+        step: called with the number of finished samples, and of all samples.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(exist_ok=True)
@@ -95,24 +95,24 @@ def _outputs(output: Any, top: int) -> list[np.ndarray[Any, Any]]:
 def divergence(logits: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:
     """The mean Kullback-Leibler divergence from the dense model's distribution.
 
-    The tokens that are not among the largest are one event.
+    All tokens without a known logit are one event.
 
     Args:
-        logits: those of the pruned model (samples, seqlen, vocabulary).
+        logits: the logits of the pruned model (samples, seqlen, vocabulary).
         tokens, logs: the largest logits of the dense model, see `Teacher.top`.
     """
-    own = logits.float()
-    own = own.gather(-1, tokens) - own.logsumexp(-1, keepdim=True)
-    shared = logs.exp() * (logs - own)
-    return (shared.sum(-1) + _rest(logs, own)).mean()
+    student = logits.float()
+    student = student.gather(-1, tokens) - student.logsumexp(-1, keepdim=True)
+    shared = logs.exp() * (logs - student)
+    return (shared.sum(-1) + _rest(logs, student)).mean()
 
 
-def _rest(logs: Tensor, own: Tensor) -> Tensor:
-    """The part of the divergence of all other tokens together."""
+def _rest(logs: Tensor, student: Tensor) -> Tensor:
+    """The term of the divergence for all other tokens together."""
     tiny = 1e-6
-    there, here = (1 - value.exp().sum(-1) for value in (logs, own))
-    there, here = there.clamp_min(tiny), here.clamp_min(tiny)
-    return there * (there.log() - here.log())
+    dense_rest, student_rest = (1 - value.exp().sum(-1) for value in (logs, student))
+    dense_rest, student_rest = dense_rest.clamp_min(tiny), student_rest.clamp_min(tiny)
+    return dense_rest * (dense_rest.log() - student_rest.log())
 
 
 def relative_error(states: Tensor, dense: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a kind of recovery trains: the interface of recovery plugins."""
+"""The interface of recovery plugins: the choice of trained parameters and their loss."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -54,12 +54,12 @@ class Unrecovered:
 
 
 def _nothing() -> None:
-    """Do nothing: the trained weights are those of the model."""
+    """Do nothing: the weights of the model itself are trained."""
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained.
+    """The module to train, and its loss.
 
     Attributes:
         module: the model to train; parameters that need gradients are trained. It can be a model of
@@ -67,13 +67,12 @@ class Trainable:
         loss: a function of the module and a batch that returns a scalar; by default
             `next_token_loss`. The batch has ``input_ids`` (samples, seqlen), and ``row``
             (samples,), the indices of the samples in the training text.
-        merge: called after the training. Then the trained weights are in the given model.
-        undo: called in place of ``merge`` if the training fails. Weights of the given model that
-            were trained are restored by the caller.
+        merge: called after the training, to write the trained weights to the given model.
+        undo: called in place of ``merge`` if the training fails. The caller restores trained
+            weights of the given model.
         save: writes the trained adapter to a directory, in the format of peft; None if there is no
             adapter. It is called before ``merge``, for the option ``save_adapter``.
-        masked: True if the parameters that are trained have zeros, which are then kept by masking
-            the gradients.
+        masked: True if trained parameters have zeros, which are then kept by masked gradients.
     """
 
     module: nn.Module
@@ -87,9 +86,9 @@ class Trainable:
 class Recovery(Protocol):
     """A function that chooses what is trained; the target of `apt.hookspecs.RecoverySpec`.
 
-    APT trains: optimizer, learning rate, batches, measurements on samples held back, the end, and
-    the state on disk are not the concern of a recovery. After the training the zeros of the masks
-    are counted; a recovery that filled some is refused.
+    APT trains: a recovery needs no optimizer, learning rate, batches, measurements, stopping rule
+    or state on disk. After the training, the zeros of the masks are counted. A recovery that
+    filled zeros is refused.
     """
 
     def __call__(self, given: Unrecovered, /) -> Trainable:
@@ -102,12 +101,12 @@ class Recovery(Protocol):
             The module to train. Its parameters that need gradients are trained.
 
         Raises:
-            AptError: the kind does not serve this model.
+            AptError: the kind is not usable for this model.
         """
 
 
 def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Require gradients of ``parameters``, and of no other parameter of the model."""
+    """Require gradients of ``parameters`` only."""
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -1,7 +1,7 @@
 """The training of a recovery, by transformers' Trainer.
 
 The Trainer owns optimizer, schedule, checkpoints, resumption and the processes of ``torchrun``.
-This module adds the loss, the masks, and the rules by which training ends early.
+This module adds the loss, the masks, and the rules for an early end.
 """
 
 import math
@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
 from apt.compute import trains_in_bf16
-from apt.devices import random_states_kept
+from apt.devices import keep_random_states
 from apt.errors import AptError, first_line
-from apt.recovery.job import Course, RecoveryJob
+from apt.recovery.job import RecoveryJob, TrainingPlan
 from apt.recovery.law import enough_tokens
 from apt.recovery.record import Training
 from apt.recovery.recorder import Recorder, checkpoint_of
@@ -49,11 +49,11 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 def train(
-    trainable: Trainable, masks: dict[str, Tensor], job: RecoveryJob, course: Course
+    trainable: Trainable, masks: dict[str, Tensor], job: RecoveryJob, plan: TrainingPlan
 ) -> Training:
     """Train, and leave the best weights in the module of ``trainable``.
 
-    The training continues from the last checkpoint that the journal of the job names.
+    The training continues from the last checkpoint in the journal of the job.
 
     Args:
         masks: the zeros to keep, by parameter; they are moved to the device of the training.
@@ -61,22 +61,22 @@ def train(
     Raises:
         AptError: the optimizer is unknown or not installed.
     """
-    moving, windows = course.moving, [] if course.windows is None else [course.windows]
-    training = Training(course.steps, course.batch * course.text.shape[1])
+    moving, windows = plan.moving, [] if plan.windows is None else [plan.windows]
+    training = Training(plan.steps, plan.batch * plan.text.shape[1])
     rules = (enough_tokens,) if job.options.tokens == "auto" else ()
-    recorder = Recorder(training, rules, job.happened, moving, course.ends)
+    recorder = Recorder(training, rules, job.report, moving, plan.ends)
     patience = EarlyStoppingCallback(job.options.patience)
-    last = next((str(path) for path in reversed(job.written()) if path.is_dir()), None)
-    with _as_before(trainable.module), _masked_gradients(trainable, masks, recorder):
+    last = next((str(path) for path in reversed(job.written_checkpoints()) if path.is_dir()), None)
+    with _restored_state(trainable.module), _masked_gradients(trainable, masks, recorder):
         trainer = _Trainer(
             model=trainable.module,
-            args=_arguments(trainable.module, job, course),
-            train_dataset=Samples(course.text),
-            eval_dataset=Samples(course.held_back),
+            args=_arguments(trainable.module, job, plan),
+            train_dataset=Samples(plan.text),
+            eval_dataset=Samples(plan.held_back),
             callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.use(trainable, None if windows else course.ends)
+        trainer.use(trainable, None if windows else plan.ends)
         recorder.begin(trainer, last)
         patience.early_stopping_patience_counter = training.checks_since_best
         if last is not None and moving is not None:
@@ -89,21 +89,21 @@ def train(
 
 
 @contextmanager
-def _as_before(module: nn.Module) -> Iterator[None]:
-    """While entered, the Trainer may change a model and the random state, which it does not undo.
+def _restored_state(module: nn.Module) -> Iterator[None]:
+    """Restore the state of a model and the random states after a training.
 
-    It sets ``use_cache`` of the configuration, the training mode and the seeds, wraps ``forward``
-    for mixed precision, and switches the checkpointing of activations on.
+    The Trainer sets ``use_cache`` of the configuration, the training mode and the seeds, wraps
+    ``forward`` for mixed precision, and enables the checkpointing of activations.
     """
-    # A model of peft has the caller's model inside.
+    # A model of peft contains the caller's model.
     model: Any = getattr(module, "get_base_model", lambda: module)()
     config, checkpointing = vars(model.config), getattr(model, f"is_{_KIND}_checkpointing")
     use_cache = config.get("use_cache")
-    own, known = set(vars(module)), set(vars(model))
+    module_attributes, model_attributes = set(vars(module)), set(vars(model))
     modes = {part: part.training for part in module.modules()}
     random_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        with random_states_kept():
+        with keep_random_states():
             yield
     finally:
         random.setstate(random_state)
@@ -112,11 +112,11 @@ def _as_before(module: nn.Module) -> Iterator[None]:
             config.pop("use_cache", None)
         else:
             config["use_cache"] = use_cache
-        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - own:
+        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - module_attributes:
             vars(module).pop(name, None)
         if getattr(model, f"is_{_KIND}_checkpointing") and not checkpointing:
             getattr(model, f"{_KIND}_checkpointing_disable")()
-        if "_require_grads_hook" in vars(model).keys() - known:
+        if "_require_grads_hook" in vars(model).keys() - model_attributes:
             model.disable_input_require_grads()
         for part, training in modes.items():
             part.training = training
@@ -126,24 +126,24 @@ class _Arguments(TrainingArguments):  # type: ignore[misc]
     @property
     def device(self) -> torch.device:
         """The device of the Trainer; or of accelerate, if the Trainer knows only the CPU."""
-        found: torch.device = super().device
-        own: torch.device = self.distributed_state.device
-        return own if found.type == "cpu" else found
+        device: torch.device = super().device
+        accelerate_device: torch.device = self.distributed_state.device
+        return accelerate_device if device.type == "cpu" else device
 
 
-def _arguments(module: nn.Module, job: RecoveryJob, course: Course) -> TrainingArguments:
+def _arguments(module: nn.Module, job: RecoveryJob, plan: TrainingPlan) -> TrainingArguments:
     """The arguments of the Trainer."""
-    options, steps, device = job.options, course.steps, torch.device(job.device)
-    every, windows = max(1, math.ceil(steps / options.checks)), len(course.windows or ())
+    options, steps, device = job.options, plan.steps, torch.device(job.device)
+    interval, windows = max(1, math.ceil(steps / options.checks)), len(plan.windows or ())
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    share, rest = divmod(course.batch, processes)
-    if rest:
-        fault = f"a step of {course.batch} samples cannot be divided among {processes} processes"
-        raise AptError(fault, "choose a multiple", ("batch",))
-    # A divisor, so that a step has exactly its samples.
-    each = max(n for n in range(1, min(share, options.micro_batch) + 1) if share % n == 0)
+    share, remainder = divmod(plan.batch, processes)
+    if remainder:
+        message = f"a step of {plan.batch} samples cannot be divided among {processes} processes"
+        raise AptError(message, "choose a multiple", ("batch",))
+    # A divisor of the share, so that a step has exactly its samples.
+    micro_batch = max(n for n in range(1, min(share, options.micro_batch) + 1) if share % n == 0)
     try:
-        made = _Arguments(
+        arguments = _Arguments(
             output_dir=str(job.checkpoints),
             max_steps=steps,
             learning_rate=job.rate,
@@ -151,9 +151,9 @@ def _arguments(module: nn.Module, job: RecoveryJob, course: Course) -> TrainingA
             lr_scheduler_kwargs={"num_cycles": windows} if windows else {},
             ddp_find_unused_parameters=True if windows else None,
             warmup_steps=math.ceil(_WARM_UP * steps),
-            per_device_train_batch_size=each,
-            per_device_eval_batch_size=each,
-            gradient_accumulation_steps=share // each,
+            per_device_train_batch_size=micro_batch,
+            per_device_eval_batch_size=micro_batch,
+            gradient_accumulation_steps=share // micro_batch,
             **(_checkpointing() if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
@@ -163,9 +163,9 @@ def _arguments(module: nn.Module, job: RecoveryJob, course: Course) -> TrainingA
             logging_steps=1,
             logging_nan_inf_filter=False,  # it would hide that a training diverges
             eval_strategy="steps",
-            eval_steps=every,
+            eval_steps=interval,
             save_strategy="steps",
-            save_steps=every,
+            save_steps=interval,
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
@@ -178,15 +178,16 @@ def _arguments(module: nn.Module, job: RecoveryJob, course: Course) -> TrainingA
     except ValueError as error:
         if options.optimizer not in str(error):
             raise
-        fault = f"optimizer '{options.optimizer}' is unknown to transformers"
-        raise AptError(fault, "use adamw_torch or adafactor", ("optimizer",)) from error
-    if made.device.type == "cpu" != device.type and processes == 1:
-        made.distributed_state.device = device  # accelerate knows some kinds of devices only
-    if made.device.type != device.type or (made.device != device and device.index):
-        fault = f"the training runs on {made.device}, not on {job.device}"
-        raise AptError(fault, "select the GPU with CUDA_VISIBLE_DEVICES", ("device",))
-    made._n_gpu = min(made._n_gpu, 1)  # more would be DataParallel, with more samples in a step
-    return made
+        message = f"optimizer '{options.optimizer}' is unknown to transformers"
+        raise AptError(message, "use adamw_torch or adafactor", ("optimizer",)) from error
+    if arguments.device.type == "cpu" != device.type and processes == 1:
+        arguments.distributed_state.device = device  # accelerate does not know all kinds of devices
+    if arguments.device.type != device.type or (arguments.device != device and device.index):
+        message = f"the training runs on {arguments.device}, not on {job.device}"
+        raise AptError(message, "select the GPU with CUDA_VISIBLE_DEVICES", ("device",))
+    # More GPUs would mean DataParallel, with more samples in a step.
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
 
 
 def _checkpointing() -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _checkpointing() -> dict[str, Any]:
 def _masked_gradients(
     trainable: Trainable, masks: dict[str, Tensor], recorder: Recorder
 ) -> Iterator[None]:
-    """While entered, masked weights have zero gradients, and so zero moments and no decay."""
+    """Inside the context, masked weights have zero gradients, zero moments and no decay."""
     if not trainable.masked:
         yield
         return
@@ -225,7 +226,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = False  # the loss is a mean over the batch
 
     def use(self, trainable: Trainable, ends: float | None) -> None:
-        """Set what is trained.
+        """Set the trained module and its loss.
 
         Args:
             ends: the time of `time.perf_counter` at which the learning rate reaches zero; None for
@@ -234,17 +235,17 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self._trainable, self._ends = trainable, ends
 
     def create_scheduler(self, *given: Any, **named: Any) -> Any:
-        """The schedule by steps; by time, where more of the time than of the steps has passed."""
+        """The schedule by steps, or by time if the time passes faster than the steps."""
         scheduler = super().create_scheduler(*given, **named)
         if self._ends is not None:
             scheduler.lr_lambdas = [
-                partial(self._in_time, factor, time.perf_counter())
+                partial(self._timed_factor, factor, time.perf_counter())
                 for factor in scheduler.lr_lambdas
             ]
         return scheduler
 
-    def _in_time(self, factor: Callable[[float], float], begun: float, step: int) -> float:
-        """The factor of the learning rate at a step, or at a later one if time is short."""
+    def _timed_factor(self, factor: Callable[[float], float], begun: float, step: int) -> float:
+        """The factor of the learning rate at a step, or at a later step if time is short."""
         assert self._ends is not None
         share = (time.perf_counter() - begun) / max(self._ends - begun, 1e-9)
         return factor(max(step, min(share, 1.0) * self.args.max_steps))
@@ -252,7 +253,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         try:
             return super().create_optimizer(*given, **named)
-        except (ImportError, RuntimeError) as error:  # a fused one is not there for all devices
+        except (ImportError, RuntimeError) as error:  # fused optimizers exist for some devices only
             raise AptError(
                 f"optimizer {self.args.optim} cannot be used: {first_line(error)}",
                 "install its package, or use adamw_torch or adafactor",

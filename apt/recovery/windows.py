@@ -1,8 +1,8 @@
-"""Blocks that are trained in turn, a window of neighbouring blocks at a time.
+"""The training of blocks in turn, one window of neighbouring blocks at a time.
 
-Gradients and moments of the optimizer exist for the blocks of the window alone, as in BAdam (arXiv
-2404.02827). The loss is that of the whole model: the gradient runs from the outputs back to the
-window, and the blocks before it run without gradients.
+Only the blocks of the window have gradients and moments of the optimizer, as in BAdam (arXiv
+2404.02827). The loss is the loss of the whole model: the backward pass ends at the window, and the
+blocks before it run without gradients.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
     Args:
         model: the model, in which the parameters to be trained require gradients.
         size: the number of blocks of a window.
-        steps: the number of steps of the training. Each window has as many, to within one.
+        steps: the number of steps of the training, which are divided equally among the windows.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, size: int, steps: int) -> None:
@@ -39,14 +39,14 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: Any, state: TrainerState, control: Any, *, optimizer: Any, **_: Any
     ) -> None:
-        """Train the window of this step, and forget the moments of the others."""
+        """Train the window of this step, and delete the moments of all other windows."""
         for parameter in self._select(state.global_step * len(self) // self._steps):
             parameter.grad = None
             optimizer.state.pop(parameter, None)
 
     @contextmanager
     def middle(self) -> Iterator[None]:
-        """Inside the context, the middle window is trained; its steps take the mean time."""
+        """Inside the context, the middle window is trained; its steps take about the mean time."""
         others = self._select(len(self) // 2)
         try:
             yield
@@ -55,7 +55,7 @@ class BlockWindows(TrainerCallback):  # type: ignore[misc]
                 parameter.requires_grad_(True)
 
     def _select(self, current: int) -> list[nn.Parameter]:
-        """Require gradients of one window; returns the parameters of the others, without any."""
+        """Require gradients of one window only; returns the parameters of all other windows."""
         others = []
         for index, window in enumerate(self._windows):
             for parameter in window:

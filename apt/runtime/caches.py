@@ -1,4 +1,4 @@
-"""Keys and values in the caches of transformers, and room in them for further tokens."""
+"""Keys and values in the caches of transformers, with reserved memory for further tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-_ROOM = 128  # places that are added to a full cache at least
+_LEAST_SPACE = 128  # the least number of positions that are added to a full cache
 _METHODS = (DynamicCache.update, DynamicLayer.update)
 
 
 def growing(cache: Any, index: int, dtype: torch.dtype) -> Any:
-    """The part of a cache for a block, if it does no more than grow; else None.
+    """The layer of a cache for a block, if it is a plain growing cache; else None.
 
     It holds keys and values of one sequence on the processor, in this dtype, without gradients.
     """
@@ -20,77 +20,79 @@ def growing(cache: Any, index: int, dtype: torch.dtype) -> Any:
         return None
     if not 0 <= index < len(cache.layers):
         return None
-    part = cache.layers[index]
-    if type(part) is not DynamicLayer or "update" in vars(part) or not part.is_initialized:
+    layer = cache.layers[index]
+    if type(layer) is not DynamicLayer or "update" in vars(layer) or not layer.is_initialized:
         return None
     if (DynamicCache.update, DynamicLayer.update) != _METHODS:
         return None
-    keys, values, room = part.keys, part.values, vars(part).get("apt_room")
-    if room is not None and room.gave(keys, values, dtype):
-        return part
-    served = _serves(keys, dtype) and _serves(values, dtype) and keys.shape == values.shape
-    return part if served else None
+    keys, values, reserve = layer.keys, layer.values, vars(layer).get("apt_reserve")
+    if reserve is not None and reserve.is_last(keys, values, dtype):
+        return layer
+    supported = (
+        _is_supported(keys, dtype) and _is_supported(values, dtype) and keys.shape == values.shape
+    )
+    return layer if supported else None
 
 
-def _serves(cached: Any, dtype: torch.dtype) -> bool:
-    """True of keys or values (1, heads, length, width) that the kernels can read."""
+def _is_supported(tensor: Any, dtype: torch.dtype) -> bool:
+    """True for keys or values (1, heads, length, width) that the kernels can read."""
     return bool(
-        type(cached) is Tensor
-        and cached.is_cpu
-        and cached.dtype == dtype
-        and cached.ndim == 4
-        and len(cached) == 1
-        and cached.numel()
-        and not cached.requires_grad
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and tensor.dtype == dtype
+        and tensor.ndim == 4
+        and len(tensor) == 1
+        and tensor.numel()
+        and not tensor.requires_grad
     )
 
 
-def given_cache(named: Mapping[str, Any]) -> Any:
+def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a block, by its name in old and new transformers."""
-    return named.get("cache", named.get("past_key_values"))
+    return arguments.get("cache", arguments.get("past_key_values"))
 
 
-class Room:
-    """Larger tensors, in which keys and values grow without a copy of those before.
+class Reserve:
+    """Larger tensors in which keys and values grow without a copy.
 
-    Each place is written once: only the keys and values that were given last grow. So those that
-    someone took from a cache stay as they are, also if the cache is then cropped.
+    Each position is written once, since only the last returned keys and values can grow. So tensors
+    that other code took from a cache do not change, even if the cache is then cropped.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._room = _with_more(keys), _with_more(values)
-        self._keys, self._values = keys, values  # that were given last
+        self._larger = _enlarged(keys), _enlarged(values)
+        self._keys, self._values = keys, values  # the last returned ones
         self._dtype = keys.dtype
 
-    def gave(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
-        """True if these are the last keys and values of this room, in this dtype."""
-        last = keys is self._keys and values is self._values and dtype == self._dtype
-        return last and not (keys.requires_grad or values.requires_grad)
+    def is_last(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
+        """True if these are the last keys and values of this reserve, in this dtype."""
+        same_tensors = keys is self._keys and values is self._values and dtype == self._dtype
+        return same_tensors and not (keys.requires_grad or values.requires_grad)
 
-    def has_place(self) -> bool:
-        """True if there is room for one more token."""
-        return self._keys.shape[2] < self._room[0].shape[2]
+    def has_space(self) -> bool:
+        """True if there is space for one more token."""
+        return self._keys.shape[2] < self._larger[0].shape[2]
 
-    def grown(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (1, heads, length + 1, width) with one more place, to be written now."""
+    def extended(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, heads, length + 1, width) with one more position, not written yet."""
         length = self._keys.shape[2] + 1
-        keys, values = self._room
+        keys, values = self._larger
         self._keys, self._values = keys[:, :, :length], values[:, :, :length]
         return self._keys, self._values
 
 
-def grow(part: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values (heads, length + 1, width) of a part of a cache, with one more place."""
-    room, keys, values = vars(part).get("apt_room"), part.keys, part.values
-    if room is None or not room.gave(keys, values, keys.dtype) or not room.has_place():
-        room = part.apt_room = Room(keys, values)
-    part.keys, part.values = keys, values = room.grown()
+def grow(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values (heads, length + 1, width) of a cache's layer, with one more position."""
+    reserve, keys, values = vars(layer).get("apt_reserve"), layer.keys, layer.values
+    if reserve is None or not reserve.is_last(keys, values, keys.dtype) or not reserve.has_space():
+        reserve = layer.apt_reserve = Reserve(keys, values)
+    layer.keys, layer.values = keys, values = reserve.extended()
     return keys[0], values[0]
 
 
-def _with_more(known: Tensor) -> Tensor:
-    """A copy of keys or values with room for more."""
-    _, heads, length, width = known.shape
-    room = known.new_empty(1, heads, length + max(_ROOM, length // 4), width)
-    room[:, :, :length] = known
-    return room
+def _enlarged(tensor: Tensor) -> Tensor:
+    """A copy of keys or values in a larger tensor."""
+    _, heads, length, width = tensor.shape
+    larger = tensor.new_empty(1, heads, length + max(_LEAST_SPACE, length // 4), width)
+    larger[:, :, :length] = tensor
+    return larger

@@ -3,8 +3,8 @@
 A block of LLaMA takes some 40 operations of torch for a token. In a small model these take longer
 than the products.
 
-The call takes the place of a block only if all parts of the block are known ones, run the methods
-of their classes, and nothing watches them. Otherwise the block runs itself.
+The call replaces a block only if all parts of the block have supported classes, run the methods of
+their classes, and have no hooks. Otherwise the block itself runs.
 """
 
 import sys
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from apt.runtime.caches import given_cache, grow, growing
+from apt.runtime.caches import cache_of, grow, growing
 from apt.runtime.dense import DenseLinear
 from apt.runtime.linear import PackedLinear, kernels
 from apt.runtime.watched import (
@@ -29,44 +29,49 @@ from apt.runtime.watched import (
     runs_itself,
 )
 
-_SERVED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_BLOCK_CLASSES = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+)
 _LINEARS: tuple[type, ...] = (nn.Linear, DenseLinear, PackedLinear)
 _ACTIVATIONS: tuple[type, ...] = (nn.SiLU, type(ACT2FN["silu"]))
 _ATTENTION = ("sdpa", "eager")
 _REGISTERED = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
 _FORWARD = attrgetter("forward")
-_CHOICE = "_attn_implementation_internal"  # the choice among them in a configuration
+_CHOICE = "_attn_implementation_internal"  # the implementation of attention in a configuration
 _FUNCTIONS = ("apply_rotary_pos_emb", "eager_attention_forward")  # of a family's module
-_GIVEN = {
+_ARGUMENTS = {
     "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
     "position_embeddings", "output_attentions", "output_hidden_states", "return_dict",
 }  # fmt: skip
-_ALIKE = 0.02  # of what a block adds to its input: the largest error of the call's output
+_TOLERANCE = 0.02  # the largest error of the call's output, relative to the change by the block
 
 
 class Family:
-    """The classes and functions of which the blocks of a family are made.
+    """The classes and functions of the blocks of a family.
 
-    They are those of the time when the first model of the family was loaded.
+    They are recorded when the first model of the family is loaded.
 
     Args:
-        block: the class of the blocks, one of `_SERVED`.
+        block: the class of the blocks, one of `_BLOCK_CLASSES`.
     """
 
     def __init__(self, block: Any) -> None:
         self._names = vars(sys.modules[block.__module__])
         prefix = block.__name__.removesuffix("DecoderLayer")
-        own = [self._names.get(f"{prefix}{part}") for part in ("Attention", "MLP", "RMSNorm")]
-        self.attention, self.mlp, self.norm = own
-        self.is_known = all(kind.forward.__module__ == block.__module__ for kind in (block, *own))
-        self._classes: tuple[Any, ...] = (block, *own, *_LINEARS, *_ACTIVATIONS)
+        parts = [self._names.get(f"{prefix}{part}") for part in ("Attention", "MLP", "RMSNorm")]
+        self.attention, self.mlp, self.norm = parts
+        self.is_known = all(kind.forward.__module__ == block.__module__ for kind in (block, *parts))
+        self._classes: tuple[Any, ...] = (block, *parts, *_LINEARS, *_ACTIVATIONS)
         self._functions = [(self._names.get, name) for name in _FUNCTIONS]
         self._functions += [(table.get, name) for table in _REGISTERED for name in _ATTENTION]
-        self._made = self._methods()
+        self._original = self._methods()
 
     def is_unchanged(self) -> bool:
-        """True if no method or function of the family was replaced since."""
-        return self._methods() == self._made
+        """True if no method or function of the family has been replaced."""
+        return self._methods() == self._original
 
     def _methods(self) -> list[Any]:
         functions = [get(name) for get, name in self._functions]
@@ -81,22 +86,22 @@ class Decoder:
         family: its family.
 
     Attributes:
-        proven: True if an output was compared with that of the block.
+        proven: True if an output was compared with the block's output.
 
     Raises:
-        ValueError: the kernels do not serve this block.
+        ValueError: the kernels do not support this block.
     """
 
     def __init__(self, layer: Any, family: Family) -> None:
-        attention = _known(layer, "self_attn", family.attention)
-        mlp = _known(layer, "mlp", family.mlp)
-        _known(mlp, "act_fn", *_ACTIVATIONS)
-        linears = {n: _known(attention, f"{n}_proj", *_LINEARS) for n in ("q", "k", "v", "o")}
-        linears |= {n: _known(mlp, f"{n}_proj", *_LINEARS) for n in ("gate", "up", "down")}
-        norms = {"input": _known(layer, "input_layernorm", family.norm)}
-        norms["output"] = _known(layer, "post_attention_layernorm", family.norm)
+        attention = _part(layer, "self_attn", family.attention)
+        mlp = _part(layer, "mlp", family.mlp)
+        _part(mlp, "act_fn", *_ACTIVATIONS)
+        linears = {n: _part(attention, f"{n}_proj", *_LINEARS) for n in ("q", "k", "v", "o")}
+        linears |= {n: _part(mlp, f"{n}_proj", *_LINEARS) for n in ("gate", "up", "down")}
+        norms = {"input": _part(layer, "input_layernorm", family.norm)}
+        norms["output"] = _part(layer, "post_attention_layernorm", family.norm)
         names = [n for n in "qk" if f"{n}_norm" in attention._modules]
-        norms |= {n: _known(attention, f"{n}_norm", family.norm) for n in names}
+        norms |= {n: _part(attention, f"{n}_norm", family.norm) for n in names}
         vectors = {f"{name}_norm": norm.weight for name, norm in norms.items()}
         vectors |= {f"{n}_bias": m.bias for n, m in linears.items() if m.bias is not None}
         epsilons = {norm.variance_epsilon for norm in norms.values()}
@@ -116,11 +121,11 @@ class Decoder:
         self.proven = False
 
     def serves(self, x: Tensor, angles: Any) -> bool:
-        """True if the call is the block for an input and the angles of its position."""
+        """True if the call can replace the block for an input and the angles of its position."""
         if type(angles) is not tuple or len(angles) != 2 or x.dtype != self._dtype:
             return False
         for angle in angles:
-            if angle.shape != self._shape or not _is_given(angle, self._dtype):
+            if angle.shape != self._shape or not _is_readable(angle, self._dtype):
                 return False
         return self._config.get(_CHOICE) == self._attention and not (
             self._has_hooks and is_capturing()
@@ -128,16 +133,16 @@ class Decoder:
 
     def run(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
         """The output (1, 1, hidden) of the token whose key and value are the last of the cache."""
-        given = (x, *angles)
-        found: Tensor = self._run.step(*(t.reshape(-1) for t in given), keys, values)
-        return found.view(x.shape)
+        inputs = (x, *angles)
+        output: Tensor = self._run.step(*(t.reshape(-1) for t in inputs), keys, values)
+        return output.view(x.shape)
 
 
 class DecodingLayer(nn.Module):
-    """A block that runs a token after those in a cache by a `Decoder`, and all else as before.
+    """A block that runs a single token with a cache by a `Decoder`, and all other inputs itself.
 
     The first token runs in both ways. If the outputs differ by more than rounding, the decoder is
-    refused, until a part of the block changes.
+    not used until a part of the block changes.
     """
 
     _family: Family
@@ -145,26 +150,26 @@ class DecodingLayer(nn.Module):
     _watched: Watched | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies make a decoder of their own."""
-        own = ("_decoder", "_watched")
-        return {name: value for name, value in vars(self).items() if name not in own}
+        """The state without the decoder, which a copy builds again."""
+        rebuilt = ("_decoder", "_watched")
+        return {name: value for name, value in vars(self).items() if name not in rebuilt}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (type(self).__mro__[2],), self.__getstate__()
 
-    def forward(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output of the block for ``hidden_states`` (batch, seqlen, hidden)."""
-        part = None if given else _cached(self, hidden_states, named)
-        decoder = None if part is None else self._current()
-        angles: Any = named.get("position_embeddings")
+        cache = None if args else _cached(self, hidden_states, kwargs)
+        decoder = None if cache is None else self._current()
+        angles: Any = kwargs.get("position_embeddings")
         if decoder is None or not decoder.serves(hidden_states, angles):
-            return super().forward(hidden_states, *given, **named)
+            return super().forward(hidden_states, *args, **kwargs)
         if not decoder.proven:
-            return self._compared(decoder, hidden_states, part, named)
-        return decoder.run(hidden_states, angles, *grow(part))
+            return self._compared(decoder, hidden_states, cache, kwargs)
+        return decoder.run(hidden_states, angles, *grow(cache))
 
     def _current(self) -> Decoder | None:
-        """The decoder of the block as it is now; None if the kernels do not serve it."""
+        """The decoder of the block in its current state; None if the kernels do not support it."""
         if not self._family.is_unchanged():
             return None
         if self._watched is None or not self._watched.is_current():
@@ -177,63 +182,65 @@ class DecodingLayer(nn.Module):
             return None
         return self._decoder
 
-    def _compared(self, decoder: Decoder, x: Tensor, part: Any, named: dict[str, Any]) -> Any:
-        """The output of the decoder, if it is that of the block itself. Else it is refused."""
-        own = super().forward(x, **named)
-        keys, values = part.keys[0].contiguous().clone(), part.values[0].contiguous().clone()
-        found = decoder.run(x, named["position_embeddings"], keys, values)
+    def _compared(self, decoder: Decoder, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
+        """The output of the decoder, if it equals the block's; else the block's own output."""
+        expected = super().forward(x, **kwargs)
+        keys, values = cache.keys[0].contiguous().clone(), cache.values[0].contiguous().clone()
+        output = decoder.run(x, kwargs["position_embeddings"], keys, values)
         decoder.proven = (
-            isinstance(own, Tensor)
-            and _is_near(found, own, own - x)
-            and _is_near(keys[:, -1], part.keys[0, :, -1])
-            and _is_near(values[:, -1], part.values[0, :, -1])
+            isinstance(expected, Tensor)
+            and _is_near(output, expected, expected - x)
+            and _is_near(keys[:, -1], cache.keys[0, :, -1])
+            and _is_near(values[:, -1], cache.values[0, :, -1])
         )
         if not decoder.proven:
             self._decoder = None
-            return own
-        part.keys, part.values = keys[None], values[None]  # as later calls with the same input
-        return found
+            return expected
+        cache.keys, cache.values = keys[None], values[None]  # as later calls with the same input
+        return output
 
 
-def _is_near(found: Tensor, own: Tensor, added: Tensor | None = None) -> bool:
-    """True if a tensor is another one up to rounding, and up to `_ALIKE` of what was added."""
-    error, size = (found - own).float().norm(), own.float().norm()
-    most = size if added is None else added.float().norm()
-    return bool(error <= _ALIKE * most + torch.finfo(own.dtype).eps * size)
+def _is_near(tensor: Tensor, expected: Tensor, added: Tensor | None = None) -> bool:
+    """True if tensors are equal up to rounding and up to `_TOLERANCE` of the change ``added``."""
+    error, size = (tensor - expected).float().norm(), expected.float().norm()
+    scale = size if added is None else added.float().norm()
+    return bool(error <= _TOLERANCE * scale + torch.finfo(expected.dtype).eps * size)
 
 
 def decode_by_kernels(model: nn.Module) -> None:
-    """Let the blocks of a loaded model decode by ``apt-kernels``, where it serves them."""
+    """Let the blocks of a loaded model decode by ``apt-kernels``, where it supports them."""
     if getattr(kernels(), "Block", None) is None:
         return
     for module in model.modules():
-        kind: Any = type(module)
-        if kind.__name__ in _SERVED and kind.__module__.startswith("transformers."):
-            module.__class__ = _decoding(kind)
+        block_class: Any = type(module)
+        if block_class.__name__ in _BLOCK_CLASSES and block_class.__module__.startswith(
+            "transformers."
+        ):
+            module.__class__ = _decoding(block_class)
 
 
 @lru_cache
-def _decoding(kind: Any) -> type[nn.Module]:
-    """A class of blocks with a decoder, with the name of the given one."""
-    own = {"__module__": kind.__module__, "_family": Family(kind)}
-    return type(kind.__name__, (DecodingLayer, kind), own)
+def _decoding(block_class: Any) -> type[nn.Module]:
+    """A subclass of a class of blocks with a decoder, under the same name."""
+    namespace = {"__module__": block_class.__module__, "_family": Family(block_class)}
+    return type(block_class.__name__, (DecodingLayer, block_class), namespace)
 
 
-def _empty(kind: Any) -> nn.Module:
-    """A block of this class without its parts, for a copy."""
-    return _decoding(kind).__new__(_decoding(kind))
+def _empty(block_class: Any) -> nn.Module:
+    """An empty block with a decoder, to be filled by a copy."""
+    return _decoding(block_class).__new__(_decoding(block_class))
 
 
-def _known(owner: nn.Module, name: str, *kinds: Any) -> Any:
-    """A part of a block, if it is of a known class and does no more than that.
+def _part(owner: nn.Module, name: str, *classes: Any) -> Any:
+    """A part of a block.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the part has another class, runs another method, or has hooks.
     """
     part = owner._modules.get(name)
     if (
         part is None
-        or type(part) not in kinds
+        or type(part) not in classes
         or part.training
         or not runs_itself(part)
         or not all(only_captures(hook) for hook in hooks_of(part))
@@ -243,43 +250,43 @@ def _known(owner: nn.Module, name: str, *kinds: Any) -> Any:
 
 
 def _dtype(linear: Any) -> torch.dtype:
-    """The dtype of the matrix of a Linear module, which need not be expanded for it."""
+    """The dtype of the matrix of a Linear module, found without expanding the matrix."""
     return linear.dtype if isinstance(linear, PackedLinear) else linear.weight.dtype
 
 
 def _kernel(linear: nn.Module) -> Any:
-    """The matrix of ``apt-kernels`` of a Linear module.
+    """The matrix of a Linear module for ``apt-kernels``.
 
     Raises:
-        ValueError: the kernels do not serve it.
+        ValueError: the kernels do not support it.
     """
     if isinstance(linear, DenseLinear):
         return linear.kernel()
     if not isinstance(linear, PackedLinear):
         return kernels().DenseMatrix(linear.weight)
-    found = linear.current_matrix()
-    if not isinstance(found, kernels().Matrix):
+    matrix = linear.current_matrix()
+    if not isinstance(matrix, kernels().Matrix):
         raise ValueError("a matrix that is expanded")
-    return found
+    return matrix
 
 
-def _cached(layer: Any, x: Any, named: dict[str, Any]) -> Any:
-    """The keys and values of the tokens before ``x``; None if the block itself must run.
+def _cached(layer: Any, x: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache layer of the tokens before ``x``; None if the block itself must run.
 
-    The call serves one sequence on the processor, and attention to all tokens before.
+    The call supports one sequence on the processor, with attention to all earlier tokens.
     """
     if type(x) is not Tensor or x.shape[:2] != (1, 1) or x.ndim != 3 or layer.training:
         return None
-    if not _is_given(x, x.dtype) or not named.keys() <= _GIVEN or not is_plain():
+    if not _is_readable(x, x.dtype) or not kwargs.keys() <= _ARGUMENTS or not is_plain():
         return None
-    if named.get("attention_mask") is not None or named.get("output_attentions"):
+    if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
         return None
     index = getattr(layer._modules.get("self_attn"), "layer_idx", None)
-    return None if index is None else growing(given_cache(named), index, x.dtype)
+    return None if index is None else growing(cache_of(kwargs), index, x.dtype)
 
 
-def _is_given(tensor: Any, dtype: torch.dtype) -> bool:
-    """True of an input in a dtype that the kernels can read."""
+def _is_readable(tensor: Any, dtype: torch.dtype) -> bool:
+    """True for a plain tensor on the processor in the dtype of the kernels."""
     return (
         type(tensor) is Tensor
         and tensor.is_cpu

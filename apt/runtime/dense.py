@@ -9,27 +9,27 @@ from apt.runtime.linear import FEW, is_slow, kernels, tiled_product
 from apt.runtime.watched import is_plain
 
 _WORD = 64  # columns
-_LEAST = 2**20  # weights from which on the kernels pay
+_LEAST = 2**20  # the least number of weights for which the kernels are faster
 
 
 class DenseLinear(nn.Linear):
-    """A Linear in half precision that multiplies as the processor is fastest.
+    """A Linear in half precision that multiplies in the fastest way of the processor.
 
-    The products of a few vectors are those of ``apt-kernels`` in bf16. Those of many are computed
-    in fp32, and rounded, where the processor is slow in half precision.
+    A product of a few vectors is computed by ``apt-kernels`` in bf16. A product of many vectors is
+    computed in fp32 and rounded, where the processor is slow in half precision.
     """
 
     _kernel: Any = None
-    _of: tuple[int, torch.Size] | None = None  # the place and the shape of the kernel's weight
+    _key: tuple[int, torch.Size] | None = None  # the address and shape of the kernel's weight
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies make a kernel of their own."""
-        return {k: v for k, v in vars(self).items() if k not in ("_kernel", "_of")}
+        """The state without the kernel, which a copy builds again."""
+        return {k: v for k, v in vars(self).items() if k not in ("_kernel", "_key")}
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (…, in) → (…, out)."""
-        trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if trained or x.dtype != self.weight.dtype or not is_plain():
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if needs_gradient or x.dtype != self.weight.dtype or not is_plain():
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
         product = self._fast(rows)
@@ -44,7 +44,7 @@ class DenseLinear(nn.Linear):
         weight = self.weight
         if len(rows) > FEW:
             return tiled_product(rows, len(weight), self._rows) if is_slow(weight) else None
-        if not _serves(self):
+        if not _is_supported(self):
             return None
         product: Tensor = self.kernel().product(rows)
         return product.to(rows.dtype)
@@ -53,18 +53,18 @@ class DenseLinear(nn.Linear):
         return self.weight[first:last].to(dtype)
 
     def kernel(self) -> Any:
-        """The matrix of ``apt-kernels`` of the present weight.
+        """The current weight as a matrix of ``apt-kernels``.
 
         Raises:
-            ValueError: the kernels do not serve it.
+            ValueError: the kernels do not support it.
         """
-        present = self.weight.data_ptr(), self.weight.shape
-        if self._of != present:  # the first time, and after a move
-            self._kernel, self._of = kernels().DenseMatrix(self.weight.data), present
+        key = self.weight.data_ptr(), self.weight.shape
+        if self._key != key:  # the first time, and after a move
+            self._kernel, self._key = kernels().DenseMatrix(self.weight.data), key
         return self._kernel
 
 
-def _serves(linear: nn.Linear) -> bool:
+def _is_supported(linear: nn.Linear) -> bool:
     """True if the kernels multiply the weight of a module faster than torch."""
     weight = linear.weight
     return (
@@ -78,15 +78,15 @@ def _serves(linear: nn.Linear) -> bool:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Let the Linear modules of a loaded model multiply as the processor is fastest.
+    """Let the Linear modules of a loaded model multiply in the fastest way of the processor.
 
-    With the kernels the dense weights are copied to large pages, as the packed ones were. Loading
-    maps the whole file into memory, and it stays mapped as long as one tensor refers to it.
+    With the kernels, the dense weights are copied to large pages, as the packed weights were.
+    Otherwise the file of weights would stay mapped into memory, as long as one tensor refers to it.
     """
-    native = kernels()
-    for parameter in model.parameters() if native is not None else ():
+    package = kernels()
+    for parameter in model.parameters() if package is not None else ():
         if parameter.device.type == "cpu":
-            parameter.data = native.in_large_pages(parameter.data)
+            parameter.data = package.in_large_pages(parameter.data)
     for module in model.modules():
-        if type(module) is nn.Linear and (_serves(module) or is_slow(module.weight)):
+        if type(module) is nn.Linear and (_is_supported(module) or is_slow(module.weight)):
             module.__class__ = DenseLinear

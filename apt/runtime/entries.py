@@ -12,10 +12,10 @@ METHOD = "apt_packed"
 """The value of ``quant_method`` in ``config.json``."""
 
 VERSION, WITH_STACKS = 2, 3
-"""The versions of the format: that of matrices alone, and that of stacks of matrices too."""
+"""The versions of the format: for matrices only, and for stacks of matrices too."""
 
 SINGLE_PACKED = "apt_packed.safetensors"
-"""The file of the weights. Plain transformers must not take it for weights of the model."""
+"""The file of the weights. Plain transformers must not find it under its own names."""
 
 INDEX_PACKED = f"{SINGLE_PACKED}.index.json"
 """The index of several files of weights."""
@@ -24,7 +24,7 @@ OWN_CODE = {
     "AutoConfig": "apt_packed.PlainConfig",
     "AutoModelForCausalLM": "apt_packed.PackedModel",
 }
-"""The entry ``auto_map`` of ``config.json``: the code beside the weights that opens the model."""
+"""The entry ``auto_map`` of ``config.json``: the classes in the copied code that open the model."""
 
 KEY = "quantization_config"
 """The place of the description in ``config.json``."""
@@ -35,39 +35,43 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fault = f"{directory / 'config.json'} cannot be read: {first_line(error)}"
-        raise AptError(fault, "get the model again") from error
+        message = f"{directory / 'config.json'} cannot be read: {first_line(error)}"
+        raise AptError(message, "get the model again") from error
 
 
 def is_packed(directory: Path) -> bool:
     """True if a directory has a packed checkpoint, of any version."""
     try:
-        about = read_config(directory).get(KEY)
+        description = read_config(directory).get(KEY)
     except AptError:
         return False
-    return isinstance(about, dict) and about.get("quant_method") == METHOD
+    return isinstance(description, dict) and description.get("quant_method") == METHOD
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
     """The descriptions of packed matrices by name; raises `AptError` if not packed, or newer."""
-    about = read_config(directory).get(KEY)
-    if not isinstance(about, dict) or about.get("quant_method") != METHOD:
+    description = read_config(directory).get(KEY)
+    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
         raise AptError(f"{directory} is not packed", "name a directory that apt-prune pack wrote")
-    return described_entries(about, str(directory))
+    return described_entries(description, str(directory))
 
 
-def described_entries(about: Mapping[str, Any], where: str) -> dict[str, Entry]:
+def described_entries(description: Mapping[str, Any], location: str) -> dict[str, Entry]:
     """The descriptions in a ``quantization_config``; raises `AptError` if newer or damaged."""
-    version = about.get("version")
+    version = description.get("version")
     if version not in (VERSION, WITH_STACKS):
-        older = isinstance(version, int) and version < VERSION
-        fault = (
-            f"{where} has version {version} of the packed format, and this APT reads {VERSION} and "
-            f"{WITH_STACKS}"
+        is_older = isinstance(version, int) and version < VERSION
+        message = (
+            f"{location} has version {version} of the packed format, and this APT reads {VERSION} "
+            f"and {WITH_STACKS}"
         )
-        raise AptError(fault, "pack the pruned model again" if older else "install a newer APT")
+        raise AptError(
+            message, "pack the pruned model again" if is_older else "install a newer APT"
+        )
     try:
-        return {name: Entry.read(record) for name, record in about["matrices"].items()}
+        return {name: Entry.read(record) for name, record in description["matrices"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        fault = f"the description of the packed matrices in {where} is damaged: {first_line(error)}"
-        raise AptError(fault, "pack the model again") from error
+        message = (
+            f"the description of the packed matrices in {location} is damaged: {first_line(error)}"
+        )
+        raise AptError(message, "pack the model again") from error

@@ -1,4 +1,4 @@
-"""Stacked experts whose matrices are packed, in the place of a parameter."""
+"""Stacked experts whose matrices are packed: modules that replace stacked parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from apt.runtime.packed_file import PARTS, missing_parts
 
 
 class PlainMatrix(nn.Module):
-    """A matrix of a stack that is not packed: it has too few zeros."""
+    """A matrix of a stack that is not packed, because it has too few zeros."""
 
     weight: Tensor
 
@@ -38,10 +38,10 @@ Matrix = PackedLinear | PlainMatrix
 
 
 class _LikeTensor:
-    """What the code of a model takes for a tensor: functions and methods get all of it, dense."""
+    """An object that the code of a model uses like a tensor: functions get its dense values."""
 
     def dense(self) -> Tensor:
-        """The tensor."""
+        """The values as a dense tensor."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -57,32 +57,32 @@ class _LikeTensor:
 
 
 def _dense(value: Any) -> Any:
-    """An argument with dense tensors."""
+    """An argument of a function, with tensors in place of tensor-like objects."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_dense, value))
     return value.dense() if isinstance(value, _LikeTensor) else value
 
 
 class PackedStack(nn.Module, _LikeTensor):
-    """A stacked parameter (experts, …) whose matrices are packed, as if it were a tensor.
+    """A stacked parameter (experts, …) whose matrices are packed, used like a tensor.
 
-    ``stack[expert]`` is the matrix of one expert, so that the others stay packed.
+    ``stack[expert]`` is the matrix of one expert; the other matrices stay packed.
 
     Args:
         shape: the shape of the parameter.
-        dtype: its dtype.
-        pieces: the packed matrices that it is made of; `are_matrices` is true of them.
+        dtype: the dtype of the parameter.
+        pieces: the pieces of the parameter; `are_matrices` must be true of them.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> None:
         super().__init__()
         self.shape, self.pieces = torch.Size(shape), tuple(pieces)
         self._matrices, self._dtype = nn.ModuleList(), dtype
-        self._of: list[list[int]] = [[] for _ in range(self.shape[0])]
+        self._pieces_of: list[list[int]] = [[] for _ in range(self.shape[0])]
         for number, piece in enumerate(self.pieces):
             for expert in [piece.part[0]] if piece.part else range(self.shape[0]):
                 assert isinstance(expert, int)
-                self._of[expert].append(number)
+                self._pieces_of[expert].append(number)
 
     def fill(self, matrices: Mapping[str, Matrix]) -> None:
         """Set the matrices, by the name of their tensor."""
@@ -119,12 +119,12 @@ class PackedStack(nn.Module, _LikeTensor):
         return self.dense()[index]
 
     def dense(self) -> Tensor:
-        """The whole parameter."""
+        """The complete parameter as a dense tensor."""
         return torch.stack([self[expert].dense() for expert in range(self.shape[0])])
 
     def of(self, expert: int) -> list[tuple[Piece, Matrix]]:
-        """The matrices that an expert's is made of."""
-        return [(self.pieces[n], cast(Matrix, self._matrices[n])) for n in self._of[expert]]
+        """The pieces of an expert's matrix, with the stored matrices."""
+        return [(self.pieces[n], cast(Matrix, self._matrices[n])) for n in self._pieces_of[expert]]
 
 
 class PackedExpert(_LikeTensor):
@@ -140,27 +140,27 @@ class PackedExpert(_LikeTensor):
         return self.dense()[index]
 
     def dense(self) -> Tensor:
-        """The matrix."""
+        """The matrix as a dense tensor."""
         parts = [(p, self._rows(p, matrix)) for p, matrix in self._stack.of(self._expert)]
         if len(parts) == 1:
             return parts[0][1]
-        whole = parts[0][1].new_empty(self.shape)
+        dense = parts[0][1].new_empty(self.shape)
         for piece, part in parts:
-            whole[piece.part[1:]] = part
-        return whole
+            dense[piece.part[1:]] = part
+        return dense
 
     def _rows(self, piece: Piece, matrix: Matrix) -> Tensor:
-        """What a piece has of the matrix."""
-        turned = bool(piece.order) and piece.order[-2] > piece.order[-1]
+        """The values of a piece of the matrix."""
+        transposed = bool(piece.order) and piece.order[-2] > piece.order[-1]
         if piece.part:
             rows = matrix.rows(0, _rows_of(matrix), self.dtype)
         else:
-            count, expert = self.shape[1] if turned else self.shape[0], self._expert
+            count, expert = self.shape[1] if transposed else self.shape[0], self._expert
             rows = matrix.rows(expert * count, (expert + 1) * count, self.dtype)
-        return rows.T if turned else rows
+        return rows.T if transposed else rows
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`torch.nn.functional.linear`, by the packed matrices if each gives some of the rows."""
+        """`torch.nn.functional.linear`, with packed matrices if each of them is a part of rows."""
         parts = self._stack.of(self._expert)
         if not all(isinstance(m, PackedLinear) and p.part and not p.order for p, m in parts):
             return self._dense_linear(x, bias)
@@ -168,27 +168,27 @@ class PackedExpert(_LikeTensor):
         return product if bias is None else product + bias
 
     def _dense_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product with the matrix of the expert, which is made dense for it."""
-        whole = self.dense()
-        rows = x.reshape(-1, whole.shape[1])
-        if len(rows) <= FEW or x.dtype != whole.dtype or not is_slow(x):
-            return nn.functional.linear(x, whole, bias)
-        product = tiled_product(rows, len(whole), lambda first, last, d: whole[first:last].to(d))
-        shaped = product.view(*x.shape[:-1], len(whole))
-        return shaped if bias is None else shaped + bias
+        """The product with the dense matrix of the expert."""
+        matrix = self.dense()
+        rows = x.reshape(-1, matrix.shape[1])
+        if len(rows) <= FEW or x.dtype != matrix.dtype or not is_slow(x):
+            return nn.functional.linear(x, matrix, bias)
+        product = tiled_product(rows, len(matrix), lambda first, last, d: matrix[first:last].to(d))
+        output = product.view(*x.shape[:-1], len(matrix))
+        return output if bias is None else output + bias
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Multiply by the packed matrix, or call the function with the dense one."""
+        """Multiply by the packed matrix, or call the function with the dense matrix."""
         if function is nn.functional.linear and len(args) > 1 and isinstance(args[1], cls):
             return args[1].linear(args[0], *args[2:], **(kwargs or {}))
         return super().__torch_function__(function, types, args, kwargs)
 
 
 def are_matrices(pieces: Sequence[Piece]) -> bool:
-    """True if a stacked parameter is made of a matrix, or several, for each expert."""
+    """True if a stacked parameter consists of one or several matrices for each expert."""
     return all(
         not piece.of
         and (
@@ -204,17 +204,17 @@ def _rows_of(matrix: Matrix) -> int:
 
 
 def put_stack(owner: nn.Module, name: str, pieces: Sequence[Piece]) -> PackedStack:
-    """Put a stack without matrices in the place of a parameter of a module."""
+    """Replace a parameter of a module by a stack without matrices."""
     parameter = owner.get_parameter(name)
     stack = PackedStack(parameter.shape, parameter.dtype, pieces)
     delattr(owner, name)
     owner.add_module(name, stack)
-    owner._is_hf_initialized = True  # type: ignore[assignment]  # transformers has nothing to draw
+    owner._is_hf_initialized = True  # type: ignore[assignment]  # no random values are needed
     return stack
 
 
 def prepare_for_stacks(model: Any) -> None:
-    """Let transformers multiply experts one by one, and not miss tensors that are read here."""
+    """Let transformers multiply experts one by one, and ignore tensors that this package reads."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
@@ -225,7 +225,7 @@ def prepare_for_stacks(model: Any) -> None:
 
 
 def device_near(model: nn.Module, name: str) -> torch.device:
-    """The device of a tensor in the same module or the nearest one around it."""
+    """The device of a tensor in the same module, or in the nearest enclosing module."""
     while name:
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
@@ -236,10 +236,10 @@ def device_near(model: nn.Module, name: str) -> torch.device:
 
 
 class StoredTensors:
-    """The tensors of packed files, as those of the plain checkpoint.
+    """The tensors of packed files, by their names in the plain checkpoint.
 
     Args:
-        files: the files, which were compared with their checksums; none if they are not known.
+        files: the files, which were compared with their checksums; empty if they are unknown.
         entries: the descriptions of the packed matrices.
 
     Raises:
@@ -260,11 +260,11 @@ class StoredTensors:
                     if key not in parts:
                         self.shapes[key] = tuple(file.get_slice(key).get_shape())
         if files and (missing := missing_parts(self._files, entries)):
-            fault = f"{Path(files[0]).parent} lacks {missing[0]}, which its config.json describes"
-            raise AptError(fault, "is the checkpoint complete?")
+            message = f"{Path(files[0]).parent} lacks {missing[0]}, which its config.json describes"
+            raise AptError(message, "is the checkpoint complete?")
 
     def matrix(self, name: str, dtype: torch.dtype, device: torch.device) -> Matrix:
-        """A matrix, packed if it is stored so."""
+        """A matrix of a stack, packed if it is stored packed."""
         if name not in self._entries:
             return PlainMatrix(self._read(name).to(device, dtype))
         module = PackedLinear(self._entries[name], bias=False, dtype=dtype)

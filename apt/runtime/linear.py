@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from apt.compute import compute_dtype, dtype_name
 from apt.devices import is_accelerator, runs_triton
-from apt.runtime.expanded import ExpandedMatrix
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
 from apt.runtime.watched import is_plain, same
 
 _STORED = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}
-FEW = 8  # vectors up to which a product reads the packed matrix; for more, it is expanded
-_SOME = 64  # vectors up to which the kernels' own product with expanded rows is as fast as torch's
+FEW = 8  # the most vectors for which a product reads the packed matrix; for more, it is expanded
+_TILED = 64  # the most vectors for which the kernels' product with expanded rows is fast
 _TILE = 2**20  # elements of expanded rows that a CPU multiplies at a time
 _DEVICE_TILE = 2**24  # the same on an accelerator
+_ONES = torch.tensor([bin(byte).count("1") for byte in range(256)])  # of a byte
 _COLUMNS = 64  # groups of the kernels are multiples of it
 
 
 @lru_cache
 def kernels() -> Any:
-    """The package ``apt_kernels``; None if it is not installed, or was without a compiler."""
+    """The package ``apt_kernels``; None if it is not installed, or was built without a compiler."""
     try:
         import apt_kernels
     except ImportError:
@@ -44,28 +44,28 @@ def gpu_matrix() -> Any:
 
 
 def is_slow(tensor: Tensor) -> bool:
-    """True of a tensor on the processor in a dtype that it multiplies more slowly than fp32."""
+    """True for a tensor on the processor in a dtype that multiplies more slowly than fp32."""
     return tensor.is_cpu and compute_dtype(tensor.dtype, tensor.device) != tensor.dtype
 
 
 def tiled_product(
     rows: Tensor, count: int, weights: Callable[[int, int, torch.dtype], Tensor]
 ) -> Tensor:
-    """Vectors (n, in) times a transposed matrix: (n, count). Few rows of the matrix are dense.
+    """Vectors (n, in) times a transposed matrix: (n, count), with few dense rows at a time.
 
-    Half precision is multiplied in fp32, and the result is rounded, where the device is slow in it.
+    Where the device is slow in half precision, the product is computed in fp32 and rounded.
 
     Args:
         rows: the vectors.
         count: the number of rows of the matrix.
-        weights: dense rows of the matrix (last − first, in) from ``first`` to ``last`` in a dtype.
+        weights: returns the dense rows (last − first, in) from ``first`` to ``last`` in a dtype.
     """
-    wide = compute_dtype(rows.dtype, rows.device)
-    given, step = rows.to(wide), max(1, _tile(rows.device) // max(1, rows.shape[1]))
+    dtype = compute_dtype(rows.dtype, rows.device)
+    inputs, step = rows.to(dtype), max(1, _tile(rows.device) // max(1, rows.shape[1]))
     parts = []
     for first, last in pairwise([*range(0, max(1, count), step), count]):
-        part = nn.functional.linear(given, weights(first, last, wide))
-        parts.append(part if wide == rows.dtype else part.to(rows.dtype))
+        part = nn.functional.linear(inputs, weights(first, last, dtype))
+        parts.append(part if dtype == rows.dtype else part.to(rows.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -75,11 +75,43 @@ def _tile(device: torch.device) -> int:
 
 
 def describe_kernels() -> tuple[str, str]:
-    """What multiplies packed matrices on this machine, and how to have it faster."""
-    native = kernels()
-    if native is None:
+    """The implementation of packed products on this machine, and the remedy if it is slow."""
+    package = kernels()
+    if package is None:
         return "torch, which expands a matrix for each product", "pip install ./plugins/apt-kernels"
-    return f"apt-kernels {native.__version__}, {native.LEVEL}", ""
+    return f"apt-kernels {package.__version__}, {package.LEVEL}", ""
+
+
+class ExpandedMatrix:
+    """A matrix that torch expands: a bitmask (out, ⌈in / 8⌉), scales (out, groups) or None."""
+
+    def __init__(self, entry: Entry, mask: Tensor, values: Tensor, scales: Tensor | None) -> None:
+        self._entry, self._mask, self._values, self._scales = entry, mask, values, scales
+        counts = _ONES.to(mask.device)[mask.long()].sum(1)
+        self._starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
+
+    def expand(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``first`` to ``last`` with their zeros (last − first, in)."""
+        shifts = torch.arange(8, device=self._mask.device, dtype=torch.uint8)
+        bits = (self._mask[first:last, :, None] >> shifts) & 1
+        kept = bits.view(last - first, -1)[:, : self._entry.columns].bool()
+        dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
+        dense[kept] = self._read(self._starts[first], self._starts[last], kept, first).to(dtype)
+        return dense
+
+    def _read(self, start: int, end: int, kept: Tensor, first: int) -> Tensor:
+        """The kept weights from ``start`` to ``end``."""
+        if self._scales is None:
+            return self._values[start:end]
+        if self._entry.values == "int8":
+            integers = self._values[start:end].to(torch.int32)
+        else:
+            pairs = self._values[start // 2 : -(-end // 2)].to(torch.int32)
+            halves = torch.stack([pairs & 15, pairs >> 4], 1).reshape(-1)
+            integers = halves[start % 2 : start % 2 + end - start] - 8
+        rows, columns = kept.nonzero(as_tuple=True)
+        scales = self._scales[rows + first, columns // self._entry.group]
+        return integers.float() * scales.float()
 
 
 class PackedLinear(nn.Module):
@@ -93,12 +125,12 @@ class PackedLinear(nn.Module):
     Args:
         entry: the description of the matrix.
         bias: True if there is a bias.
-        dtype: the dtype of the bias, and of `weight` once it is prepared; None keeps the dtype of
-            the description.
+        dtype: the dtype of the bias, and of `weight` after `prepare`; None for the dtype of the
+            description.
 
     Attributes:
-        matrix: what multiplies on the present device: a matrix of ``apt-kernels``, or an
-            `ExpandedMatrix`; None before `prepare`. It is another one if the weights change.
+        matrix: the matrix for the current device, of ``apt-kernels`` or an `ExpandedMatrix`; None
+            before `prepare`. A change of the weights replaces it.
     """
 
     weight_mask: Tensor
@@ -118,10 +150,10 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(entry.rows, dtype=dtype)) if bias else None
         self._dtype = dtype or FLOATS[entry.dtype]
         self.matrix: Any = None
-        self._made_of: dict[str, Tensor | None] = {}  # the buffers when the matrix was made
+        self._matrix_buffers: dict[str, Tensor | None] = {}  # the buffers when the matrix was made
 
     def prepare(self) -> None:
-        """Check the loaded tensors, and give them to the kernels if there are some.
+        """Check the loaded tensors, and pass them to the kernels if these are installed.
 
         Raises:
             ValueError: they do not fit the description.
@@ -137,7 +169,7 @@ class PackedLinear(nn.Module):
         self._build()
 
     def _cast(self, dtype: torch.dtype) -> None:
-        """Give the values another dtype, if they are floats and the dtype is one of the format."""
+        """Cast the values, if they are floats and the format has the dtype."""
         self._dtype = dtype
         name = dtype_name(dtype)
         if self.entry.values in FLOATS and name in FLOATS:
@@ -145,21 +177,21 @@ class PackedLinear(nn.Module):
             self.entry = replace(self.entry, dtype=name, values=name)
 
     def _build(self) -> None:
-        """Make the matrix of the present device, and share its memory."""
-        self._make()
-        self._made_of = dict(self._buffers)
+        """Build the matrix for the current device, and share its memory."""
+        self._make_matrix()
+        self._matrix_buffers = dict(self._buffers)
 
-    def _make(self) -> None:
+    def _make_matrix(self) -> None:
         mask, values, scales = self.weight_mask, self.weight_values, self._scales
         group = self.entry.group
-        if runs_triton(values.device) and (made := gpu_matrix()) is not None:
-            self.matrix = made(self.in_features, mask, values, scales, group)
+        if runs_triton(values.device) and (matrix_class := gpu_matrix()) is not None:
+            self.matrix = matrix_class(self.in_features, mask, values, scales, group)
             return
-        native = kernels() if values.device.type == "cpu" else None
-        if native is None or group % _COLUMNS:
+        package = kernels() if values.device.type == "cpu" else None
+        if package is None or group % _COLUMNS:
             self.matrix = ExpandedMatrix(self.entry, mask, values, scales)
             return
-        self.matrix = native.Matrix(self.in_features, mask, values, scales, group)
+        self.matrix = package.Matrix(self.in_features, mask, values, scales, group)
         self.weight_mask = self.matrix.mask
         if self.entry.values != "int4":  # the kernels have them in another order
             self.weight_values = self.matrix.values
@@ -184,19 +216,19 @@ class PackedLinear(nn.Module):
         if self.matrix is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        like = fn(torch.empty(0, dtype=self._dtype, device=self.weight_values.device))
-        moved = {k: None if t is None else t.to(like.device) for k, t in self._buffers.items()}
+        example = fn(torch.empty(0, dtype=self._dtype, device=self.weight_values.device))
+        buffers = {k: None if t is None else t.to(example.device) for k, t in self._buffers.items()}
         self._buffers.clear()
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self._buffers.update(moved)
-        self._cast(like.dtype)
+            self._buffers.update(buffers)
+        self._cast(example.dtype)
         self._build()
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Load, and make the matrix anew: its places depend on the mask."""
+        """Load, and build the matrix again, since its layout depends on the mask."""
         super()._load_from_state_dict(*arguments)
         state, prefix, *_, errors = arguments
         if self.matrix is None or not any(f"{prefix}{name}" in state for name in self._buffers):
@@ -208,19 +240,19 @@ class PackedLinear(nn.Module):
             errors.append(f"{prefix}weight does not fit its description: {error}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes a matrix of its own."""
-        built = self.matrix is not None
-        return {**vars(self), "matrix": None, "_made_of": {}, "_built": built}
+        """The state without the matrix, which a copy builds again."""
+        is_built = self.matrix is not None
+        return {**vars(self), "matrix": None, "_matrix_buffers": {}, "_built": is_built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        built = state.pop("_built")
+        is_built = state.pop("_built")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if built:
+        if is_built:
             self._build()
 
     @property
     def weight(self) -> Tensor:
-        """The matrix with its zeros, made anew: some modules read the weight of another one."""
+        """The dense matrix, expanded on each access: some modules read another module's weight."""
         return self.dense().to(self.weight_values.device, self._dtype)
 
     def dense(self) -> Tensor:
@@ -236,41 +268,41 @@ class PackedLinear(nn.Module):
             product = tiled_product(rows, self.out_features, self.rows)
         if self.bias is not None:
             product = product + self.bias
-        shaped: Tensor = product.view(*x.shape[:-1], self.out_features)
-        return shaped
+        output: Tensor = product.view(*x.shape[:-1], self.out_features)
+        return output
 
     def _native(self, rows: Tensor) -> Tensor | None:
-        """The product by the kernels; None if torch's is faster for so many vectors.
+        """The product by the kernels; None if torch is faster for this number of vectors.
 
-        With several threads torch's is slower: other threads expanded the rows that one multiplies.
+        With several threads torch is slower: one thread multiplies rows that others expanded.
         """
         if isinstance(self.matrix, ExpandedMatrix):
             return None
         if len(rows) <= FEW:
             product: Tensor = self.matrix.product(rows)
             return product.to(rows.dtype)
-        faster = len(rows) <= _SOME or torch.get_num_threads() > 1
+        faster = len(rows) <= _TILED or torch.get_num_threads() > 1
         if faster and rows.device.type == "cpu":
             tiled: Tensor | None = self.matrix.tiled(rows)
             return tiled
         return None
 
     def _follow(self) -> None:
-        """Make the matrix anew if its tensors were replaced one by one, as accelerate does."""
-        if not same(self._buffers, self._made_of):
+        """Build the matrix again if its tensors were replaced one by one, as accelerate does."""
+        if not same(self._buffers, self._matrix_buffers):
             self._build()
 
     def current_matrix(self) -> Any:
-        """The `matrix` of the present tensors."""
+        """The `matrix` of the current tensors."""
         self._follow()
         return self.matrix
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows ``first`` to ``last`` with their zeros, in a dtype that the kernels may not have."""
+        """Dense rows from ``first`` to ``last``, in any floating-point dtype."""
         self._follow()
-        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         with torch._C._DisableFuncTorch():  # within torch.func new tensors have no memory
-            dense: Tensor = self.matrix.expand(first, last, wide).to(dtype)
+            dense: Tensor = self.matrix.expand(first, last, kernel_dtype).to(dtype)
         return dense
 
     def extra_repr(self) -> str:

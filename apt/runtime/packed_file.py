@@ -65,7 +65,7 @@ def checked_tensors(
         ValueError: a checksum is missing or differs.
     """
     with safe_open(path, "pt") as file:
-        known = _known(file.metadata())
+        known = _part(file.metadata())
         names = list(file.keys())
         described = matrix_names(names, matrices)
         if known.keys() != {*names, *described}:
@@ -78,7 +78,7 @@ def checked_tensors(
             yield name, tensor
 
 
-def _known(metadata: Mapping[str, str] | None) -> dict[str, str]:
+def _part(metadata: Mapping[str, str] | None) -> dict[str, str]:
     try:
         return dict(json.loads((metadata or {})[CHECKSUMS]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:

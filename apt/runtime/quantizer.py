@@ -1,4 +1,4 @@
-"""The packed format as a way of storing weights that transformers knows."""
+"""The packed format as a quantisation method of transformers."""
 
 from typing import Any
 
@@ -53,14 +53,14 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts packed modules in the place of Linear modules, and checks what is loaded into them."""
+    """Replaces Linear modules by packed ones, and checks the tensors that are loaded into them."""
 
     requires_calibration = True
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The configuration with the name of the file of the weights.
 
-        This hook is the one that gets the configuration before the files are looked for.
+        transformers calls this hook before it looks for the files.
         """
         if getattr(config, "transformers_weights", None) is None:
             config.transformers_weights = self.quantization_config.weights
@@ -77,14 +77,14 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self._stacks = dict[str, PackedStack]()
         used = {
             key
-            for name, made in converted(model, self._stored.shapes).items()
-            for key in self._put(model, name, made)
+            for name, conversion in converted(model, self._stored.shapes).items()
+            for key in self._put(model, name, conversion)
         }
         base = getattr(model, "base_model_prefix", "")
         headless = bool(base) and not hasattr(model, base)
         for name in self._entries.keys() - used:
             if headless and not name.startswith(f"{base}."):
-                continue  # a module of the head, which AutoModel leaves out
+                continue  # a module of the head, which AutoModel does not build
             raise AptError(
                 f"the configuration describes {name}, which the model does not have in this shape",
                 "pack the model again",
@@ -92,18 +92,18 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._stacks:
             prepare_for_stacks(model)
 
-    def _put(self, model: nn.Module, name: str, made: Converted) -> list[str]:
-        """Put a packed module in the place of a parameter; returns the packed matrices of it."""
-        keys = [piece.key for piece in made.pieces if piece.key in self._entries]
-        path, _, own = name.rpartition(".")
+    def _put(self, model: nn.Module, name: str, conversion: Converted) -> list[str]:
+        """Replace a parameter by a packed module; returns the names of its packed matrices."""
+        keys = [piece.key for piece in conversion.pieces if piece.key in self._entries]
+        path, _, parameter_name = name.rpartition(".")
         owner = model.get_submodule(path)
-        parameter = dict(owner.named_parameters(recurse=False)).get(own)
-        if not keys or parameter is None or parameter.shape != made.shape:
+        parameter = dict(owner.named_parameters(recurse=False)).get(parameter_name)
+        if not keys or parameter is None or parameter.shape != conversion.shape:
             return []
-        if isinstance(owner, nn.Linear) and own == "weight":
+        if isinstance(owner, nn.Linear) and parameter_name == "weight":
             _replace(model, path, owner, self._entries[keys[0]])
-        elif len(made.shape) == 3 and are_matrices(made.pieces):
-            self._stacks[name] = put_stack(owner, own, made.pieces)
+        elif len(conversion.shape) == 3 and are_matrices(conversion.pieces):
+            self._stacks[name] = put_stack(owner, parameter_name, conversion.pieces)
         else:
             return []
         return keys
@@ -123,7 +123,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     ) from error
         use_kernels(model)
         decode_by_kernels(model)
-        # It cannot be trained, and products that record gradients do not use the kernels.
+        # The model cannot be trained, and products that record gradients do not use the kernels.
         return model.requires_grad_(False)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -137,7 +137,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _replace(model: nn.Module, path: str, linear: nn.Linear, entry: Entry) -> None:
-    """Put a packed module in the place of a Linear one, on the same device."""
+    """Replace a Linear module by a packed one, on the same device."""
     parent, _, name = path.rpartition(".")
     with torch.device(linear.weight.device):
         packed = PackedLinear(entry, bias=linear.bias is not None, dtype=linear.weight.dtype)

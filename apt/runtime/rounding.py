@@ -31,59 +31,65 @@ def nearest_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tens
     """
     grid, columns = IntegerGrid(BITS[kind], group), columns_of(group, weight)
     scales = scales_of(weight.float(), torch.ones(weight.shape[1]), grid, weight.dtype)
-    whole = (weight.float() / _spread(scales, weight, columns)).round().clamp(-grid.most, grid.most)
-    return whole.to(torch.int8), scales.to(weight.dtype)
+    integers = (
+        (weight.float() / _scale_of_weights(scales, weight, columns))
+        .round()
+        .clamp(-grid.most, grid.most)
+    )
+    return integers.to(torch.int8), scales.to(weight.dtype)
 
 
 def exact_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tensor, Tensor] | None:
-    """The integers and scales that a matrix consists of; None if it does not.
+    """The integers and scales of a matrix that consists of integers times scales; else None.
 
     Integers times scales give the same bytes. ``apt-prune prune --quantize`` writes such matrices:
-    in each group of columns the largest weight is the scale times one of the largest integers.
+    in each group of columns the largest weight is the scale times an integer near the maximum.
     """
     columns = columns_of(group, weight)
     scales = _exact_scales(weight, KINDS[kind], columns)
     if scales is None:
         return None
-    whole = (weight.float() / _spread(scales.float(), weight, columns)).round()
-    return whole.to(torch.int8), scales
+    integers = (weight.float() / _scale_of_weights(scales.float(), weight, columns)).round()
+    return integers.to(torch.int8), scales
 
 
 def encode_rounded(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Entry, Parts]:
     """A matrix (out, in) as its bitmask and its kept weights; see `nearest_integers`."""
-    whole = nearest_integers(weight, kind, group)
-    return _encoded(weight, *whole, kind, columns_of(group, weight))
+    rounded = nearest_integers(weight, kind, group)
+    return _encoded(weight, *rounded, kind, columns_of(group, weight))
 
 
 def encode_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Entry, Parts] | None:
-    """A matrix as its bitmask and the integers that it consists of; see `exact_integers`."""
-    whole = exact_integers(weight, kind, group)
-    return None if whole is None else _encoded(weight, *whole, kind, columns_of(group, weight))
+    """A matrix as its bitmask and its exact integers; None without them; see `exact_integers`."""
+    rounded = exact_integers(weight, kind, group)
+    return None if rounded is None else _encoded(weight, *rounded, kind, columns_of(group, weight))
 
 
 def _encoded(
-    weight: Tensor, whole: Tensor, scales: Tensor, kind: str, group: int
+    weight: Tensor, integers: Tensor, scales: Tensor, kind: str, group: int
 ) -> tuple[Entry, Parts]:
     entry, parts = encode(weight)
-    chosen = whole[weight != 0]
-    values = chosen if kind == "int8" else _packed_nibbles(chosen)
+    kept = integers[weight != 0]
+    values = kept if kind == "int8" else _packed_nibbles(kept)
     rounded = replace(entry, values=kind, group=group)
     return rounded, {MASK: parts[MASK], VALUES: values, SCALES: scales}
 
 
-def _spread(scales: Tensor, weight: Tensor, group: int) -> Tensor:
+def _scale_of_weights(scales: Tensor, weight: Tensor, group: int) -> Tensor:
     """The scale of each weight (out, in)."""
     return scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
 
 
-def _packed_nibbles(whole: Tensor) -> Tensor:
+def _packed_nibbles(integers: Tensor) -> Tensor:
     """Integers from −8 to 7 as halves of bytes, the lower half first."""
-    padded = torch.nn.functional.pad(whole + 8, (0, len(whole) % 2)).to(torch.uint8).view(-1, 2)
+    padded = (
+        torch.nn.functional.pad(integers + 8, (0, len(integers) % 2)).to(torch.uint8).view(-1, 2)
+    )
     return padded[:, 0] | (padded[:, 1] << 4)
 
 
 def _exact_scales(weight: Tensor, most: int, group: int) -> Tensor | None:
-    """A scale for each group (out, groups) that gives all its weights exactly; None without one."""
+    """The scales (out, groups) with which integers give all weights exactly; None without them."""
     if not weight.isfinite().all():
         return None
     rows, columns = weight.shape
@@ -92,22 +98,26 @@ def _exact_scales(weight: Tensor, most: int, group: int) -> Tensor | None:
     parts = padded.view(rows * groups, group)
     largest = parts.abs().amax(1)
     scales = torch.where(largest > 0, largest, torch.ones_like(largest))
-    left = (largest > 0).nonzero().squeeze(1)
+    open_groups = (largest > 0).nonzero().squeeze(1)
     for level in range(most, 0, -1):
-        near = (largest[left].float() / level).to(weight.dtype)
-        for towards in (None, math.inf, 0.0):  # the quotient was rounded: its neighbours too
-            scale = near if towards is None else near.nextafter(torch.full_like(near, towards))
-            exact = _gives(parts[left], scale, most)
-            scales[left[exact]] = scale[exact]
-            left, near = left[~exact], near[~exact]
-        if not len(left):
+        candidate = (largest[open_groups].float() / level).to(weight.dtype)
+        for direction in (None, math.inf, 0.0):  # and the neighbours of the rounded quotient
+            scale = (
+                candidate
+                if direction is None
+                else candidate.nextafter(torch.full_like(candidate, direction))
+            )
+            exact = _are_exact(parts[open_groups], scale, most)
+            scales[open_groups[exact]] = scale[exact]
+            open_groups, candidate = open_groups[~exact], candidate[~exact]
+        if not len(open_groups):
             break
-    return None if len(left) else scales.view(rows, groups)
+    return None if len(open_groups) else scales.view(rows, groups)
 
 
-def _gives(weights: Tensor, scales: Tensor, most: int) -> Tensor:
-    """True for each group (groups, group) that is integers times its scale, as it is stored."""
-    wide = scales.float().unsqueeze(1)
-    whole = (weights.float() / wide).round()
-    same = ((whole * wide).to(weights.dtype) == weights) & (whole.abs() <= most)
-    return same.all(1) & (scales > 0)
+def _are_exact(weights: Tensor, scales: Tensor, most: int) -> Tensor:
+    """True for each group (groups, group) whose stored weights are integers times its scale."""
+    fp32_scales = scales.float().unsqueeze(1)
+    integers = (weights.float() / fp32_scales).round()
+    equal = ((integers * fp32_scales).to(weights.dtype) == weights) & (integers.abs() <= most)
+    return equal.all(1) & (scales > 0)

@@ -1,4 +1,4 @@
-"""Whether the parts of a module are as they were, and whether something watches what they do."""
+"""Detection of changes in the parts of a module, and of hooks and modes that observe them."""
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -17,36 +17,38 @@ except ImportError:  # transformers 4 replaces methods while it captures
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TABLES = ("_parameters", "_buffers", "_modules", *_HOOKS)
-_NOTES = vars(nn.Module()).keys() - {"training", *_TABLES}  # of torch, which decide nothing
+_IGNORED = vars(nn.Module()).keys() - {"training", *_TABLES}  # torch's attributes without effect
 _CALL = nn.Module.__call__
-_ON_ALL = [vars(modules_of_torch)[f"_global{name}"] for name in _HOOKS]  # hooks on all modules
-_OTHERS = (RuntimeError, KeyError, TypeError, ValueError)
-"""The errors of a comparison with other arrays and tensors, and of attributes that are gone."""
+_GLOBAL_HOOKS = [
+    vars(modules_of_torch)[f"_global{name}"] for name in _HOOKS
+]  # hooks on all modules
+_COMPARISON_ERRORS = (RuntimeError, KeyError, TypeError, ValueError)
+"""The errors of comparisons of arrays and tensors, and of missing attributes."""
 
 
 class Watched:
-    """The attributes, tensors and hooks of all modules inside of another one.
+    """The attributes, tensors and hooks of all modules inside another module.
 
-    Another class or attribute is seen, as is another tensor or other memory of a parameter. A
-    change of the values of a tensor is not.
+    A change of a class, an attribute, a tensor or the memory of a parameter is detected. A change
+    of the values of a tensor is not.
 
     Args:
-        outer: the module around them, whose own attributes may change.
+        outer: the enclosing module, whose own attributes may change.
         others: further tables to watch.
     """
 
-    def __init__(self, outer: nn.Module, *others: Mapping[str, Any]) -> None:
+    def __init__(self, outer: nn.Module, *more_tables: Mapping[str, Any]) -> None:
         inner = [module for module in outer.modules() if module is not outer]
-        tables = [outer._modules, *others, *(vars(m)[name] for m in inner for name in _TABLES)]
+        tables = [outer._modules, *more_tables, *(vars(m)[name] for m in inner for name in _TABLES)]
         self._filled = [table for table in tables if table]
         self._empty = [table for table in tables if not table]
         self._entries = [dict(table) for table in self._filled]
-        self._modules, self._kinds = inner, [type(module) for module in inner]
-        # A getter takes less time than a comparison of all that torch notes in a module.
-        self._own = [vars(module) for module in inner]
+        self._modules, self._classes = inner, [type(module) for module in inner]
+        # A getter is faster than a comparison of all attributes that torch sets in a module.
+        self._attribute_tables = [vars(module) for module in inner]
         self._getters = [(_getter(module), vars(module)) for module in inner]
-        self._counts = [*map(len, self._own)]
-        self._attributes = [get(own) for get, own in self._getters]
+        self._counts = [*map(len, self._attribute_tables)]
+        self._attributes = [get(attributes) for get, attributes in self._getters]
         self._tensors = [t for m in inner for t in m._parameters.values() if t is not None]
         self._addresses = [_address(tensor) for tensor in self._tensors]
 
@@ -55,13 +57,13 @@ class Watched:
         try:
             return (
                 not any(self._empty)
-                and [*map(type, self._modules)] == self._kinds
+                and [*map(type, self._modules)] == self._classes
                 and self._filled == self._entries
-                and [*map(len, self._own)] == self._counts
-                and [get(own) for get, own in self._getters] == self._attributes
+                and [*map(len, self._attribute_tables)] == self._counts
+                and [get(attributes) for get, attributes in self._getters] == self._attributes
                 and [tensor.data_ptr() for tensor in self._tensors] == self._addresses
             )
-        except _OTHERS:
+        except _COMPARISON_ERRORS:
             return False
 
     def need_gradients(self) -> bool:
@@ -69,21 +71,21 @@ class Watched:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors)
 
 
-def same(found: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:
-    """True if two tables hold the same objects, or equal ones."""
+def same(table: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True if two tables have the same or equal objects."""
     try:
-        return found == kept
-    except _OTHERS:
+        return table == other
+    except _COMPARISON_ERRORS:
         return False
 
 
 def _getter(module: nn.Module) -> Callable[[Mapping[str, Any]], Any]:
-    """A function that reads the attributes of a module that decide what it computes."""
-    return itemgetter(*(name for name in vars(module) if name not in _NOTES))
+    """A function that reads the attributes of a module that have an effect on its results."""
+    return itemgetter(*(name for name in vars(module) if name not in _IGNORED))
 
 
 def _address(tensor: Tensor) -> int:
-    """The place of a tensor in memory; 0 if it has none."""
+    """The address of a tensor in memory; 0 if it has no memory."""
     try:
         return tensor.data_ptr()
     except RuntimeError:
@@ -91,9 +93,11 @@ def _address(tensor: Tensor) -> int:
 
 
 def runs_itself(module: nn.Module) -> bool:
-    """True if a call of a module runs the method of its class, not one that replaced it."""
-    own = vars(module).get("forward")
-    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    """True if a call of a module runs the method ``forward`` of its class."""
+    forward = vars(module).get("forward")
+    replaced = (
+        forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    )
     return not replaced and getattr(module, "_compiled_call_impl", None) is None
 
 
@@ -103,12 +107,12 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def only_captures(hook: Callable[..., Any]) -> bool:
-    """True of a hook by which transformers captures outputs when it is asked to.
+    """True for a hook of transformers that captures outputs on request.
 
-    It stays after the first call with ``output_hidden_states=True``.
+    Such hooks stay after the first call with ``output_hidden_states=True``.
     """
-    found = getattr(hook, "__module__", "")
-    return output_capturing is not None and found == output_capturing.__name__
+    module = getattr(hook, "__module__", "")
+    return output_capturing is not None and module == output_capturing.__name__
 
 
 def is_capturing() -> bool:
@@ -117,10 +121,10 @@ def is_capturing() -> bool:
 
 
 def is_plain() -> bool:
-    """True if products of tensors are no more than that.
+    """True if operations run without any observer or transformation.
 
     False within transforms of `torch.func` and forward-mode derivatives, autocast, tracing, modes
-    that see each operation, and while hooks on all modules are registered.
+    that observe each operation, and while global module hooks are registered.
     """
     return not (
         torch._C._functorch.peek_interpreter_stack() is not None
@@ -129,7 +133,7 @@ def is_plain() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or (torch._C._len_torch_function_stack() and not _only_devices())
-        or any(_ON_ALL)
+        or any(_GLOBAL_HOOKS)
         or nn.Module.__call__ is not _CALL
         or torch.compiler.is_compiling()
     )

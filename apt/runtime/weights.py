@@ -1,4 +1,4 @@
-"""The files of a packed model's weights: named for transformers, and checked."""
+"""The files of a packed model's weights: their names for transformers, and their checks."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -16,29 +16,29 @@ from apt.runtime.packed_file import checked_tensors
 def with_weights(config: Any) -> Any:
     """A copy of a packed model's configuration that names the file of its weights.
 
-    transformers looks for the weights there, and the code beside them is not used.
+    transformers then loads that file, and does not use the code in the directory.
     """
-    named = without_own_code(copy.deepcopy(config))
-    named.transformers_weights = _weights(named)
-    return named
+    copied = without_own_code(copy.deepcopy(config))
+    copied.transformers_weights = _weights(copied)
+    return copied
 
 
 def without_own_code(config: Any) -> Any:
-    """The configuration without the entry for the code beside packed weights, changed in place.
+    """The configuration without the entry for the code in a packed directory, changed in place.
 
-    If that code has read it, the description of the weights gets its name again.
+    That code renames the description of the weights; here the description gets its name again.
     """
     if (getattr(config, "auto_map", None) or {}) == OWN_CODE:
         del config.auto_map
-    if (about := getattr(config, "apt_packed", None)) is not None:
-        setattr(config, KEY, about)
+    if (description := getattr(config, "apt_packed", None)) is not None:
+        setattr(config, KEY, description)
         del config.apt_packed
     return config
 
 
 def _weights(config: Any) -> str:
-    about = getattr(config, KEY)
-    return str(about["weights"] if isinstance(about, Mapping) else about.weights)
+    description = getattr(config, KEY)
+    return str(description["weights"] if isinstance(description, Mapping) else description.weights)
 
 
 def check_packed_files(

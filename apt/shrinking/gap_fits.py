@@ -1,7 +1,8 @@
 """The fit of dropped blocks by the block before them, from the streams of the dense model.
 
-The last site that writes to the residual stream before a gap takes over what the dropped blocks add
-to it, as in `apt.pruning.pipeline`. Here the fit is that of the dense model alone.
+Dropped blocks leave a gap. The last site that writes to the residual stream before a gap takes over
+the sum that the dropped blocks add, as in `apt.pruning.pipeline`. Here the fit uses the dense model
+alone.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from apt.solver.precision import full_precision
 
 
 class GapFits:
-    """The least-squares fits of the gaps of a model; all streams that it records stay in memory."""
+    """The least-squares fits of the gaps of a model; all recorded streams stay in memory."""
 
     def __init__(
         self,
@@ -30,10 +31,10 @@ class GapFits:
         self._adapter, self._blocks, self._batches = adapter, blocks, batches
         self._options = options
         self._states: list[list[State]] = []
-        self._known: dict[tuple[int, int], Tensor] = {}
+        self._changes: dict[tuple[int, int], Tensor] = {}
 
     def record(self) -> None:
-        """Record the streams before the next block; after the last block, those behind it."""
+        """Record the streams before the next block, or after the last block."""
         self._states.append([batch.state for batch in self._batches])
 
     def writer(self, index: int) -> Site | None:
@@ -43,32 +44,34 @@ class GapFits:
         return max(writers, key=lambda site: site.order, default=None)
 
     def change(self, index: int, behind: int) -> Tensor:
-        """What is added to the writer's weight (out, in): ``EᵀX H⁻¹`` of the mean token.
+        """The change of the writer's weight (out, in): ``EᵀX H⁻¹`` of the mean token.
 
-        ``E`` is what the dropped blocks add to the stream, ``X`` are the writer's inputs. Tokens
-        are weighted by the inverse mean square of the stream, as in the pruning of the block.
+        ``E`` is the sum that the dropped blocks add to the stream, ``X`` are the writer's inputs.
+        Tokens are weighted by the inverse mean square of the stream, as in the pruning of the
+        block.
 
         Args:
             index: the index of the block before the gap.
-            behind: the index of the first block behind the gap; the number of blocks at the end.
+            behind: the index of the first block behind the gap; the number of blocks for a gap at
+                the end.
         """
-        if (index, behind) not in self._known:
-            self._known[index, behind] = self._solved(index, behind)
-        return self._known[index, behind]
+        if (index, behind) not in self._changes:
+            self._changes[index, behind] = self._fit(index, behind)
+        return self._changes[index, behind]
 
-    def _solved(self, index: int, behind: int) -> Tensor:
+    def _fit(self, index: int, behind: int) -> Tensor:
         writer, block = self.writer(index), self._blocks[index]
         assert writer is not None
         weight = writer.oriented(writer.weight(block).data)
         gram = Gram(weight.shape[1], weight.device)
         cross = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for place, batch in enumerate(self._batches):
-            before, start, end = (self._states[i][place] for i in (index, index + 1, behind))
-            scale = mean_squares(stream_rows(self._adapter, before)).sqrt()
-            rows = self._inputs(index, writer, weight, batch, before) / scale
+        for number, batch in enumerate(self._batches):
+            state_before, start, end = (self._states[i][number] for i in (index, index + 1, behind))
+            scale = mean_squares(stream_rows(self._adapter, state_before)).sqrt()
+            rows = self._inputs(index, writer, weight, batch, state_before) / scale
             error = stream_rows(self._adapter, end) - stream_rows(self._adapter, start)
             gram.add(rows)
-            with full_precision():  # the model itself runs as the caller's settings say
+            with full_precision():  # the model itself runs with the caller's settings
                 cross.addmm_((error / scale).T, rows)
         return gram.damped(self._options.damping).solve(cross / gram.tokens)
 

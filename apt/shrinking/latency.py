@@ -18,7 +18,7 @@ from apt.devices import synchronize
 from apt.text.sampling import generator
 
 _ROUNDS, _WARM_UP = 9, 2
-_LARGE = 2**27  # weights of an embedding, whose memory need not be written
+_LARGE = 2**27  # weights from which values stay zero: only embeddings are this large
 _VALUES = 0.02  # the standard deviation of the weights, which are random
 
 
@@ -28,8 +28,8 @@ def block_times(
     """A function from numbers of groups to the seconds of a forward of the first block.
 
     The block has random weights and gets one sample of random tokens. Each number of groups of a
-    kind is measured once, in a block with all groups of the other kinds. Groups of several kinds
-    have different readers, so that the times that they save add up.
+    kind is measured once, in a block with all groups of the other kinds. Groups of different kinds
+    have different readers, so that the saved times add up.
 
     Args:
         model: the model; it may be a skeleton.
@@ -38,12 +38,14 @@ def block_times(
     groups = {g.kind: g for _, block in blocks for g in adapter.groups(block, config)}
 
     @cache
-    def measured(*kept: tuple[str, int]) -> float:
+    def measured_seconds(*kept: tuple[str, int]) -> float:
         small = _one_block(type(model), config, groups, dict(kept), len(blocks), device)
         return _seconds(small, adapter, seqlen, device)
 
     def seconds(kept: Mapping[str, int]) -> float:
-        return measured() - sum(measured() - measured(entry) for entry in kept.items())
+        return measured_seconds() - sum(
+            measured_seconds() - measured_seconds(entry) for entry in kept.items()
+        )
 
     return seconds
 
@@ -64,8 +66,8 @@ def _one_block(
         for name, parameter in module.named_parameters(recurse=False):
             values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
             if parameter.numel() < _LARGE:
-                drawn = torch.empty(parameter.shape, dtype=parameter.dtype)
-                values.copy_(drawn.normal_(0, _VALUES, generator=draw))
+                random = torch.empty(parameter.shape, dtype=parameter.dtype)
+                values.copy_(random.normal_(0, _VALUES, generator=draw))
             setattr(module, name, nn.Parameter(values))
     return model.to(device)
 

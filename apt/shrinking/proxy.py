@@ -1,9 +1,9 @@
 """Approximations of smaller models, to compare their losses without pruning each of them.
 
 One pass over the dense model gives the Gram matrix of the inputs of every reader of groups, and the
-streams between the blocks. From the first follow the order in which the groups of a reader are
-removed and the exact weights without any number of them; from the second, the fit of a gap. An
-approximation of a smaller model has these weights, and skips dropped blocks.
+streams between the blocks. The Gram matrix of a reader gives the order in which its groups are
+removed, and its exact weights for every number of removed groups. The streams give the fit of a
+gap. An approximation of a smaller model has these weights, and skips dropped blocks.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from apt.shrinking.gap_fits import GapFits
 from apt.shrinking.skipping import loss_without
 from apt.solver import ColumnGroups, Gram, SolverOptions, keep_columns, removal_order
 
-_GAP_TOKENS = 16384  # the streams of so many tokens stay in memory
+_GAP_TOKENS = 16384  # the greatest number of tokens whose streams stay in memory
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Proxy:
         tokens: calibration token ids (samples, seqlen). One (in, in) Gram matrix in fp32 for each
             reader stays in memory.
         kinds: the kinds of groups of which some may be removed.
-        fit_gaps: True if the block before a gap takes over what the dropped blocks do. The streams
-            between all blocks stay in memory, of about 16 thousand tokens.
+        fit_gaps: True if the block before a gap is fitted to the dropped blocks. The streams of
+            about 16 thousand tokens between all blocks stay in memory.
     """
 
     def __init__(
@@ -69,10 +69,11 @@ class Proxy:
         self._names, self._blocks = zip(*adapter.blocks(model), strict=True)
         self._readers: list[list[_Reader]] = []
         self._orders: dict[tuple[int, str], Tensor] = {}
-        self._solved: dict[tuple[int, str, int | None, int], Tensor] = {}
+        self._values: dict[tuple[int, str, int | None, int], Tensor] = {}
         with eval_mode(model), adapter.running(model):
             batches = enter(adapter, model, tokens)
-            self._gaps = GapFits(adapter, self._blocks, _few(batches), options)
+            first = batches[: max(1, _GAP_TOKENS // batches[0].tokens)]
+            self._gaps = GapFits(adapter, self._blocks, first, options)
             self._fit_gaps = fit_gaps
             self._collect(batches)
 
@@ -84,33 +85,33 @@ class Proxy:
             kept: the number of groups of each kind; kinds that are not named keep all.
             tokens: token ids (windows, seqlen).
         """
-        with _changed(list(self._changes(kept, dropped))):
+        with _temporary_values(list(self._changes(kept, dropped))):
             return loss_without(self._model, self._adapter, tokens, dropped)
 
     def _changes(
         self, kept: Mapping[str, int], dropped: Collection[str]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The dense weights (out, in) that a smaller model changes, with their new values."""
-        left = [i for i, name in enumerate(self._names) if name not in dropped]
-        for index, behind in zip(left, [*left[1:], len(self._names)], strict=True):
-            narrow = {r.site: r for r in self._readers[index] if r.groups.kind in kept}
+        kept_blocks = [i for i, name in enumerate(self._names) if name not in dropped]
+        for index, behind in zip(kept_blocks, [*kept_blocks[1:], len(self._names)], strict=True):
+            narrowed = {r.site: r for r in self._readers[index] if r.groups.kind in kept}
             gap = self._fit_gaps and behind > index + 1
             writer = self._gaps.writer(index) if gap else None
-            for site in dict.fromkeys([*narrow, *([writer] if writer else [])]):
-                reader, end = narrow.get(site), behind if site == writer else index + 1
+            for site in dict.fromkeys([*narrowed, *([writer] if writer else [])]):
+                reader, end = narrowed.get(site), behind if site == writer else index + 1
                 count = kept[reader.groups.kind] if reader else None
                 key = (index, site.name, count, end)
-                if key not in self._solved:
-                    self._solved[key] = self._value(index, site, reader, count, end)
-                yield self._weight(index, site), self._solved[key]
+                if key not in self._values:
+                    self._values[key] = self._new_weight(index, site, reader, count, end)
+                yield self._weight(index, site), self._values[key]
 
     def _weight(self, index: int, site: Site) -> Tensor:
         return site.oriented(site.weight(self._blocks[index]).data)
 
-    def _value(
+    def _new_weight(
         self, index: int, site: Site, reader: _Reader | None, kept: int | None, behind: int
     ) -> Tensor:
-        """A weight that takes over the gap up to ``behind``, without all but ``kept`` groups."""
+        """A weight fitted to the gap up to ``behind``, with ``kept`` groups."""
         weight = self._weight(index, site)
         value = weight.float()
         if behind > index + 1:
@@ -124,17 +125,20 @@ class Proxy:
         return value.to(weight.dtype)
 
     def _order(self, index: int, reader: _Reader) -> Tensor:
-        """The order of removal of all groups but one of each bin, for all readers of the groups.
+        """The order of removal of the groups, without the last one of each bin.
 
-        Readers of groups that are apart have an order each.
+        It is the same for all readers, unless the groups are apart: each reader then has an order.
         """
         groups = reader.groups
         key = (index, reader.site.name if groups.apart else groups.kind)
         if key not in self._orders:
-            last = next(r for r in reversed(self._readers[index]) if r.groups is groups)
-            last = reader if groups.apart else last
-            dense, pattern = self._weight(index, last.site).float(), last.pattern(groups.bins)
-            self._orders[key] = removal_order(dense, last.gram, pattern, self._options)
+            deciding = next(r for r in reversed(self._readers[index]) if r.groups is groups)
+            deciding = reader if groups.apart else deciding
+            dense, pattern = (
+                self._weight(index, deciding.site).float(),
+                deciding.pattern(groups.bins),
+            )
+            self._orders[key] = removal_order(dense, deciding.gram, pattern, self._options)
         return self._orders[key]
 
     @torch.no_grad()
@@ -176,7 +180,7 @@ class Proxy:
 
 
 def _with_missing_tokens(readers: Sequence[_Reader]) -> list[_Reader]:
-    """The readers; to the Gram matrices of experts, the tokens are added that they lack."""
+    """The readers, with missing tokens added to the Gram matrices of experts."""
     mean = mean_square(reader.gram for reader in readers if reader.site.routed)
     return [
         replace(reader, gram=reader.gram.with_missing_tokens(mean))
@@ -186,14 +190,9 @@ def _with_missing_tokens(readers: Sequence[_Reader]) -> list[_Reader]:
     ]
 
 
-def _few(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The first batches, with at most `_GAP_TOKENS` tokens; at least one."""
-    return batches[: max(1, _GAP_TOKENS // batches[0].tokens)]
-
-
 @contextmanager
-def _changed(changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Inside the context, each of the weights has another value."""
+def _temporary_values(changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside the context, the weights have other values."""
     dense = [weight.clone() for weight, _ in changes]
     try:
         for weight, value in changes:

@@ -17,20 +17,20 @@ from apt.shrinking.sizes import Sizes
 def structure_record(
     mode: Mode, plan: Plan, model: nn.Module, adapter: Adapter, config: Any
 ) -> dict[str, Any]:
-    """What a smaller model keeps and lacks, and the candidates that it was chosen from."""
+    """The kept and the removed parts of a smaller model, and the candidates of its choice."""
     sizes = Sizes(model, adapter, config, 1)
     kept = dict[str, int]()
     for planned in plan.blocks:
         kept |= planned.kept
     size = sizes.size(kept, len(plan.blocks) - len(plan.dropped))
-    empty = smaller_skeleton(model, adapter, plan)
-    left = group_counts(empty, adapter, empty.config)
+    skeleton = smaller_skeleton(model, adapter, plan)
+    counts = group_counts(skeleton, adapter, skeleton.config)
     return {
         "mode": mode,
         "share": size.share,
         "blocks": {"kept": size.blocks, "of": len(plan.blocks), "dropped": plan.dropped},
         "groups": {
-            kind: {"kept": left.get(kind, size.kept.get(kind, groups.count)), "of": groups.count}
+            kind: {"kept": counts.get(kind, size.kept.get(kind, groups.count)), "of": groups.count}
             for kind, groups in sizes.groups.items()
         },
         "candidates": list(plan.candidates),
@@ -38,33 +38,36 @@ def structure_record(
 
 
 def removed_experts(removed: Sequence[ExpertsRemoved]) -> dict[str, dict[str, Any]]:
-    """The removed experts of each block, and for the merged ones those that they are a part of.
+    """The removed experts of each block, and the pairs of merged experts.
 
     Scores, underserved and unprotected experts are there if there are any.
     """
     return {
-        each.name: {"removed": list(each.experts), "merged": [list(pair) for pair in each.merged]}
+        record.name: {
+            "removed": list(record.experts),
+            "merged": [list(pair) for pair in record.merged],
+        }
         | {
             name: list(values)
             for name in ("scores", "underserved", "unprotected")
-            if (values := getattr(each, name))
+            if (values := getattr(record, name))
         }
-        for each in removed
+        for record in removed
     }
 
 
 def group_counts(model: nn.Module, adapter: Adapter, config: Any) -> dict[str, int]:
-    """The number of groups of each kind in the blocks of a model, which may have no weights.
+    """The number of groups of each kind in the blocks of a model, which may be a skeleton.
 
-    A smaller model may have fewer kinds: if each key/value head has one head, they are one kind.
-    And if a key/value head is removed, its heads go with it.
+    A smaller model may have fewer kinds: if each key/value head has one head, both are one kind.
+    If a key/value head is removed, its heads are removed too.
     """
     blocks = (block for _, block in adapter.blocks(model))
     return {g.kind: g.count for block in blocks for g in adapter.groups(block, config)}
 
 
 def candidate_records(scored: Sequence[Scored]) -> tuple[dict[str, Any], ...]:
-    """All candidates, those of lowest loss first, and the Pareto front of cost and loss."""
+    """All candidates by increasing loss, with marks for the Pareto front of cost and loss."""
     front = pareto_front(scored, lambda candidate: candidate.size.cost)
     return tuple(
         {

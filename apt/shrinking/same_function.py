@@ -1,4 +1,4 @@
-"""A check that a smaller model computes what the model computes that was fitted."""
+"""A check that a smaller model and the fitted model compute the same function."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from apt.adapter.recording import eval_mode
 from apt.compute import computing_in
 from apt.errors import AptError
 from apt.planning.plan import Plan
-from apt.pruning.disconnecting import unrouted
+from apt.pruning.disconnecting import unrouted_experts
 from apt.shrinking.skipping import skipping
 
 _TOKENS = 64  # of one sample
@@ -27,13 +27,13 @@ def check_same_function(
     tokens: Tensor,
     compute: torch.dtype,
 ) -> None:
-    """Raise if the smaller model gives other logits than the model that was fitted.
+    """Raise if the smaller model gives other logits than the fitted model.
 
-    Some families scale by the number of blocks, or by the position of a block, and a model without
-    some blocks is then another function.
+    Some families scale by the number of blocks, or by the position of a block. In these families, a
+    model without some blocks is another function.
 
     Args:
-        model: the model whose groups are disconnected; the dropped blocks are skipped.
+        model: the fitted model; its groups are disconnected, and its dropped blocks are skipped.
         small: the model without these groups and blocks.
         tokens: token ids (samples, seqlen); if there are no samples, one token is repeated.
         compute: the dtype in which both are computed.
@@ -41,13 +41,13 @@ def check_same_function(
     Raises:
         AptError: the logits differ by more than rounding explains.
     """
-    given = tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])
-    few = given[:1, :_TOKENS].to(next(model.parameters()).device)
-    with computing_in(model, compute), _fitted(model, adapter, plan):
-        expected = _logits(model, few)
+    samples = tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])
+    sample = samples[:1, :_TOKENS].to(next(model.parameters()).device)
+    with computing_in(model, compute), _without_removed(model, adapter, plan):
+        expected = _logits(model, sample)
     with computing_in(small, compute), eval_mode(small), adapter.running(small):
-        found = _logits(small, few)
-    difference = float((found - expected).norm() / expected.norm())
+        actual = _logits(small, sample)
+    difference = float((actual - expected).norm() / expected.norm())
     allowed = torch.finfo(compute).eps ** 0.5
     if not difference <= allowed:
         config: Any = small.config
@@ -61,11 +61,11 @@ def check_same_function(
 
 
 @contextmanager
-def _fitted(model: nn.Module, adapter: Adapter, plan: Plan) -> Iterator[None]:
-    """While entered, the model runs without what a plan removes."""
+def _without_removed(model: nn.Module, adapter: Adapter, plan: Plan) -> Iterator[None]:
+    """Inside the context, the model runs without the groups and blocks that the plan removes."""
     modules, masks = dict(adapter.blocks(model)), dict[Tensor, Tensor]()
     for block in plan.blocks:
-        masks |= unrouted(modules[block.name], block.disconnected)
+        masks |= unrouted_experts(modules[block.name], block.disconnected)
     with (
         eval_mode(model),
         adapter.running(model),

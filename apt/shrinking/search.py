@@ -15,7 +15,7 @@ from apt.errors import AptError
 from apt.options import GENERATION, ShrinkOptions
 from apt.shrinking.sizes import Size
 
-_BARREN = 10  # generations without a new candidate, after which the search ends
+_IDLE_GENERATIONS = 10  # without a new candidate, after which the search ends
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class SearchOptions:
     Args:
         evaluations: the greatest number of candidates whose loss is computed, beside the loss
             without each block, from which the search starts.
-        minutes: the time budget, including that start; None for no limit. The result then depends
-            on the machine. The start is completed, and one candidate evaluated, in any case.
+        minutes: the time budget, including this start; None for no limit. With a budget, the result
+            depends on the machine. The start is always completed, and one candidate evaluated.
     """
 
     evaluations: int = ShrinkOptions.evaluations
@@ -70,7 +70,7 @@ class Search:
         loss: the loss of a candidate.
         options: the options of the search.
         seed: the seed of mutation and crossover.
-        first: candidates that are evaluated before all others.
+        first: the candidates that are evaluated first.
         observe: called with the number of evaluated candidates and the lowest loss.
         started: the beginning of the time budget, of `time.monotonic`; now by default.
     """
@@ -85,80 +85,78 @@ class Search:
     started: float = field(default_factory=time.monotonic)
 
     def run(self) -> list[Scored]:
-        """All candidates that were evaluated, those of lowest loss first.
+        """All evaluated candidates, by increasing loss.
 
         Raises:
             AptError: there is no size to choose from.
         """
         if not self.sizes:
             raise AptError("no size meets the budget", "allow other multiples", ("multiple_of",))
-        self._draw, self._found = random.Random(self.seed), dict[str, Scored]()
+        self._random, self._scored = random.Random(self.seed), dict[str, Scored]()
         self._evaluate(self.first)
-        self._evaluate(Candidate(s, self._least_important(s)) for s in self.sizes)
-        barren = 0
-        while not self._done() and barren < _BARREN:
-            before = len(self._found)
+        drops = [(size, len(self.ranking) - size.blocks) for size in self.sizes]
+        self._evaluate(Candidate(size, frozenset(self.ranking[:n])) for size, n in drops)
+        idle = 0
+        while not self._is_over() and idle < _IDLE_GENERATIONS:
+            count = len(self._scored)
             self._evaluate(self._child() for _ in range(GENERATION["children"]))
-            barren = barren + 1 if len(self._found) == before else 0
+            idle = idle + 1 if len(self._scored) == count else 0
         return self._ranked()
 
     def _ranked(self) -> list[Scored]:
-        return sorted(self._found.values(), key=lambda scored: scored.loss)
+        return sorted(self._scored.values(), key=lambda scored: scored.loss)
 
-    def _done(self) -> bool:
+    def _is_over(self) -> bool:
         minutes = self.options.minutes
-        spent = minutes is not None and time.monotonic() - self.started > 60 * minutes
-        return spent or len(self._found) >= self.options.evaluations
+        time_is_over = minutes is not None and time.monotonic() - self.started > 60 * minutes
+        return time_is_over or len(self._scored) >= self.options.evaluations
 
     def _evaluate(self, candidates: Iterable[Candidate]) -> None:
         for candidate in candidates:
-            if self._done() and self._found:
+            if self._is_over() and self._scored:
                 return
-            if candidate.key in self._found:
+            if candidate.key in self._scored:
                 continue
-            self._found[candidate.key] = Scored(candidate, self.loss(candidate))
-            self.observe(len(self._found), self._ranked()[0].loss)
-
-    def _least_important(self, size: Size) -> frozenset[int]:
-        return frozenset(self.ranking[: len(self.ranking) - size.blocks])
+            self._scored[candidate.key] = Scored(candidate, self.loss(candidate))
+            self.observe(len(self._scored), self._ranked()[0].loss)
 
     def _child(self) -> Candidate:
         """A mutated candidate or a cross of two, both from the population."""
         parents = [scored.candidate for scored in self._ranked()[: GENERATION["population"]]]
-        first, second = self._draw.choice(parents), self._draw.choice(parents)
-        if first.key != second.key and self._draw.random() < 0.5:
-            size = self._draw.choice([first.size, second.size])
-            return Candidate(size, self._sized(sorted(first.dropped | second.dropped), size))
+        first, second = self._random.choice(parents), self._random.choice(parents)
+        if first.key != second.key and self._random.random() < 0.5:
+            size = self._random.choice([first.size, second.size])
+            return Candidate(size, self._dropped_for(sorted(first.dropped | second.dropped), size))
         size = first.size
-        if self._draw.random() < 0.5:  # a neighbour among the sizes
+        if self._random.random() < 0.5:  # a neighbour among the sizes
             near = sorted(self.sizes, key=lambda s: abs(s.blocks - size.blocks))
-            size = self._draw.choice(near[: max(8, len(near) // 4)])
-            return Candidate(size, self._sized(sorted(first.dropped), size))
-        return Candidate(size, self._moved(first.dropped))
+            size = self._random.choice(near[: max(8, len(near) // 4)])
+            return Candidate(size, self._dropped_for(sorted(first.dropped), size))
+        return Candidate(size, self._exchanged(first.dropped))
 
-    def _sized(self, dropped: list[int], size: Size) -> frozenset[int]:
-        """As many dropped blocks as the size needs, from ``dropped`` and then by importance."""
+    def _dropped_for(self, dropped: list[int], size: Size) -> frozenset[int]:
+        """The blocks that the size drops: from ``dropped``, then by importance."""
         count = len(self.ranking) - size.blocks
-        chosen = self._draw.sample(dropped, min(count, len(dropped)))
+        chosen = self._random.sample(dropped, min(count, len(dropped)))
         others = [index for index in self.ranking if index not in chosen]
         while len(chosen) < count:  # the less important, the more probable
-            place = min(int(self._draw.expovariate(0.5)), len(others) - 1)
+            place = min(int(self._random.expovariate(0.5)), len(others) - 1)
             chosen.append(others.pop(place))
         return frozenset(chosen)
 
-    def _moved(self, dropped: frozenset[int]) -> frozenset[int]:
-        """One dropped block exchanged for another one."""
+    def _exchanged(self, dropped: frozenset[int]) -> frozenset[int]:
+        """``dropped`` with one block exchanged for a kept block."""
         kept = [index for index in self.ranking if index not in dropped]
         if not dropped or not kept:
             return dropped
-        out = self._draw.choice(sorted(dropped))
-        neighbours = [index for index in (out - 1, out + 1) if index in kept]
-        pool = neighbours if neighbours and self._draw.random() < 0.5 else kept
-        return dropped - {out} | {self._draw.choice(pool)}
+        old = self._random.choice(sorted(dropped))
+        neighbours = [index for index in (old - 1, old + 1) if index in kept]
+        pool = neighbours if neighbours and self._random.random() < 0.5 else kept
+        return dropped - {old} | {self._random.choice(pool)}
 
 
 def pareto_front(scored: Sequence[Scored], cost: Callable[[Candidate], float]) -> list[Scored]:
-    """The candidates for which no other one has both a lower cost and a lower loss."""
+    """The candidates that no other candidate beats in both cost and loss."""
     front = list[Scored]()
     for entry in sorted(scored, key=lambda s: (cost(s.candidate), s.loss)):
         if not front or entry.loss < front[-1].loss:

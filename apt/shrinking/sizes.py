@@ -15,12 +15,12 @@ from apt.checkpoints.smaller import resized
 from apt.errors import AptError
 
 TOLERANCE = 0.005
-"""The largest deviation of the cost of a model from the wanted share."""
+"""The largest deviation of the cost of a model from the requested share."""
 
 MULTIPLE = 64
-"""The usual multiple of the number of channels: kernels are fast with such widths."""
+"""The default multiple of the number of channels: kernels are fast with such widths."""
 
-_FEW = 256  # kinds with fewer groups, such as heads, can have any number of them
+_FEW = 256  # kinds with fewer groups, such as heads, can have any number of groups
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Size:
     """The size of a smaller model.
 
     Args:
-        kept: the number of groups of each kind in every block, without the kinds that keep all.
+        kept: the number of groups of each kind in every block; kinds that keep all are left out.
         share: the share of the blocks' parameters that is kept.
         cost: the share of the budget: ``share``, or the share of the blocks' time on this machine.
     """
@@ -52,8 +52,8 @@ class Sizes:
     Args:
         model: the model; it may be a skeleton.
         multiple: the multiple that a number of channels must be.
-        seconds: the time of a block with these numbers of groups, if the budget is time.
-        experts: True if experts are reduced without being named, and nothing else.
+        seconds: the time of a block with given numbers of groups, if the budget is time.
+        experts: True if experts alone are reduced by default.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Sizes:
         }
         self._check_groups()
         self._kinds = _kinds(self._blocks, adapter, config)
-        self._known: dict[tuple[_Kind, tuple[tuple[str, int], ...]], int] = {}
-        self._whole = self._parameters({})
+        self._counts: dict[tuple[_Kind, tuple[tuple[str, int], ...]], int] = {}
+        self._dense_count = self._parameters({})
 
     def _check_groups(self) -> None:
         """Raise if a configuration contradicts itself."""
@@ -85,40 +85,41 @@ class Sizes:
             raise AptError("the model has no blocks", "is its config.json damaged?")
         for kind, groups in self.groups.items():
             if not groups.count or groups.count % groups.bins:
-                said = f"{groups.count} {kind} in {groups.bins} equal parts are not possible"
-                raise AptError(said, "is its config.json damaged?")
+                message = f"{groups.count} {kind} in {groups.bins} equal parts are not possible"
+                raise AptError(message, "is its config.json damaged?")
 
-    def near(self, keep: float, depths: Sequence[int], *, width: bool) -> list[Size]:
-        """The sizes of so many blocks whose cost is nearest to ``keep``, the nearest first.
+    def nearest_sizes(self, keep: float, depths: Sequence[int], *, width: bool) -> list[Size]:
+        """The sizes with ``depths`` blocks whose cost is nearest to ``keep``, the nearest first.
 
-        Every combination of the number of blocks and of groups is completed by the number of groups
-        of the largest kind that comes nearest.
+        Every combination of the number of blocks and of groups is completed by the best number of
+        groups of the largest kind.
         """
         nearest = (
-            min(sizes, key=lambda s: abs(s.cost - keep)) for sizes in self._all(depths, width)
+            min(sizes, key=lambda s: abs(s.cost - keep))
+            for sizes in self._combinations(depths, width)
         )
         smaller = [size for size in nearest if size.kept or size.blocks < self.blocks]
         return sorted(smaller, key=lambda size: (round(abs(size.cost - keep), 6), -size.cost))
 
-    def every(self, depths: Sequence[int], *, width: bool) -> list[Size]:
-        """All sizes of so many blocks that lack something, the smallest first; perhaps none."""
-        every = (size for sizes in self._all(depths, width) for size in sizes)
-        smaller = [size for size in every if size.kept or size.blocks < self.blocks]
+    def smaller_sizes(self, depths: Sequence[int], *, width: bool) -> list[Size]:
+        """All sizes with ``depths`` blocks that are below the full size, the smallest first."""
+        all_sizes = (size for sizes in self._combinations(depths, width) for size in sizes)
+        smaller = [size for size in all_sizes if size.kept or size.blocks < self.blocks]
         return sorted(smaller, key=lambda size: size.cost)
 
-    def _all(self, depths: Sequence[int], width: bool) -> Iterator[Iterator[Size]]:
-        """For each number of blocks, and of groups of all kinds but one: the sizes with these."""
-        for kept in self._partial() if width else [dict[str, int]()]:
+    def _combinations(self, depths: Sequence[int], width: bool) -> Iterator[Iterator[Size]]:
+        """The sizes for each number of blocks, and of groups of all kinds except the largest."""
+        for kept in self._small_kind_counts() if width else [dict[str, int]()]:
             for blocks in depths:
-                yield self._completed(kept, blocks, width=width)
+                yield self._completions(kept, blocks, width=width)
 
-    def size(self, wanted: Mapping[str, int | float], blocks: int) -> Size:
+    def size(self, counts: Mapping[str, int | float], blocks: int) -> Size:
         """The size with these numbers, or shares, of groups of each kind.
 
         Raises:
             AptError: a kind or a number is not possible.
         """
-        kept = {kind: self._number(kind, number) for kind, number in wanted.items()}
+        kept = {kind: self._count_of(kind, number) for kind, number in counts.items()}
         for kind, count in kept.items():
             if kind not in self.groups:
                 known = ", ".join(self.groups) or "no groups"
@@ -127,63 +128,63 @@ class Sizes:
             least = max(groups.least, groups.step)
             if not least <= count <= groups.count or count % groups.step:
                 step = f", in steps of {groups.step}" if groups.step > 1 else ""
-                fault = f"{kind} can be {least} to {groups.count}{step}, not {count}"
-                raise AptError(fault, "give another number", ("sizes",))
+                message = f"{kind} can be {least} to {groups.count}{step}, not {count}"
+                raise AptError(message, "give another number", ("sizes",))
         if not 0 < blocks <= self.blocks:
-            fault = f"the number of blocks can be 1 to {self.blocks}, not {blocks}"
-            raise AptError(fault, "give another number", ("blocks",))
-        fewer = {kind: n for kind, n in kept.items() if n < self.groups[kind].count}
-        resized(self._config, self._removed(fewer), range(blocks), self.blocks)
-        return self._sized(fewer, blocks)
+            message = f"the number of blocks can be 1 to {self.blocks}, not {blocks}"
+            raise AptError(message, "give another number", ("blocks",))
+        reduced = {kind: n for kind, n in kept.items() if n < self.groups[kind].count}
+        resized(self._config, self._removals(reduced), range(blocks), self.blocks)
+        return self._size_of(reduced, blocks)
 
-    def _number(self, kind: str, wanted: int | float) -> int:
-        """The number that a share of the groups of a kind is, as many of each bin."""
+    def _count_of(self, kind: str, wanted: int | float) -> int:
+        """The number of groups for a number or a share, with the same number in each bin."""
         if isinstance(wanted, int) or kind not in self.groups:
             return int(wanted)
         groups = self.groups[kind]
         return round(wanted * groups.count / groups.step) * groups.step
 
-    def _sized(self, kept: Mapping[str, int], blocks: int) -> Size:
-        share = self._parameters(kept) / self._whole * blocks / self.blocks
+    def _size_of(self, kept: Mapping[str, int], blocks: int) -> Size:
+        share = self._parameters(kept) / self._dense_count * blocks / self.blocks
         if self._seconds is None:
             return Size(kept, blocks, share, share)
         time = self._seconds(kept) / self._seconds({}) * blocks / self.blocks
         return Size(kept, blocks, share, time)
 
-    def _removed(self, kept: Mapping[str, int]) -> list[tuple[Groups, int]]:
+    def _removals(self, kept: Mapping[str, int]) -> list[tuple[Groups, int]]:
         return [(self.groups[kind], self.groups[kind].count - n) for kind, n in kept.items()]
 
-    def _partial(self) -> Iterator[dict[str, int]]:
-        """All combinations of the kinds with few groups, of which at most one per reader loses."""
-        known = [groups for kind, groups in self.automatic.items() if kind != self.largest]
-        few = [groups for groups in known if groups.count < _FEW]
-        counts = [_numbers(groups, groups.step) for groups in few]
+    def _small_kind_counts(self) -> Iterator[dict[str, int]]:
+        """All combinations of kinds with few groups; a reader loses groups of one kind at most."""
+        others = [groups for kind, groups in self.automatic.items() if kind != self.largest]
+        small = [groups for groups in others if groups.count < _FEW]
+        counts = [_numbers(groups, groups.step) for groups in small]
         for chosen in product(*counts):
-            pairs = zip(few, chosen, strict=True)
-            fewer = [(groups, count) for groups, count in pairs if count < groups.count]
-            readers = [reader for groups, _ in fewer for reader in groups.readers]
-            kept = {groups.kind: count for groups, count in fewer}
-            if len(set(readers)) == len(readers) and self._fits(kept):
+            pairs = zip(small, chosen, strict=True)
+            reduced = [(groups, count) for groups, count in pairs if count < groups.count]
+            readers = [reader for groups, _ in reduced for reader in groups.readers]
+            kept = {groups.kind: count for groups, count in reduced}
+            if len(set(readers)) == len(readers) and self._is_expressible(kept):
                 yield kept
 
     @property
     def automatic(self) -> dict[str, Groups]:
-        """The kinds that are reduced without being named: those with readers, if there are any."""
+        """The kinds that are reduced by default: those with readers, or all if none has readers."""
         if self._experts:
             return {kind: groups for kind, groups in self.groups.items() if groups.routed}
-        read = {kind: groups for kind, groups in self.groups.items() if groups.readers}
-        return read or self.groups
+        with_readers = {kind: groups for kind, groups in self.groups.items() if groups.readers}
+        return with_readers or self.groups
 
     @property
     def largest(self) -> str | None:
         """The kind with the most parameters."""
-        known = self.automatic
-        least = {kind: max(groups.least, groups.step) for kind, groups in known.items()}
-        return min(known, key=lambda kind: self._parameters({kind: least[kind]}), default=None)
+        kinds = self.automatic
+        least = {kind: max(groups.least, groups.step) for kind, groups in kinds.items()}
+        return min(kinds, key=lambda kind: self._parameters({kind: least[kind]}), default=None)
 
-    def _completed(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:
+    def _completions(self, kept: dict[str, int], blocks: int, *, width: bool) -> Iterator[Size]:
         """The size with every number of groups of the largest kind."""
-        yield self._sized(kept, blocks)
+        yield self._size_of(kept, blocks)
         kind = self.largest if width else None
         if kind is None:
             return
@@ -191,12 +192,12 @@ class Sizes:
         many = self.multiple if groups.count >= _FEW else 1
         for number in _numbers(groups, lcm(groups.step, many)):
             if number < groups.count:
-                yield self._sized(kept | {kind: number}, blocks)
+                yield self._size_of(kept | {kind: number}, blocks)
 
-    def _fits(self, kept: Mapping[str, int]) -> bool:
+    def _is_expressible(self, kept: Mapping[str, int]) -> bool:
         """True if the configuration can express these numbers."""
         try:
-            resized(self._config, self._removed(kept), range(self.blocks), self.blocks)
+            resized(self._config, self._removals(kept), range(self.blocks), self.blocks)
         except AptError:
             return False
         return True
@@ -206,10 +207,10 @@ class Sizes:
         return sum(n * self._parameters_of(kind, kept) for kind, n in self._kinds.items())
 
     def _parameters_of(self, kind: "_Kind", kept: Mapping[str, int]) -> int:
-        own = tuple((g.kind, kept[g.kind]) for g in kind.groups if g.kind in kept)
-        if (kind, own) not in self._known:
-            self._known[kind, own] = kind.parameters(dict(own))
-        return self._known[kind, own]
+        relevant = tuple((g.kind, kept[g.kind]) for g in kind.groups if g.kind in kept)
+        if (kind, relevant) not in self._counts:
+            self._counts[kind, relevant] = kind.parameters(dict(relevant))
+        return self._counts[kind, relevant]
 
 
 def _numbers(groups: Groups, step: int) -> Iterator[int]:
@@ -235,10 +236,10 @@ def _kinds(
     blocks: Sequence[tuple[str, nn.Module]], adapter: Adapter, config: Any
 ) -> dict[_Kind, int]:
     """The kinds of blocks, with the number of blocks of each."""
-    known: dict[Any, tuple[_Kind, int]] = {}
+    kinds: dict[Any, tuple[_Kind, int]] = {}
     for _, block in blocks:
         shapes = tuple((path, p.shape) for path, p in block.named_parameters())
         key = (type(block), shapes)
-        first = known.get(key) or (_Kind(shapes, tuple(adapter.groups(block, config))), 0)
-        known[key] = (first[0], first[1] + 1)
-    return dict(known.values())
+        entry = kinds.get(key) or (_Kind(shapes, tuple(adapter.groups(block, config))), 0)
+        kinds[key] = (entry[0], entry[1] + 1)
+    return dict(kinds.values())

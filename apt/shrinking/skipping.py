@@ -13,33 +13,33 @@ from apt.evaluation.metrics import perplexity
 
 @contextmanager
 def skipping(model: nn.Module, adapter: Adapter, blocks: Collection[str]) -> Iterator[None]:
-    """Inside the context, the blocks of these names pass their input on."""
+    """Inside the context, the blocks of these names return their input."""
     modules = dict(adapter.blocks(model))
     with ExitStack() as stack:
         for name in blocks:
             block = modules[name]
-            stack.enter_context(stubbed([block], _passing(block.forward)))
+            stack.enter_context(stubbed([block], _pass_through(block.forward)))
         yield
 
 
-def _passing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that returns its state as ``forward`` returns it, alone or first in a tuple.
+def _pass_through(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that returns its state in the form of ``forward``: alone, or first in a tuple.
 
-    The first call calls ``forward`` to find that out. If the block returns several values, every
-    call does, and only the state is replaced.
+    The first call calls ``forward`` to find its form. If the block returns several values, every
+    call calls it, and only the state is replaced.
     """
     lengths: list[int | None] = []
 
-    def passed(*args: Any, **kwargs: Any) -> Any:
+    def stub(*args: Any, **kwargs: Any) -> Any:
         state = passed_state(args, kwargs)
         if lengths in ([None], [1]):
             return state if lengths == [None] else (state,)
         result = forward(*args, **kwargs)
-        several = isinstance(result, tuple | list)
-        lengths[:] = [len(result) if several else None]
-        return (state, *result[1:]) if several else state
+        is_sequence = isinstance(result, tuple | list)
+        lengths[:] = [len(result) if is_sequence else None]
+        return (state, *result[1:]) if is_sequence else state
 
-    return passed
+    return stub
 
 
 def loss_without(
@@ -51,7 +51,7 @@ def loss_without(
         model: a causal language model of transformers.
         adapter: the adapter of its family.
         tokens: token ids (windows, seqlen).
-        blocks: the full names of the blocks that are left out.
+        blocks: the full names of the blocks to leave out.
     """
     with adapter.running(model), skipping(model, adapter, blocks):
         loss = math.log(perplexity(model, tokens))

@@ -26,9 +26,9 @@ from apt.text.self_generated import own_text, writes
 class GroupScores(Protocol):
     """The importance of the groups of every block, by block and by kind.
 
-    The groups of lowest importance are removed, the same number in each block. Kinds that no site
-    reads, such as experts, need no scores: they are then chosen as without this method. If groups
-    are apart, as the channels of experts are, the columns of each reader have scores.
+    The groups of lowest importance are removed, the same number in each block. Kinds without
+    readers, such as experts, need no scores: without scores, their default choice applies. If
+    groups are apart, such as the channels of experts, the columns of each reader have scores.
     """
 
     def __call__(
@@ -36,7 +36,7 @@ class GroupScores(Protocol):
     ) -> Mapping[str, Mapping[str, Tensor]]:
         """Scores (count,) by block and kind, from calibration ``tokens`` (samples, seqlen).
 
-        Those of groups that are apart are by block and reader, (columns,).
+        Scores of groups that are apart are by block and reader, (columns,).
         """
 
 
@@ -57,12 +57,12 @@ class StructureChoice:
     """The choice of the structure of a smaller model.
 
     Args:
-        sizes: the sizes to choose from; the first comes nearest to the wish.
-        groups, experts, blocks: the methods that choose what is removed.
-        whole: True if the model is in memory as a whole, so that widths can be compared.
+        sizes: the sizes to choose from; the first is nearest to the request.
+        groups, experts, blocks: the methods that choose groups, experts and blocks.
+        whole: True if the whole model is in memory, so that widths can be compared.
         drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
-        journal: the journal of a search, with the losses that it knows already.
-        given: the structure, if it is known already.
+        journal: the journal of a search, with the losses of evaluated candidates.
+        known_structure: the structure; None if it is not chosen yet.
     """
 
     mode: Mode
@@ -76,29 +76,29 @@ class StructureChoice:
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
-    given: Structure | None = None
+    known_structure: Structure | None = None
 
     @property
     def kinds(self) -> set[str]:
-        """The kinds of groups of which some size lacks some."""
+        """The kinds of groups that some size reduces."""
         return {kind for size in self.sizes for kind in size.kept}
 
     def check_streamable(self) -> None:
-        """Raise if the model must be in memory as a whole."""
+        """Raise if the whole model must be in memory."""
         if self.mode == "search":
             raise AptError(
                 "a search needs the whole model in memory", "do not stream", ("search", "stream")
             )
         specs = (self.groups, self.experts, self.blocks)
-        used = [spec for spec in specs if not spec.streams]
-        if used:
-            fault = f"method {used[0].name} needs the whole model in memory"
-            raise AptError(fault, "choose another method, or do not stream", ("method", "stream"))
+        unsuitable = [spec for spec in specs if not spec.streams]
+        if unsuitable:
+            message = f"method {unsuitable[0].name} needs the whole model in memory"
+            raise AptError(message, "choose another method, or do not stream", ("method", "stream"))
 
     def provisional(self, model: nn.Module, adapter: Adapter) -> Structure:
-        """A structure of the first size; the blocks that it drops may not be chosen yet."""
-        if self.given is not None:
-            return self.given
+        """A structure of the first size, with the last blocks dropped if none are chosen."""
+        if self.known_structure is not None:
+            return self.known_structure
         names = [name for name, _ in adapter.blocks(model)]
         dropped = [names[index] for index in self.drop] or names[self.sizes[0].blocks :]
         return Structure(self.sizes[0].kept, frozenset(dropped))
@@ -121,17 +121,17 @@ class StructureChoice:
                 `apt.text.self_generated.own_text`.
 
         Returns:
-            The structure, and the candidates that were compared, those of lowest loss first.
+            The structure, and the compared candidates by increasing loss.
         """
-        if self.given is not None:
-            return self.given, []
-        choosing = _Choosing(self, model, adapter, tokens, status)
-        return choosing.structure(bos, special), choosing.scored
+        if self.known_structure is not None:
+            return self.known_structure, []
+        run = _ChoiceRun(self, model, adapter, tokens, status)
+        return run.structure(bos, special), run.scored
 
 
 @dataclass
-class _Choosing:
-    """A choice that is being made for a model."""
+class _ChoiceRun:
+    """One run of the choice, for one model."""
 
     choice: StructureChoice
     model: nn.Module
@@ -142,104 +142,113 @@ class _Choosing:
 
     def __post_init__(self) -> None:
         self.names = [name for name, _ in self.adapter.blocks(self.model)]
-        few = max(1, _FITNESS_TOKENS // self.tokens.shape[1])
-        self.few = self.tokens[:few]  # the samples for the losses of candidates
-        self.rest = self.tokens[few:] if len(self.tokens) >= 2 * few else self.tokens  # for fits
+        count = max(1, _FITNESS_TOKENS // self.tokens.shape[1])
+        self.fitness_tokens = self.tokens[:count]  # the samples for the losses of candidates
+        # The samples for fits: all others, if they are enough.
+        self.fit_tokens = self.tokens[count:] if len(self.tokens) >= 2 * count else self.tokens
 
     def structure(self, bos: int | None, special: Collection[int] | None) -> Structure:
         """The structure; see `StructureChoice.choose`."""
-        how, size = self.choice, self.choice.sizes[0]
-        dropped = [self.names[index] for index in sorted(set(how.drop))]
-        compares = how.mode in ("width", "blocks-first") and how.whole and len(how.sizes) > 1
-        drops = how.mode == "search" or (compares and how.mode == "blocks-first")
+        choice, size = self.choice, self.choice.sizes[0]
+        dropped = [self.names[index] for index in sorted(set(choice.drop))]
+        compares = (
+            choice.mode in ("width", "blocks-first") and choice.whole and len(choice.sizes) > 1
+        )
+        drops = choice.mode == "search" or (compares and choice.mode == "blocks-first")
         if drops and writes(self.model):
             self.status("generating text")
-            count, seqlen = self.few.shape
-            own = own_text(self.model, count, seqlen, how.seed, bos=bos, special=special)
-            self.few = torch.cat([self.few, own.to(self.few)])
-        if how.mode == "search":
-            best = self.searched()
-            size, dropped = best.size, [self.names[index] for index in sorted(best.dropped)]
+            count, seqlen = self.fitness_tokens.shape
+            generated = own_text(self.model, count, seqlen, choice.seed, bos=bos, special=special)
+            given = self.fitness_tokens
+            self.fitness_tokens = torch.cat([given, generated.to(given)])
+        if choice.mode == "search":
+            candidate = self.best_candidate()
+            size = candidate.size
+            dropped = [self.names[index] for index in sorted(candidate.dropped)]
         elif size.blocks < len(self.names) and not dropped:
-            self.status(f"choosing the blocks to drop ({how.blocks.name})")
-            dropped = self.dropped(len(self.names) - size.blocks, self.tokens)
+            self.status(f"choosing the blocks to drop ({choice.blocks.name})")
+            dropped = self.dropped_blocks(len(self.names) - size.blocks, self.tokens)
         if compares:
-            size = self.widest(dropped)
+            size = self.best_width(dropped)
         structure = Structure(size.kept, frozenset(dropped))
-        if size.kept and how.groups.chooses == "groups":
-            self.status(f"choosing the groups to remove ({how.groups.name})")
-            structure = replace(structure, removed=self.removed(structure))
+        if size.kept and choice.groups.chooses == "groups":
+            self.status(f"choosing the groups to remove ({choice.groups.name})")
+            structure = replace(structure, removed=self.removed_groups(structure))
         return structure
 
-    def dropped(self, count: int, tokens: Tensor) -> list[str]:
+    def dropped_blocks(self, count: int, tokens: Tensor) -> list[str]:
         """The names of the blocks that the choice of blocks drops."""
         method = self.choice.blocks
-        chosen = cast(BlockChoice, method.load())(self.model, self.adapter, tokens, count)
-        dropped = list(chosen) if isinstance(chosen, Iterable) else []
+        result = cast(BlockChoice, method.load())(self.model, self.adapter, tokens, count)
+        dropped = list(result) if isinstance(result, Iterable) else []
         if not len(set(dropped)) == len(dropped) == count or not set(dropped) <= set(self.names):
-            fault = f"returns {chosen!r}, not the names of {count} blocks"
-            raise faulty(f"method {method.name}", fault, "method", "method")
+            message = f"returns {result!r}, not the names of {count} blocks"
+            raise faulty(f"method {method.name}", message, "method", "method")
         return dropped
 
-    def widest(self, dropped: Sequence[str]) -> Size:
+    def best_width(self, dropped: Sequence[str]) -> Size:
         """The size of lowest loss among those of equal depth, without the ``dropped`` blocks."""
         sizes = self.choice.sizes
         self.status(f"comparing {len(sizes)} widths")
-        model, how = (self.model, self.adapter, self.rest), self.choice
-        proxy = Proxy(*model, how.solver, how.kinds, fit_gaps=bool(dropped))
+        model, choice = (self.model, self.adapter, self.fit_tokens), self.choice
+        proxy = Proxy(*model, choice.solver, choice.kinds, fit_gaps=bool(dropped))
         indices = frozenset(map(self.names.index, dropped))
         for size in sizes:
-            loss = proxy.loss(size.kept, dropped, self.few)
+            loss = proxy.loss(size.kept, dropped, self.fitness_tokens)
             self.scored.append(Scored(Candidate(size, indices), loss))
         self.scored.sort(key=lambda each: each.loss)
         return self.scored[0].candidate.size
 
     @torch.no_grad()
-    def searched(self) -> Candidate:
+    def best_candidate(self) -> Candidate:
         """The candidate of lowest loss."""
-        how, count, started = self.choice, len(self.names), time.monotonic()
+        choice, count, started = self.choice, len(self.names), time.monotonic()
         self.status("search: reading the inputs of the dense model")
-        known = (self.model, self.adapter, self.rest, how.solver, how.kinds)
-        proxy = Proxy(*known, fit_gaps=True)
-        inputs = {"inputs": self.inputs()}
-        if not how.journal.serves(inputs):  # the losses of other inputs are forgotten
-            how.journal.begin(inputs)
+        proxy_arguments = (self.model, self.adapter, self.fit_tokens, choice.solver, choice.kinds)
+        proxy = Proxy(*proxy_arguments, fit_gaps=True)
+        inputs = {"inputs": self.inputs_hash()}
+        if not choice.journal.serves(inputs):  # the losses of other inputs are forgotten
+            choice.journal.begin(inputs)
 
         def loss(candidate: Candidate) -> float:
             dropped = [self.names[index] for index in candidate.dropped]
             kept = candidate.size.kept
-            value: float = how.journal.remember(
-                candidate.key, lambda: proxy.loss(kept, dropped, self.few)
+            value: float = choice.journal.remember(
+                candidate.key, lambda: proxy.loss(kept, dropped, self.fitness_tokens)
             )
             return value
 
-        def alone(index: int) -> float:
+        def loss_without(index: int) -> float:
             return loss(Candidate(Size({}, count - 1, 1, 1), frozenset([index])))
 
-        def tell(number: int, lowest: float) -> None:
+        def report(number: int, lowest: float) -> None:
             self.status(f"search: {number} candidates, lowest loss {lowest:.4f}")
 
         self.status("search: ranking the blocks by the loss without each of them")
-        ranking = sorted(range(count), key=alone)
-        first = self.first()
-        search = Search(how.sizes, ranking, loss, how.search, how.seed, first, tell, started)
+        ranking = sorted(range(count), key=loss_without)
+        first = self.first_candidates()
+        search = Search(
+            choice.sizes, ranking, loss, choice.search, choice.seed, first, report, started
+        )
         self.scored = search.run()
         return self.scored[0].candidate
 
-    def first(self) -> list[Candidate]:
+    def first_candidates(self) -> list[Candidate]:
         """Every size, without the blocks that the choice of blocks drops."""
-        chosen, sizes = {0: frozenset[int]()}, self.choice.sizes
+        drops, sizes = {0: frozenset[int]()}, self.choice.sizes
         for count in {len(self.names) - size.blocks for size in sizes} - {0}:
-            chosen[count] = frozenset(map(self.names.index, self.dropped(count, self.few)))
-        return [Candidate(size, chosen[len(self.names) - size.blocks]) for size in sizes]
+            dropped = self.dropped_blocks(count, self.fitness_tokens)
+            drops[count] = frozenset(map(self.names.index, dropped))
+        return [Candidate(size, drops[len(self.names) - size.blocks]) for size in sizes]
 
-    def inputs(self) -> str:
+    def inputs_hash(self) -> str:
         """A hash of everything that the losses of candidates depend on."""
-        tokens, damping = [self.few.tolist(), self.rest.tolist()], self.choice.solver.damping
+        tokens = [self.fitness_tokens.tolist(), self.fit_tokens.tolist()]
+        damping = self.choice.solver.damping
         parts = (fingerprint(self.model), tokens, damping, "gap fits")
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def removed(self, structure: Structure) -> dict[str, Removed]:
+    def removed_groups(self, structure: Structure) -> dict[str, Removed]:
         """The groups of the lowest scores of each block."""
         method, config = self.choice.groups, getattr(self.model, "config", None)
         scores = cast(GroupScores, method.load())(self.model, self.adapter, self.tokens)
@@ -248,7 +257,7 @@ class _Choosing:
             for name, block in self.adapter.blocks(self.model):
                 if name not in structure.dropped:
                     groups = self.adapter.groups(block, config)
-                    removed[name] = dict(_lowest(name, groups, structure, scores))
+                    removed[name] = dict(_lowest_groups(name, groups, structure, scores))
         except MethodError as error:
             raise faulty(f"method {method.name}", str(error), "method", "method") from error
         if removed and not any(removed.values()):
@@ -260,7 +269,7 @@ class _Choosing:
         return removed
 
 
-def _lowest(
+def _lowest_groups(
     block: str,
     kinds: Iterable[Groups],
     structure: Structure,
@@ -273,15 +282,16 @@ def _lowest(
         if groups.apart:
             patterns = {r: structure.columns(block, groups, r) for r in groups.readers}
         if pattern.removed and (groups.readers or _has_scores(scores, block, groups)):
-            for name, each in patterns.items():
-                mask = each.lowest(_scores_of(scores, block, name, each.count).cpu())
+            for name, column_groups in patterns.items():
+                values = _scores_of(scores, block, name, column_groups.count)
+                mask = column_groups.lowest(values.cpu())
                 yield name, tuple(mask.nonzero().squeeze(1).tolist())
 
 
 def _has_scores(scores: object, block: str, groups: Groups) -> bool:
     """True if a method scored groups that no site reads."""
-    own = scores.get(block) if isinstance(scores, Mapping) else None
-    return isinstance(own, Mapping) and groups.kind in own
+    block_scores = scores.get(block) if isinstance(scores, Mapping) else None
+    return isinstance(block_scores, Mapping) and groups.kind in block_scores
 
 
 def _scores_of(
@@ -289,12 +299,14 @@ def _scores_of(
 ) -> Tensor:
     """The scores (count,) of the groups of a kind, or of the columns of a reader, in a block."""
     try:
-        own: object = scores[block][name]
+        values: object = scores[block][name]
     except (TypeError, KeyError, IndexError) as error:
         raise MethodError(f"returns no scores for the {name} of {block}") from error
-    if not isinstance(own, Tensor) or own.shape != (count,):
-        kind = f"shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        kind = type(values).__name__
+        if isinstance(values, Tensor):
+            kind = f"shape {tuple(values.shape)}"
         raise MethodError(f"returns scores of {kind} for the {name} of {block}, not ({count},)")
-    if own.isnan().any():
+    if values.isnan().any():
         raise MethodError(f"returns a score that is NaN for the {name} of {block}")
-    return own
+    return values

@@ -1,4 +1,4 @@
-"""The sizes that meet the wish of a user, or the reason why none does."""
+"""The sizes that meet the options of a user, or an error with the reason."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ from apt.errors import AptError
 from apt.options import Mode, ShrinkOptions
 from apt.shrinking.sizes import MULTIPLE, TOLERANCE, Size, Sizes
 
-_DEEP = 8  # blocks; on smaller models of the zoo, fewer groups cost as little or less
+_DEEP_BLOCKS = 8  # blocks; on smaller models of the zoo, fewer groups cost as little or less
 
 
 def wanted_sizes(
@@ -15,49 +15,50 @@ def wanted_sizes(
     notice: Callable[[str], None],
     chooses: str | None = None,
 ) -> tuple[Mode, list[Size]]:
-    """What is removed, and the sizes that meet the options. The fewest kinds come first.
+    """The mode, and the sizes that meet the options; sizes with fewer reduced kinds come first.
 
     Args:
         sizes: the sizes of the model for a multiple of channels.
-        notice: called with a line about each choice that the user did not make.
-        chooses: what the given method chooses, see `ShrinkMethodSpec`; None without a method.
+        notice: called with a line about each default.
+        chooses: the kind of choice of the given method, see `ShrinkMethodSpec`; None without one.
 
     Returns:
         The mode, and sizes of equal depth unless they are searched. The mode ``"blocks-first"``
         becomes ``"depth"`` or ``"width"`` if nothing else is removed.
 
     Raises:
-        AptError: the family has no groups, or no size is near the wish.
+        AptError: the family has no groups, or no size is near the request.
     """
     if options.explicit:
-        return _explicit(sizes(1), options, notice)
+        return _explicit_sizes(sizes(1), options, notice)
     first = sizes(options.multiple_of or MULTIPLE)
-    mode = options.mode or _usual_mode(first, options.keep, chooses)
+    mode = options.mode or _default_mode(first, options.keep, chooses)
     if mode == "width" and not first.groups:
-        fault = "this family's configuration has no widths that could be smaller"
-        raise AptError(fault, "drop blocks instead", ("depth_only",))
+        message = "this family's configuration has no widths that could be smaller"
+        raise AptError(message, "drop blocks instead", ("depth_only",))
     if mode == "search":
         _check_searchable(first)
-    found = _chosen(sizes, first, options, mode, notice)
-    if mode == "blocks-first":  # tuning makes up for channels better than for heads
-        found = [size for size in found if size.kept.keys() <= {first.largest}] or found
-        whole = found[0].blocks == first.blocks
-        mode = "width" if whole else "blocks-first" if any(size.kept for size in found) else "depth"
+    chosen = _sizes_near_keep(sizes, first, options, mode, notice)
+    if mode == "blocks-first":  # tuning compensates for channels better than for heads
+        chosen = [size for size in chosen if size.kept.keys() <= {first.largest}] or chosen
+        full = chosen[0].blocks == first.blocks
+        narrower = any(size.kept for size in chosen)
+        mode = "width" if full else "blocks-first" if narrower else "depth"
     if options.mode is None:
         notice(f"mode: {mode} (default)")
-    return mode, found
+    return mode, chosen
 
 
-def _usual_mode(sizes: Sizes, keep: float, chooses: str | None) -> Mode:
-    """What is removed by default: blocks first, since they cost the least accuracy in deep models.
+def _default_mode(sizes: Sizes, keep: float, chooses: str | None) -> Mode:
+    """The default mode: blocks first, since they cost the least accuracy in deep models.
 
     Groups are removed if the model is not deep, or if the given method chooses them.
     """
     if chooses is not None:
         return "blocks-first" if chooses == "blocks" else "width"
-    narrower = sizes.every([sizes.blocks], width=True)
+    narrower = sizes.smaller_sizes([sizes.blocks], width=True)
     narrow = bool(narrower) and narrower[0].cost <= keep + TOLERANCE
-    return "width" if narrow and sizes.blocks < _DEEP else "blocks-first"
+    return "width" if narrow and sizes.blocks < _DEEP_BLOCKS else "blocks-first"
 
 
 def _check_searchable(sizes: Sizes) -> None:
@@ -70,28 +71,28 @@ def _check_searchable(sizes: Sizes) -> None:
         )
 
 
-def _chosen(
+def _sizes_near_keep(
     sizes: Callable[[int], Sizes],
     first: Sizes,
     options: ShrinkOptions,
     mode: Mode,
     notice: Callable[[str], None],
 ) -> list[Size]:
-    """The sizes near the wanted share, if need be of a smaller multiple; else the nearest one."""
+    """The sizes near the requested share, for a smaller multiple if needed; else the nearest."""
     keep, best = options.keep, first
-    nearest = _near(best, keep, mode)
+    nearest = _nearest_sizes(best, keep, mode)
     if not nearest:
         raise AptError("this model has one block and no groups: nothing can be removed")
     multiples = [MULTIPLE >> n for n in range(1, MULTIPLE.bit_length())]
     for multiple in multiples if options.multiple_of is None and first.groups else []:
-        if _met(nearest, keep):
+        if _is_near(nearest, keep):
             break
-        smaller = _near(sizes(multiple), keep, mode)
+        smaller = _nearest_sizes(sizes(multiple), keep, mode)
         if abs(smaller[0].cost - keep) < abs(nearest[0].cost - keep):
             best, nearest = sizes(multiple), smaller
     if best is not first:
         notice(f"multiple of channels: {best.multiple}, since no multiple of {MULTIPLE} comes near")
-    if _met(nearest, keep):
+    if _is_near(nearest, keep):
         near = [size for size in nearest if abs(size.cost - keep) <= TOLERANCE]
         return sorted(near, key=lambda size: len(size.kept))
     _check_range(best, keep, mode)
@@ -100,9 +101,9 @@ def _chosen(
 
 
 def _check_range(sizes: Sizes, keep: float, mode: Mode) -> None:
-    """Raise if every size is smaller, or larger, than the wanted share."""
-    every = sizes.every(_depths(sizes, mode), width=mode != "depth")
-    smallest, largest = every[0], every[-1]
+    """Raise if every size is smaller, or larger, than the requested share."""
+    all_sizes = sizes.smaller_sizes(_depths(sizes, mode), width=mode != "depth")
+    smallest, largest = all_sizes[0], all_sizes[-1]
     if keep < smallest.cost - TOLERANCE:
         raise _out_of_range(keep, "smallest", smallest, "keep more")
     if keep > largest.cost + TOLERANCE:
@@ -110,11 +111,11 @@ def _check_range(sizes: Sizes, keep: float, mode: Mode) -> None:
 
 
 def _out_of_range(keep: float, word: str, size: Size, hint: str) -> AptError:
-    said = f"no model keeps {keep:.2%}: the {word}, {size}, keeps {size.cost:.2%}"
-    return AptError(said, hint, ("keep",))
+    message = f"no model keeps {keep:.2%}: the {word}, {size}, keeps {size.cost:.2%}"
+    return AptError(message, hint, ("keep",))
 
 
-def _explicit(
+def _explicit_sizes(
     sizes: Sizes, options: ShrinkOptions, notice: Callable[[str], None]
 ) -> tuple[Mode, list[Size]]:
     blocks = sizes.blocks if options.blocks is None else options.blocks
@@ -150,20 +151,20 @@ def _check_drop(sizes: Sizes, options: ShrinkOptions) -> None:
         )
 
 
-def _near(sizes: Sizes, keep: float, mode: Mode) -> list[Size]:
-    """The sizes nearest to the wanted share; in ``"blocks-first"``, those of the fewest blocks."""
+def _nearest_sizes(sizes: Sizes, keep: float, mode: Mode) -> list[Size]:
+    """The sizes nearest to the share; in the mode ``"blocks-first"``, with the fewest blocks."""
     depths = _depths(sizes, mode)
     for blocks in depths if mode == "blocks-first" else []:
         if blocks >= (keep - TOLERANCE) * sizes.blocks:  # no width makes it larger
-            found = sizes.near(keep, [blocks], width=True)
-            if _met(found, keep):
+            found = sizes.nearest_sizes(keep, [blocks], width=True)
+            if _is_near(found, keep):
                 return found
-    return sizes.near(keep, depths, width=mode != "depth")
+    return sizes.nearest_sizes(keep, depths, width=mode != "depth")
 
 
 def _depths(sizes: Sizes, mode: Mode) -> Sequence[int]:
     return [sizes.blocks] if mode == "width" else range(1, sizes.blocks + 1)
 
 
-def _met(nearest: list[Size], keep: float) -> bool:
+def _is_near(nearest: list[Size], keep: float) -> bool:
     return bool(nearest) and abs(nearest[0].cost - keep) <= TOLERANCE

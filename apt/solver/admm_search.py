@@ -10,13 +10,13 @@ dual variable ``Y`` drives both together while the penalty ρ grows::
 The search works on a matrix scaled halfway between a unit diagonal and a unit diagonal of its
 inverse (`DampedGram.balanced`). Three measures make it converge in few steps: over-relaxation ω
 where steps are few; penalties that grow with each step, at the price of two inverses
-(`Scaled.proximals`); and restarts. At a fixed point ``ρY = (W − D) H`` outside the mask, so that
-any solved mask is a warm start: a round begins at the weights of the previous round, and its result
-is kept if it is better. More rounds, hence more effort, never return a worse layer.
+(`Scaled.proximals`); and restarts. At a fixed point ``ρY = (W − D) H`` outside the mask. So any
+solved mask is a warm start: a round begins at the weights of the previous round, and its result is
+kept if its loss is lower. More rounds, hence more effort, never return a worse layer.
 
 A step costs one product of (in, in) by (in, out) and an estimated threshold. Only the last mask of
 a round has the exact count. The product is in bf16 where bf16 is faster (`Scaled.proximals`):
-its rounding errors do not harm the search, but they would harm the joint solve.
+the search tolerates its rounding errors, the joint solve would not.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from apt.solver.scaled import NODES
 
 @dataclass(frozen=True)
 class Round:
-    """One descent from small penalties to large ones.
+    """One run of ADMM, from small penalties to large ones.
 
     Args:
         penalties: ρ of each step, for eigenvalues with a geometric mean of 1.
@@ -88,8 +88,8 @@ def admm(
         gram: the Gram matrix of its inputs.
         pattern: the pattern of the mask.
         options: effort, damping and tolerance.
-        start: a mask (out, in) that meets the pattern, of any origin. The result is never worse
-            than the best weights for this mask.
+        start: a mask (out, in) that meets the pattern. The result is never worse than the best
+            weights for this mask.
 
     Raises:
         SolverError: the pattern does not divide the width, the effort is unknown, or the Gram
@@ -101,16 +101,16 @@ def admm(
     damped = gram.damped(options.damping)
     dense = weight.to(damped.matrix.dtype)
     best = None if start is None else joint_weights(dense, damped, start, None, options.tolerance)
-    for part in ROUNDS[options.effort]:
-        mask, start = _search(dense, damped, pattern, part, best)
-        solved = joint_weights(dense, damped, mask, start, part.slack * options.tolerance)
-        best = solved if best is None else _better(best, solved, pattern)
+    for round_ in ROUNDS[options.effort]:
+        mask, start = _search(dense, damped, pattern, round_, best)
+        candidate = joint_weights(dense, damped, mask, start, round_.slack * options.tolerance)
+        best = candidate if best is None else _better(best, candidate, pattern)
     assert best is not None
     return Solution(best.weight.to(weight.dtype), best.mask, damped.damping, best.residual)
 
 
 def _search(
-    dense: Tensor, damped: DampedGram, pattern: Pattern, part: Round, best: Joint | None
+    dense: Tensor, damped: DampedGram, pattern: Pattern, round_: Round, best: Joint | None
 ) -> tuple[Tensor, Tensor]:
     """One round: returns its mask, and the start of the joint solve, both (out, in).
 
@@ -119,59 +119,59 @@ def _search(
     scaled = damped.balanced
     target = (dense * scaled.scale).T.contiguous()
     if best is None:
-        kept, spare = torch.empty_like(target), torch.empty_like(target)
-        _keep(target, pattern, kept, spare)
+        kept, buffer = torch.empty_like(target), torch.empty_like(target)
+        _keep(target, pattern, kept, buffer)
         dual = (target - kept).mul_(_FIRST_DUAL)
     else:
         kept = (best.weight * scaled.scale).T.contiguous()
-        spare = target - kept
-        dual = scaled.matrix @ spare
-        dual.mul_(kept == 0).div_(part.penalties[0])
-    penalty, mixed = part.penalties[0], torch.empty_like(target)
-    proximals = scaled.proximals(part.penalties)
-    for following, proximal in zip(part.penalties, proximals, strict=True):
-        if following != penalty:
-            dual.mul_(penalty / following)
-            penalty = following
-        torch.sub(kept, dual, out=spare).sub_(target)
-        _add_product(target, proximal, spare, mixed)
-        if part.relaxation != 1:
-            mixed.mul_(part.relaxation).add_(kept, alpha=1 - part.relaxation)
+        buffer = target - kept
+        dual = scaled.matrix @ buffer
+        dual.mul_(kept == 0).div_(round_.penalties[0])
+    penalty, mixed = round_.penalties[0], torch.empty_like(target)
+    proximals = scaled.proximals(round_.penalties)
+    for next_penalty, proximal in zip(round_.penalties, proximals, strict=True):
+        if next_penalty != penalty:
+            dual.mul_(penalty / next_penalty)
+            penalty = next_penalty
+        torch.sub(kept, dual, out=buffer).sub_(target)
+        _add_product(target, proximal, buffer, mixed)
+        if round_.relaxation != 1:
+            mixed.mul_(round_.relaxation).add_(kept, alpha=1 - round_.relaxation)
         mixed.add_(dual)
-        _keep(mixed, pattern, kept, spare)
+        _keep(mixed, pattern, kept, buffer)
         torch.sub(mixed, kept, out=dual)
     magnitudes, start = mixed.T.contiguous().abs_(), kept.T.contiguous()
     return pattern.smallest(magnitudes), start.div_(scaled.scale)
 
 
-def _add_product(target: Tensor, proximal: Tensor, spare: Tensor, out: Tensor) -> None:
-    """Write ``target + proximal spare`` (in, out) to ``out``; ``proximal`` may be in bf16."""
-    if proximal.dtype == spare.dtype:
-        torch.addmm(target, proximal, spare, out=out)
+def _add_product(target: Tensor, proximal: Tensor, values: Tensor, out: Tensor) -> None:
+    """Write ``target + proximal values`` (in, out) to ``out``; ``proximal`` may be in bf16."""
+    if proximal.dtype == values.dtype:
+        torch.addmm(target, proximal, values, out=out)
     else:
-        torch.add(target, proximal @ spare.to(proximal.dtype), out=out)
+        torch.add(target, proximal @ values.to(proximal.dtype), out=out)
 
 
-def _keep(values: Tensor, pattern: Pattern, kept: Tensor, spare: Tensor) -> None:
+def _keep(values: Tensor, pattern: Pattern, kept: Tensor, buffer: Tensor) -> None:
     """Write ``values`` (in, out) to ``kept``, with zeros where the pattern prunes.
 
-    The count of zeros is approximate, see `Pattern.keep_largest`. ``spare`` (in, out) is a
-    buffer that is overwritten: to allocate a large new tensor takes longer than the computation.
+    The count of zeros is approximate, see `Pattern.keep_largest`. ``buffer`` (in, out) is
+    overwritten, because allocating a large tensor takes longer than the computation.
     """
-    magnitudes = torch.abs(values, out=spare)
+    magnitudes = torch.abs(values, out=buffer)
     pattern.keep_largest(magnitudes)
     torch.mul(values, magnitudes, out=kept)
 
 
-def _better(best: Joint, solved: Joint, pattern: Pattern) -> Joint:
+def _better(best: Joint, candidate: Joint, pattern: Pattern) -> Joint:
     """The better of two solutions, row by row if each row on its own meets the pattern."""
-    gained = solved.loss < best.loss
+    improved = candidate.loss < best.loss
     if not pattern.by_row:
-        return solved if float(solved.loss.sum()) < float(best.loss.sum()) else best
-    rows = gained.unsqueeze(1)
+        return candidate if float(candidate.loss.sum()) < float(best.loss.sum()) else best
+    rows = improved.unsqueeze(1)
     return Joint(
-        torch.where(rows, solved.weight, best.weight),
-        torch.where(rows, solved.mask, best.mask),
-        torch.minimum(solved.loss, best.loss),
-        max(solved.residual, best.residual),
+        torch.where(rows, candidate.weight, best.weight),
+        torch.where(rows, candidate.mask, best.mask),
+        torch.minimum(candidate.loss, best.loss),
+        max(candidate.residual, best.residual),
     )

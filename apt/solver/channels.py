@@ -1,4 +1,4 @@
-"""Weights that act on single channels: each channel is a small pruning problem of its own.
+"""The pruning of weights that act on single channels: a small pruning problem for each channel.
 
 The channels of a depthwise convolution, or of a vector with one weight per channel, share no Gram
 matrix. A channel has only a few weights, so the multiple removal problem is solved by enumeration:
@@ -60,12 +60,12 @@ class _Problem:
         self.weight, self._matrix, self._compensated = weight, matrix, compensated
         self.channels, self.width = weight.shape
 
-    def parts(self, sets: int) -> Iterator["_Problem"]:
-        """The problem in chunks of channels, for each of which that many sets are tried."""
+    def chunks(self, sets: int) -> Iterator["_Problem"]:
+        """The problem in chunks of channels, small enough for ``sets`` removal sets per channel."""
         size = sets * self.width * (self.width if self._compensated else 1)
         for start in range(0, self.channels, step := max(1, _CHUNK // size)):
-            here = slice(start, start + step)
-            yield _Problem(self.weight[here], self._matrix[here], self._compensated)
+            chunk = slice(start, start + step)
+            yield _Problem(self.weight[chunk], self._matrix[chunk], self._compensated)
 
     def losses(self, sets: Tensor) -> Tensor:
         """The losses (channels, sets) of ``sets`` (channels or 1, sets, k), True = removed."""
@@ -82,7 +82,7 @@ class _Problem:
         return (self.weight - change[:, 0]).masked_fill(mask, 0)
 
     def _multipliers(self, removed: Tensor, sets: Tensor) -> Tensor:
-        """``w_P ([H⁻¹]_PP)⁻¹`` of each set, zero outside P, by one padded system for each set."""
+        """``w_P ([H⁻¹]_PP)⁻¹`` of each set, zero outside P, by one padded linear system each."""
         within = sets[..., None, :] & sets[..., :, None]
         system = self._matrix[:, None] * within + torch.diag_embed((~sets).to(removed))
         solved: Tensor = torch.linalg.solve(system, removed[..., None])
@@ -92,9 +92,9 @@ class _Problem:
 def _mask(problem: _Problem, pattern: Pattern) -> Tensor:
     if size := pattern.group:
         sets = _sets(size, pattern.required((1, size)), problem.weight.device)
-        parts = problem.parts(len(sets))
-        return torch.cat([_by_groups(part, sets, size) for part in parts])
-    return _by_sizes(problem, pattern)
+        chunks = problem.chunks(len(sets))
+        return torch.cat([_group_mask(chunk, sets, size) for chunk in chunks])
+    return _share_mask(problem, pattern)
 
 
 def _sets(width: int, size: int, device: torch.device) -> Tensor:
@@ -104,64 +104,64 @@ def _sets(width: int, size: int, device: torch.device) -> Tensor:
     return sets.scatter_(1, chosen.view(len(chosen), size), True).to(device)
 
 
-def _best(problem: _Problem, sets: Tensor) -> tuple[Tensor, Tensor]:
+def _best_sets(problem: _Problem, sets: Tensor) -> tuple[Tensor, Tensor]:
     """The best of ``sets`` (channels or 1, sets, k) for each channel, and its loss."""
-    losses, place = problem.losses(sets).min(1)
-    every = sets.expand(problem.channels, -1, -1)
-    return every[torch.arange(problem.channels, device=sets.device), place], losses
+    losses, index = problem.losses(sets).min(1)
+    expanded = sets.expand(problem.channels, -1, -1)
+    return expanded[torch.arange(problem.channels, device=sets.device), index], losses
 
 
-def _path(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each size from 1 on, a set for each channel (channels, k) and its loss (channels,)."""
+def _sets_by_size(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each size from 1 to k, the set of each channel (channels, k) and its loss (channels,)."""
     device = problem.weight.device
     single = torch.eye(problem.width, dtype=torch.bool, device=device)
     current = torch.zeros(problem.channels, problem.width, dtype=torch.bool, device=device)
     for size in range(1, problem.width + 1):
         if problem.width <= _EXHAUSTIVE:
-            current, losses = _best(problem, _sets(problem.width, size, device)[None])
+            current, losses = _best_sets(problem, _sets(problem.width, size, device)[None])
         else:
-            grown = problem.losses(current[:, None] | single)
-            losses, place = grown.masked_fill(current, torch.inf).min(1)
-            current = current | single[place]
+            losses_of_larger = problem.losses(current[:, None] | single)
+            losses, index = losses_of_larger.masked_fill(current, torch.inf).min(1)
+            current = current | single[index]
         yield current, losses
 
 
-def _by_sizes(problem: _Problem, pattern: Pattern) -> Tensor:
+def _share_mask(problem: _Problem, pattern: Pattern) -> Tensor:
     """The mask for a share of all weights, or of the weights of each channel."""
-    path = list(_path(problem))
+    by_size = list(_sets_by_size(problem))
     if pattern.by_row:
         size = pattern.required((1, problem.width))
         sizes = torch.full((problem.channels,), size, device=problem.weight.device)
     else:
-        rising = _hull(torch.stack([losses for _, losses in path], 1))
+        costs = _hull(torch.stack([losses for _, losses in by_size], 1))
         count = pattern.required((problem.channels, problem.width))
-        sizes = lowest_k(rising.reshape(1, -1), count).view_as(rising).sum(1)
-    none = torch.zeros_like(path[0][0])
-    sets = torch.stack([none, *(sets for sets, _ in path)])
+        sizes = lowest_k(costs.reshape(1, -1), count).view_as(costs).sum(1)
+    empty_set = torch.zeros_like(by_size[0][0])
+    sets = torch.stack([empty_set, *(sets for sets, _ in by_size)])
     return sets[sizes, torch.arange(problem.channels, device=sizes.device)]
 
 
 def _hull(losses: Tensor) -> Tensor:
     """The cost of each further removal (channels, k) on the lower convex hull of ``losses``.
 
-    The costs of a channel never fall. So the cheapest removals over all channels are always the
-    first ones of each channel.
+    The costs of a channel never decrease. So the cheapest removals over all channels are always
+    the first removals of each channel.
     """
     points = torch.cat([losses.new_zeros(len(losses), 1), losses], 1)
-    place = torch.arange(losses.shape[1], device=losses.device)
-    steps = place + 1 - place[:, None]  # from a start (rows) to behind an end (columns)
+    index = torch.arange(losses.shape[1], device=losses.device)
+    steps = index + 1 - index[:, None]  # from a start (rows) to behind an end (columns)
     means = (points[:, None, 1:] - points[:, :-1, None]) / steps
     # Isotonic regression: at each place, the maximum over starts of the minimum over ends.
     lowest = means.masked_fill(steps < 1, torch.inf).flip(2).cummin(2).values.flip(2)
     return lowest.masked_fill(steps < 1, -torch.inf).max(1).values
 
 
-def _by_groups(problem: _Problem, sets: Tensor, size: int) -> Tensor:
-    """The mask for n:m: in each group the best of ``sets`` (sets, m), given the others."""
+def _group_mask(problem: _Problem, sets: Tensor, size: int) -> Tensor:
+    """The mask for n:m: in each group the best of ``sets`` (sets, m), given the other groups."""
     mask = torch.zeros_like(problem.weight, dtype=torch.bool)
     starts = range(0, problem.width, size)
     for start in [*starts, *(starts if len(starts) > 1 else ())]:
-        tried = mask[:, None].repeat(1, len(sets), 1)
-        tried[:, :, start : start + size] = sets
-        mask, _ = _best(problem, tried)
+        candidates = mask[:, None].repeat(1, len(sets), 1)
+        candidates[:, :, start : start + size] = sets
+        mask, _ = _best_sets(problem, candidates)
     return mask

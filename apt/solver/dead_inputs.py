@@ -1,8 +1,9 @@
-"""Inputs that were zero on all calibration tokens: their weights are the first to go.
+"""Dead inputs, which were zero on all calibration tokens: their weights are pruned first.
 
-Such a dead input changes no output on the calibration text, so its weights cost nothing. A method
-that ranks them among the others keeps some of them, and prunes weights that count in their place.
-Therefore the method solves the live inputs alone, for the rest of the count. For n:m it sees zeros.
+A dead input changes no output on the calibration text, so pruning its weights costs nothing. A
+method that ranks all weights together keeps some weights of dead inputs, and prunes weights of live
+inputs instead. Therefore the method solves the live inputs alone, for the rest of the count. For
+n:m it gets zeros as the weights of dead inputs.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,9 @@ def solve_live(
 ) -> Solution:
     """Solve a layer so that the weights of dead inputs are pruned first; the count stays exact.
 
-    Without dead inputs, for groups of columns, and for a pattern that single inputs cannot be left
-    out of, the method gets the layer as it is. If the pattern prunes fewer weights than the dead
-    inputs have, the smallest of these are pruned.
+    The method gets the unchanged layer in three cases: there are no dead inputs, the pattern prunes
+    groups of columns, or the pattern does not allow leaving out single inputs. If the pattern
+    prunes fewer weights than the dead inputs have, their smallest weights are pruned.
 
     Args:
         method: the method.
@@ -38,46 +39,50 @@ def solve_live(
         options: the options of the method.
 
     Raises:
-        MethodError: the method returns no solution of the weight that it got.
+        MethodError: the method returns no solution for its weight.
     """
 
-    def solved(weight: Tensor, gram: Gram, pattern: SitePattern) -> Solution:
+    def solve_checked(weight: Tensor, gram: Gram, pattern: SitePattern) -> Solution:
         solution = method(weight, gram, pattern, options)
         check_solution(solution, weight)
         return solution
 
     dead = gram.dead
     if pattern.structured or not bool(dead.any()) or bool(dead.all()):
-        return solved(weight, gram, pattern)
+        return solve_checked(weight, gram, pattern)
     sparse = cast(Pattern, pattern)
     ranks = weight.abs().masked_fill(~dead, torch.inf)
     if sparse.group:
-        return _with_zeros(solved, weight, gram, sparse, sparse.smallest(ranks) & dead)
-    rest = sparse.rest((len(weight), len(dead)), int(dead.sum()))
-    if rest is sparse:
-        return solved(weight, gram, pattern)
-    first = sparse.smallest(ranks)
-    if rest is None:  # the method has nothing to choose
-        return Solution(weight.masked_fill(first, 0), first)
-    part = solved(weight[:, ~dead], gram.live, rest)
-    pruned, mask = torch.zeros_like(weight), torch.ones_like(first)
-    pruned[:, ~dead], mask[:, ~dead] = part.weight, part.mask
-    return replace(part, weight=pruned, mask=mask)
+        return _with_zeros(solve_checked, weight, gram, sparse, sparse.smallest(ranks) & dead)
+    live_pattern = sparse.rest((len(weight), len(dead)), int(dead.sum()))
+    if live_pattern is sparse:
+        return solve_checked(weight, gram, pattern)
+    pruned_first = sparse.smallest(ranks)
+    if live_pattern is None:  # the method has nothing to choose
+        return Solution(weight.masked_fill(pruned_first, 0), pruned_first)
+    live_solution = solve_checked(weight[:, ~dead], gram.live, live_pattern)
+    pruned, mask = torch.zeros_like(weight), torch.ones_like(pruned_first)
+    pruned[:, ~dead], mask[:, ~dead] = live_solution.weight, live_solution.mask
+    return replace(live_solution, weight=pruned, mask=mask)
 
 
 def _with_zeros(
-    solved: Callable[..., Solution], weight: Tensor, gram: Gram, pattern: Pattern, first: Tensor
+    solve_checked: Callable[..., Solution],
+    weight: Tensor,
+    gram: Gram,
+    pattern: Pattern,
+    pruned_first: Tensor,
 ) -> Solution:
-    """A layer solved for n:m with zeros at ``first`` (out, in), which every score ranks lowest.
+    """Solve a layer for n:m, with zeros at ``pruned_first`` (out, in), which scores rank lowest.
 
-    A method that keeps such a zero nevertheless has pruned a live weight of the same group. The
-    largest of these are kept instead, as they were.
+    If a method keeps such a zero, it has pruned a live weight of the same group. Then the largest
+    of these live weights are kept instead, with their dense values.
     """
-    solution = solved(weight.masked_fill(first, 0), gram, pattern)
+    solution = solve_checked(weight.masked_fill(pruned_first, 0), gram, pattern)
     counts, needed = pattern.zero_counts(solution.mask)
-    if bool((counts != needed).any()) or not bool((first & ~solution.mask).any()):
+    if bool((counts != needed).any()) or not bool((pruned_first & ~solution.mask).any()):
         return solution
-    ranks = weight.abs().masked_fill(~solution.mask, torch.inf).masked_fill(first, -1)
+    ranks = weight.abs().masked_fill(~solution.mask, torch.inf).masked_fill(pruned_first, -1)
     mask = pattern.smallest(ranks)
     kept = torch.where(solution.mask, weight, solution.weight)
     return replace(solution, weight=kept.masked_fill(mask, 0), mask=mask)

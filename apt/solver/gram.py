@@ -44,9 +44,10 @@ class Gram:
     ) -> None:
         self.tokens = self.sample = 0
         self.total = torch.zeros(width, device=device, dtype=dtype)
-        self._within = torch.zeros(width, device=device, dtype=dtype)
+        # The sums of squares around the mean of each sample.
+        self._deviations = torch.zeros(width, device=device, dtype=dtype)
         self._sum = torch.zeros(width, width, device=device, dtype=dtype)
-        self._mirrored = True
+        self._symmetric = True
         self._damped: dict[float, DampedGram] = {}
         self._live: Gram | None = None
 
@@ -74,7 +75,7 @@ class Gram:
         gram._sum, gram.tokens, gram.sample = matrix.clone(), tokens, tokens
         if total is not None:
             gram.total += total
-        gram._within += matrix.diagonal() - gram.total.square() / max(tokens, 1)
+        gram._deviations += matrix.diagonal() - gram.total.square() / max(tokens, 1)
         return gram
 
     @full_precision()
@@ -88,18 +89,18 @@ class Gram:
         rows = inputs.reshape(-1, inputs.shape[-1]).to(self._sum.dtype)
         self.sample = sample or inputs.shape[-2]
         for part in torch.split(rows, max(self.sample, 1)):
-            self._within += (part - part.mean(0)).square_().sum(0)
+            self._deviations += (part - part.mean(0)).square_().sum(0)
         for start in range(0, self.width, _PANEL):
-            here, above = slice(start, start + _PANEL), slice(0, start + _PANEL)
-            self._sum[above, here].addmm_(rows[:, above].T, rows[:, here])
+            panel, upper = slice(start, start + _PANEL), slice(0, start + _PANEL)
+            self._sum[upper, panel].addmm_(rows[:, upper].T, rows[:, panel])
         self.total += rows.sum(0)
         self.tokens += rows.shape[0]
-        self._mirrored = False
+        self._symmetric = False
         self._damped.clear()
         self._live = None
 
     def check(self) -> None:
-        """Raise if the inputs say nothing about the weights.
+        """Raise if the inputs do not determine a solution.
 
         Raises:
             SolverError: no token was added, all inputs are zero, or some are not finite.
@@ -120,16 +121,16 @@ class Gram:
         direction. A weight that received no token at all is then pruned by magnitude.
         """
         missing = max(0, self.width - self.tokens)
-        gram = self._with(self.matrix, slice(None))
+        gram = self._restricted(self.matrix, slice(None))
         gram.matrix.diagonal().add_(missing * mean)
-        gram._within += missing * mean
+        gram._deviations += missing * mean
         gram.tokens += missing
         return gram
 
     @property
     def variance(self) -> Tensor:
         """The variance of each input within a sample, as the mean over the samples (in,)."""
-        return self._within.clamp_min(0) / max(self.tokens, 1)
+        return self._deviations.clamp_min(0) / max(self.tokens, 1)
 
     @property
     def dead(self) -> Tensor:
@@ -138,26 +139,26 @@ class Gram:
 
     @property
     def live(self) -> "Gram":
-        """The Gram matrix of the inputs that are not `dead`; kept for sites that share it."""
+        """The Gram matrix of the inputs that are not `dead`, computed once for all its sites."""
         if self._live is None:
             live = ~self.dead
-            self._live = self._with(self.matrix[live][:, live], live)
+            self._live = self._restricted(self.matrix[live][:, live], live)
         return self._live
 
-    def _with(self, matrix: Tensor, inputs: Tensor | slice) -> "Gram":
-        """A Gram matrix of the same tokens with this sum, for some of the inputs."""
+    def _restricted(self, matrix: Tensor, inputs: Tensor | slice) -> "Gram":
+        """The Gram matrix ``matrix`` of the same tokens, for the inputs with these indices."""
         gram = Gram.from_sum(matrix, self.tokens, self.total[inputs])
-        gram._within, gram.sample = self._within[inputs].clone(), self.sample
+        gram._deviations, gram.sample = self._deviations[inputs].clone(), self.sample
         return gram
 
     def add_up(self, add: Callable[..., None], tokens: int) -> None:
         """Add the sums of other processes, in place.
 
         Args:
-            add: adds the tensors of the other processes to those that it gets, in place.
+            add: a function that adds the tensors of the other processes to its arguments, in place.
             tokens: the number of tokens of all processes.
         """
-        add(self.matrix, self.total, self._within)
+        add(self.matrix, self.total, self._deviations)
         self.tokens = tokens
         self._damped.clear()
         self._live = None
@@ -170,9 +171,9 @@ class Gram:
     @property
     def matrix(self) -> Tensor:
         """``XᵀX`` (in, in)."""
-        if not self._mirrored:
+        if not self._symmetric:
             self._sum.triu_().add_(self._sum.triu(1).T)
-            self._mirrored = True
+            self._symmetric = True
         return self._sum
 
     def damped(self, damping: float | None = None) -> "DampedGram":
@@ -196,7 +197,7 @@ class DampedGram:
 
     Attributes:
         matrix: ``H`` (in, in).
-        damping: the damping that was needed, at least the one asked for.
+        damping: the damping that the factorisation needed, at least the requested one.
     """
 
     def __init__(self, matrix: Tensor, root: Tensor, damping: float) -> None:
@@ -208,8 +209,8 @@ class DampedGram:
         """The upper triangular ``U`` (in, in) with ``UᵀU = H⁻¹``.
 
         For the columns F = {i, i+1, …} not yet frozen, ``[H_FF]⁻¹ = U_FFᵀ U_FF``. It is the inverse
-        of the upper triangular ``R`` with ``H = R Rᵀ``: one factorisation, where inverting first
-        and factorising the inverse takes two.
+        of the upper triangular ``R`` with ``H = R Rᵀ``. This takes one factorisation; inverting
+        first and factorising the inverse would take two.
         """
         eye = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
         inverse: Tensor = torch.linalg.solve_triangular(self._root, eye, upper=True)
@@ -219,8 +220,8 @@ class DampedGram:
     def inverse(self) -> Tensor:
         """``H⁻¹`` (in, in), from the factor: `positive_inverse` is faster and less accurate.
 
-        With inputs that share one large direction, as those of most language models, the latter
-        loses two more digits, or fails.
+        The inputs of most language models share one large direction. With such inputs
+        `positive_inverse` loses two more digits, or fails.
         """
         return self.factor.T @ self.factor
 
@@ -238,10 +239,10 @@ class DampedGram:
         compensation; with a unit diagonal of the inverse, it is the loss with compensation by all
         other weights. Under a mask, some of the weights compensate, so magnitudes halfway between
         rank the weights best. The determinant is 1, so that 1 is the natural unit of a penalty for
-        all layers: for nearly independent inputs, and for inputs of an attention's output
-        projection, which are far more dependent. The diagonal of the inverse is ``E (R⁻ᵀz)²`` over
-        random ``z``: 64 of them estimate its fourth root to 4 %, in a fraction of the time that the
-        factor takes.
+        all layers: for nearly independent inputs, and for the far more dependent inputs of an
+        attention's output projection. The diagonal of the inverse is ``E (R⁻ᵀz)²`` over
+        random ``z``. 64 random vectors estimate its fourth root to 4 %, in a fraction of the time
+        of the factor.
         """
         width, generator = len(self.matrix), torch.Generator().manual_seed(0)
         exact = width <= _PROBES
@@ -260,8 +261,8 @@ class DampedGram:
     def solve(self, rows: Tensor) -> Tensor:
         """``rows H⁻¹`` for ``rows`` (n, in)."""
         half = torch.linalg.solve_triangular(self._root, rows.T, upper=True)
-        whole: Tensor = torch.linalg.solve_triangular(self._root.T, half, upper=False)
-        return whole.T
+        solution: Tensor = torch.linalg.solve_triangular(self._root.T, half, upper=False)
+        return solution.T
 
     @classmethod
     @full_precision()
@@ -281,14 +282,14 @@ class DampedGram:
         )
 
 
-def _fourth_root(above: Tensor, below: Tensor) -> Tensor:
-    """``(above / below)^¼``, also where the quotient has no normal number in this precision.
+def _fourth_root(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """``(numerator / denominator)^¼``, also if the quotient overflows or underflows.
 
-    It is the fourth power of an input's size, which inputs of 1e-12 or 1e10 take out of the range.
+    The quotient is the fourth power of an input's size: inputs of 1e-12 or 1e10 exceed the range.
     """
-    quotient, limits = above / below, torch.finfo(above.dtype)
+    quotient, limits = numerator / denominator, torch.finfo(numerator.dtype)
     normal = (quotient >= limits.tiny) & (quotient <= limits.max)
-    return torch.where(normal, quotient.pow(0.25), above.pow(0.25) / below.pow(0.25))
+    return torch.where(normal, quotient.pow(0.25), numerator.pow(0.25) / denominator.pow(0.25))
 
 
 def _attempts(dtype: torch.dtype, damping: float) -> Iterator[tuple[torch.dtype, float]]:

@@ -1,7 +1,7 @@
 """The removal of whole groups of input columns: the multiple removal problem with one mask.
 
 If all rows of a weight lose the same columns ``P``, the closed form of arXiv 2410.15567 needs one
-factorisation for all rows. The best weights of the columns that stay are
+factorisation for all rows. The best weights of the kept columns are
 ``V_K = W_K + W_P H_PK H_KK⁻¹``, and the loss is ``½ tr(W_P ([H⁻¹]_PP)⁻¹ W_Pᵀ)``. A group of columns
 is, for instance, a channel of an MLP or the outputs of an attention head: without them, the model
 has a smaller dense weight.
@@ -48,7 +48,7 @@ class GroupRemoval:
     """A method that removes groups of columns, in the form of a pruning method.
 
     Args:
-        choose: the choice of the groups, where the pattern leaves it open.
+        choose: the choice of the groups, if the pattern does not give them.
         compensate: True for exact least-squares weights of the kept columns; False keeps them as
             they are.
     """
@@ -59,7 +59,7 @@ class GroupRemoval:
     def __call__(
         self, weight: Tensor, gram: Gram, groups: ColumnGroups, options: SolverOptions
     ) -> Solution:
-        """Remove groups; without groups to remove, the weight is its own solution.
+        """Remove groups. If the pattern removes no group, the weight does not change.
 
         Raises:
             MethodError: ``choose`` does not return the mask of the groups to remove.
@@ -81,11 +81,11 @@ class GroupRemoval:
 def check_removed(mask: Tensor, groups: ColumnGroups) -> None:
     """Raise `MethodError` unless a choice returned the mask of the groups to remove."""
     check_tensor(mask, "a mask of groups", torch.Size([groups.count]), torch.bool)
-    each, wanted = mask.view(groups.bins, -1).sum(1).tolist(), groups.removed // groups.bins
-    if set(each) != {wanted}:
-        bins = f"in {groups.bins} bins, not {wanted} in each" if groups.bins > 1 else ""
-        removed = ", ".join(map(str, each))
-        raise MethodError(f"removes {removed} groups {bins or f'instead of {wanted}'}")
+    counts, expected = mask.view(groups.bins, -1).sum(1).tolist(), groups.removed // groups.bins
+    if set(counts) != {expected}:
+        bins = f"in {groups.bins} bins, not {expected} in each" if groups.bins > 1 else ""
+        removed = ", ".join(map(str, counts))
+        raise MethodError(f"removes {removed} groups {bins or f'instead of {expected}'}")
 
 
 @full_precision()
@@ -94,8 +94,8 @@ def joint_removal(
 ) -> Tensor:
     """The groups to remove, chosen greedily by their joint loss.
 
-    Each step removes the groups of least loss, given all removals before, and compensates in all
-    columns that are left, as OBS does with single weights.
+    Each step removes the groups of least loss, given all earlier removals, and compensates in all
+    remaining columns, as OBS does with single weights.
 
     Args:
         weight: the dense ``W`` (out, in).
@@ -119,18 +119,18 @@ def removal_order(
 ) -> Tensor:
     """The order in which `joint_removal` removes groups, from the first to the last.
 
-    Every beginning whose length is a multiple of the number of bins has the same number of groups
-    from each bin. The arguments and errors are those of `joint_removal`.
+    A prefix of the order has the same number of groups from each bin if its length is a multiple of
+    the number of bins. The arguments and errors are those of `joint_removal`.
 
     Returns:
         The indices of ``groups.removed`` groups.
     """
     removed = groups.mask(()).to(weight.device)
-    groups.columns(removed, weight.shape[1])  # refuses groups that do not fit
+    groups.columns(removed, weight.shape[1])  # raises if the groups do not fit
     damped = gram.damped(options.damping)
     search, order = _GreedyRemoval(weight.to(damped.matrix.dtype), damped, groups), list[Tensor]()
-    while (left := groups.removed - int(search.removed.sum())) > 0:
-        order.append(search.cheapest(min(left, math.ceil(groups.removed / _STEPS))))
+    while (remaining := groups.removed - int(search.removed.sum())) > 0:
+        order.append(search.cheapest(min(remaining, math.ceil(groups.removed / _STEPS))))
         search.remove(order[-1])
     return torch.cat([torch.zeros(0, dtype=torch.long), *(part.cpu() for part in order)])
 
@@ -168,7 +168,7 @@ def removal_loss(weight: Tensor, damped: DampedGram, removed: Tensor) -> float:
 
 
 class _GreedyRemoval:
-    """The state of a greedy removal; ``removed`` (count,) is True for the groups that are gone."""
+    """The state of a greedy removal; ``removed`` (count,) is the mask of the removed groups."""
 
     def __init__(self, weight: Tensor, damped: DampedGram, groups: ColumnGroups) -> None:
         self._groups = groups
@@ -180,10 +180,10 @@ class _GreedyRemoval:
         """The indices of about ``count`` groups of least loss, the same number from each bin."""
         groups = self._groups
         losses = self._losses().masked_fill(self.removed, math.inf).view(groups.bins, -1)
-        each = math.ceil(count / groups.bins)
-        chosen = losses.topk(each, dim=1, largest=False).indices
-        first = torch.arange(groups.bins, device=chosen.device) * (groups.count // groups.bins)
-        return (chosen + first.unsqueeze(1)).T.flatten()
+        per_bin = math.ceil(count / groups.bins)
+        chosen = losses.topk(per_bin, dim=1, largest=False).indices
+        bin_starts = torch.arange(groups.bins, device=chosen.device) * (groups.count // groups.bins)
+        return (chosen + bin_starts.unsqueeze(1)).T.flatten()
 
     def _losses(self) -> Tensor:
         """The loss of the removal of each group by itself, up to a factor (count,)."""
@@ -191,8 +191,8 @@ class _GreedyRemoval:
         size = parts.shape[2]
         if size == 1:
             diagonal = self._inverse.diagonal().masked_fill(self.removed, 1)
-            alone: Tensor = parts.square().sum((0, 2)) / diagonal
-            return alone
+            losses: Tensor = parts.square().sum((0, 2)) / diagonal
+            return losses
         blocks = self._inverse.view(len(parts[0]), size, -1, size).diagonal(dim1=0, dim2=2)
         blocks = blocks.permute(2, 0, 1).clone()
         blocks[self.removed] = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
@@ -201,10 +201,10 @@ class _GreedyRemoval:
         return solved.square().sum((1, 2))
 
     def remove(self, chosen: Tensor) -> None:
-        """Remove groups, and compensate in all columns that are left."""
-        taken = torch.zeros_like(self.removed)
-        taken[chosen] = True
-        columns = self._columns[self._groups.columns(taken, len(self._columns))]
+        """Remove groups, and compensate in all remaining columns."""
+        mask = torch.zeros_like(self.removed)
+        mask[chosen] = True
+        columns = self._columns[self._groups.columns(mask, len(self._columns))]
         across = self._inverse[columns]
         ratio = torch.linalg.solve(across[:, columns], across)
         self._weight -= self._weight[:, columns] @ ratio
@@ -212,4 +212,4 @@ class _GreedyRemoval:
         self._weight[:, columns] = 0  # without the rounding errors of the update
         self._inverse[columns] = 0
         self._inverse[:, columns] = 0
-        self.removed |= taken
+        self.removed |= mask

@@ -1,4 +1,4 @@
-"""Kept weights rounded to integers, so that later roundings make up for earlier ones."""
+"""The rounding of kept weights to integers: later columns compensate for earlier errors."""
 
 import math
 
@@ -24,10 +24,10 @@ def rounded(
     """Weights (out, in) that are integers times a scale, with outputs near those of ``weight``.
 
     Minimises ``tr((Q − W) H (Q − W)ᵀ)`` over the integers by coordinate descent. The first pass
-    starts with the weights as they are and rounds one column after the other, each to the best
-    value given the errors of the columns before it; it is the error feedback of GPTQ (arXiv
-    2210.17323) with the columns behind it unchanged. Each further pass rounds each column again,
-    given all others, and never makes a row worse (as QuantEase, arXiv 2309.01885). Zeros stay.
+    rounds one column after the other, each to the best value given the errors of the columns before
+    it. It is the error feedback of GPTQ (arXiv 2210.17323) without the update of later columns.
+    Each further pass rounds each column again, given all other columns, and never increases the
+    loss of a row (as QuantEase, arXiv 2309.01885). Zeros stay.
 
     Args:
         weight: ``W`` (out, in) in fp32, with zeros where it is pruned.
@@ -37,12 +37,12 @@ def rounded(
         passes: the number of passes.
     """
     kept = weight != 0
-    spread = scales_of(weight, matrix.diagonal(), grid, dtype)
+    scales = scales_of(weight, matrix.diagonal(), grid, dtype)
     width = weight.shape[1]
-    spread = spread.repeat_interleave(grid.columns(width), 1)[:, :width]
+    scales = scales.repeat_interleave(grid.columns(width), 1)[:, :width]
     values = weight.clone()
     for _ in range(passes):
-        _descend(values, weight, matrix, kept, spread, grid.most, dtype)
+        _descend(values, weight, matrix, kept, scales, grid.most, dtype)
     return values
 
 
@@ -51,7 +51,7 @@ def _descend(
     weight: Tensor,
     matrix: Tensor,
     kept: Tensor,
-    spread: Tensor,
+    scales: Tensor,
     most: int,
     dtype: torch.dtype,
 ) -> None:
@@ -62,13 +62,13 @@ def _descend(
         block = slice(start, min(start + _BLOCK, weight.shape[1]))
         before, inside = values[:, block].clone(), matrix[block, block]
         local = gradient[:, block]
-        for place in range(block.stop - start):
-            column = start + place
-            wanted = values[:, column] - local[:, place] / diagonal[column]
-            scale = spread[:, column]
-            level = (wanted / scale).round().clamp(-most, most)
+        for offset in range(block.stop - start):
+            column = start + offset
+            optimum = values[:, column] - local[:, offset] / diagonal[column]
+            scale = scales[:, column]
+            level = (optimum / scale).round().clamp(-most, most)
             value = (level * scale).to(dtype).float() * kept[:, column] + 0.0  # no negative zeros
-            local += (value - values[:, column]).unsqueeze(1) * inside[place]
+            local += (value - values[:, column]).unsqueeze(1) * inside[offset]
             values[:, column] = value
         if block.stop < weight.shape[1]:
             rest = slice(block.stop, None)
@@ -78,9 +78,10 @@ def _descend(
 def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torch.dtype) -> Tensor:
     """The scale of each group (out, groups), rounded to the stored dtype, in fp32.
 
-    It is the one with the least weighted squared error among some from 0.6 to 1 times the one that
-    reaches the largest weight: a smaller one cuts off the largest weights and is finer for all
-    others. It is above 0, for groups without weights as well.
+    The full scale maps the largest weight to the largest integer. Candidates are the full scale
+    times factors from 0.6 to 1, and the one with the least weighted squared error is chosen. A
+    smaller scale clips the largest weights and is finer for all others. Scales are above 0, also
+    for groups without weights.
 
     Args:
         weight: the weights (out, in) in fp32.
@@ -94,20 +95,20 @@ def scales_of(weight: Tensor, importance: Tensor, grid: IntegerGrid, dtype: torc
     scales = weight.new_empty(rows, groups)
     step = max(1, _CHUNK // max(1, groups * group))
     for start in range(0, rows, step):
-        some = torch.nn.functional.pad(weight[start : start + step], (0, missing))
-        parts = some.view(-1, groups, group)
+        chunk = torch.nn.functional.pad(weight[start : start + step], (0, missing))
+        parts = chunk.view(-1, groups, group)
         scales[start : start + step] = _best_scales(parts, weighting, grid.most, dtype)
     return scales
 
 
 def _best_scales(parts: Tensor, weighting: Tensor, most: int, dtype: torch.dtype) -> Tensor:
     """The scale of each group of some rows (rows, groups, group), see `scales_of`."""
-    whole = (parts.abs().amax(2) / most).clamp_min(1e-30)
-    scales, best = whole, torch.full_like(whole, math.inf)
+    full_scale = (parts.abs().amax(2) / most).clamp_min(1e-30)
+    scales, best = full_scale, torch.full_like(full_scale, math.inf)
     least = torch.finfo(dtype).tiny / 2**8  # a subnormal number, since scales of fp16 are small
     levels = torch.empty_like(parts)
     for factor in _SHRINK:
-        scale = (whole * factor).to(dtype).float().clamp_min(least)
+        scale = (full_scale * factor).to(dtype).float().clamp_min(least)
         torch.div(parts, scale.unsqueeze(2), out=levels)
         levels.round_().clamp_(-most, most).mul_(scale.unsqueeze(2)).sub_(parts).square_()
         error = levels.mul_(weighting).sum(2)

@@ -68,11 +68,13 @@ def joint_weights(
     dense = weight.to(unit.matrix.dtype) * unit.scale
     keep = (~mask).to(dense.dtype)
     if weight.shape[1] <= _DIRECT:
-        solution, loss, left = _direct(dense, unit.matrix, keep)
+        solution, loss, residuals = _direct(dense, unit.matrix, keep)
     else:
-        first = dense if start is None else start * unit.scale
-        solution, loss, left = _iterate(dense, unit, keep, first * keep, tolerance, max_steps)
-    lost, size = torch.stack([loss.sum(), left.norm()]).tolist()
+        initial = dense if start is None else start * unit.scale
+        solution, loss, residuals = _iterate(
+            dense, unit, keep, initial * keep, tolerance, max_steps
+        )
+    lost, size = torch.stack([loss.sum(), residuals.norm()]).tolist()
     residual = size / math.sqrt(2 * lost) if lost > 0 else 0.0
     return Joint(solution.div_(unit.scale), mask, loss, residual)
 
@@ -97,7 +99,7 @@ def solve_masked(weight: Tensor, gram: Gram, mask: Tensor, options: SolverOption
 
 
 def _direct(dense: Tensor, matrix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By Cholesky: the solution (out, in), the losses (out,), the residual (out, in)."""
+    """Solve by Cholesky: the solution (out, in), the losses (out,), the residual (out, in)."""
     right = (dense @ matrix).mul_(keep)
     rows = max(1, _CHUNK // matrix.numel())
     parts = []
@@ -127,10 +129,11 @@ def _iterate(
         step = _ratio(power, _dot(direction, image))
         solution.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
-        lowered = (step * power).div_(2)
-        loss.sub_(lowered)
-        gained, left = torch.stack([lowered.sum(), loss.sum()]).tolist()  # one wait for a device
-        if gained <= tolerance * max(left, 0.0):
+        decreases = (step * power).div_(2)
+        loss.sub_(decreases)
+        sums = torch.stack([decreases.sum(), loss.sum()])
+        decrease, remaining = sums.tolist()  # one wait for a device
+        if decrease <= tolerance * max(remaining, 0.0):
             break
         precondition(residual, scaled)
         previous, power = power, _dot(residual, scaled)
@@ -139,7 +142,7 @@ def _iterate(
 
 
 def _deflation(unit: Scaled, keep: Tensor) -> Callable[[Tensor, Tensor], None]:
-    """A preconditioner that deflates a few outlier directions.
+    """A preconditioner that deflates the outlier directions.
 
     Activations of language models are far larger in a few directions than in all others, and each
     such direction costs a step of conjugate gradients. The matrix is approximately
@@ -192,8 +195,8 @@ def relative_layer_error(dense: Tensor, pruned: Tensor, gram: Tensor) -> float:
     Returns:
         The error. If the dense output is zero, 0 if nothing is lost, else infinity.
     """
-    lost, whole = _energy(pruned - dense, gram), _energy(dense, gram)
-    return lost / whole if whole else (math.inf if lost else 0.0)
+    error, energy = _energy(pruned - dense, gram), _energy(dense, gram)
+    return error / energy if energy else (math.inf if error else 0.0)
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:

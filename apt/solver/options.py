@@ -24,8 +24,8 @@ class SolverOptions:
         block_size: the columns B of one joint compensation; None takes all columns.
         mask_window: the number of columns over which an unstructured mask S is selected.
         tolerance: the tolerance at which the joint solve for all columns stops, see
-            `apt.solver.joint_weights`. `admm` takes a multiple of it after its first, short search,
-            which is the only one with the effort ``"fast"``.
+            `apt.solver.joint_weights`. `admm` takes a multiple of it after its first search, which
+            is short. With the effort ``"fast"`` there is no other search.
     """
 
     damping: float | None = None
@@ -59,14 +59,14 @@ def check_fit(weight: Tensor, pattern: Pattern) -> None:
 
 
 class MethodError(TypeError):
-    """A method returned something other than it must. The text continues "method NAME …"."""
+    """A method returned an unusable value. The text continues "method NAME …"."""
 
 
 def check_solution(found: object, weight: Tensor) -> None:
     """Raise unless a method returned a solution for ``weight`` (out, in).
 
     Raises:
-        MethodError: it is no `Solution`, or its tensors have another shape, dtype or device.
+        MethodError: ``found`` is no `Solution`, or its tensors have another shape, dtype or device.
     """
     if not isinstance(found, Solution):
         raise MethodError(f"returns {type(found).__name__}, not an apt.solver.Solution")
@@ -84,13 +84,13 @@ def check_tensor(
     """Raise `MethodError` unless ``value`` is a tensor of this shape and dtype.
 
     Args:
-        name: its name in the message, with an article.
-        device: the device on which it must be; None for any.
+        name: the name of the value in the message, with an article.
+        device: the required device; None for any.
     """
     if not isinstance(value, Tensor):
         raise MethodError(f"returns {type(value).__name__} as {name}, not a tensor")
-    for own, wanted in ((tuple(value.shape), tuple(shape)), (value.dtype, dtype)):
-        if own != wanted:
-            raise MethodError(f"returns {name} of {own}, not {wanted}")
+    for actual, expected in ((tuple(value.shape), tuple(shape)), (value.dtype, dtype)):
+        if actual != expected:
+            raise MethodError(f"returns {name} of {actual}, not {expected}")
     if device is not None and value.device != device:
         raise MethodError(f"returns {name} on {value.device}, not {device}")

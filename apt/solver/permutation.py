@@ -1,8 +1,8 @@
-"""The order of a weight's columns in which an n:m pattern keeps the most.
+"""The order of a weight's columns in which an n:m pattern keeps the largest total score.
 
-Columns of large scores are first dealt out to the groups. Then one column of every group at a time
-is taken out, and they are given back by an optimal assignment. (Pool and Yu, Channel Permutations
-for N:M Sparsity, NeurIPS 2021, exchange two columns at a time.)
+Columns of large scores are first spread over the groups. Then one column of every group is removed
+at a time, and these columns return to the groups by an optimal assignment. (Pool and Yu, Channel
+Permutations for N:M Sparsity, NeurIPS 2021, exchange two columns at a time.)
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apt.patterns import Pattern
 
-_ROUNDS = 2  # times that each place of a group is assigned
+_ROUNDS = 2  # assignments of each position of a group
 
 
 def best_order(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -30,21 +30,21 @@ def best_order(scores: Tensor, pattern: Pattern) -> Tensor:
     groups = scores.sum(0).argsort(descending=True, stable=True).view(size, -1).T.clone()
     for place in list(range(size)) * _ROUNDS:
         rest = groups[:, [other for other in range(size) if other != place]]
-        taken = groups[:, place]
-        benefit = _benefits(scores, taken, rest, kept)
-        _, given = linear_sum_assignment(benefit.cpu().numpy(), maximize=True)
-        groups[:, place] = taken[torch.from_numpy(given).to(taken.device)]
+        removed = groups[:, place]
+        benefits = _benefits(scores, removed, rest, kept)
+        _, assignment = linear_sum_assignment(benefits.cpu().numpy(), maximize=True)
+        groups[:, place] = removed[torch.from_numpy(assignment).to(removed.device)]
     return groups.flatten()
 
 
-def _benefits(scores: Tensor, taken: Tensor, rest: Tensor, n: int) -> Tensor:
-    """What each group of ``rest`` keeps more (groups, taken) with each column of ``taken``.
+def _benefits(scores: Tensor, columns: Tensor, rest: Tensor, n: int) -> Tensor:
+    """The increase (groups, columns) of the kept score of each group of ``rest`` by each column.
 
-    A group that keeps n of its scores in a row keeps a further one if that is larger than the n-th
-    largest, in place of it.
+    In a row, a group keeps its n largest scores. A further score replaces the n-th largest if it is
+    larger.
     """
-    new = scores[:, taken].T.contiguous()
+    values = scores[:, columns].T.contiguous()
     nth = scores[:, rest.flatten()].view(len(scores), *rest.shape).topk(n, dim=2).values[..., -1]
     nth = nth.T.contiguous()
     # Σ max(0, a − b) = (Σ |a − b| + Σ a − Σ b) / 2
-    return (torch.cdist(nth, new, p=1) + new.sum(1) - nth.sum(1, keepdim=True)) / 2
+    return (torch.cdist(nth, values, p=1) + values.sum(1) - nth.sum(1, keepdim=True)) / 2

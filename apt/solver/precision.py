@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from apt.devices import kinds
+from apt.devices import device_kinds
 
 _lock = Lock()
-_inside = 0  # the entered contexts of all threads: torch's settings belong to the process
-_before: "PrecisionSettings"
+_entered = 0  # the entered contexts of all threads: torch's settings belong to the process
+_previous: "PrecisionSettings"
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def full_precision() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            for device in kinds():
+            for device in device_kinds():
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             yield
@@ -37,19 +37,19 @@ def full_precision() -> Iterator[None]:
 
 
 def _enter() -> None:
-    global _inside, _before
+    global _entered, _previous
     with _lock:
-        if not _inside:
-            _before = require_full()
-        _inside += 1
+        if not _entered:
+            _previous = require_full()
+        _entered += 1
 
 
 def _leave() -> None:
-    global _inside
+    global _entered
     with _lock:
-        _inside -= 1
-        if not _inside:
-            restore(_before)
+        _entered -= 1
+        if not _entered:
+            restore(_previous)
 
 
 Operation = tuple[str, str]  # a backend and one of its operations, as torch names them
@@ -65,10 +65,10 @@ _set: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
 class PrecisionSettings:
     """The settings of fp32 products before `require_full`; torch has two that must agree.
 
-    Since torch 2.9, the products of each backend have a setting of their own
-    (``torch.backends.fp32_precision``), which is inherited from a parent if it is not set. The
-    older one for all backends (`torch.set_float32_matmul_precision`) overwrites the new ones. To
-    read it is an error if the two disagree, as they do after the new one alone was changed.
+    Since torch 2.9, each backend has a setting for its products
+    (``torch.backends.fp32_precision``). It is inherited from a parent if it is not set. The older
+    setting for all backends (`torch.set_float32_matmul_precision`) overwrites the new settings. It
+    cannot be read if it disagrees with them, as happens after a change of a new setting alone.
 
     Attributes:
         changed: the new settings of the operations that were changed; "none" if inherited.
@@ -81,15 +81,15 @@ class PrecisionSettings:
 def require_full() -> PrecisionSettings:
     """Allow only full fp32 products, and return the settings before; change no more than needed."""
     operations = _PRODUCTS if _get is not None else ()
-    own = {operation: _own(operation) for operation in operations}
+    explicit = {operation: _explicit_setting(operation) for operation in operations}
     reduced = [operation for operation in operations if _get(*operation) not in _FULL]
     for operation in reduced:
         _set(*operation, "ieee")
     older = torch.get_float32_matmul_precision()  # no error: the two settings agree now
     if older == _HIGHEST:
-        return PrecisionSettings(older, {operation: own[operation] for operation in reduced})
+        return PrecisionSettings(older, {operation: explicit[operation] for operation in reduced})
     torch.set_float32_matmul_precision(_HIGHEST)
-    return PrecisionSettings(older, own)
+    return PrecisionSettings(older, explicit)
 
 
 def restore(settings: PrecisionSettings) -> None:
@@ -100,19 +100,19 @@ def restore(settings: PrecisionSettings) -> None:
         _set(*operation, value)
 
 
-def _own(operation: Operation) -> str:
+def _explicit_setting(operation: Operation) -> str:
     """The setting of the operation itself, "none" if it is inherited.
 
-    torch returns the effective value, inherited or not. A value equal to the parent's is inherited
-    if it changes together with the parent's. To test this, the parent is set to full precision and
-    then set back.
+    torch returns the effective value, inherited or not. A value equal to the value of the parent is
+    inherited if both change together. To test this, the parent is set to full precision and then
+    set back.
     """
     value: str = _get(*operation)
     parent = _ROOT if operation[1] == "all" else (operation[0], "all")
     if value in _FULL or operation == _ROOT or value != _get(*parent):
         return value
-    before = _own(parent)
+    parent_setting = _explicit_setting(parent)
     _set(*parent, "ieee")
     inherited = _get(*operation) != value
-    _set(*parent, before)
+    _set(*parent, parent_setting)
     return "none" if inherited else value

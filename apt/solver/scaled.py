@@ -27,7 +27,7 @@ class Scaled:
 
     @cached_property
     def outliers(self) -> tuple[Tensor, Tensor]:
-        """The largest eigenvalues (count,), about, and their eigenvectors (in, count)."""
+        """Approximations of the largest eigenvalues (count,) and their eigenvectors (in, count)."""
         count = max(1, min(_OUTLIERS, len(self.matrix) // 8))
         generator = torch.Generator().manual_seed(0)
         basis = torch.randn(
@@ -40,16 +40,16 @@ class Scaled:
         return values, basis @ rotation
 
     def proximals(self, penalties: Iterable[float]) -> Iterator[Tensor]:
-        """``ρ (H + ρI)⁻¹`` of the scaled matrix (in, in) for each penalty ρ, about.
+        """Approximations of ``ρ (H + ρI)⁻¹`` of the scaled matrix (in, in), for each penalty ρ.
 
-        Inverses are computed for two penalties. For all others, a weighted sum of both serves
-        (`_shares`). Between 0.5 and 1.4, and for every eigenvalue of H, it differs from the exact
-        operator by less than 0.007, where its eigenvalues are between 0 and 1: about as much as
-        bf16 rounds. They tolerate a low precision for the same reason. The matrices are in bf16 if
-        the machine multiplies bf16 faster and the matrix is large, unless it is in fp64.
+        Inverses are computed for two penalties. For other penalties, the operator is a weighted sum
+        of both (`_shares`). Its eigenvalues are between 0 and 1. For penalties from 0.5 to 1.4, and
+        for every eigenvalue of H, their error is below 0.007, about the rounding error of bf16. So
+        the operators are in bf16 if the machine multiplies bf16 faster and the matrix is large and
+        not in fp64.
 
-        A matrix is overwritten when the next one is asked for. Sites that share an input need the
-        same inverses, so these are cached, up to `_CACHE` bytes.
+        Each matrix is overwritten by the next one. Sites that share an input need the same
+        inverses, so these are cached, up to `_CACHE` bytes.
         """
         nodes: dict[float, Tensor] = {}
         mixed: Tensor | None = None
@@ -119,7 +119,7 @@ def positive_inverse(matrix: Tensor) -> Tensor:
     """
     failures = list[Tensor]()
     inverse = _inverse_by_halves(matrix, failures)
-    if not bool(torch.stack(failures).any()):  # to ask after each part would wait for a device
+    if not bool(torch.stack(failures).any()):  # one wait for the device, not one for each part
         return inverse
     if matrix.dtype == torch.float64:
         raise torch.linalg.LinAlgError("the matrix is not positive definite")  # type: ignore[attr-defined]

@@ -113,12 +113,12 @@ class _Sweep:
         columns = weight.T.clone(memory_format=torch.contiguous_format)  # a copy in any layout
         mask = torch.zeros_like(columns, dtype=torch.bool)
         for start in range(0, len(columns), self.window):
-            here = slice(start, min(start + self.window, len(columns)))
-            rest = slice(here.stop, None)
+            window = slice(start, min(start + self.window, len(columns)))
+            rest = slice(window.stop, None)
             coefficients = self._window(
-                columns[here], factor[here, here], mask[here], offset + start
+                columns[window], factor[window, window], mask[window], offset + start
             )
-            columns[rest].addmm_(factor[here, rest].T, coefficients, alpha=-1)
+            columns[rest].addmm_(factor[window, rest].T, coefficients, alpha=-1)
         return columns.T.masked_fill(mask.T, 0), mask.T.contiguous()
 
     def _window(self, columns: Tensor, factor: Tensor, mask: Tensor, offset: int) -> Tensor:
@@ -128,11 +128,11 @@ class _Sweep:
             scores = columns / factor.diagonal().unsqueeze(1)
             mask.copy_(self.pattern.lowest(scores.square_().T, offset=offset).T)
         for start in range(0, len(columns), self.strip):
-            here, rest = slice(start, start + self.strip), slice(start + self.strip, None)
+            strip, rest = slice(start, start + self.strip), slice(start + self.strip, None)
             if self.choose is not None:
-                mask[here] = self.choose(columns[here], factor[here, here])
-            _single(columns[here], factor[here, here], mask[here], coefficients[here])
-            columns[rest].addmm_(factor[here, rest].T, coefficients[here], alpha=-1)
+                mask[strip] = self.choose(columns[strip], factor[strip, strip])
+            _single(columns[strip], factor[strip, strip], mask[strip], coefficients[strip])
+            columns[rest].addmm_(factor[strip, rest].T, coefficients[strip], alpha=-1)
         return coefficients
 
 
@@ -195,11 +195,13 @@ def _blockwise(
     current, factor = weight.clone(), damped.factor
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, weight.shape[1], block):
-        here, rest = slice(start, start + block), slice(start, None)
-        _, mask[:, here] = sweep.run(current[:, here], factor[here, here], start)
-        coefficients = _joint_coefficients(current[:, here], factor[here, here], mask[:, here])
-        current[:, rest].addmm_(coefficients, factor[here, rest], alpha=-1)
-        current[:, here].masked_fill_(mask[:, here], 0)
+        columns, rest = slice(start, start + block), slice(start, None)
+        _, mask[:, columns] = sweep.run(current[:, columns], factor[columns, columns], start)
+        coefficients = _joint_coefficients(
+            current[:, columns], factor[columns, columns], mask[:, columns]
+        )
+        current[:, rest].addmm_(coefficients, factor[columns, rest], alpha=-1)
+        current[:, columns].masked_fill_(mask[:, columns], 0)
     return current, mask
 
 
@@ -217,6 +219,7 @@ def _joint_coefficients(weight: Tensor, factor: Tensor, mask: Tensor) -> Tensor:
 
 
 def _multipliers(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
+    """The multipliers ``λ`` (rows, B) of the padded systems; see `_joint_coefficients`."""
     padded = inverse * pruned.unsqueeze(2) * pruned.unsqueeze(1)
     padded.diagonal(dim1=1, dim2=2).add_(1 - pruned)
     lower = torch.linalg.cholesky(padded)

@@ -21,7 +21,7 @@ from apt.testing.suite import random_tokens
 
 
 class NoSubject(AptError):
-    """No check can run, for one or several reasons."""
+    """No check can run; the error has all the reasons."""
 
     def __init__(self, reasons: list[str]) -> None:
         self._reasons = list(dict.fromkeys(reasons))
@@ -52,24 +52,24 @@ def subject(registry: Registry, adapter: str, model: str | None = None) -> Subje
     origin = registry.adapters.origins[spec.name]
     faults: list[str] = []
     with _collected(faults):
-        made = _adapter(spec, origin)
+        instance = _adapter(spec, origin)
     if model is None and spec.example is not None:
         with _collected(faults):
             module = _example(spec, origin)
         if faults:
             raise NoSubject(faults)
-        return Subject(made, module.eval(), _tokens(module), spec)
+        return Subject(instance, module.eval(), _tokens(module), spec)
     if faults:
         raise NoSubject(faults)
     skeleton = open_skeleton(find(model or f"zoo:{spec.name}", registry), registry, spec.name)
     opened = load(skeleton, compute="auto")
     of_family = model is None or (spec.example is None and spec.zoo is None)
-    made_of_model = Subject(
+    model_subject = Subject(
         opened.adapter, opened.module, _tokens(opened.module), spec if of_family else None
     )
     if model is not None:
-        made_of_model.adapter.blocks(opened.module)  # raises if the adapter does not fit the model
-    return made_of_model
+        model_subject.adapter.blocks(opened.module)  # raises if the adapter does not fit the model
+    return model_subject
 
 
 @contextmanager
@@ -81,24 +81,24 @@ def _collected(faults: list[str]) -> Iterator[None]:
 
 
 def _spec(registry: Registry, adapter: str) -> AdapterSpec:
-    """The spec of that name. If there is none, the error lists the plugins that did not load."""
+    """The spec of an adapter; the error for an unknown name lists plugins that did not load."""
     try:
         return registry.adapters.get(adapter)
     except AptError as error:
-        failed = [plugin for plugin in registry.plugins.values() if plugin.problem]
-        if not failed:
+        failed_plugins = [plugin for plugin in registry.plugins.values() if plugin.problem]
+        if not failed_plugins:
             raise NoSubject([str(error)]) from error
         lines = [
             f"plugin {plugin.distribution} does not load: {_load_error(plugin)}"
-            for plugin in failed
+            for plugin in failed_plugins
         ]
         close = get_close_matches(adapter, registry.adapters.specs, n=1, cutoff=0.8)
-        meant = f"; did you mean '{close[0]}'?" if close else ""
-        raise NoSubject([f"no adapter '{adapter}'{meant}", *lines]) from error
+        suggestion = f"; did you mean '{close[0]}'?" if close else ""
+        raise NoSubject([f"no adapter '{adapter}'{suggestion}", *lines]) from error
 
 
 def _load_error(plugin: Plugin) -> str:
-    """The error in loading a plugin, with the line of its file."""
+    """The error that a plugin raises on import, with the line of its file."""
     try:
         resolve_name(plugin.module).apt_adapters()
     except (Exception, SystemExit) as error:
@@ -107,11 +107,11 @@ def _load_error(plugin: Plugin) -> str:
 
 
 def _adapter(spec: AdapterSpec, origin: Plugin) -> Any:
-    kind = _imported(spec, "target", spec.target, origin)
+    adapter_class = _imported(spec, "target", spec.target, origin)
     try:
-        return kind()
+        return adapter_class()
     except Exception as error:
-        raise NoSubject([f"adapter '{spec.name}': {explained(error, kind)}"]) from error
+        raise NoSubject([f"adapter '{spec.name}': {explained(error, adapter_class)}"]) from error
 
 
 def _example(spec: AdapterSpec, origin: Plugin) -> nn.Module:
@@ -137,13 +137,13 @@ def _imported(spec: AdapterSpec, field: str, target: str, origin: Plugin) -> Any
     try:
         return resolve_name(target)
     except Exception as error:
-        fault = explained(error)
+        message = explained(error)
         if isinstance(error, AttributeError) and isinstance(error.name, str):
             close = get_close_matches(error.name, dir(error.obj), n=1)
-            fault += f"; did you mean '{close[0]}'?" if close else ""
+            message += f"; did you mean '{close[0]}'?" if close else ""
         name = f"{field} '{target}' of adapter '{spec.name}'"
         place = _place_of_text(origin, target)
-        raise NoSubject([f"{name} cannot be imported: {fault}{place}"]) from error
+        raise NoSubject([f"{name} cannot be imported: {message}{place}"]) from error
 
 
 def _place_of_text(origin: Plugin, text: str) -> str:

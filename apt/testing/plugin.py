@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(
 
 
 class _Checks(pytest.Collector):
-    """The checks of one adapter. A fault that several of them find is reported once."""
+    """The checks of one adapter. A fault that several checks find is reported once."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -43,7 +43,7 @@ class _Checks(pytest.Collector):
 
     @cached_property
     def subject(self) -> Any:
-        """The subject of the checks, or the `AptError` with the reason for which there is none."""
+        """The subject of the checks, or the `AptError` with the reason why it cannot be made."""
         from apt.errors import AptError
         from apt.plugin.registry import registry
         from apt.testing.example import subject

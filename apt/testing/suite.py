@@ -49,11 +49,11 @@ class AdapterConformance(ABC):
 
     @abstractmethod
     def adapter(self) -> Adapter:
-        """The adapter."""
+        """The adapter to check."""
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A model of its family; a tiny random one is enough."""
+        """A model of the adapter's family; a tiny random one is enough."""
 
     def tokens(self, model: nn.Module) -> Tensor:
         """Token ids (samples, seqlen)."""

@@ -18,16 +18,16 @@ class RandomTokens:
 
     A few thousand tokens of text contain at most a few thousand different tokens of the vocabulary,
     and few of the token pairs of other text. Weights that compensate for earlier errors fit the
-    given text and do worse on other text. Copies in which half of the tokens are drawn from the
-    whole vocabulary cover more of it, need no other text, and are cheap to make. Random replacement
+    given text and do worse on other text. Copies with half of the tokens drawn from the whole
+    vocabulary cover more of it, need no other text, and are cheap to make. Random replacement
     also augments text for classifiers (Wei and Zou, arXiv 1901.11196).
 
     Args:
         copies: the number of copies per given sample.
         share: the share of a copy's tokens that are replaced. The first token is kept: it may be
             the BOS token or an attention sink.
-        tokens: the approximate greatest number of tokens in all copies; at least one sample is
-            made. With more given text, less of the vocabulary is missing.
+        tokens: the approximate greatest number of tokens in all copies; there is at least one copy.
+            More given text covers more of the vocabulary, so that it needs no more copies.
     """
 
     copies: float = PRESETS["default"].random_tokens
@@ -58,17 +58,17 @@ class RandomTokens:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The samples that are added to the given ones: own text, and copies with random tokens."""
+    """The samples that are added to the given samples: own text, and copies with random tokens."""
 
     own_samples: int = 0
     random_tokens: RandomTokens | None = None
 
     def written(self, given: int) -> int:
-        """The number of samples, with those that the model generates, for ``given`` ones."""
+        """The number of given and generated samples, for ``given`` samples."""
         return given + self.own_samples
 
     def samples(self, given: int, seqlen: int) -> int:
-        """The total number of samples of ``seqlen`` tokens, for ``given`` ones."""
+        """The total number of samples of ``seqlen`` tokens, for ``given`` samples."""
         count = self.written(given)
         return count + (self.random_tokens.samples(count, seqlen) if self.random_tokens else 0)
 

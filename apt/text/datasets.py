@@ -17,7 +17,7 @@ from apt.text.sampling import generator
 from apt.text.special_tokens import bos_of
 
 Split = Literal["calibration", "evaluation"]
-_CHARACTERS_PER_TOKEN = 32  # far above the mean of any tokenizer, so that enough text is read
+_CHARACTERS_PER_TOKEN = 32  # far above the mean of any tokenizer: enough text is always read
 
 
 def documents(source: str, split: Split, registry: Registry) -> Iterator[Document]:
@@ -26,7 +26,7 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[Documen
     Args:
         source: a name that a plugin provides (``builtin``, ``wikitext2``), a local .txt, .jsonl or
             .parquet file, or a hub data set, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``.
-        split: the part to read; a local file has the same part for both.
+        split: the part to read; a local file has one part for both.
 
     Raises:
         AptError: the source does not exist or cannot be read.
@@ -37,8 +37,8 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[Documen
     kind = kind_at(path) if source else None
     if kind == "file":
         return read_file(path)
-    file = path.suffix in ENDINGS or (path.suffix and "/" not in source)  # not `org/text:1.0`
-    if kind or file or source.startswith((".", "/", "~")):
+    names_file = path.suffix in ENDINGS or (path.suffix and "/" not in source)  # not `org/text:1.0`
+    if kind or names_file or source.startswith((".", "/", "~")):
         raise AptError(f"no such data set: {shortened(source)} is no file", f"give {SUFFIXES}")
     if "/" not in source:
         raise unknown("data set", source, registry.calibrations.specs)
@@ -63,7 +63,7 @@ def hub_documents(
         config: the data set's configuration.
         split: calibration reads ``train``; evaluation reads ``test``, else ``validation``.
         files: the files of each split of the data set.
-        revision: a branch of its repository.
+        revision: a branch of the data set's repository.
         token: the access token of the hub.
         called: the name in messages; ``name`` by default.
         parts: the names of the data set's own splits, if they have others.
@@ -74,31 +74,31 @@ def hub_documents(
     called = called or name
     remote = "/" in name or any("://" in path for path in (files or {}).values())
     if remote and not offline() and not reachable():
-        fault = f"data set '{called}' is on the hub, and {no_answer()}"
-        raise AptError(fault, "check the network, or give a local file")
+        message = f"data set '{called}' is on the hub, and {no_answer()}"
+        raise AptError(message, "check the network, or give a local file")
     import datasets
 
-    wanted = ("train",) if split == "calibration" else ("test", "validation")
-    wanted = (parts[split],) if parts is not None and split in parts else wanted
+    split_names = ("train",) if split == "calibration" else ("test", "validation")
+    split_names = (parts[split],) if parts is not None and split in parts else split_names
     try:
-        loaded = datasets.load_dataset(
+        splits = datasets.load_dataset(
             name, config, data_files=files, revision=revision, token=token, streaming=True
         )
-        part = next((loaded[key] for key in wanted if key in loaded), None)
+        part = next((splits[key] for key in split_names if key in splits), None)
         if part is None:
-            raise ValueError(f"it has no split {' or '.join(wanted)}")
+            raise ValueError(f"it has no split {' or '.join(split_names)}")
         for number, row in enumerate(part, 1):
             yield document_of(row, f"row {number}")
     except Exception as error:  # the exceptions of `datasets` have no common base class
-        fault = f"data set '{called}' cannot be read: {first_line(error)}"
-        raise AptError(fault, "check the name and the network, or give a local file") from error
+        message = f"data set '{called}' cannot be read: {first_line(error)}"
+        raise AptError(message, "check the name and the network, or give a local file") from error
 
 
 def tokenize(tokenizer: Any, texts: Iterable[Document], limit: int | None = None) -> Tensor:
-    """The ids (tokens,) of documents; ``limit`` tokens or all are needed.
+    """The ids (tokens,) of documents: at least ``limit``, or all of them.
 
-    Documents are joined by blank lines. Conversations have their own ends if they are rendered by a
-    chat template.
+    Documents are joined by blank lines. Conversations that a chat template renders have end tokens
+    of the template and are joined without blank lines.
     """
     parts, size, join = list[str](), 0, "\n\n"
     for document in texts:
@@ -168,10 +168,10 @@ def calibration_tokens(
     """Windows (samples, seqlen) drawn by ``seed``, without overlap; see `windows`."""
     if not samples:
         return torch.empty(0, seqlen, dtype=torch.long)
-    # Four times as many windows as samples, so that seeds give different samples.
+    # Read four times as many windows as samples, so that seeds give different samples.
     tokens = tokenize(tokenizer, texts, limit=4 * samples * text_width(seqlen, bos))
-    cut = windows(tokens, samples, seqlen, source, bos)
-    return cut[torch.randperm(len(cut), generator=generator(seed))[:samples]]
+    all_windows = windows(tokens, samples, seqlen, source, bos)
+    return all_windows[torch.randperm(len(all_windows), generator=generator(seed))[:samples]]
 
 
 def training_tokens(
@@ -185,8 +185,8 @@ def training_tokens(
 ) -> Tensor:
     """At most ``most`` windows (windows, seqlen), in an order drawn by ``seed``; see `windows`."""
     tokens = tokenize(tokenizer, texts, limit=most * text_width(seqlen, bos))
-    cut = windows(tokens, None, seqlen, source, bos)[:most]
-    return cut[torch.randperm(len(cut), generator=generator(seed))]
+    all_windows = windows(tokens, None, seqlen, source, bos)[:most]
+    return all_windows[torch.randperm(len(all_windows), generator=generator(seed))]
 
 
 def evaluation_tokens(

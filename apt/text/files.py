@@ -47,18 +47,18 @@ def _open(path: Path) -> Any:
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    waiting = ""
+    buffered = ""
     with _open(path) as file:
         while piece := file.read(_PIECE):
-            whole, blank, rest = (waiting + piece).rpartition("\n\n")
-            if blank and len(whole) >= _PIECE:
-                yield whole
-                waiting = rest
+            complete, separator, rest = (buffered + piece).rpartition("\n\n")
+            if separator and len(complete) >= _PIECE:
+                yield complete
+                buffered = rest
             else:
-                waiting += piece
-            if len(waiting) > _LONGEST:
+                buffered += piece
+            if len(buffered) > _LONGEST:
                 raise ValueError(f"a paragraph has more than {_LONGEST:,} characters")
-    yield waiting
+    yield buffered
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:

@@ -1,4 +1,4 @@
-"""Checks of token ids that a program gives, or a tokenizer."""
+"""Checks of token ids from a program or a tokenizer."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,23 @@ def check_ids(tokens: Tensor, least: int = 1) -> None:
     """Raise `AptError` unless tokens are ids (samples, seqlen), each of ``least`` at least."""
     if tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] < least:
         hint = "give (samples, seqlen)" + f", with {least} tokens or more" * (least > 1)
-        raise _wrong(f"tokens have shape {tuple(tokens.shape)}", hint)
+        raise _tokens_error(f"tokens have shape {tuple(tokens.shape)}", hint)
     if tokens.dtype not in (torch.int64, torch.int32):
-        raise _wrong(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
+        raise _tokens_error(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
     if tokens.is_meta:
-        raise _wrong("tokens have no values: they are on the device meta", "load them into memory")
+        raise _tokens_error(
+            "tokens have no values: they are on the device meta", "load them into memory"
+        )
     if tokens.layout != torch.strided:
-        raise _wrong(f"tokens are of {tokens.layout}", "give a dense tensor")
+        raise _tokens_error(f"tokens are of {tokens.layout}", "give a dense tensor")
 
 
-def _wrong(fault: str, hint: str) -> AptError:
-    return AptError(fault, hint, ("tokens",))
+def _tokens_error(message: str, hint: str) -> AptError:
+    return AptError(message, hint, ("tokens",))
 
 
 def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
-    """Raise if a token has no embedding, as far as the model says which embeddings it has."""
+    """Raise if a token has no embedding; models without known embeddings are not checked."""
     try:
         vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

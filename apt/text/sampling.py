@@ -20,7 +20,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
-    """The samples of both (samples, seqlen) in an order drawn by ``seed``, like ``given``."""
+    """All samples in an order drawn by ``seed``, with the device and dtype of ``given``."""
     both = torch.cat([given, more.to(given)])
     return both[torch.randperm(len(both), generator=generator(seed))]
 
@@ -28,16 +28,18 @@ def mixed(given: Tensor, more: Tensor, seed: int = 0) -> Tensor:
 def drawn(
     vocabulary: int, shape: tuple[int, ...], draw: torch.Generator, special: Collection[int] = ()
 ) -> Tensor:
-    """Random token ids of that shape, none of which is ``special``.
+    """Random token ids of this shape without ``special`` tokens.
 
-    Special tokens are drawn again. The state of the generator afterwards does not depend on this.
+    Special tokens are drawn again. The final state of the generator does not depend on this.
     """
     tokens = torch.randint(vocabulary, shape, generator=draw)
-    barred = torch.isin(torch.arange(vocabulary), torch.tensor(list(special), dtype=torch.long))
-    again, plain = barred[tokens], torch.arange(vocabulary)[~barred]
-    if again.any() and len(plain):
+    is_special = torch.isin(torch.arange(vocabulary), torch.tensor(list(special), dtype=torch.long))
+    redrawn, allowed = is_special[tokens], torch.arange(vocabulary)[~is_special]
+    if redrawn.any() and len(allowed):
         state = draw.get_state()
-        tokens[again] = plain[torch.randint(len(plain), (int(again.sum()),), generator=draw)]
+        tokens[redrawn] = allowed[
+            torch.randint(len(allowed), (int(redrawn.sum()),), generator=draw)
+        ]
         draw.set_state(state)
     return tokens
 

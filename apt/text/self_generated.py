@@ -18,9 +18,9 @@ from transformers import GenerationConfig, GenerationMixin
 from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory
 from apt.arguments import checked
-from apt.devices import random_states_kept
+from apt.devices import keep_random_states
 from apt.errors import AptError
-from apt.modes import usual_modes
+from apt.modes import default_modes
 from apt.text.datasets import text_width, with_bos
 from apt.text.sampling import drawn, generator, vocabulary
 from apt.text.special_tokens import named_ids, tokens_of
@@ -30,7 +30,7 @@ _AT_ONCE = 32  # sequences in a batch
 
 
 def cached_tokens(seqlen: int) -> int:
-    """The number of tokens in the key-value cache during the generation of such samples."""
+    """The number of tokens in the key-value cache while samples of ``seqlen`` are generated."""
     return _AT_ONCE * min(seqlen, _PIECE)
 
 
@@ -44,7 +44,7 @@ def writes(model: nn.Module) -> bool:
     return isinstance(model, GenerationMixin)
 
 
-@usual_modes()
+@default_modes()
 @torch.no_grad()
 @checked
 def own_text(
@@ -59,7 +59,7 @@ def own_text(
     """Token ids (samples, seqlen) that the model generates.
 
     A sample is one generated sequence, or several if it is long. Each sequence begins with a random
-    token. The others are sampled at temperature 1, without top-k or top-p.
+    token. All other tokens are sampled at temperature 1, without top-k or top-p.
 
     Args:
         model: a causal language model of transformers.
@@ -67,22 +67,22 @@ def own_text(
         seed: the seed; it gives the same text on the same machine.
         bos: the token with which the tokenizer begins a text, see `bos_of`; None for none. Each
             sample begins with it, and the model receives it before each sequence.
-        special: special tokens, with which no sequence begins; by default those that the model's
-            configurations name.
+        special: special tokens, with which no sequence begins; by default the tokens that the
+            model's configurations name.
 
     Raises:
         AptError: the model cannot generate text, or the shape or the seed is out of range.
     """
     if samples < 0 or seqlen < 2:
-        fault = f"{samples} samples of {seqlen} tokens cannot be generated"
-        raise AptError(fault, "give 0 or more samples of at least 2 tokens")
+        message = f"{samples} samples of {seqlen} tokens cannot be generated"
+        raise AptError(message, "give 0 or more samples of at least 2 tokens")
     if not isinstance(model, GenerationMixin):
-        fault = f"{type(model).__name__} cannot generate calibration text"
-        raise AptError(fault, "use 0 own samples", ("own_samples",))
+        message = f"{type(model).__name__} cannot generate calibration text"
+        raise AptError(message, "use 0 own samples", ("own_samples",))
     check_in_memory(model, streamed=True)
     if bos is not None and not 0 <= bos < vocabulary(model):
-        fault = f"bos is {bos}, and the model has {vocabulary(model)} tokens"
-        raise AptError(fault, "give a token of the model, or None", ("bos",))
+        message = f"bos is {bos}, and the model has {vocabulary(model)} tokens"
+        raise AptError(message, "give a token of the model, or None", ("bos",))
     device, width = next(model.parameters()).device, text_width(seqlen, bos)
     piece = min(width, _PIECE)
     count = math.ceil(samples * width / piece)
@@ -93,21 +93,21 @@ def own_text(
     return with_bos(text[: samples * width].view(samples, width), bos)
 
 
-def _continued(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> Tensor:
-    """``starts`` (sequences, n) continued by the model (sequences, n + more)."""
-    if not more or not len(starts):
+def _continued(model: GenerationMixin, starts: Tensor, count: int, seed: int) -> Tensor:
+    """``starts`` (sequences, n) continued by the model (sequences, n + count)."""
+    if not count or not len(starts):
         return starts
     own = model.generation_config
-    how = GenerationConfig(
+    config = GenerationConfig(
         do_sample=True, num_beams=1, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=more, min_new_tokens=more, pad_token_id=0,
+        max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
         eos_token_id=tokens_of(own, "eos_token_id") or None, use_cache=own.use_cache,
         remove_invalid_values=True,  # the pruning reports non-finite activations with their block
     )  # fmt: skip
-    with eval_mode(cast(nn.Module, model)), random_states_kept(), _generation_config(model, how):
+    with eval_mode(cast(nn.Module, model)), keep_random_states(), _generation_config(model, config):
         torch.manual_seed(seed)
         parts = [
-            model.generate(part, attention_mask=torch.ones_like(part), generation_config=how)
+            model.generate(part, attention_mask=torch.ones_like(part), generation_config=config)
             for part in torch.split(starts, _AT_ONCE)
         ]
     return torch.cat(parts)
@@ -115,13 +115,14 @@ def _continued(model: GenerationMixin, starts: Tensor, more: int, seed: int) -> 
 
 @contextmanager
 def _generation_config(model: GenerationMixin, config: GenerationConfig) -> Iterator[None]:
-    """While entered, the model has another configuration: ``generate`` takes from it what is unset.
+    """Inside the context, the model has another configuration.
 
-    The model's own one may penalise repetition, which would not be its distribution.
+    ``generate`` takes unset options from the configuration of the model. Its own configuration may
+    penalise repetition, and would change the distribution of the tokens.
     """
-    own = model.generation_config
+    previous = model.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = previous

@@ -13,6 +13,8 @@ from apt.calibration.batches import Batch, OpenBlock
 
 
 class _Step(nn.Module):
+    """A module whose forward is a step of a block, for `functional_call`."""
+
     def __init__(self, adapter: Adapter, block: nn.Module) -> None:
         super().__init__()
         self.block = block
@@ -23,9 +25,9 @@ class _Step(nn.Module):
 
 
 class _Slices(TorchFunctionMode):
-    """Inside the context, all slices of a stack of experts have one gradient together.
+    """Inside the context, all slices of a stack of experts share one gradient.
 
-    The gradient of ``stack[expert]`` is a tensor of the size of the whole stack, so that the time
+    The gradient of ``stack[expert]`` has the size of the whole stack. So without sharing, the time
     of a backward pass would grow with the square of the number of experts.
     """
 
@@ -43,7 +45,7 @@ class _Slices(TorchFunctionMode):
 
 
 def _is_one(index: Any) -> bool:
-    """True for the index of a single entry: a number, or a tensor that is one."""
+    """True for the index of a single entry: an integer, or an integer tensor without dimensions."""
     if isinstance(index, Tensor):
         return index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool
     return isinstance(index, int) and not isinstance(index, bool)
@@ -53,9 +55,9 @@ def stream_after(
     block: OpenBlock, weights: dict[str, Tensor], batch: Batch, state: State
 ) -> Tensor:
     """The residual stream (…, hidden) after ``block``, run with other weights by their names."""
-    given = {f"block.{name}": weight for name, weight in weights.items()}
+    parameters = {f"block.{name}": weight for name, weight in weights.items()}
     step = _Step(block.adapter, block.module)
     with block.routed(), _Slices(weight for weight in weights.values() if weight.ndim == 3):
-        stream: Any = functional_call(step, given, (state, batch.calls[block.index]))
+        stream: Any = functional_call(step, parameters, (state, batch.calls[block.index]))
     assert isinstance(stream, Tensor)
     return stream

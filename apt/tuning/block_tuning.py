@@ -3,8 +3,9 @@
 The closed form of a layer ignores the nonlinear operations between the layers of a block. So, as in
 EBFT (arXiv 2402.12419), the kept weights of a block are tuned by gradient descent, with fixed
 masks, towards the output of the dense block on the dense stream. With few calibration samples this
-overfits (arXiv 2406.15524). Therefore some of the batches are held back, and the weights with the
-lowest error on these are taken. If no step lowers this error, the weights stay as they were.
+overfits (arXiv 2406.15524). Therefore some batches are held back, and tuning takes the weights with
+the lowest error on the batches held back. If no step lowers this error, the weights do not
+change.
 """
 
 import math
@@ -27,12 +28,12 @@ class BlockTuning:
 
     Args:
         rate: the initial learning rate of Adam for an error of 1, as a share of the root mean
-            square of each weight. It is multiplied by the square root of the error, since the
-            deviations to correct scale with it. It decays to zero along a cosine.
-        held_back: the share of the batches that is held back; at least one batch is.
+            square of each weight. It is multiplied by the square root of the initial error, to
+            which deviations are proportional. It decays to zero along a cosine.
+        held_back: the share of the batches that is held back; at least one batch is held back.
         tokens_per_batch: the approximate number of tokens of a step; see `step_tokens`.
         tokens: the approximate greatest number of tokens, from evenly spaced samples; at least two
-            samples. None uses all.
+            samples. None uses all samples.
 
     If the weights are fp32 and the machine multiplies bf16 fast, the products of the forward and
     the backward pass are bf16. The error on the batches held back is measured in fp32.
@@ -73,37 +74,37 @@ def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) ->
     """Tune the kept weights of ``sites`` in place.
 
     The steps do not depend on the number of ranks: all ranks take each step together, with the
-    gradient from the rank that has its batch.
+    gradient from the rank that has the batch.
 
     Args:
         block: the block. Its batches have the dense activations after the block. The last batches
-            of all ranks are held back. It reports each step, and each batch on which the error is
-            measured.
+            of all ranks are held back. Its ``progress`` is called after each step, and after each
+            batch on which the error is measured.
 
     Returns:
         The errors before and after; None if there are too few batches to hold one back.
     """
     ranks, batches = block.ranks, block.batches
     count = round(ranks.sum(len(batches)))
-    held = max(1, round(options.held_back * count))
-    if count <= held:
+    held_back = max(1, round(options.held_back * count))
+    if count <= held_back:
         return None
-    passed = len(ranks.mine(range(count - held)))
+    first_held_back = len(ranks.mine(range(count - held_back)))
     descent = _Descent(block, sites)
-    before = lowest = descent.error(batches[passed:], held)
+    before = lowest = descent.error(batches[first_held_back:], held_back)
     for group in descent.adam.param_groups:
         group["lr"] *= options.rate * math.sqrt(before)
-    steps = options.epochs * (count - held)
+    steps = options.epochs * (count - held_back)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         descent.adam, lambda n: (1 + math.cos(math.pi * min(n / steps, 1))) / 2
     )
     for _ in range(options.epochs):
-        for turn in range(count - held):
-            place, owner = turn // ranks.size, ranks.owner(turn)
-            descent.descend(batches[place] if owner == ranks.rank else None, owner)
+        for turn in range(count - held_back):
+            index, owner = turn // ranks.size, ranks.owner(turn)
+            descent.descend(batches[index] if owner == ranks.rank else None, owner)
             schedule.step()
             block.progress()
-        error = descent.error(batches[passed:], held)
+        error = descent.error(batches[first_held_back:], held_back)
         if error < lowest:
             lowest = error
             descent.write()
@@ -114,9 +115,9 @@ def tune_block(block: OpenBlock, sites: Sequence[Site], options: BlockTuning) ->
 def _limited(errors: Tensor) -> Tensor:
     """Relative errors of tokens, with logarithms above 1.
 
-    Where a block of the dense model removes the massive activation of a token, a small relative
-    error of what it adds is many times as large as what remains. Such a token would otherwise
-    outweigh all others, and raise the learning rate.
+    If a block of the dense model removes the massive activation of a token, the remaining stream is
+    small. A small relative error of the block is then many times as large as the remaining stream.
+    Without the logarithm, such a token would outweigh all others, and raise the learning rate.
     """
     return torch.where(errors > 1, 1 + errors.clamp_min(1).log(), errors)
 
@@ -124,8 +125,8 @@ def _limited(errors: Tensor) -> Tensor:
 class _Descent:
     """The kept weights of a block in fp32, with their masks and the state of Adam.
 
-    These take several times the memory of the block, which is large if it has experts. So there is
-    no further copy: the best weights are in the block itself, and gradients are freed early.
+    They take several times the memory of the block, which is large if it has experts. So there is
+    no further copy: the block itself stores the best weights, and gradients are freed early.
     """
 
     def __init__(self, block: OpenBlock, sites: Sequence[Site]) -> None:
@@ -157,28 +158,28 @@ class _Descent:
             parameter.copy_(master.detach())
 
     def share(self) -> None:
-        """Take over the block of the first rank: other ranks may have other roundings."""
+        """Copy the weights of the first rank: other ranks may have other roundings."""
         for parameter in self._parameters.values():
             self._block.ranks.send(parameter.data, 0)
 
     def error(self, batches: list[Batch], count: int) -> float:
-        """The mean error over ``count`` batches: ``batches`` and those of the other ranks."""
+        """The mean error over ``count`` batches: ``batches``, and those of the other ranks."""
         errors = list[Tensor]()
         for batch in batches:
             with torch.no_grad():
                 errors.append(self._error(batch))
             self._block.progress()
-        own = sum(torch.stack(errors).tolist()) if errors else 0.0  # one wait for a device
-        return self._block.ranks.sum(own) / count
+        local_sum = sum(torch.stack(errors).tolist()) if errors else 0.0  # one wait for a device
+        return self._block.ranks.sum(local_sum) / count
 
     def _error(self, batch: Batch) -> Tensor:
         """The error of a batch, as `Tuned` defines it."""
         assert batch.dense is not None
         parts = zip(self._parameters.items(), self._masters, strict=True)
         weights = {name: master.to(p.dtype) for (name, p), master in parts}
-        given = stream_after(self._block, weights, batch, batch.state).float()
+        pruned = stream_after(self._block, weights, batch, batch.state).float()
         dense = self._block.adapter.residual(batch.dense.state).float()
-        errors = (given - dense).square().sum(-1) / bounded(dense.square().sum(-1))
+        errors = (pruned - dense).square().sum(-1) / bounded(dense.square().sum(-1))
         return _limited(errors).mean()
 
     def descend(self, batch: Batch | None, owner: int) -> None:
@@ -200,9 +201,10 @@ class _Descent:
         return [g.mul_(mask) for g, mask in zip(gradients, self._masks, strict=True)]
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The error on a batch with its graph, in mixed precision if the block can be run in it.
+        """The error on a batch with its graph, in mixed precision if the block allows it.
 
-        Some blocks write products into tensors that autocast leaves in fp32, such as X-MOD's.
+        Some blocks, such as those of X-MOD, write products into tensors that autocast keeps in
+        fp32.
         """
         try:
             with torch.enable_grad(), self._mixed:

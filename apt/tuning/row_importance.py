@@ -1,7 +1,7 @@
 """The importance of each output of a site to its block, for masks counted over the whole layer.
 
 The layer-wise error weights all outputs equally. But a neuron with small weights in ``down_proj``
-can lose more of its own weights than others. An error in weight ``w_ij`` changes the residual
+can lose a larger share of its weights than others. An error in weight ``w_ij`` changes the residual
 stream after the block, to first order, by ``J_ij = ∂h / ∂w_ij``. With random signs ``u``,
 ``E[(uᵀJ_ij)²] = ‖J_ij‖²``, so one gradient of the weights estimates all of them (Hutchinson). The
 importance of row i is the sum over its weights, with each input divided by its norm, and each token
@@ -9,10 +9,10 @@ by its norm on the stream::
 
     d_i = Σ_j ‖J_ij‖² / ‖x_j‖²
 
-The mask is chosen for ``diag(d^(p/2)) W`` in place of ``W``, that is by the weighted errors. The
-optimal weights for a mask do not change, since rows depend on each other only through the count.
-Only a pattern that is counted over the whole layer benefits. A small p is robust: the importance of
-a row on the calibration text differs from that on text of another kind.
+The mask is chosen for ``diag(d^(p/2)) W`` in place of ``W``, so by the weighted errors. The optimal
+weights for a mask do not change, since rows depend on each other only through the count. Only a
+pattern that is counted over the whole layer benefits. A small p is robust: the importance of a row
+on the calibration text differs from its importance on other text.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from apt.options import ROW_IMPORTANCE
 from apt.patterns import SitePattern
 from apt.tuning.block_forward import stream_after
 
-_LEAST = 0.01  # least importance, as a share of the mean: no row is sacrificed for others
+_LEAST = 0.01  # least importance, as a share of the mean: a small one would prune whole rows
 _LEAST_SQUARE = 1e-4  # least sum of squares of an input, as a share of the mean
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a model on text, and its answers to tasks; beside the dense model if it is given.
+"""The metrics of a model on text and its answers to tasks, compared with the dense model if given.
 
 The options are checked before torch is imported.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model.
+    """The measurements of a model.
 
     Attributes:
         run: the options.
@@ -43,21 +43,25 @@ class Evaluation:
     @property
     def not_finite(self) -> str | None:
         """The first metric that is not a finite number."""
-        return next((k for k, one in self.scores.items() if not math.isfinite(one.value)), None)
+        return next((k for k, score in self.scores.items() if not math.isfinite(score.value)), None)
 
     def record(self) -> dict[str, Any]:
-        """What was measured, as values for JSON."""
+        """The measurements as values for JSON."""
         tasks = {"tasks": self.tasks} if self.tasks else {}
         if self.tokens is None:
             return {"model": self.run.model, **tasks}
         from apt.text.datasets import digest
 
         windows, seqlen = self.tokens.shape
-        dense = {name: one.dense for name, one in self.scores.items() if one.dense is not None}
-        spreads = {name: asdict(one.spread) for name, one in self.scores.items() if one.spread}
+        dense = {
+            name: score.dense for name, score in self.scores.items() if score.dense is not None
+        }
+        spreads = {
+            name: asdict(score.spread) for name, score in self.scores.items() if score.spread
+        }
         return {
             "model": self.run.model, "data": self.run.data,
-            **{name: one.value for name, one in self.scores.items()},
+            **{name: score.value for name, score in self.scores.items()},
             **({"dense": dense} if dense else {}), **({"spread": spreads} if spreads else {}),
             "windows": windows, "seqlen": seqlen, "bos": self.bos and self.bos[0],
             "tokens_sha256": digest(self.tokens), **tasks,
@@ -71,7 +75,7 @@ def evaluate(
     *,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a model: what ``apt-prune eval`` does.
+    """Measure a model, as ``apt-prune eval`` does.
 
     Args:
         run: the options.
@@ -93,7 +97,7 @@ def evaluate(
 
     from apt.engine.prepare import with_compute
     from apt.extending import choose_device, load_tokenizer
-    from apt.modes import usual_modes
+    from apt.modes import default_modes
     from apt.text.special_tokens import bos_of
 
     device = choose_device(run.device)
@@ -101,28 +105,28 @@ def evaluate(
     tokenizer = load_tokenizer(sources[0], run.tokenizer)
     tokens = _windows(run, tokenizer, skeletons[0], notice) if measures else None
     for each in skeletons:
-        with_compute(each, run, device, notice)  # says which dtype is taken
-    first = bos_of(tokenizer) if run.bos else None
+        with_compute(each, run, device, notice)  # for its notice about the compute dtype
+    bos_id = bos_of(tokenizer) if run.bos else None
     status("loading the model")
-    with usual_modes(), ExitStack() as stack:
+    with default_modes(), ExitStack() as stack:
         models = [stack.enter_context(_runnable(skeleton, tokens, run)) for skeleton in skeletons]
         scores = {} if tokens is None else _scores(models, tokens, measures, status)
         if tasks:
             status("answering tasks")
         answered = _answers(models, tokenizer, tasks, run, progress=progress)
-    bos = None if first is None else (first, str(tokenizer.bos_token))
+    bos = None if bos_id is None else (bos_id, str(tokenizer.bos_token))
     return Evaluation(run, tokens, bos, scores, answered)
 
 
 def _metrics(run: EvalRun) -> list[EvaluatorSpec]:
-    """The metrics on text; none if tasks alone are answered."""
-    plain = () if run.tasks and run.data is None else ("perplexity",)
-    found = [registry().evaluators.get(name) for name in run.metrics or plain]
-    if run.dense is None and (beside := [spec.name for spec in found if spec.dense]):
+    """The metrics on text; empty if only tasks are answered."""
+    default = () if run.tasks and run.data is None else ("perplexity",)
+    specs = [registry().evaluators.get(name) for name in run.metrics or default]
+    if run.dense is None and (dense_only := [spec.name for spec in specs if spec.dense]):
         raise AptError(
-            f"the metric {beside[0]} compares with the dense model", "name it", ("dense",)
+            f"the metric {dense_only[0]} compares with the dense model", "name it", ("dense",)
         )
-    return found
+    return specs
 
 
 def _skeletons(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
@@ -130,7 +134,8 @@ def _skeletons(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
     from apt.checkpoints.stored import open_stored
     from apt.extending import check_same_vocabulary, open_skeleton
 
-    model = open_skeleton(sources[0], registry(), run.adapter, packed=not run.stream)
+    whole = not run.stream
+    model = open_skeleton(sources[0], registry(), run.adapter, packed=whole, expanded=run.stream)
     if run.adapter is not None:
         for _, block in model.adapter.blocks(model.module):
             model.adapter.sites(block)  # raises if the adapter is for another family
@@ -182,7 +187,7 @@ def _scores(
     measures: Sequence[EvaluatorSpec],
     status: Callable[[str], None],
 ) -> "dict[str, Score]":
-    """The metrics of the first model, beside those of the dense model if it is given."""
+    """The metrics of the first model, compared with the dense model if it is given."""
     from apt.evaluation import kept_states
     from apt_lab.windows import Score, score_beside
 
@@ -213,6 +218,6 @@ def _answers(
     from apt_lab.tasks.answers import summary
     from apt_lab.tasks.harness import answer
 
-    given: dict[str, Any] = {"progress": progress, "trust_remote_code": run.trust_remote_code}
-    found = [answer(model, tokenizer, tasks, run.limit, **given) for model in models]
-    return {own.task: summary(own, *others) for own, *others in zip(*found, strict=True)}
+    arguments: dict[str, Any] = {"progress": progress, "trust_remote_code": run.trust_remote_code}
+    answers = [answer(model, tokenizer, tasks, run.limit, **arguments) for model in models]
+    return {task.task: summary(task, *others) for task, *others in zip(*answers, strict=True)}

@@ -4,8 +4,8 @@
 
 ``L₀`` is the loss of the dense model, ``ρ`` the pruning rate, ``N₀`` the number of parameters
 before pruning, and ``D`` the number of training tokens (arXiv 2411.10272, equation 6). Terms that
-the points cannot identify are left out: with one model size those of ``N₀``, with one rate that of
-``ρ``. ``N₀`` and ``D`` are in millions.
+the points cannot identify are left out: the terms of ``N₀`` with one model size, the term of ``ρ``
+with one rate. ``N₀`` and ``D`` are in millions.
 """
 
 import math
@@ -53,7 +53,7 @@ class Law:
     Attributes:
         values: the fitted parameters by name: ``gamma``, ``delta``, ``N_C``, ``alpha``, ``D_C``,
             ``beta`` and ``E``, without those that were not identified.
-        missing: why parameters were left out, a line for each reason.
+        missing: the reasons why parameters were left out, one line each.
         slope_difference: the average slope difference of the curves (section 4.2 of the paper), in
             nats per million tokens.
         error: the mean absolute error of the loss on the points of the fit, in nats.
@@ -68,13 +68,13 @@ class Law:
 
     def loss(self, point: Point, tokens: float | None = None) -> float:
         """The predicted loss at the tokens of a point, or at other ``tokens``."""
-        given = _arrays([point])
+        arrays = _arrays([point])
         if tokens is not None:
-            given["tokens"] = np.array([tokens / MILLION])
-        return float(_predict(self.values, given)[0])
+            arrays["tokens"] = np.array([tokens / MILLION])
+        return float(_predict(self.values, arrays)[0])
 
     def enough(self, point: Point, threshold: float = THRESHOLD) -> float:
-        """The tokens from which on twice as many lower the loss by less than ``threshold``."""
+        """The number of tokens at which doubling it lowers the loss by less than ``threshold``."""
         scale = float(_scale(self.values, _arrays([point]))[0])
         return enough(scale * self.values["D_C"], self.values["beta"], threshold)
 
@@ -91,11 +91,11 @@ def fit_law(points: Sequence[Point], *, resamples: int = 0, seed: int = 0) -> La
         AptError: there are too few points.
     """
     points = [point for point in points if point.tokens > 0 and math.isfinite(point.loss)]
-    known = {point.tokens for point in points}
-    if len(known) < _LEAST_POINTS:
+    token_counts = {point.tokens for point in points}
+    if len(token_counts) < _LEAST_POINTS:
         raise AptError(
             f"the law needs losses at {_LEAST_POINTS} different numbers of tokens at least, and "
-            f"there are {len(known)}",
+            f"there are {len(token_counts)}",
             "train longer, or measure the loss more often",
             ("checks",),
         )
@@ -141,34 +141,34 @@ def _arrays(points: Sequence[Point]) -> dict[str, Array]:
     }
 
 
-def _scale(values: dict[str, float], given: dict[str, Array]) -> Array:
+def _scale(values: dict[str, float], arrays: dict[str, Array]) -> Array:
     """``(1/ρ)^γ (1/N₀)^δ``."""
-    rate = given["rate"] ** -values.get("gamma", 0.0)
-    return rate * given["size"] ** -values.get("delta", 0.0)
+    rate = arrays["rate"] ** -values.get("gamma", 0.0)
+    return rate * arrays["size"] ** -values.get("delta", 0.0)
 
 
-def _predict(values: dict[str, float], given: dict[str, Array]) -> Array:
-    size = values.get("N_C", 0.0) * given["size"] ** -values.get("alpha", 0.0)
-    tokens = values["D_C"] * given["tokens"] ** -values["beta"]
-    return given["dense"] + _scale(values, given) * (size + tokens + values["E"])
+def _predict(values: dict[str, float], arrays: dict[str, Array]) -> Array:
+    size = values.get("N_C", 0.0) * arrays["size"] ** -values.get("alpha", 0.0)
+    tokens = values["D_C"] * arrays["tokens"] ** -values["beta"]
+    return arrays["dense"] + _scale(values, arrays) * (size + tokens + values["E"])
 
 
 def _fit(
-    names: Sequence[str], points: Sequence[Point], near: dict[str, float] | None = None
+    names: Sequence[str], points: Sequence[Point], start: dict[str, float] | None = None
 ) -> dict[str, float]:
-    given = _arrays(points)
-    return fit(names, lambda values: _predict(values, given), given["loss"], near)
+    arrays = _arrays(points)
+    return fit(names, lambda values: _predict(values, arrays), arrays["loss"], start)
 
 
 def _slope_difference(values: dict[str, float], points: Sequence[Point]) -> float:
     """The mean difference of measured and fitted slopes, in nats per million tokens."""
     differences = []
     for curve in _curves(points):
-        given = _arrays(curve)
+        arrays = _arrays(curve)
         if len(curve) > 1:
-            tokens = np.diff(given["tokens"])
-            measured = np.diff(given["loss"]) / tokens
-            differences.append(np.abs(measured - np.diff(_predict(values, given)) / tokens))
+            tokens = np.diff(arrays["tokens"])
+            measured = np.diff(arrays["loss"]) / tokens
+            differences.append(np.abs(measured - np.diff(_predict(values, arrays)) / tokens))
     return float(np.concatenate(differences).mean()) if differences else 0.0
 
 
@@ -180,26 +180,26 @@ def _curves(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def _mean_error(values: dict[str, float], points: Sequence[Point]) -> float:
-    given = _arrays(points)
-    return float(np.abs(_predict(values, given) - given["loss"]).mean())
+    arrays = _arrays(points)
+    return float(np.abs(_predict(values, arrays) - arrays["loss"]).mean())
 
 
 def _intervals(
     values: dict[str, float], points: Sequence[Point], resamples: int, seed: int
 ) -> dict[str, tuple[float, float]]:
-    """The 90 % intervals of the fitted parameters over bootstrap samples, fitted from there."""
+    """The 90 % intervals of the parameters over bootstrap samples; fits start from ``values``."""
     names = list(values)
     draw, fits = np.random.default_rng(seed), list[dict[str, float]]()
     curves = _curves(points)
     units: list[list[Point]] = curves if len(curves) > 1 else [[point] for point in points]
     for _ in range(resamples):
-        chosen = [units[i] for i in draw.integers(len(units), size=len(units))]
-        some = [point for unit in chosen for point in unit]
-        if set(_identified(some)[0]) >= set(names) and len({p.tokens for p in some}) > 1:
-            fits.append(_fit(names, some, values))
+        drawn = [units[i] for i in draw.integers(len(units), size=len(units))]
+        sample = [point for unit in drawn for point in unit]
+        if set(_identified(sample)[0]) >= set(names) and len({p.tokens for p in sample}) > 1:
+            fits.append(_fit(names, sample, values))
     if not fits:
         return {}
-    ends = {name: np.quantile([one[name] for one in fits], [0.05, 0.95]) for name in names}
+    ends = {name: np.quantile([fitted[name] for fitted in fits], [0.05, 0.95]) for name in names}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
@@ -217,10 +217,10 @@ def read_points(directory: Path) -> list[Point]:
         )
     try:
         training = record["training"]
-        each, dense = float(training["tokens"]), float(record.get("dense_loss") or 0)
+        tokens_per_step, dense = float(training["tokens"]), float(record.get("dense_loss") or 0)
         size, rate = float(record["parameters_before"]), float(record["rate"])
         return [
-            Point(str(directory), dense, rate, size, each * int(step), float(loss))
+            Point(str(directory), dense, rate, size, tokens_per_step * int(step), float(loss))
             for step, loss in training["held_back"]
             if int(step) > 0 and math.isfinite(float(loss))
         ]

@@ -28,12 +28,12 @@ _GRID, _TASKS, _WORK = "Comparison", "Tasks", "Work"
 
 def parts(text: str, name: str) -> list[str]:
     """The parts of the text of an option that is a list separated by commas."""
-    found = [part.strip() for part in text.split(",")]
-    if not all(found):
+    words = [part.strip() for part in text.split(",")]
+    if not all(words):
         raise AptError(
             f"{name} '{text}' has an empty part", "separate names by single commas", (name,)
         )
-    return found
+    return words
 
 
 @options
@@ -121,8 +121,8 @@ class EvalRun(
         super().check()
         if not self.stream:
             return
-        whole = {"tasks": self.tasks, "dtype": self.dtype != "auto", "dense": self.dense}
-        for name in (name for name, given in whole.items() if given):
+        in_memory = {"tasks": self.tasks, "dtype": self.dtype != "auto", "dense": self.dense}
+        for name in (name for name, given in in_memory.items() if given):
             raise AptError(f"{name} needs the whole model in memory", "do not stream", (name,))
 
 

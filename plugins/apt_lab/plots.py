@@ -16,11 +16,11 @@ def draw_heat(table: Heat, path: Path, *, overwrite: bool = False) -> None:
     Args:
         table: the table.
         path: the file to write.
-        overwrite: True if a file there may be replaced.
+        overwrite: True if an existing file may be replaced.
     """
     values = [[cell.share if cell else float("nan") for cell in cells] for _, cells in table.rows]
     figure, axes = pyplot().subplots(figsize=(2 + len(table.columns), 1.5 + 0.25 * len(table.rows)))
-    # cividis is read alike with and without colour blindness.
+    # cividis is readable with colour blindness too.
     axes.imshow(values, cmap="cividis", aspect="auto")
     for line, (_, cells) in enumerate(table.rows):
         for column, cell in enumerate(cells):
@@ -66,14 +66,14 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for line, text in zip(axes, texts, strict=True):
         metric = next(iter(dense["scores"][text]))
         for panel, pattern in zip(line, patterns, strict=True):
-            chosen = [row for row in others if row["pattern"] == pattern]
-            values = [row["scores"][text][metric] for row in chosen]
-            panel.barh(range(len(chosen)), values, color="tab:blue")
-            panel.set_yticks(range(len(chosen)), [row["method"] for row in chosen])
-            for place, row in enumerate(chosen):
-                if (found := spread(row, dense, text, metric)) is not None:
-                    ends = found.low, found.high
-                    panel.plot(ends, (place, place), "|-", color="black", linewidth=1)
+            panel_rows = [row for row in others if row["pattern"] == pattern]
+            values = [row["scores"][text][metric] for row in panel_rows]
+            panel.barh(range(len(panel_rows)), values, color="tab:blue")
+            panel.set_yticks(range(len(panel_rows)), [row["method"] for row in panel_rows])
+            for position, row in enumerate(panel_rows):
+                if (interval := spread(row, dense, text, metric)) is not None:
+                    ends = interval.low, interval.high
+                    panel.plot(ends, (position, position), "|-", color="black", linewidth=1)
             panel.axvline(dense["scores"][text][metric], color="black", linewidth=1)
             panel.invert_yaxis()
             panel.set_title(f"{text}, {pattern or 'others'}", fontsize="small")

@@ -11,44 +11,48 @@ _NEVER = ("model", "output", "overwrite", "resume", "pattern", "sparsity", "per"
 
 
 def command_of(report: Mapping[str, Any]) -> str:
-    """The command of the run that wrote a report; empty if one command does not give the model.
+    """The command of the run that wrote a report; empty if the model needs several commands.
 
-    A model that was trained or fine-tuned after its pruning took several. Local paths have only
-    their last part, as in the report.
+    A model that was trained or fine-tuned after its pruning needs several commands. Local paths
+    have only their last part, as in the report.
     """
-    known: dict[str, Any] = dict(report.get("options") or {})
+    options: dict[str, Any] = dict(report.get("options") or {})
     trained = report.get("recovery") or {}
-    if report.get("reapplied") or (trained and not known.get("minutes")) or trained.get("earlier"):
+    if (
+        report.get("reapplied")
+        or (trained and not options.get("minutes"))
+        or trained.get("earlier")
+    ):
         return ""
-    size = known.pop("shrink", None)
-    if not known.get("model") or not (known.get("pattern") or size):
+    size = options.pop("shrink", None)
+    if not options.get("model") or not (options.get("pattern") or size):
         return ""
-    kind = ShrinkRun if size else PruneRun
-    words = ["apt-prune", "shrink" if size else "prune", str(known["model"])]
+    run_class = ShrinkRun if size else PruneRun
+    words = ["apt-prune", "shrink" if size else "prune", str(options["model"])]
     if size:
-        known |= {**size, **size["search"]}
+        options |= {**size, **size["search"]}
         explicit = size["sizes"] or size["blocks"] is not None or size["drop"]
-        known |= {"keep": None, "budget": None} if explicit else {}
-        known |= {} if size["mode"] == "search" else {"evaluations": None}
+        options |= {"keep": None, "budget": None} if explicit else {}
+        options |= {} if size["mode"] == "search" else {"evaluations": None}
     else:
-        words += _pattern(known)
-    for one in kind.OPTIONS:
-        if one.name not in _NEVER:
-            words += _words(one, known.get(one.key))
-    return shlex.join([*words, "--output", str(known.get("output") or "out")])
+        words += _pattern(options)
+    for declared in run_class.OPTIONS:
+        if declared.name not in _NEVER:
+            words += _words(declared, options.get(declared.key))
+    return shlex.join([*words, "--output", str(options.get("output") or "out")])
 
 
-def _words(one: Declared, value: Any) -> Iterator[str]:
-    """The words for an option; none for a default that does not depend on others."""
-    yes, no = one.flags
-    if value in (None, one.default, []) or (one.name, value) == ("allocation", UNIFORM):
+def _words(declared: Declared, value: Any) -> Iterator[str]:
+    """The words for an option; none for a default value."""
+    yes, negative = declared.flags
+    if value in (None, declared.default, []) or (declared.name, value) == ("allocation", UNIFORM):
         return
-    if one.option.switches:
-        yield from (flag for flag, meaning, _ in one.option.switches if meaning == value)
-    elif one.kind is bool:
-        yield yes if value else no
-    elif one.repeatable:
-        texts = one.option.text(value) if one.option.read else value
+    if declared.option.switches:
+        yield from (flag for flag, meaning, _ in declared.option.switches if meaning == value)
+    elif declared.kind is bool:
+        yield yes if value else negative
+    elif declared.repeatable:
+        texts = declared.option.text(value) if declared.option.read else value
         yield from (word for text in texts for word in (yes, str(text)))
     else:
         yield from (yes, f"{value:.12g}" if isinstance(value, float) else str(value))

@@ -28,8 +28,8 @@ class Difference:
     Attributes:
         value: the mean difference.
         error: its standard error.
-        low, high: its 95 % confidence interval by Student's t distribution. Neighbouring windows of
-            one text are alike, so that the true interval of windows is somewhat wider.
+        low, high: the 95 % confidence interval by Student's t distribution. Neighbouring windows of
+            one text are correlated, so that the true interval is somewhat wider.
     """
 
     value: float
@@ -38,15 +38,15 @@ class Difference:
     high: float
 
 
-def mean_difference(one: Sequence[float], other: Sequence[float]) -> Difference | None:
-    """The mean of ``one`` − ``other``, pair by pair; None for fewer than two values."""
-    each = [a - b for a, b in zip(one, other, strict=True)]
-    if len(each) < 2:
+def mean_difference(first: Sequence[float], second: Sequence[float]) -> Difference | None:
+    """The mean of ``first`` − ``second``, pair by pair; None for fewer than two values."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if len(differences) < 2:
         return None
-    mean = math.fsum(each) / len(each)
-    variance = math.fsum((e - mean) ** 2 for e in each) / (len(each) - 1)
-    error = math.sqrt(variance / len(each))
-    margin = quantile(len(each) - 1) * error
+    mean = math.fsum(differences) / len(differences)
+    variance = math.fsum((e - mean) ** 2 for e in differences) / (len(differences) - 1)
+    error = math.sqrt(variance / len(differences))
+    margin = quantile(len(differences) - 1) * error
     return Difference(mean, error, mean - margin, mean + margin)
 
 
@@ -74,7 +74,7 @@ class Windows:
     """A metric of each window.
 
     Attributes:
-        mean: the mean of the windows that is the metric of the whole text.
+        mean: the kind of mean over the windows that equals the metric of the complete text.
         values: the metric of each window; above zero for a geometric mean.
     """
 
@@ -83,11 +83,11 @@ class Windows:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], text: str, metric: str) -> "Windows | None":
-        """The windows that a row of a comparison has for a text and a metric; None without any."""
-        known = row.get("windows", {}).get(text, {}).get(metric)
-        if known is None:
+        """The windows of a text and a metric in a row of a comparison; None without windows."""
+        record = row.get("windows", {}).get(text, {}).get(metric)
+        if record is None:
             return None
-        return cls(known["mean"], [float(value) for value in known["values"]])
+        return cls(record["mean"], [float(value) for value in record["values"]])
 
     def record(self) -> dict[str, Any]:
         """The windows as values for JSON."""
@@ -95,7 +95,7 @@ class Windows:
 
     @property
     def value(self) -> float:
-        """The metric of the whole text."""
+        """The metric of the complete text."""
         scaled = self._scaled
         return self._unscaled(math.fsum(scaled) / len(scaled))
 
@@ -103,8 +103,8 @@ class Windows:
         """The uncertainty of `value`, from the differences between this model and the dense one.
 
         The mean of the dense model counts as exact. Only the difference from it is uncertain. A
-        metric that is itself a difference from the dense model has no ``dense`` windows. None
-        if there are fewer than two windows, or if a value is not finite.
+        metric that is itself a difference from the dense model has no ``dense`` windows. The result
+        is None if there are fewer than two windows, or if a value is not finite.
         """
         if dense is None:
             dense = Windows(self.mean, [self.value] * len(self.values))
@@ -119,7 +119,7 @@ class Windows:
 
     @property
     def _scaled(self) -> list[float]:
-        """The values on the scale on which their mean is the arithmetic one."""
+        """The values on a scale on which their mean is arithmetic."""
         if self.mean == "arithmetic":
             return list(self.values)
         return [math.log(value) for value in self.values]
@@ -130,12 +130,12 @@ class Windows:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a model beside the dense one.
+    """A metric of a model, with the metric of the dense model.
 
     Attributes:
-        value: the metric.
-        dense: that of the dense model; None for a metric that itself compares with it.
-        spread: the uncertainty of ``value``; None if it is not known.
+        value: the metric of the model.
+        dense: the metric of the dense model; None for a metric that itself compares with it.
+        spread: the uncertainty of ``value``; None if it is unknown.
     """
 
     value: float
@@ -145,25 +145,25 @@ class Score:
 
 def score_beside(spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module) -> Score:
     """A metric of a model and of the dense one, or of their difference, on (windows, seqlen)."""
-    value, own = score(spec, model, tokens, dense)
-    other, others = (None, None) if spec.dense else score(spec, dense, tokens, None)
-    return Score(value, other, None if own is None else own.spread(others))
+    value, windows = score(spec, model, tokens, dense)
+    dense_value, dense_windows = (None, None) if spec.dense else score(spec, dense, tokens, None)
+    return Score(value, dense_value, None if windows is None else windows.spread(dense_windows))
 
 
 def score(
     spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module | None
 ) -> tuple[float, Windows | None]:
-    """A metric of a model on ``tokens`` (windows, seqlen), and of each if it is a mean of them."""
-    beside = [dense] if spec.dense else []
+    """A metric on ``tokens`` (windows, seqlen), and on each window if it is a mean over them."""
+    others = [dense] if spec.dense else []
     if spec.mean is None:
-        return spec.measure(model, tokens, *beside), None
-    each = Windows(spec.mean, [spec.measure(model, window[None], *beside) for window in tokens])
-    return each.value, each
+        return spec.measure(model, tokens, *others), None
+    windows = Windows(spec.mean, [spec.measure(model, window[None], *others) for window in tokens])
+    return windows.value, windows
 
 
 def spread(
     row: Mapping[str, Any], dense: Mapping[str, Any], text: str, metric: str
 ) -> Spread | None:
-    """The uncertainty of a metric of a row, see `Windows.spread`; None if it is not known."""
-    own, other = Windows.of(row, text, metric), Windows.of(dense, text, metric)
-    return None if own is None or other is None else own.spread(other)
+    """The uncertainty of a metric of a row, see `Windows.spread`; None if it is unknown."""
+    windows, dense_windows = Windows.of(row, text, metric), Windows.of(dense, text, metric)
+    return None if windows is None or dense_windows is None else windows.spread(dense_windows)

@@ -9,6 +9,7 @@ from apt.hookspecs import (
     ExportSpec,
     MethodSpec,
     PatternSpec,
+    QuantisedFormatSpec,
     RecoverySpec,
     ShrinkMethodSpec,
     hookimpl,
@@ -71,7 +72,7 @@ def apt_shrink_methods() -> list[ShrinkMethodSpec]:
     groups, blocks = "apt_plugins.group_choices", "apt_plugins.block_choices"
     experts = "apt_plugins.expert_choices"
     aware: dict[str, Any] = {"error_aware": True, "efforts": True}
-    whole: dict[str, Any] = {"efforts": True, "chooses": "groups", "streams": False}
+    model_wide: dict[str, Any] = {"efforts": True, "chooses": "groups", "streams": False}
     dropped: dict[str, Any] = {**aware, "chooses": "blocks"}
     routed: dict[str, Any] = {"chooses": "experts", "compensate": True, "efforts": True}
     pruner = "arXiv 2305.11627"
@@ -84,16 +85,16 @@ def apt_shrink_methods() -> list[ShrinkMethodSpec]:
         ShrinkMethodSpec("group-wanda", "groups of the smallest Σ ‖w_j‖² ‖x_j‖², no update",
                          f"{groups}:wanda", 30, "after arXiv 2306.11695", efforts=True),
         ShrinkMethodSpec("flap", "groups of the smallest Σ ‖w_j‖² Var(x_j), no update",
-                         f"{groups}:flap", 40, "arXiv 2312.11983", **whole),
+                         f"{groups}:flap", 40, "arXiv 2312.11983", **model_wide),
         ShrinkMethodSpec("llm-pruner", "groups of the smallest Σ |w ∂L/∂w|, no update",
-                         f"{groups}:llm_pruner", 20, pruner, **whole),
+                         f"{groups}:llm_pruner", 20, pruner, **model_wide),
         ShrinkMethodSpec("llm-pruner-vector", "groups of the smallest Σ |Σ w ∂L/∂w|, no update",
-                         f"{groups}:llm_pruner_vector", 15, pruner, **whole),
+                         f"{groups}:llm_pruner_vector", 15, pruner, **model_wide),
         ShrinkMethodSpec("llm-pruner-second", "groups of the smallest Σ (w ∂L/∂w)², no update",
-                         f"{groups}:llm_pruner_second", 22, pruner, **whole),
+                         f"{groups}:llm_pruner_second", 22, pruner, **model_wide),
         ShrinkMethodSpec("llm-pruner-mix",
                          "groups of the smallest Σ |w ∂L/∂w − ½ (w ∂L/∂w)²|, no update",
-                         f"{groups}:llm_pruner_mix", 21, pruner, **whole),
+                         f"{groups}:llm_pruner_mix", 21, pruner, **model_wide),
         ShrinkMethodSpec("expert-joint", "experts whose tokens the others serve best, jointly",
                          "apt.pruning.expert_choice:joint_experts", 90, **routed),
         ShrinkMethodSpec("reap", "experts of the smallest mean of g ‖f(x)‖", f"{experts}:reap", 40,
@@ -130,9 +131,25 @@ def apt_exports() -> list[ExportSpec]:
 
 
 @hookimpl
+def apt_quantised_formats() -> list[QuantisedFormatSpec]:
+    """GGUF, and directories of safetensors files in the common formats of quantised weights."""
+    return [
+        QuantisedFormatSpec(
+            "gguf", "files of llama.cpp and Ollama, in all their types of numbers",
+            "apt_plugins.gguf_files.quantised:open_file",
+        ),
+        QuantisedFormatSpec(
+            "safetensors",
+            "FP8, MXFP4, compressed-tensors, AWQ, GPTQ, bitsandbytes in 4 bits, and MLX",
+            "apt_plugins.quantised_directories.opening:open_directory",
+        ),
+    ]  # fmt: skip
+
+
+@hookimpl
 def apt_allocations() -> list[AllocationSpec]:
     """The same sparsity for all sites, published allocations, and APT's own."""
-    published, own = "apt_plugins.allocations", "apt_plugins.budget"
+    published, budgeted = "apt_plugins.allocations", "apt_plugins.budget"
     return [
         AllocationSpec("uniform", "the same for every site", f"{published}:uniform"),
         AllocationSpec("owl", "less for blocks with more outliers", f"{published}:owl",
@@ -146,12 +163,12 @@ def apt_allocations() -> list[AllocationSpec]:
         AllocationSpec("atp", "more from block to block, in an arithmetic progression",
                        f"{published}:atp", "arXiv 2502.14770", streams=False),
         AllocationSpec("auto", "by what the last weight of each site costs the model's output",
-                       f"{own}:auto", "after arXiv 2410.14649"),
+                       f"{budgeted}:auto", "after arXiv 2410.14649"),
         AllocationSpec("auto-search", "auto, refined by evolutionary search on the loss",
                        "apt_plugins.level_search:auto_search", "after arXiv 2410.14649",
                        streams=False),
         AllocationSpec("auto-block", "the same, with equal sparsities of the blocks",
-                       f"{own}:auto_block", "after arXiv 2410.14649"),
+                       f"{budgeted}:auto_block", "after arXiv 2410.14649"),
     ]  # fmt: skip
 
 

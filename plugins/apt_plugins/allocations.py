@@ -98,10 +98,10 @@ def _by_tails(
     for planned, block in given.blocks():
         sites = unstructured(planned)
         with given.opened(planned.name, block):
-            found = [exponent(s.site.oriented(s.site.weight(block).data)) for s in sites]
+            exponents = [exponent(s.site.oriented(s.site.weight(block).data)) for s in sites]
         if per_block and sites:
-            found = [sum(found) / len(found)] * len(sites)
-        alphas |= {site.name: alpha for site, alpha in zip(sites, found, strict=True)}
+            exponents = [sum(exponents) / len(exponents)] * len(sites)
+        alphas |= {site.name: alpha for site, alpha in zip(sites, exponents, strict=True)}
     finite = [alpha for alpha in alphas.values() if math.isfinite(alpha)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     span = high - low
@@ -122,8 +122,8 @@ def scaled(plan: Plan, ratios: Mapping[str, float]) -> dict[str, float]:
         return {site.name: min(scale * ratios[site.name], most) for site in sites}
 
     def zeros(scale: float) -> float:
-        found = shares(scale)
-        return sum(found[site.name] * site.size for site in sites)
+        sparsities = shares(scale)
+        return sum(sparsities[site.name] * site.size for site in sites)
 
     low, high = 0.0, most / max(min(ratios.values()), 1e-6)
     for _ in range(100):
@@ -141,15 +141,15 @@ def atp(given: Unallocated) -> dict[str, float]:
     """
     if sum(bool(unstructured(block)) for block in given.plan.blocks) < 2:
         return uniform(given)  # every β is the same
-    few = given.tokens[: max(1, _ATP_TOKENS // given.tokens.shape[1])]
-    norms = {planned.name: found for _, planned, found in _norms(given)}
+    sample = given.tokens[: max(1, _ATP_TOKENS // given.tokens.shape[1])]
+    norms = {planned.name: inputs for _, planned, inputs in _norms(given)}
     best, lowest_loss = uniform(given), math.inf
     for step in range(int(1 / STEP)):
         shares = _progression(given.plan, step * STEP)
         if not all(0 < share <= MOST for share in shares.values()):
             break
         with _pruned(given, norms, shares), given.adapter.running(given.model):
-            loss = perplexity(given.model, few)
+            loss = perplexity(given.model, sample)
         if loss < lowest_loss:
             best, lowest_loss = shares, loss
     return best

@@ -68,7 +68,7 @@ def _admm(dense: Tensor, unit: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
 
 
 def _growth(changed: float) -> float:
-    """The growth factor of ρ for the share of the support that changed since the last check."""
+    """The growth factor of ρ for the share of the support that has changed since the last check."""
     return next(factor for above, factor in _GROWTH if changed > above)
 
 

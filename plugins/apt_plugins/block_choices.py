@@ -52,16 +52,16 @@ def angular(model: nn.Module, adapter: Adapter, tokens: Tensor, count: int) -> l
 
 @torch.no_grad()
 def by_loss(model: nn.Module, adapter: Adapter, tokens: Tensor, count: int) -> list[str]:
-    """Greedily the block without which the loss is lowest, one after the other (arXiv 2402.09025).
+    """Blocks chosen one by one, each with the lowest loss after its removal (arXiv 2402.09025).
 
-    The loss is on the first samples, with about 2,048 tokens together.
+    The loss is computed on the first samples, about 2,048 tokens in total.
     """
-    few = tokens[: max(1, _TOKENS_FOR_LOSS // tokens.shape[1])]
-    left, dropped = [name for name, _ in adapter.blocks(model)], list[str]()
+    sample = tokens[: max(1, _TOKENS_FOR_LOSS // tokens.shape[1])]
+    remaining, dropped = [name for name, _ in adapter.blocks(model)], list[str]()
     while len(dropped) < count:
-        losses = {n: loss_without(model, adapter, few, [*dropped, n]) for n in left}
+        losses = {n: loss_without(model, adapter, sample, [*dropped, n]) for n in remaining}
         dropped.append(min(losses, key=lambda name: losses[name]))
-        left.remove(dropped[-1])
+        remaining.remove(dropped[-1])
     return dropped
 
 

@@ -1,11 +1,11 @@
 """``auto``: a sparsity for each site, so that the loss of the last weight is the same everywhere.
 
-One pass over the dense model measures two things. The first is the loss of each site at every
-sparsity, with exact weights for what is kept. The second is what an error of the site does to the
-output of the model: each site is pruned by itself, then each block, and the change of the stream is
-followed to the last block. An error-aware run makes up for a part of this change in each block
-behind it, so that early blocks count less. The budget is then spent by bisection on the multiplier:
-the loss of the last weight, in units of the change of the output, is the same everywhere.
+One pass over the dense model measures two quantities. The first is the loss of each site at every
+sparsity, with exact kept weights. The second is the effect of an error of a site on the output of
+the model: each site is pruned alone, then each block, and the change of the stream is measured
+after the last block. An error-aware run compensates a part of this change in each later block, so
+that early blocks have a lower weight. Bisection on the multiplier then distributes the zeros: the
+loss of the last weight, in units of the change of the output, is the same for all sites.
 """
 
 import math
@@ -27,11 +27,11 @@ from apt_plugins.site_losses import LEVELS, losses_of, pruned, site_grams
 
 _GRAM_TOKENS = 4096
 _PROBE_TOKENS = 512
-# Of error-aware runs; chosen on SmolLM2 at 70 %. With (1, 1), (1, 0.6), (0.95, 0.8), (0.93, 1) and
+# For error-aware runs; chosen on SmolLM2 at 70 %. With (1, 1), (1, 0.6), (0.95, 0.8), (0.93, 1) and
 # (0.9, 0.7) the perplexity was 9.1, 9.6, 14.0, 13.6 and 13.5 % lower than with uniform sparsities.
-_LEFT = 0.95  # of an error, behind each further block
-_SPREAD = 0.8  # of the deviations from the planned sparsity
-# With n:8 at 50 %, 0.5 has 24.6 / 85.4 on both texts, and 0.35 has 25.5 / 87.9.
+_LEFT = 0.95  # the share of an error that remains after each later block
+_SPREAD = 0.8  # the factor of the deviations from the planned sparsity
+# With n:8 at 50 %, 0.5 gives perplexities of 24.6 / 85.4 on two texts, and 0.35 gives 25.5 / 87.9.
 _SPREAD_NM = 0.5
 
 _LEAST, _MOST = 0.01, 0.99
@@ -42,9 +42,9 @@ class _Group:
     """The sites of one kind in a block, which are measured together.
 
     Attributes:
-        sites: the sites; several only for the experts of a kind.
+        sites: the sites; there are several only for experts.
         marginal: the loss of the next weight at each level of the sparsity (levels,), ascending.
-        change: the relative change of the block's output, if they alone have their sparsity, by the
+        change: the relative change of the block's output if only these sites are pruned, times the
             share of the loss that compensation leaves.
     """
 
@@ -69,24 +69,24 @@ class _Group:
         return float(below.sum()) / LEVELS * self.size
 
     def below(self, threshold: float) -> float:
-        """The sparsity at which the loss of the next weight is a threshold."""
-        place = int(torch.searchsorted(self.marginal, threshold))
-        if not 0 < place < len(self.marginal):
-            return place / LEVELS
-        low, high = (float(self.marginal[i]) for i in (place - 1, place))
-        part = (threshold - low) / (high - low) if high > low else 0.0
-        return (place - 1 + part) / LEVELS
+        """The sparsity at which the loss of the next weight equals a threshold."""
+        index = int(torch.searchsorted(self.marginal, threshold))
+        if not 0 < index < len(self.marginal):
+            return index / LEVELS
+        low, high = (float(self.marginal[i]) for i in (index - 1, index))
+        fraction = (threshold - low) / (high - low) if high > low else 0.0
+        return (index - 1 + fraction) / LEVELS
 
 
 @torch.no_grad()
 def auto(given: Unallocated) -> dict[str, float]:
-    """The sparsities with the least change of the model's output, see the module."""
+    """The sparsities with the least change of the model's output; see the module's docstring."""
     return _spent(_measured(given), _spread(given))
 
 
 @torch.no_grad()
 def auto_block(given: Unallocated) -> dict[str, float]:
-    """`auto` within each block, whose total is that of the plan."""
+    """`auto` within each block; the total of each block is the planned one."""
     blocks, spread = _measured(given), _spread(given)
     return {name: share for block in blocks for name, share in _spent([block], spread).items()}
 
@@ -99,11 +99,11 @@ def _spread(given: Unallocated) -> float:
 
 
 def _spent(blocks: Sequence[tuple[Sequence[_Group], float]], spread: float) -> dict[str, float]:
-    """The sparsity of each site, for which the last score costs the same everywhere.
+    """The sparsity of each site at which the last weight has the same cost in all sites.
 
     Args:
-        blocks: the groups of each block, and the change of the model's output as a multiple of
-            that of the block's output.
+        blocks: the groups of each block, and the change of the model's output divided by the change
+            of the block's output.
         spread: the factor of the deviations from the planned sparsity.
     """
     costs = [
@@ -118,22 +118,22 @@ def _spent(blocks: Sequence[tuple[Sequence[_Group], float]], spread: float) -> d
     sizes = torch.tensor([group.size for group, _ in costs], dtype=torch.float64)
 
     def shares(threshold: float) -> Tensor:
-        found = [group.below(math.exp(threshold) / cost) for group, cost in costs]
-        return torch.tensor(found, dtype=torch.float64).clamp(least, most)
+        sparsities = [group.below(math.exp(threshold) / cost) for group, cost in costs]
+        return torch.tensor(sparsities, dtype=torch.float64).clamp(least, most)
 
-    every = (group for groups, _ in blocks for group in groups)
-    found = {site.name: group.sparsity for group in every for site in group.sites}
+    all_groups = (group for groups, _ in blocks for group in groups)
+    sparsities = {site.name: group.sparsity for group in all_groups for site in group.sites}
     for (group, _), share in zip(costs, _with_total(total, sizes, shares).tolist(), strict=True):
         deviation = spread * (share - group.sparsity)
-        found |= {site.name: group.sparsity + deviation for site in group.sites}
-    return found
+        sparsities |= {site.name: group.sparsity + deviation for site in group.sites}
+    return sparsities
 
 
 def _with_total(total: float, sizes: Tensor, shares: Callable[[float], Tensor]) -> Tensor:
     """The shares (groups,) that remove ``total`` weights, by bisection on the threshold.
 
-    A group whose marginal loss has a plateau jumps over it at one threshold, and the sum may jump
-    over the total. The shares then lie on the line between both ends of the jump.
+    If the marginal loss of a group has a plateau, its share jumps at one threshold, and the sum may
+    jump over the total. Then the shares are interpolated between both ends of the jump.
     """
     low, high = -100.0, 100.0
     for _ in range(100):
@@ -146,35 +146,35 @@ def _with_total(total: float, sizes: Tensor, shares: Callable[[float], Tensor]) 
 
 
 def _measured(given: Unallocated) -> list[tuple[list[_Group], float]]:
-    """The groups of each block, and the change of the model's output relative to that of it."""
+    """The groups of each block, and the model's change of output divided by the block's."""
     adapter, model, tokens = given.adapter, given.model, given.tokens
-    found, sums, changed = list[list[_Group]](), list[float](), list[State]()
+    all_groups, sums, states = list[list[_Group]](), list[float](), list[State]()
     length = tokens.shape[1]
-    few = tokens[: max(1, _PROBE_TOKENS // length), :_PROBE_TOKENS]
-    more = tokens[len(few) : len(few) + max(1, _GRAM_TOKENS // length)]
+    probe_tokens = tokens[: max(1, _PROBE_TOKENS // length), :_PROBE_TOKENS]
+    gram_tokens = tokens[len(probe_tokens) : len(probe_tokens) + max(1, _GRAM_TOKENS // length)]
     with eval_mode(model), adapter.running(model):
-        probe = enter(adapter, model, few)[0]
-        others = enter(adapter, model, more if len(more) else few)
+        probe = enter(adapter, model, probe_tokens)[0]
+        others = enter(adapter, model, gram_tokens if len(gram_tokens) else probe_tokens)
         for index, (planned, block) in enumerate(given.blocks()):
             with given.opened(planned.name, block):
                 sites = unstructured(planned)
                 step = partial(adapter.step, block, call=probe.calls[index])
-                changed = [step(state) for state in changed]
+                states = [step(state) for state in states]
                 grams = site_grams(adapter, block, index, [s.site for s in sites], others)
-                groups, whole = _groups(adapter, block, step, probe.state, sites, grams)
-                found.append(groups)
-                sums.append(whole)
+                groups, change_sum = _groups(adapter, block, step, probe.state, sites, grams)
+                all_groups.append(groups)
+                sums.append(change_sum)
                 with pruned(block, sites, grams):
-                    changed.append(step(probe.state))
+                    states.append(step(probe.state))
                 probe.state = step(probe.state)
         end = stream_rows(adapter, probe.state)
-        changes = [_change(end, stream_rows(adapter, state)) for state in changed]
-    left = _LEFT if given.error_aware else 1.0
+        changes = [_change(end, stream_rows(adapter, state)) for state in states]
+    kept_share = _LEFT if given.error_aware else 1.0
     factors = [
-        change / whole * left ** (len(sums) - 1 - index) if whole > 0 else 0.0
-        for index, (change, whole) in enumerate(zip(changes, sums, strict=True))
+        change / change_sum * kept_share ** (len(sums) - 1 - index) if change_sum > 0 else 0.0
+        for index, (change, change_sum) in enumerate(zip(changes, sums, strict=True))
     ]
-    return list(zip(found, factors, strict=True))
+    return list(zip(all_groups, factors, strict=True))
 
 
 def _groups(
@@ -185,24 +185,24 @@ def _groups(
     sites: Sequence[PlannedSite],
     grams: Mapping[Site, Gram],
 ) -> tuple[list[_Group], float]:
-    """The groups of a block, and the sum of the changes by each, without compensation."""
+    """The groups of a block, and the sum of the changes by the groups, without compensation."""
     kinds: dict[str, list[PlannedSite]] = {}
     for site in sites:
         kinds.setdefault(site.site.kind, []).append(site)
-    dense, found, whole = stream_rows(adapter, step(state)), list[_Group](), 0.0
+    dense, groups, total = stream_rows(adapter, step(state)), list[_Group](), 0.0
     for members in kinds.values():
         with pruned(block, members, grams):
             change = _change(dense, stream_rows(adapter, step(state)))
-        whole += change
+        total += change
         plain, losses = losses_of(block, members, grams)
         planned = round(LEVELS * sparsity_of(members[0]))
         change *= float(losses[planned] / plain[planned].clamp_min(1e-30))
         marginal = (losses.diff() * LEVELS / sum(s.size for s in members)).cummax(0).values
-        found.append(_Group(tuple(members), marginal, change))
-    return found, whole
+        groups.append(_Group(tuple(members), marginal, change))
+    return groups, total
 
 
 def _change(dense: Tensor, changed: Tensor) -> float:
-    """The mean square of the change of a token (tokens, hidden), relative to that of the token."""
+    """The mean over tokens (tokens, hidden) of the squared change relative to the squared token."""
     squares = (changed - dense).square().mean(1, keepdim=True)
     return float((squares / mean_squares(dense)).mean())

@@ -18,8 +18,8 @@ CYCLES = 50
 """The greatest number of exchanges in a row of at least `WIDTH` inputs, as in the paper."""
 
 WIDTH = 4096
-"""The narrowest row in the paper. A narrower one has exchanges in proportion to its inputs: on
-SmolLM2, whose rows have 576 and 1,536, the perplexity at 60 % doubles with 50 exchanges."""
+"""The narrowest row in the paper. A narrower row has fewer exchanges, in proportion to its inputs.
+On SmolLM2, with rows of 576 and 1,536 inputs, 50 exchanges would double the perplexity at 60 %."""
 
 THRESHOLD = 0.1
 """The error of a row that needs no further exchange, as in the paper."""
@@ -51,7 +51,7 @@ def dsnot_exact(weight: Tensor, gram: Gram, pattern: Pattern, options: SolverOpt
 def refined(
     weight: Tensor, gram: Gram, mask: Tensor, group: int | None = None, cycles: int | None = None
 ) -> Tensor:
-    """Any mask, refined; every row, or every group, keeps its number of pruned weights.
+    """A refined mask; every row, or every group, keeps its number of pruned weights.
 
     The criteria are those of the authors' code. A weight is exchanged at most once. For n:m, the
     weight of lowest score in the group is pruned, and a row is finished when its error changes
@@ -94,7 +94,7 @@ class _Rows:
         self._open = torch.ones_like(self._error, dtype=torch.bool)
 
     def exchange(self) -> bool:
-        """Exchange two weights in every row that is not finished; False if all are."""
+        """Exchange two weights in every open row; False if no row is open."""
         sign = self._error.sign().unsqueeze(1)
         gain, grown = (self._gain * sign).max(1)
         score, pruned = self._candidates(sign, grown).min(1)

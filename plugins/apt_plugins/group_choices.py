@@ -42,23 +42,28 @@ def flap(model: nn.Module, adapter: Adapter, tokens: Tensor) -> Scores:
     with eval_mode(model), adapter.running(model):
         batches = enter(adapter, model, tokens)
         for index, (name, block) in enumerate(adapter.blocks(model)):
-            found, moments = _groups(model, adapter, block), _Moments()
-            read = {reader for groups in found for reader in groups.readers}
+            block_groups, moments = _groups(model, adapter, block), _Moments()
+            read = {reader for groups in block_groups for reader in groups.readers}
             sites = {site.name: site for site in adapter.sites(block) if site.name in read}
             with adapter.capture(block, list(sites.values()), moments.add):
                 for batch in batches:
                     batch.state = adapter.step(block, batch.state, batch.calls[index])
-            varied = {
+            reader_scores = {
                 reader: _squared(block, site) * moments.variance(site)
                 for reader, site in sites.items()
             }
             scores[name] = {
                 groups.kind: _by_group(
-                    torch.stack([varied[r] for r in groups.readers]).sum(0), groups.count
+                    torch.stack([reader_scores[r] for r in groups.readers]).sum(0), groups.count
                 )
-                for groups in found
+                for groups in block_groups
                 if groups.readers and not groups.apart
-            } | {r: varied[r] for groups in found if groups.apart for r in groups.readers}
+            } | {
+                r: reader_scores[r]
+                for groups in block_groups
+                if groups.apart
+                for r in groups.readers
+            }
     return scores
 
 
@@ -106,10 +111,10 @@ def _taylor(
     for name, block in adapter.blocks(model):
         for groups in _groups(model, adapter, block):
             if groups.apart:
-                inside = {p: salience[f"{name}.{p}"] for p, _ in block.named_parameters()}
+                block_salience = {p: salience[f"{name}.{p}"] for p, _ in block.named_parameters()}
                 for site in (site for site in adapter.sites(block) if site.name in groups.readers):
                     columns = torch.zeros(groups.columns_of(site.name))
-                    for _, entry in entries_of(inside, groups, site):
+                    for _, entry in entries_of(block_salience, groups, site):
                         vectors = entry.reshape(*entry.shape[:2], -1)
                         columns += _magnitude(vectors, by_vector=by_vector).sum(1).cpu()
                     scores[name][site.name] = columns
@@ -119,14 +124,14 @@ def _taylor(
                 entries = salience[f"{name}.{part.parameter}"].movedim(part.dim, 0)
                 vectors = entries.reshape(len(entries), -1)  # of a bias, single values
                 sums = _magnitude(vectors, by_vector=by_vector)
-                own = sums[part.start : part.start + groups.count * part.each]
-                total += _by_group(own, groups.count).cpu()
+                part_sums = sums[part.start : part.start + groups.count * part.each]
+                total += _by_group(part_sums, groups.count).cpu()
             scores[name][groups.kind] = total
     return dict(scores)
 
 
 def _magnitude(vectors: Tensor, *, by_vector: bool) -> Tensor:
-    """The magnitude of each vector, as one or as the sum of those of its values."""
+    """The magnitude of the sum of each vector, or the sum of the magnitudes of its values."""
     return vectors.sum(-1).abs() if by_vector else vectors.abs().sum(-1)
 
 
@@ -138,35 +143,37 @@ def _salience(
 
     The means are over the samples, and ``g`` is the gradient of the loss of one sample.
     """
-    owned = {
+    parameters = {
         f"{name}.{path}": parameter
         for name, block in adapter.blocks(model)
         for path, parameter in block.named_parameters()
     }
-    before = {name: parameter.requires_grad for name, parameter in owned.items()}
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     means = {
-        power: {name: torch.zeros_like(p, dtype=torch.float32) for name, p in owned.items()}
+        power: {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         for power in factors
     }
     with eval_mode(model), adapter.running(model):
         try:
-            for parameter in owned.values():
+            for parameter in parameters.values():
                 parameter.requires_grad_()
             for sample in torch.split(tokens, 1):
-                loss = _loss(model, sample)  # an expert that sees no token has no gradient
-                found = torch.autograd.grad(loss, list(owned.values()), materialize_grads=True)
-                for name, gradient in zip(owned, found, strict=True):
+                loss = _loss(model, sample)  # an expert without tokens has no gradient
+                gradients = torch.autograd.grad(
+                    loss, list(parameters.values()), materialize_grads=True
+                )
+                for name, gradient in zip(parameters, gradients, strict=True):
                     for power, mean in means.items():
                         mean[name] += gradient.float() ** power / len(tokens)
         finally:
-            for name, parameter in owned.items():
+            for name, parameter in parameters.items():
                 parameter.requires_grad_(before[name])
     return {
         name: torch.stack([
             factor * parameter.detach().float() ** power * means[power][name]
             for power, factor in factors.items()
         ]).sum(0)
-        for name, parameter in owned.items()
+        for name, parameter in parameters.items()
     }  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """``auto-search``: the sparsities of ``auto``, refined by evolutionary search (EvoPress).
 
-A generation has some offspring of the best sparsities so far. Each moves a step of sparsity from
-one group of sites to another, so that the total stays. The fitness is the loss of the pruned model
-on calibration tokens. As in the paper, a first selection uses few tokens, and a second one, with
-the parent, more (arXiv 2410.14649, algorithm 1).
+A generation has several offspring of the best sparsities so far. Each offspring moves a step of
+sparsity from one group of sites to another, so that the total does not change. The fitness is the
+loss of the pruned model on calibration tokens. As in the paper, a first selection uses few tokens,
+and a second selection, which includes the parent, uses more (arXiv 2410.14649, algorithm 1).
 
-The paper keeps every site, compensated at every level, in a database. Here a candidate needs only
-scores: its removed weights are not set to zero but scaled, by the root of the share of the loss
-that compensation leaves. The error of a site is then as large as with exact weights.
+The paper stores every site, compensated at every level, in a database. Here a candidate needs only
+scores: removed weights are not set to zero, but scaled by the root of the share of the loss that
+compensation leaves. So the error of a site is as large as with exact weights.
 """
 
 import random
@@ -35,12 +35,12 @@ _LEAST, _MOST = 0.01, 0.99
 
 @dataclass
 class _Group:
-    """The sites of one kind in a block, with what their pruning needs.
+    """The sites of one kind in a block, with the data for their pruning.
 
     Attributes:
         sites: the sites.
-        weights: their dense weights (out, in), views of the model's.
-        scales: the factor of each input, by which scores are ``(w · scale)²``.
+        weights: the dense weights (out, in), views of the model's weights.
+        scales: the factor of each input in the scores ``(w · scale)²``.
         left: the share of the loss that exact weights leave, at each level of the sparsity.
     """
 
@@ -56,16 +56,16 @@ class _Group:
     def prune(self, dense: Sequence[Tensor], sparsity: float) -> None:
         """Scale the weights of the lowest scores."""
         kept = 1 - float(self.left[round(sparsity * LEVELS)].clamp(0, 1).sqrt())
-        for site, weight, scale, before in zip(
+        for site, weight, scale, weights_before in zip(
             self.sites, self.weights, self.scales, dense, strict=True
         ):
-            mask = removed_at((before.float() * scale).square(), site, sparsity)
-            weight.copy_(torch.where(mask, before * kept, before))
+            mask = removed_at((weights_before.float() * scale).square(), site, sparsity)
+            weight.copy_(torch.where(mask, weights_before * kept, weights_before))
 
 
 @torch.no_grad()
 def auto_search(given: Unallocated) -> dict[str, float]:
-    """The sparsities of `auto`, refined by search; see the module."""
+    """The sparsities of `auto`, refined by search; see the module's docstring."""
     start = auto(given)
     groups = _groups(given)
     levels = [start[group.sites[0].name] for group in groups]
@@ -78,7 +78,7 @@ def auto_search(given: Unallocated) -> dict[str, float]:
 
 def _groups(given: Unallocated) -> list[_Group]:
     """The groups of all blocks."""
-    adapter, model, found = given.adapter, given.model, list[_Group]()
+    adapter, model, groups = given.adapter, given.model, list[_Group]()
     count = max(1, _GRAM_TOKENS // given.tokens.shape[1])
     with eval_mode(model), adapter.running(model):
         batches = enter(adapter, model, given.tokens[:count])
@@ -88,7 +88,7 @@ def _groups(given: Unallocated) -> list[_Group]:
                 grams = site_grams(adapter, block, index, [s.site for s in sites], batches)
                 for members in _kinds(sites):
                     plain, losses = losses_of(block, members, grams)
-                    found.append(
+                    groups.append(
                         _Group(
                             members,
                             [_weight(block, s.site) for s in members],
@@ -96,7 +96,7 @@ def _groups(given: Unallocated) -> list[_Group]:
                             losses / plain.clamp_min(1e-30),
                         )
                     )
-    return found
+    return groups
 
 
 def _kinds(sites: Sequence[PlannedSite]) -> list[list[PlannedSite]]:
@@ -112,13 +112,13 @@ def _weight(block: nn.Module, site: Site) -> Tensor:
 
 @contextmanager
 def _pruned(given: Unallocated, groups: Sequence[_Group]) -> Iterator["_Pruned"]:
-    """Inside the context, candidates can be applied to the model; then it is dense again."""
-    applied = _Pruned(groups)
+    """Inside the context, candidates can be applied to the model; at the end it is dense again."""
+    pruned_model = _Pruned(groups)
     with eval_mode(given.model), given.adapter.running(given.model):
         try:
-            yield applied
+            yield pruned_model
         finally:
-            applied.restore()
+            pruned_model.restore()
 
 
 class _Pruned:
@@ -139,8 +139,8 @@ class _Pruned:
     def restore(self) -> None:
         """Make the model dense again."""
         for group, dense in zip(self._groups, self._dense, strict=True):
-            for weight, before in zip(group.weights, dense, strict=True):
-                weight.copy_(before)
+            for weight, original in zip(group.weights, dense, strict=True):
+                weight.copy_(original)
 
 
 def _evolved(
@@ -148,7 +148,9 @@ def _evolved(
 ) -> list[float]:
     """The best sparsities that the search finds."""
     draw, length = random.Random(0), given.tokens.shape[1]
-    few, more = (given.tokens[: max(1, count // length)] for count in (FEW, MORE))
+    selection_tokens, final_tokens = (
+        given.tokens[: max(1, count // length)] for count in (FEW, MORE)
+    )
 
     def loss(candidate: Sequence[float], tokens: Tensor) -> float:
         apply(candidate)
@@ -156,25 +158,27 @@ def _evolved(
 
     if len(groups) < 2:
         return levels
-    best, lowest = levels, loss(levels, more)
+    best, lowest_loss = levels, loss(levels, final_tokens)
     for _ in range(GENERATIONS):
         offspring = [_moved(groups, best, draw) for _ in range(OFFSPRING)]
-        first = sorted((loss(child, few), place) for place, child in enumerate(offspring))
-        for _, place in first[:SURVIVORS]:
-            found = loss(offspring[place], more)
-            if found < lowest:
-                best, lowest = offspring[place], found
+        first = sorted(
+            (loss(child, selection_tokens), index) for index, child in enumerate(offspring)
+        )
+        for _, index in first[:SURVIVORS]:
+            child_loss = loss(offspring[index], final_tokens)
+            if child_loss < lowest_loss:
+                best, lowest_loss = offspring[index], child_loss
     return best
 
 
 def _moved(groups: Sequence[_Group], levels: Sequence[float], draw: random.Random) -> list[float]:
-    """A copy in which sparsity has moved from a group to another, once or a few times."""
-    moved, mean = list(levels), sum(group.size for group in groups) / len(groups)
+    """A copy in which sparsity has moved from one group to another, one to three times."""
+    levels_after, mean = list(levels), sum(group.size for group in groups) / len(groups)
     for _ in range(min(draw.randint(1, 3), draw.randint(1, 3))):
         source, target = draw.sample(range(len(groups)), 2)
         weights = STEP * mean
-        less, more = (weights / groups[place].size for place in (source, target))
-        if moved[source] - less > _LEAST and moved[target] + more < _MOST:
-            moved[source] -= less
-            moved[target] += more
-    return moved
+        less, more = (weights / groups[index].size for index in (source, target))
+        if levels_after[source] - less > _LEAST and levels_after[target] + more < _MOST:
+            levels_after[source] -= less
+            levels_after[target] += more
+    return levels_after

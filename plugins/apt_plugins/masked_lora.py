@@ -1,8 +1,8 @@
 """LoRA whose update is masked, so that a merge keeps the zeros of a pruned model.
 
-It is peft's LoRA with another layer in the place of its linear layer: the update ``s · B A`` is
-zero where the weight is zero, in training and in the merge. Adapters are saved as those of LoRA,
-and must be opened with `masked_lora` again: plain LoRA would fill the zeros.
+It is peft's LoRA with another linear layer: the update ``s · B A`` is zero where the weight is
+zero, in training and in the merge. Adapters are saved in the format of LoRA, and must be opened
+with `masked_lora` again: plain LoRA would fill the zeros.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-_UNSERVED = ("lora_dropout", "use_dora", "lora_bias")  # the update of these is no masked matrix
+_UNSUPPORTED = ("lora_dropout", "use_dora", "lora_bias")  # their update is not a masked matrix
 
 
 class MaskedLoraLinear(Linear):  # type: ignore[misc]
@@ -42,19 +42,19 @@ def masked_lora(**options: Any) -> LoraConfig:
     """A configuration of LoRA with masked updates.
 
     Args:
-        **options: the arguments of `peft.LoraConfig`, but for dropout, DoRA and biases.
+        **options: the arguments of `peft.LoraConfig`, except dropout, DoRA and biases.
 
     Raises:
-        ValueError: an option would not be masked; peft raises it for a target that is no
-            `torch.nn.Linear`.
+        ValueError: the update of an option cannot be masked. peft raises the same error for a
+            target that is not a `torch.nn.Linear`.
     """
-    if given := [name for name in _UNSERVED if options.get(name)]:
-        raise ValueError(f"masked LoRA does not serve {', '.join(given)}")
+    if unsupported := [name for name in _UNSUPPORTED if options.get(name)]:
+        raise ValueError(f"masked LoRA does not serve {', '.join(unsupported)}")
     config = LoraConfig(**options)
     config._register_custom_module({nn.Linear: MaskedLoraLinear, nn.Module: _refuse})
     return config
 
 
 def _refuse(target: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Raise in the place of peft's other layers, whose updates are not masked."""
+    """Raise an error instead of peft's other layers, whose updates are not masked."""
     raise ValueError(f"masked LoRA serves torch.nn.Linear, not {type(target).__name__}")

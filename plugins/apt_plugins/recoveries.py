@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from apt.errors import AptError
 from apt.extending import Trainable, Unrecovered, divergence, relative_error, train_only
 
-_ALONE = ("out_proj", "conv1d")  # peft refuses LoRA there: fused kernels read their weights
+_READ_BY_KERNELS = ("out_proj", "conv1d")  # peft refuses LoRA of weights that fused kernels read
 
 
 def spp(given: Unrecovered) -> Trainable:
@@ -37,7 +37,7 @@ def lora(given: Unrecovered) -> Trainable:
     names = _linears(given)
     kind = str(getattr(getattr(given.model, "config", None), "model_type", ""))
     if "mamba" in kind or kind in ("falcon_h1", "nemotron_h"):
-        names = [name for name in names if name.rpartition(".")[2] not in _ALONE]
+        names = [name for name in names if name.rpartition(".")[2] not in _READ_BY_KERNELS]
     config = masked_lora(
         target_modules=names, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
     )  # fmt: skip
@@ -63,7 +63,7 @@ def _linears(given: Unrecovered) -> list[str]:
 
 
 def layers(given: Unrecovered) -> Trainable:
-    """The last blocks, the final norm and the head, as a whole (arXiv 2411.15558)."""
+    """All weights of the last blocks, the final norm and the head (arXiv 2411.15558)."""
     model: Any = given.model
     head = model.get_output_embeddings()
     blocks = [block for _, block in given.adapter.blocks(given.model)][-given.options.blocks :]
@@ -78,20 +78,20 @@ def _run_after(model: nn.Module, block: nn.Module) -> list[nn.Module]:
 
     Families register these under different names and in different places, so one token is run.
     """
-    passed, found = list[bool](), list[nn.Module]()
+    block_outputs, modules = list[bool](), list[nn.Module]()
 
-    def note(module: nn.Module, _: Any) -> None:
-        if passed:
-            found.append(module)
+    def record(module: nn.Module, _: Any) -> None:
+        if block_outputs:
+            modules.append(module)
 
     with ExitStack() as hooks, torch.no_grad():
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is not None:
-                hooks.callback(module.register_forward_pre_hook(note).remove)
-        hooks.callback(block.register_forward_hook(lambda *_: passed.append(True)).remove)
+                hooks.callback(module.register_forward_pre_hook(record).remove)
+        hooks.callback(block.register_forward_hook(lambda *_: block_outputs.append(True)).remove)
         token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         model(input_ids=token, use_cache=False)
-    return found
+    return modules
 
 
 def distill(given: Unrecovered) -> Trainable:
@@ -106,11 +106,11 @@ def distill(given: Unrecovered) -> Trainable:
             input_ids=batch["input_ids"], use_cache=False, output_hidden_states=bool(weight)
         )
         rows, device = batch["row"], output.logits.device
-        tokens, logs = (found.to(device) for found in teacher.top(rows))
-        found = divergence(output.logits, tokens, logs)
+        tokens, logs = (value.to(device) for value in teacher.top(rows))
+        value = divergence(output.logits, tokens, logs)
         if weight:
             dense = teacher.hidden(rows).to(device)
-            found = found + weight * relative_error(output.hidden_states[-1], dense)
-        return found
+            value = value + weight * relative_error(output.hidden_states[-1], dense)
+        return value
 
     return Trainable(given.model, loss, masked=True)

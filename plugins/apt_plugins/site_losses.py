@@ -1,6 +1,6 @@
-"""The losses of sites at every sparsity, and sites that are pruned for a moment.
+"""The losses of sites at every sparsity, and a context with temporarily pruned sites.
 
-The scores are squared weights in the balanced scaling, in which the default method ranks them.
+The scores are squared weights in the balanced scaling, in which the default method ranks weights.
 """
 
 import math
@@ -23,32 +23,32 @@ LEVELS = 512
 """The number of levels of the sparsity."""
 
 _DAMPING = 0.05
-_SORTED = 2**17  # scores of a kind of sites in a block that are sorted, about
+_SORTED = 2**17  # the approximate number of sorted scores for a kind of sites in a block
 _KNOTS = (0.3, 0.5, 0.7, 0.9)  # sparsities at which the loss with exact weights is computed
-_ROWS = 32  # rows of a site on which it is computed
-_EXPERTS = 4  # experts of a kind on which it is computed
+_ROWS = 32  # the rows of a site for this computation
+_EXPERTS = 4  # the experts of a kind for this computation
 
 
 def site_grams(
     adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], batches: list[Batch]
 ) -> dict[Site, Gram]:
-    """The Gram matrices of the inputs of the sites; the batches pass the block."""
-    sums, first = dict[str, Gram](), dict[str, Site]()
+    """The Gram matrices of the inputs of the sites; the batches are run through the block."""
+    sums, first_site = dict[str, Gram](), dict[str, Site]()
     weights = {site: site.oriented(site.weight(block).data) for site in sites}
     for site in sites:
-        first.setdefault(site.input, site)
+        first_site.setdefault(site.input, site)
         sums.setdefault(site.input, Gram(weights[site].shape[1], weights[site].device))
 
     def add(site: Site, inputs: Tensor) -> None:
-        if first[site.input] is site:
+        if first_site[site.input] is site:
             sums[site.input].add(as_rows(site, inputs, weights[site]))
 
     with adapter.capture(block, sites, add):
         for batch in batches:
             batch.state = adapter.step(block, batch.state, batch.calls[index])
     mean = mean_square(sums.values())
-    whole = {name: gram.with_missing_tokens(mean) for name, gram in sums.items()}
-    return {site: whole[site.input] for site in sites}
+    complete = {name: gram.with_missing_tokens(mean) for name, gram in sums.items()}
+    return {site: complete[site.input] for site in sites}
 
 
 def losses_of(
@@ -56,15 +56,15 @@ def losses_of(
 ) -> tuple[Tensor, Tensor]:
     """The loss of sites at every level of the sparsity (levels + 1,): plain and compensated.
 
-    Without compensation, it is the sum of the scores. The share that is left with exact weights is
-    computed on a few rows, at some levels.
+    The plain loss is the sum of the scores. The share that remains with exact weights is computed
+    on a few rows, at a few levels.
     """
     levels = torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64)
     scores = [_scores(block, planned.site, grams) for planned in sites]
     plain = _plain_losses(scores, _pattern(sites[0]), levels)
-    few = list(zip(sites, scores, strict=True))[:: max(1, len(sites) // _EXPERTS)]
-    left = torch.stack([_shares_left(block, *pair, grams) for pair in few]).mean(0)
-    return plain, plain * _interpolated(levels, torch.tensor([*_KNOTS, 1.0]), left)
+    examples = list(zip(sites, scores, strict=True))[:: max(1, len(sites) // _EXPERTS)]
+    remaining = torch.stack([_shares_left(block, *pair, grams) for pair in examples]).mean(0)
+    return plain, plain * _interpolated(levels, torch.tensor([*_KNOTS, 1.0]), remaining)
 
 
 def _plain_losses(scores: Sequence[Tensor], pattern: Pattern, levels: Tensor) -> Tensor:
@@ -72,15 +72,15 @@ def _plain_losses(scores: Sequence[Tensor], pattern: Pattern, levels: Tensor) ->
     if (knots := pattern.knots) is not None:
         sums = [sum(_removed(score, pattern, knot) for score in scores) for knot in knots]
         return _interpolated(levels, torch.tensor(knots), torch.tensor(sums, dtype=torch.float64))
-    every = sum(score.numel() for score in scores)
-    some = torch.cat([_spaced(score, every // _SORTED) for score in scores])
-    ordered = some.sort().values.double() * (every / len(some))
+    count = sum(score.numel() for score in scores)
+    sample = torch.cat([_spaced(score, count // _SORTED) for score in scores])
+    ordered = sample.sort().values.double() * (count / len(sample))
     below = torch.cat([torch.zeros_like(ordered[:1]), ordered.cumsum(0)]).cpu()
     return below[(levels * len(ordered)).long()]
 
 
 def _spaced(scores: Tensor, distance: int) -> Tensor:
-    """Evenly spaced scores, from all columns: the distance, at least 1, has no factor of theirs."""
+    """Evenly spaced scores; the distance and the number of columns have no common factor."""
     distance = max(1, distance)
     while math.gcd(distance, scores.shape[1]) > 1:
         distance += 1
@@ -100,25 +100,25 @@ def _pattern(site: PlannedSite) -> Pattern:
 
 
 def removed_at(scores: Tensor, site: PlannedSite, sparsity: float) -> Tensor:
-    """The mask (out, in) of the lowest scores, of that sparsity or of the nearest n:m."""
+    """The mask (out, in) of the lowest scores, at a sparsity or at the nearest n:m."""
     return _pattern(site).at(sparsity).lowest(scores)
 
 
 def _shares_left(
     block: nn.Module, planned: PlannedSite, scores: Tensor, grams: Mapping[Site, Gram]
 ) -> Tensor:
-    """The share of the loss that is left with exact weights, at each knot (knots + 1,)."""
+    """The share of the loss that remains with exact weights, at each knot (knots + 1,)."""
     site, damped = planned.site, grams[planned.site].damped(_DAMPING)
     weight = site.oriented(site.weight(block).data).to(damped.matrix.dtype)
     rows = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long().to(weight.device)
-    left = []
+    shares = []
     for knot in _KNOTS:
         mask = removed_at(scores, planned, knot)[rows]
         removed = weight[rows] * mask
         plain = float(((removed @ damped.matrix) * removed).sum()) / 2
         solved = float(joint_weights(weight[rows], damped, mask).loss.sum())
-        left.append(solved / plain if plain > 0 else 1.0)
-    return torch.tensor([*left, 1.0], dtype=torch.float64)
+        shares.append(solved / plain if plain > 0 else 1.0)
+    return torch.tensor([*shares, 1.0], dtype=torch.float64)
 
 
 def _interpolated(places: Tensor, knots: Tensor, values: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _interpolated(places: Tensor, knots: Tensor, values: Tensor) -> Tensor:
 
 
 def _scores(block: nn.Module, site: Site, grams: Mapping[Site, Gram]) -> Tensor:
-    """The squared weights (out, in) in the scaling in which the default method ranks them."""
+    """The squared weights (out, in) in the scaling of the default method."""
     weight = site.oriented(site.weight(block).data).float()
     return (weight * grams[site].damped(_DAMPING).balanced.scale).square()
 

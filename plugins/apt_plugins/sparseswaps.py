@@ -99,9 +99,9 @@ class _Rows:
         place = torch.arange(len(mask), device=mask.device)
         return cls(place, weight, mask.clone(), (weight * mask) @ matrix, p, u, coupling)
 
-    def take(self, chosen: Tensor) -> "_Rows":
-        """The rows where ``chosen`` (rows,) is True."""
-        return _Rows(*(getattr(self, field.name)[chosen] for field in fields(self)))
+    def take(self, selection: Tensor) -> "_Rows":
+        """The rows where ``selection`` (rows,) is True."""
+        return _Rows(*(getattr(self, field.name)[selection] for field in fields(self)))
 
 
 def _coupling(weight: Tensor, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -133,10 +133,10 @@ def _best_swaps(rows: _Rows, matrix: Tensor, buffer: Tensor) -> tuple[Tensor, Te
         The change of its loss, its pruned slot numbered through all groups, and its kept slot
         within the group, each (rows,).
     """
-    alone = rows.weight.square().mul_(matrix.diagonal())
+    squares = rows.weight.square().mul_(matrix.diagonal())
     cross = 2 * rows.weight * rows.slope
-    losses = (alone + cross).masked_fill_(rows.mask, math.inf)
-    gains = (alone - cross).masked_fill_(~rows.mask, math.inf)
+    losses = (squares + cross).masked_fill_(rows.mask, math.inf)
+    gains = (squares - cross).masked_fill_(~rows.mask, math.inf)
     losses = losses.gather(1, rows.kept.flatten(1)).view_as(rows.kept)
     gains = gains.gather(1, rows.pruned.flatten(1))
     table = torch.add(rows.coupling, losses.unsqueeze(2), out=buffer).flatten(1, 2)
@@ -147,14 +147,14 @@ def _best_swaps(rows: _Rows, matrix: Tensor, buffer: Tensor) -> tuple[Tensor, Te
 
 def _swap(rows: _Rows, matrix: Tensor, back: Tensor, gone: Tensor) -> None:
     """Keep each row's pruned slot ``back`` and prune its kept slot ``gone``, both (rows,)."""
-    every = torch.arange(len(back), device=back.device)
+    rows_index = torch.arange(len(back), device=back.device)
     group, back = back // rows.pruned.shape[2], back % rows.pruned.shape[2]
-    p, u = (rows.pruned[every, group, back, None], rows.kept[every, group, gone, None])
+    p, u = (rows.pruned[rows_index, group, back, None], rows.kept[rows_index, group, gone, None])
     rows.mask.scatter_(1, p, False).scatter_(1, u, True)
     for column, sign in ((u, 1), (p, -1)):
         rows.slope.addcmul_(rows.weight.gather(1, column), matrix[column[:, 0]], value=sign)
-    rows.pruned[every, group, back], rows.kept[every, group, gone] = u[:, 0], p[:, 0]
-    line = _coupling(rows.weight, matrix, u, rows.kept[every, group])
-    rows.coupling[every, group, back] = line
-    line = _coupling(rows.weight, matrix, p, rows.pruned[every, group])
-    rows.coupling[every, group, :, gone] = line
+    rows.pruned[rows_index, group, back], rows.kept[rows_index, group, gone] = u[:, 0], p[:, 0]
+    line = _coupling(rows.weight, matrix, u, rows.kept[rows_index, group])
+    rows.coupling[rows_index, group, back] = line
+    line = _coupling(rows.weight, matrix, p, rows.pruned[rows_index, group])
+    rows.coupling[rows_index, group, :, gone] = line

@@ -1,6 +1,6 @@
 """Tail exponents of the spectra of weights, as in the code of AlphaPruning (arXiv 2410.10912).
 
-All of it is in fp32 and in the order of the authors' operations: the highest bin of the histogram
+All operations are in fp32 and in the order of the authors' code: the highest bin of the histogram
 and the best tail are discrete choices, which a rounding can change.
 """
 
@@ -16,9 +16,9 @@ def tail_from_peak(weight: Tensor) -> float:
     """The exponent ``α`` of a weight (out, in), with the tail of the best fit.
 
     ``λ_min`` runs over the eigenvalues up to 1.5 times the lower edge of the highest bin of the
-    histogram of ``log λ``. Each gives an ``α`` by `_hill`. The one with the least
-    Kolmogorov-Smirnov distance between the tail and its power law counts. If a weight has fewer
-    than two eigenvalues, ``α`` is infinite.
+    histogram of ``log λ``. Each ``λ_min`` gives an ``α`` by `_hill`. The result is the ``α`` with
+    the least Kolmogorov-Smirnov distance between the tail and its power law. It is infinite if a
+    weight has fewer than two eigenvalues.
     """
     spectrum = _spectrum(weight)
     if len(spectrum) < 2:
@@ -41,15 +41,15 @@ def tail_from_middle(weight: Tensor) -> float:
 def _spectrum(weight: Tensor) -> Tensor:
     """The eigenvalues of ``W Wᵀ`` in ascending order, without exact zeros, which have no logarithm.
 
-    They are squares of singular values: those of the product have no correct digit in fp32 where
-    they are small, and the smallest one decides the bins of the histogram.
+    They are computed as squares of singular values. Small eigenvalues of the product itself would
+    have no correct digit in fp32, and the smallest one decides the bins of the histogram.
     """
     eigenvalues: Tensor = torch.linalg.svdvals(weight.float()).cpu().square().flip(0)
     return eigenvalues[eigenvalues > 0]
 
 
 def _peak(logs: Tensor) -> Tensor:
-    """The lower edge of the highest bin of the histogram; the first one of several."""
+    """The lower edge of the highest bin of the histogram; of several such bins, the first."""
     low, high = logs[0].item(), logs[-1].item()
     counts = torch.histc(logs, _BINS, min=low, max=high)
     return torch.linspace(low, high, _BINS + 1)[int(counts.argmax())]

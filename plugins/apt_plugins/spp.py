@@ -2,8 +2,8 @@
 
 A linear layer of weight ``W`` (out, in) computes with ``W ∘ (1 + s · A ⊗ c)``: ``A`` (r, in) has a
 row for each of ``r`` groups of consecutive outputs, and ``c`` (out, 1) has a factor for each
-output. The model begins as it was, since ``c`` begins with zeros. Importing this module registers
-the type ``"SPP"``, after which peft creates, saves, loads and merges such adapters::
+output. At the start the model is unchanged, since ``c`` is zero. Importing this module registers
+the type ``"SPP"``, so that peft creates, saves, loads and merges such adapters::
 
     from peft import get_peft_model
     from apt_plugins.spp import SppConfig
@@ -36,9 +36,8 @@ class SppConfig(PeftConfig):  # type: ignore[misc]
     """The configuration of SPP adapters.
 
     Args:
-        r: the number of groups of outputs. The default, like that of ``scale``, is the value that
-            the authors' code uses.
-        scale: the factor ``s``.
+        r: the number of groups of outputs; by default the value of the authors' code.
+        scale: the factor ``s``; by default the value of the authors' code.
         dropout: the dropout of the inputs of the adapters. The authors use 0.05. Without it, a
             layer needs one product instead of two.
         target_modules: the names of the linear layers, as in other configurations of peft.
@@ -112,7 +111,7 @@ class SppLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``s · A ⊗ c`` (out, in), by which the weight is multiplied and then added to itself."""
+        """``s · A ⊗ c`` (out, in), the relative change of the weight."""
         first, factors = self.spp_A[adapter], self.spp_c[adapter]
         rows = torch.arange(self.out_features, device=first.device)
         group = rows * len(first) // self.out_features
@@ -199,14 +198,14 @@ class SppModel(BaseTuner):  # type: ignore[misc]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, nn.Linear):
             raise ValueError(f"{current_key} is a {type(base).__name__}, not a torch.nn.Linear")
-        made = SppLinear(target, adapter_name, peft_config)
+        layer = SppLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
-            made.requires_grad_(False)
-        self._replace_module(parent, target_name, made, target)
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
 
 
 def register() -> None:
-    """Make peft know the type ``"SPP"``."""
+    """Register the type ``"SPP"`` in peft."""
     PEFT_TYPE_TO_CONFIG_MAPPING[SPP] = SppConfig
     PEFT_TYPE_TO_TUNER_MAPPING[SPP] = SppModel
     PEFT_TYPE_TO_PREFIX_MAPPING[SPP] = SppModel.prefix

@@ -1,4 +1,4 @@
-"""Channels inside experts: each expert loses its own, and the model stays the same function."""
+"""Channels inside experts: each expert loses other channels, and the function does not change."""
 
 import copy
 import warnings
@@ -36,7 +36,7 @@ def channels_of(adapter, block, config):
 
 @torch.no_grad()
 def silence(adapter, block, groups):
-    """Set half of the columns of every reader to zero: other ones in each, or the last ones."""
+    """Set half of the columns of every reader to zero: other columns in each, or the last ones."""
     draw = torch.Generator().manual_seed(0)
     for site in adapter.sites(block):
         if site.name in groups.readers:
@@ -47,7 +47,7 @@ def silence(adapter, block, groups):
 
 @torch.no_grad()
 def check_smaller(model, adapter, tokens, folder):
-    """The model without channels that are zero in other places of each expert is the same."""
+    """Check that a model without its zero channels computes the same, in memory and on disk."""
     before, removed = model(tokens).logits, {}
     for name, block in adapter.blocks(model):
         if groups := channels_of(adapter, block, model.config):
@@ -69,19 +69,19 @@ def check_smaller(model, adapter, tokens, folder):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_models_of_all_layouts_without_channels_are_the_same_function(name, tmp_path):
+def test_models_without_expert_channels_equal_masked_models(name, tmp_path):
     check_smaller(model_of(name), AutoAdapter(), TOKENS, tmp_path)
 
 
 @pytest.mark.parametrize("variant", [v for v in ("jamba", "qwen2-moe") if v in CONFIGS])
-def test_adapters_that_declare_their_experts_have_the_channels_too(variant, tmp_path):
+def test_adapters_with_declared_experts_have_expert_channels(variant, tmp_path):
     """The MLPs of Jamba have the width of its experts."""
     model = random_model(variant)
     check_smaller(model, adapter_of(model), random_tokens(2, 12), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "two shared", "gpt_oss"])
-def test_auto_finds_what_a_declaration_says(name):
+def test_auto_finds_the_declared_expert_channels(name):
     model, adapter = model_of(name), AutoAdapter()
     (_, block), *_ = reversed(adapter.blocks(model))
     shared = "mlp.shared_experts" if model.config.model_type == "deepseek_v3" else ""
@@ -97,8 +97,8 @@ def test_auto_finds_what_a_declaration_says(name):
     assert len(found.readers) == len(other.readers) == 8 + bool(shared)
 
 
-def test_a_width_on_which_more_depends_than_experts_is_left_alone():
-    """Here, a norm outside the blocks has the width of the experts."""
+def test_width_shared_with_other_parameters_gives_no_groups():
+    """A Linear outside the blocks has the width of the experts."""
     model = model_of("qwen3_moe")
     adapter = AutoAdapter()
     assert channels_of(adapter, adapter.blocks(model)[0][1], model.config)
@@ -114,7 +114,7 @@ def test_a_width_on_which_more_depends_than_experts_is_left_alone():
 
 
 @pytest.mark.parametrize(("name", "each"), [("gpt_oss", 2), ("qwen3_moe", 1)])
-def test_a_run_tells_pairs_of_rows_where_the_module_does_not(name, each):
+def test_auto_detects_alternating_rows_by_a_run(name, each):
     """As in transformers 4, and in code beside a checkpoint."""
     model = model_of(name)
     model.config._experts_implementation = "eager"

@@ -1,4 +1,4 @@
-"""Groups of every family: a model without them equals one in which nothing reads them."""
+"""Groups of every family: a model without groups equals the model that does not read them."""
 
 import copy
 
@@ -36,7 +36,7 @@ CASES = [
 
 
 def removed_groups(model, adapter, kind):
-    """Half of the groups of each block, the same number of each bin, other ones in each block."""
+    """Half of the groups of each block, the same number from each bin, different in each block."""
     found = {}
     for index, (name, block) in enumerate(adapter.blocks(model)):
         groups = next(g for g in adapter.groups(block, model.config) if g.kind == kind)
@@ -64,7 +64,7 @@ def silence(model, adapter, removed):
 
 @pytest.mark.parametrize(("variant", "kind"), CASES)
 @torch.no_grad()
-def test_a_smaller_model_equals_one_in_which_nothing_reads_the_groups(variant, kind, tmp_path):
+def test_smaller_model_equals_the_model_with_unread_groups(variant, kind, tmp_path):
     model = random_model(variant)
     adapter = adapter_of(model)
     removed = removed_groups(model, adapter, kind)
@@ -80,7 +80,7 @@ def test_a_smaller_model_equals_one_in_which_nothing_reads_the_groups(variant, k
     assert torch.equal(opened(tokens).logits, smaller(tokens).logits)
 
 
-def test_entries_of_several_kinds_are_removed_once():
+def test_groups_of_two_kinds_are_removed_together():
     """A query head, and the key/value head that it belongs to."""
     model = random_model("llama-grouped-tied")
     adapter = adapter_of(model)
@@ -93,7 +93,7 @@ def test_entries_of_several_kinds_are_removed_once():
     assert smaller["self_attn.q_proj.weight"].shape[0] == expected
 
 
-def test_blocks_must_lose_the_same_number():
+def test_different_numbers_of_groups_per_block_are_refused():
     model = random_model("llama-grouped-tied")
     adapter = adapter_of(model)
     first = adapter.blocks(model)[0][0]
@@ -102,14 +102,14 @@ def test_blocks_must_lose_the_same_number():
 
 
 @pytest.mark.parametrize("variant", ["bloom"])
-def test_a_family_whose_configuration_has_no_widths_declares_none(variant):
+def test_family_without_fields_for_widths_has_no_groups(variant):
     model = random_model(variant)
     adapter = adapter_of(model)
     assert adapter.groups(adapter.blocks(model)[0][1], model.config) == []
 
 
 @needs("transformers", "5", "LlamaConfig refuses some numbers of heads")
-def test_widths_that_a_configuration_cannot_express_are_refused():
+def test_inexpressible_widths_are_refused():
     """transformers opens a LLaMA only if the hidden size is a multiple of the number of heads."""
     model = random_model("llama")
     adapter = adapter_of(model)

@@ -1,4 +1,4 @@
-"""The recording of calls: what blocks return is found out by runs with stubs."""
+"""The recording of calls: runs with stubs determine the form of a block's output."""
 
 from collections import UserDict
 
@@ -11,7 +11,7 @@ from apt.errors import AptError
 
 
 class Model(nn.Module):
-    """Three blocks, and what the model does with what a block returns."""
+    """Three blocks, and a function of the model for the output of a block."""
 
     def __init__(self, take):
         super().__init__()
@@ -52,7 +52,7 @@ FORMS = {as_it_is: 1, pair: 2, triple: 3, normed: None}
 
 
 @pytest.mark.parametrize("take", FORMS, ids=lambda take: take.__name__)
-def test_the_form_of_a_blocks_output_is_found(take):
+def test_record_calls_finds_the_form_of_the_output(take):
     model = Model(take)
     state, calls = record_calls(model, list(model.blocks), torch.zeros(2, 3))
     assert state.shape == (2, 3, 4)
@@ -88,7 +88,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize(("by_name", "key"), [(False, 0), (True, "other")])
-def test_what_a_block_passes_on_beside_the_stream_is_part_of_the_state(by_name, key):
+def test_values_beside_the_stream_are_part_of_the_state(by_name, key):
     model, adapter = Passing(by_name), DecoderAdapter()
     state, calls = record_calls(model, list(model.blocks), torch.zeros(2, 3))
     assert [(call.carried, call.keeps) for call in calls] == [({}, 2), ({key: 1}, 2), ({key: 1}, 2)]
@@ -120,7 +120,7 @@ class Filling(nn.Module):
         return state + shared["first"]
 
 
-def test_what_a_block_leaves_for_later_ones_is_part_of_the_state():
+def test_shared_mappings_are_part_of_the_state():
     model, adapter = Sharing(), DecoderAdapter()
     state, calls = record_calls(model, list(model.blocks), torch.zeros(2, 3))
     assert [call.shared for call in calls] == [("shared",)] * 3
@@ -133,7 +133,7 @@ def test_what_a_block_leaves_for_later_ones_is_part_of_the_state():
     assert not any(call.kwargs["shared"] for call in calls)
 
 
-def test_the_error_of_the_run_that_went_furthest_is_raised():
+def test_record_calls_raises_the_error_of_the_longest_run():
     unpacked = []
 
     def fail(result):
@@ -148,12 +148,12 @@ def test_the_error_of_the_run_that_went_furthest_is_raised():
         record_calls(model, list(model.blocks), torch.zeros(2, 3))
 
 
-def test_blocks_that_are_not_called_are_named():
+def test_uncalled_blocks_are_an_error_with_their_number():
     model = Model(pair)
     with pytest.raises(AptError, match="Model called 3 of its 4 blocks"):
         record_calls(model, [*model.blocks, nn.Linear(4, 4)], torch.zeros(2, 3))
 
 
-def test_a_stub_of_a_block_that_was_not_recorded_returns_a_tuple():
+def test_stub_of_an_unrecorded_block_returns_a_tuple():
     given = torch.tensor(1)
     assert stub_output(((given,),), {}, nn.Linear(2, 2)) == (given,)

@@ -1,4 +1,4 @@
-"""What a router decides: read at its experts, and changed where experts are removed."""
+"""The choices of routers: their record at the experts, and their change without some experts."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def routed(block, stream):
     return routing, output[0] if isinstance(output, tuple) else output
 
 
-def test_the_routing_gives_the_output_of_the_experts(block, stream):
+def test_routing_reproduces_the_output_of_the_experts(block, stream):
     routing, _ = routed(block, stream)
     _, experts = experts_of(block)
     with torch.no_grad(), one_by_one(block):
@@ -47,7 +47,7 @@ def test_the_routing_gives_the_output_of_the_experts(block, stream):
     torch.testing.assert_close(by_hand, whole)
 
 
-def test_tokens_of_an_expert_have_the_order_of_its_inputs(block, stream):
+def test_tokens_of_returns_tokens_in_the_order_of_the_inputs(block, stream):
     _, experts = experts_of(block)
     seen, found = {}, []
     weights = {e: experts.gate_up_proj.data[e] for e in range(8)}
@@ -61,7 +61,7 @@ def test_tokens_of_an_expert_have_the_order_of_its_inputs(block, stream):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_experts_a_router_is_the_smaller_one(block, stream, dtype):
+def test_unrouted_router_equals_the_smaller_router(block, stream, dtype):
     block, stream = block.to(dtype), stream.to(dtype)
     removed = torch.tensor([True, False, False, False, True, False, False, False])
     router = getattr(block.mlp, "gate", None) or block.mlp.router
@@ -79,7 +79,7 @@ def test_without_experts_a_router_is_the_smaller_one(block, stream, dtype):
     torch.testing.assert_close(output, expected)
 
 
-def test_each_token_can_lack_another_expert(block, stream):
+def test_unrouted_accepts_a_mask_for_each_token(block, stream):
     router = getattr(block.mlp, "gate", None) or block.mlp.router
     before, _ = routed(block, stream)
     removed = torch.nn.functional.one_hot(before.index[:, 0], 8).bool()
@@ -90,7 +90,7 @@ def test_each_token_can_lack_another_expert(block, stream):
         assert ((after.index[:, :, None] == before.index[:, None, 1:]).any(1)).all()
 
 
-def test_experts_without_indices_are_refused(stream):
+def test_routings_refuses_experts_without_indices(stream):
     _, experts = experts_of(mixture("llama4_text").model.layers[0])
     with pytest.raises(AptError, match="does not get the indices of"), routings(experts, print):
         experts(stream.view(-1, 16))

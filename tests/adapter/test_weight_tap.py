@@ -1,4 +1,4 @@
-"""The weight tap sees every way of writing a product, and changes none."""
+"""The weight tap reports every form of a product, and changes no result."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def _linear():
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_a_product_is_seen_once(name):
+def test_each_product_is_reported_once(name):
     weight, product = PRODUCTS[name]
     seen = []
     plain = product()
@@ -51,7 +51,7 @@ def test_a_product_is_seen_once(name):
     assert torch.equal(seen[0][1].reshape(-1, 4), ROWS)
 
 
-def test_other_products_are_not_seen():
+def test_other_products_are_not_reported():
     other = torch.randn(6, 4)
     part = W[:4]
     with WeightTap({"w": W}, lambda key, x: pytest.fail("seen")):
@@ -60,7 +60,7 @@ def test_other_products_are_not_seen():
         X @ W.clone().T
 
 
-def test_nothing_is_seen_after_an_exception():
+def test_no_product_is_reported_after_an_exception():
     seen = []
     with pytest.raises(RuntimeError), WeightTap({"w": W}, lambda key, x: seen.append(key)):
         raise RuntimeError

@@ -72,7 +72,7 @@ def dynamic():
 
 
 def compressed():
-    """As compressed-tensors leaves a Linear that it has begun to quantise."""
+    """A Linear that compressed-tensors has begun to quantise."""
     initialize = pytest.importorskip("compressed_tensors.quantization.lifecycle.initialize")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -162,7 +162,7 @@ RUNS = (
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", WRAPPED)
-def test_a_wrapper_is_named_with_what_to_do_first(name):
+def test_wrapper_is_refused_with_a_remedy(name):
     make, place, wrapper, advice = WRAPPED[name]
     model = make()
     before = [p.clone() for p in model.parameters()]
@@ -170,10 +170,10 @@ def test_a_wrapper_is_named_with_what_to_do_first(name):
         for adapter in ("llama", "auto"):
             with pytest.raises(library.AptError) as caught:
                 run(model, adapter)
-            said = str(caught.value)
-            assert re.fullmatch(f"{place} is wrapped by {wrapper}; .*", said), said
-            assert re.search(advice, said), said
-            assert "\n" not in said
+            message = str(caught.value)
+            assert re.fullmatch(f"{place} is wrapped by {wrapper}; .*", message), message
+            assert re.search(advice, message), message
+            assert "\n" not in message
     for was, parameter in zip(before, model.parameters(), strict=True):
         assert was.dtype == parameter.dtype
         assert was.isnan().any() or torch.equal(was, parameter)
@@ -196,7 +196,7 @@ UNWRAPPED = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", UNWRAPPED)
-def test_what_is_advised_makes_a_model_that_can_be_pruned(name):
+def test_remedy_makes_the_model_prunable(name):
     model, options = UNWRAPPED[name](), library.PruneOptions(effort="fast")
     report = library.prune(model, TOKENS, pattern="2:4", adapter="llama", options=options)
     assert report.sparsity == 0.5
@@ -204,12 +204,12 @@ def test_what_is_advised_makes_a_model_that_can_be_pruned(name):
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_the_models_of_all_families_are_plain(variant):
+def test_models_of_all_families_are_accepted(variant):
     refuse_wrapped(random_model(variant))
     refuse_wrapped(random_model(variant, torch.bfloat16))
 
 
-def test_a_directory_of_a_peft_adapter_is_named(tmp_path, apt):
+def test_directory_of_a_peft_adapter_is_refused_with_a_remedy(tmp_path, apt):
     lora(True).save_pretrained(tmp_path / "tuned")
     done = apt("prune", tmp_path / "tuned", "--sparsity", "0.5", "--output", tmp_path / "out")
     assert done.code == 2

@@ -1,4 +1,4 @@
-"""The adapter that finds out by itself: as declared where that is known, conforming elsewhere."""
+"""The automatic adapter: it agrees with declared adapters, and conforms on other families."""
 
 import copy
 from functools import partial
@@ -86,7 +86,7 @@ def of(name, device="cpu"):
 
 
 def essentials(sites: list[Site]):
-    """What matters of sites: which weights share an input, in which order, and how they are."""
+    """The sites in a comparable form: shared inputs, order and layout."""
     inputs = {}
     for site in sites:
         inputs.setdefault(site.input, []).append(
@@ -96,7 +96,7 @@ def essentials(sites: list[Site]):
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_it_finds_what_the_shipped_adapters_declare(variant):
+def test_auto_finds_the_sites_of_the_shipped_adapters(variant):
     model, auto = random_model(variant), AUTO()
     theirs = adapter_of(model)
     assert [n for n, _ in auto.blocks(model)] == [n for n, _ in theirs.blocks(model)]
@@ -105,14 +105,14 @@ def test_it_finds_what_the_shipped_adapters_declare(variant):
 
 
 @pytest.mark.parametrize("name", [n for n in OTHERS if n not in ("Mixtral", "Qwen2Moe")])
-def test_it_conforms_on_families_without_an_adapter(name):
+def test_auto_conforms_on_families_without_an_adapter(name):
     model = of(name)
     problems = {o.name: o.problem for o in check_adapter(AUTO(), model, TOKENS)}
     assert problems == dict.fromkeys(CHECKS, "")
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_without_weights_it_finds_the_same(name):
+def test_auto_finds_the_same_sites_without_weights(name):
     found = []
     for device in ("cpu", "meta"):
         auto, model = AUTO(), of(name, device)
@@ -120,7 +120,7 @@ def test_without_weights_it_finds_the_same(name):
     assert found[0] == found[1]
 
 
-def test_it_prunes(tmp_path):
+def test_auto_prunes_a_model(tmp_path):
     of("GPTJ").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     report = library.prune(model, random_tokens(), pattern="2:4", adapter="auto")
@@ -129,7 +129,7 @@ def test_it_prunes(tmp_path):
 
 
 @pytest.mark.skipif(not STACKED, reason="experts are modules in this transformers")
-def test_experts_of_a_product_that_is_not_read_are_refused():
+def test_experts_in_an_unsupported_product_are_refused():
     """Slices that are copied before they are multiplied cannot be observed."""
     model = of("Mixtral")
     for block in model.model.layers:
@@ -148,7 +148,7 @@ def _copied(experts, states, index, weights):
 
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if name in EXPERTS])
-def test_experts_are_pruned_and_their_routers_are_not(name):
+def test_experts_are_pruned_and_routers_stay_dense(name):
     model = of(name)
     before = copy.deepcopy(model.state_dict())
     report = library.prune(model, random_tokens(4, 32), pattern="2:4", adapter="auto")
@@ -166,21 +166,21 @@ def test_experts_are_pruned_and_their_routers_are_not(name):
     ]
 
 
-def test_an_empty_tensor_on_the_meta_device_does_no_harm():
+def test_empty_tensor_on_the_meta_device_is_accepted():
     model = of("StableLm", "meta")
     model.register_buffer("positions", torch.empty(0, 3, device="meta"))
     assert len(AUTO().blocks(model)) == 3
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_blocks_that_run_several_times_are_refused(device):
+def test_repeated_blocks_are_refused(device):
     model = random_model("llama")
     model.model.layers = Twice(model.model.layers).to(device)
     with pytest.raises(AptError, match="calls its 3 blocks 6 times, not once each"):
         AUTO().enter(model, TOKENS)
 
 
-def test_a_second_stack_of_blocks_is_refused():
+def test_second_stack_of_blocks_is_refused():
     model = random_model("llama")
     model.model.late = nn.ModuleList([nn.Sequential(nn.Linear(32, 32))])
     model.model.norm.register_forward_pre_hook(lambda norm, args: model.model.late[0](*args))
@@ -188,7 +188,7 @@ def test_a_second_stack_of_blocks_is_refused():
         library.prune(model, TOKENS, pattern="2:4", adapter="auto")
 
 
-def test_another_model_of_the_same_shapes_is_examined_too():
+def test_second_model_of_the_same_shapes_is_examined():
     auto, residual = AUTO(), []
     for pre_norm in (True, False):
         config = copy.deepcopy(CONFIGS["opt"])
@@ -198,14 +198,14 @@ def test_another_model_of_the_same_shapes_is_examined_too():
     assert residual == [{"self_attn.out_proj", "fc2"}, {"self_attn.out_proj"}]
 
 
-def test_the_limit_of_positions_is_known_by_its_other_names():
+def test_positions_reads_the_other_field_names():
     with pytest.raises(AptError, match="has 64 positions"):
         library.prune(of("Mpt"), random_tokens(2, 80), pattern="2:4", adapter="auto")
     text = transformers.LlamaConfig(max_position_embeddings=48)
     assert AUTO().positions(transformers.LlavaConfig(text_config=text)) == 48
 
 
-def test_what_cannot_be_run_is_refused_in_a_line():
+def test_model_that_does_not_run_is_refused_in_one_line():
     model = of("GPTJ")
     model.transformer.h[1].mlp = None
     with pytest.raises(AptError, match=r"adapter auto cannot run transformer\.h\.1") as caught:
@@ -213,7 +213,7 @@ def test_what_cannot_be_run_is_refused_in_a_line():
     assert "adapter of its own" in caught.value.hint
 
 
-def test_a_capture_that_misses_something_is_found_before_anything_is_pruned(monkeypatch):
+def test_incomplete_capture_is_refused_before_pruning(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", unseen)
     model = of("StableLm")
     before = copy.deepcopy(model.state_dict())
@@ -222,7 +222,7 @@ def test_a_capture_that_misses_something_is_found_before_anything_is_pruned(monk
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-def test_copies_of_a_checked_model_are_not_checked_and_another_model_is(monkeypatch):
+def test_only_other_models_are_checked_again(monkeypatch):
     auto, model = AUTO(), of("StableLm")
     auto.enter(model, TOKENS)
     monkeypatch.setattr(torch.nn.functional, "linear", unseen)  # which a check finds
@@ -232,12 +232,12 @@ def test_copies_of_a_checked_model_are_not_checked_and_another_model_is(monkeypa
 
 
 def unseen(x, weight, bias=None):
-    """A linear function made of an operator that is no function of torch."""
+    """A linear function by an operator, which is not a function of torch."""
     product = torch.ops.aten.mm.default(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
     return product if bias is None else product + bias
 
 
-def test_the_command_line_says_what_was_chosen(tmp_path):
+def test_prune_reports_the_automatic_adapter(tmp_path):
     of("StableLm").save_pretrained(tmp_path / "model")
     from apt.checkpoints.load import load_tokenizer
     from apt.locations.model_source import find
@@ -255,7 +255,7 @@ def test_the_command_line_says_what_was_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["StableLm", "Phi", "GPT2"])
-def test_where_the_blocks_weights_lie_on_disk_it_is_proven_on_others(name, monkeypatch):
+def test_streamed_model_is_checked_with_artificial_weights(name, monkeypatch):
     model = of(name)
     path = AUTO().blocks(model)[0][0].rpartition(".")[0]
     model.set_submodule(path, model.get_submodule(path).to("meta"))
@@ -267,7 +267,7 @@ def test_where_the_blocks_weights_lie_on_disk_it_is_proven_on_others(name, monke
         AUTO().enter(model, TOKENS)
 
 
-def test_a_cross_attention_that_nothing_reads_stays_dense():
+def test_unused_cross_attention_stays_dense():
     config = transformers.BartConfig(
         d_model=32, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=4,
         is_decoder=True, encoder_layers=0, vocab_size=2048, max_position_embeddings=64,
@@ -281,8 +281,8 @@ def test_a_cross_attention_that_nothing_reads_stays_dense():
         assert "encoder_attn" not in name or torch.equal(value, before[name])
 
 
-def test_an_expert_that_nothing_reads_is_missed():
-    """A list of experts, the last of which no token reaches."""
+def test_unread_expert_is_refused():
+    """No token reaches the experts of a list."""
     model = random_model("llama")
     for layer in model.model.layers:
         layer.mlp.late = nn.ModuleList(nn.Linear(32, 128) for _ in range(8))
@@ -292,7 +292,7 @@ def test_an_expert_that_nothing_reads_is_missed():
         AUTO().blocks(model)
 
 
-def test_the_blocks_are_those_of_the_language_model_beside_a_larger_encoder():
+def test_blocks_of_the_language_model_are_found_beside_a_larger_encoder():
     vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**_WIDE),

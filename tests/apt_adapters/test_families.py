@@ -1,4 +1,4 @@
-"""Every family: blocks chained by the adapter are the model, and every weight's input is seen."""
+"""Every family: the chained blocks compute the model, and the input of every weight is captured."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +24,7 @@ VARIANTS = [
 
 @torch.no_grad()
 def states_before_blocks(model, adapter, tokens):
-    """The model's own inputs of every block, seen by hooks in a plain forward."""
+    """The inputs of every block, recorded by hooks in a plain forward."""
     seen, blocks = [], [block for _, block in adapter.blocks(model)]
 
     def look(module, args, kwargs):
@@ -39,7 +39,7 @@ def states_before_blocks(model, adapter, tokens):
 
 @contextmanager
 def linear_inputs(block):
-    """What an independent oracle says each Linear multiplies: hooks, and `dt_proj` by hand."""
+    """The inputs of each Linear from an independent source: hooks, and `dt_proj` by hand."""
     seen, handles = {}, []
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
@@ -73,7 +73,7 @@ def linear_inputs(block):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "attention"), VARIANTS)
-def test_chained_blocks_are_the_model(variant, attention):
+def test_chained_blocks_compute_the_logits_of_the_model(variant, attention):
     model = random_model(variant, attention=attention)
     adapter, tokens = adapter_of(model), random_tokens()
     expected = states_before_blocks(model, adapter, tokens)
@@ -92,7 +92,7 @@ def captured_grams(adapter, block, sites, batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "attention"), VARIANTS)
-def test_every_linear_is_captured_exactly(variant, attention):
+def test_captured_inputs_equal_those_of_forward_hooks(variant, attention):
     model = random_model(variant, attention=attention)
     adapter, tokens = adapter_of(model), random_tokens()
     state, calls = adapter.enter(model, tokens)
@@ -121,7 +121,7 @@ def test_every_linear_is_captured_exactly(variant, attention):
 @pytest.mark.parametrize(
     "variant", ["llama-grouped-tied", "opt-350m", "bloom", "mamba", "mamba-no-fp32-residual"]
 )
-def test_half_precision_blocks_keep_their_own_state_dtype(variant, dtype):
+def test_half_precision_blocks_keep_the_dtype_of_the_state(variant, dtype):
     model = random_model(variant, dtype)
     adapter, tokens = adapter_of(model), random_tokens()
     expected = states_before_blocks(model, adapter, tokens)
@@ -134,7 +134,7 @@ def test_half_precision_blocks_keep_their_own_state_dtype(variant, dtype):
         assert state.dtype == torch.float32
 
 
-def test_a_forward_is_whole_again_after_entering():
+def test_forwards_are_restored_after_enter():
     model, tokens = random_model("opt"), random_tokens()
     before = model(tokens).logits
     adapter_of(model).enter(model, tokens)
@@ -142,7 +142,7 @@ def test_a_forward_is_whole_again_after_entering():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_stubs_are_removed_when_the_model_fails():
+def test_stubs_are_removed_after_an_exception():
     model = random_model("llama")
     with pytest.raises(IndexError):
         adapter_of(model).enter(model, torch.tensor([[10**6]]))
@@ -150,7 +150,7 @@ def test_stubs_are_removed_when_the_model_fails():
 
 
 @torch.no_grad()
-def test_equal_masks_and_positions_are_kept_once():
+def test_equal_masks_and_positions_are_stored_once():
     model = random_model("llama", attention="eager")
     batches = enter(adapter_of(model), model, random_tokens(samples=6), 48)
     assert [len(batch.state) for batch in batches] == [2, 2, 2]
@@ -158,20 +158,20 @@ def test_equal_masks_and_positions_are_kept_once():
     assert len(masks) == 1
 
 
-def test_an_adapter_of_another_family_is_refused():
+def test_wrong_adapter_is_refused():
     with pytest.raises(AptError, match=r"LlamaAdapter does not fit .*no 'model\.layers'"):
         adapter_of(random_model("llama")).blocks(random_model("mamba"))
 
 
 @pytest.mark.parametrize("name", ["bloom", "jamba", "mamba", "falcon-h1"])
-def test_each_adapter_of_another_family_says_so(name):
+def test_each_wrong_adapter_is_refused_with_a_hint(name):
     model, adapter = random_model("llama"), registry().adapters.get(name).make()
     with pytest.raises(AptError, match=r"Adapter does not fit Llama\w+: it has no "):
         prune(model, random_tokens(), pattern="2:4", adapter=adapter)
 
 
 @pytest.mark.parametrize("name", ["llama", "auto"])
-def test_a_block_that_is_repeated_is_refused(name):
+def test_repeated_block_is_refused(name):
     model = random_model("llama")
     model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)
     with pytest.raises(AptError, match=r"no site is left to prune: several blocks use the weight"):
@@ -186,7 +186,7 @@ class Forgetful(DecoderAdapter):
     )
 
 
-def test_an_undeclared_linear_is_named():
+def test_undeclared_linear_is_an_error_with_its_name():
     block = random_model("opt").model.decoder.layers[0]
     with pytest.raises(AptError, match="self_attn.out_proj, which is not declared"):
         Forgetful().sites(block)
@@ -212,14 +212,14 @@ def captured(adapter, model, capture=None):
         return captured_grams(adapter, block, sites, Batch(state, calls, tokens.numel()))
 
 
-def test_an_input_that_is_not_shared_is_named():
+def test_separate_inputs_declared_as_shared_are_an_error():
     with pytest.raises(AptError, match="fc1 is declared to share the input 'one'"):
         captured(Mixed(), random_model("opt"))
 
 
 @contextmanager
 def hooks_but(block, sites, sink, missed=None):
-    """The capture of pruners that know hooks only, which some weights escape."""
+    """A capture by hooks only, which misses the products of some weights."""
     handles = [
         block.get_submodule(site.name).register_forward_pre_hook(
             lambda module, args, site=site: sink(site, args[0])
@@ -232,13 +232,13 @@ def hooks_but(block, sites, sink, missed=None):
         handle.remove()
 
 
-def test_a_weight_that_hooks_miss_is_an_error_that_names_it():
+def test_uncaptured_weight_is_an_error_with_its_name():
     model = random_model("mamba")
     with pytest.raises(AptError, match="mixer.dt_proj saw 0 of 96 calibration tokens"):
         captured(adapter_of(model), model, partial(hooks_but, missed="mixer.dt_proj"))
 
 
-def test_tokens_counted_twice_are_an_error():
+def test_tokens_that_are_counted_twice_are_an_error():
     model = random_model("llama")
 
     @contextmanager
@@ -254,7 +254,7 @@ def test_tokens_counted_twice_are_an_error():
         captured(adapter_of(model), model, twice)
 
 
-def test_bloom_that_slices_its_weights_is_refused():
+def test_bloom_with_sliced_weights_is_refused():
     model = random_model("bloom")
     model.config.slow_but_exact, model.config.pretraining_tp = True, 2
     with pytest.raises(AptError, match="slow_but_exact"):

@@ -1,4 +1,4 @@
-"""Mixtures of experts: every expert's inputs are those of the tokens that the router sends it."""
+"""Mixtures of experts: the inputs of an expert are the tokens that the router sends to it."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from tests.helpers.families import STACKED, adapter_of, random_model, random_tok
 @torch.no_grad()
 @pytest.mark.skipif(not STACKED, reason="experts are modules in this transformers")
 @pytest.mark.parametrize("variant", ["qwen2-moe", "mixtral", "olmoe"])
-def test_every_expert_is_captured_on_the_tokens_that_it_gets(variant):
-    """By hand, from the input of the first block's mixture."""
+def test_experts_are_captured_on_their_own_tokens(variant):
+    """The expected inputs are computed by hand from the input of the first mixture."""
     model, tokens = random_model(variant), random_tokens()
     adapter, given = adapter_of(model), []
     (_, block), *_ = adapter.blocks(model)

@@ -1,4 +1,4 @@
-"""The scan for a processor: transformers' own results and gradients, in less time and memory."""
+"""The scan for a CPU: the results and gradients of transformers' scan, with less memory."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def chunked(request, monkeypatch):
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("left_out", [(), ("D",), ("z",), ("delta_bias",)], ids=str)
-def test_it_is_the_scan_of_transformers(dtype, left_out):
+def test_scan_equals_the_scan_of_transformers(dtype, left_out):
     given = {name: x for name, x in arguments(dtype=dtype).items() if name not in left_out}
     options = {"delta_softplus": True, "return_last_state": True}
     found, expected = scan.selective_scan(**given, **options), theirs(**given, **options)
@@ -46,7 +46,7 @@ def test_it_is_the_scan_of_transformers(dtype, left_out):
 
 
 @pytest.mark.usefixtures("chunked")
-def test_its_gradient_is_right():
+def test_gradient_of_the_scan_passes_gradcheck():
     given = arguments(grad=True)
 
     def run(*tensors):
@@ -55,7 +55,7 @@ def test_its_gradient_is_right():
     assert gradcheck(run, list(given.values()))
 
 
-def test_half_precision_is_scanned_in_single():
+def test_half_precision_is_scanned_in_fp32():
     given = arguments(dtype=torch.float32, length=64)
     half = {name: x.bfloat16() for name, x in given.items()}
     whole = {name: x.float() for name, x in half.items()}
@@ -65,7 +65,7 @@ def test_half_precision_is_scanned_in_single():
     assert torch.equal(found, expected.bfloat16())
 
 
-def test_it_holds_no_tensor_of_all_states():
+def test_scan_needs_less_memory_than_all_states():
     given = arguments(batch=2, channels=64, length=512, state=16, dtype=torch.float32, grad=True)
     whole, sizes = 2 * 64 * 512 * 16, []
 
@@ -85,7 +85,7 @@ def test_it_holds_no_tensor_of_all_states():
 @needs_theirs
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["mamba", "falcon-mamba", "jamba"])
-def test_models_run_with_it_and_are_left_as_they_were(variant):
+def test_running_uses_the_scan_and_restores_the_module(variant):
     model, tokens = random_model(variant), random_tokens()
     module = __import__(type(model).__module__, fromlist=["_"])
     before, plain = module.mamba_selective_scan, model(tokens).logits

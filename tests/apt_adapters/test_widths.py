@@ -1,4 +1,4 @@
-"""The groups that `auto` finds: those that adapters declare, and those of families without one."""
+"""The groups that `auto` finds, on families with and without an adapter."""
 
 import json
 from importlib import import_module
@@ -68,7 +68,7 @@ def found(model, auto=None):
 
 @needs("transformers", "5", "the tiny models are those of transformers 5")
 @pytest.mark.parametrize("model_type", KINDS)
-def test_a_narrower_model_is_the_whole_one_without_what_its_groups_do(model_type):
+def test_narrower_model_equals_the_model_with_unread_groups(model_type):
     rows = list(import_module("widths").rows(model_type, AUTO()))
     assert {row["kind"] for row in rows} == KINDS[model_type]
     for row in rows:
@@ -78,19 +78,19 @@ def test_a_narrower_model_is_the_whole_one_without_what_its_groups_do(model_type
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-grouped-tied", "mistral", "opt", "bloom"])
-def test_it_finds_the_groups_that_adapters_declare(variant):
+def test_auto_finds_the_declared_groups(variant):
     model = random_model(variant)
     assert found(model) == found(model, adapter_of(model))
 
 
-def test_it_needs_no_weights():
+def test_groups_are_found_without_weights():
     model = random_model("llama-grouped-tied")
     empty = skeleton_module(CONFIGS["llama-grouped-tied"], torch.bfloat16, trust_remote_code=False)
     assert found(empty) == found(model)
 
 
 @needs("transformers", "5", "the tiny models are those of transformers 5")
-def test_a_site_without_groups_is_named_with_the_reason():
+def test_site_without_groups_has_a_reason():
     reasons = {}
     for model_type in ("olmo2", "gpt_neox"):
         auto, model = AUTO(), tiny(model_type)
@@ -104,8 +104,8 @@ def test_a_site_without_groups_is_named_with_the_reason():
     }
 
 
-def test_groups_at_other_entries_are_refused(monkeypatch):
-    """What no output depends on is one entry too late."""
+def test_groups_with_wrong_entries_are_refused(monkeypatch):
+    """The parts begin one entry too late."""
     own = _Model._own
 
     def shifted(self, run, readers, dims):
@@ -117,12 +117,12 @@ def test_groups_at_other_entries_are_refused(monkeypatch):
     auto, model = AUTO(), random_model("llama")
     _, block = auto.blocks(model)[0]
     assert auto.groups(block, model.config) == []
-    said = "with another intermediate_size the block computes something else"
-    assert auto.ungrouped(block, model.config)["mlp.down_proj"] == said
+    message = "with another intermediate_size the block computes something else"
+    assert auto.ungrouped(block, model.config)["mlp.down_proj"] == message
 
 
 @needs("transformers", "5", "the tiny models are those of transformers 5")
-def test_a_mixed_model_loses_the_groups_of_each_kind_of_block():
+def test_groups_are_found_for_each_kind_of_block():
     """Gated linear attention in three blocks, attention in the last one."""
     model = import_module("tiny").model("qwen3_5_text")
     wish = {"channels": 48, "linear-key-heads": 2, "heads": 2}
@@ -138,7 +138,7 @@ def test_a_mixed_model_loses_the_groups_of_each_kind_of_block():
 
 
 @needs("transformers", "5", "the tiny models are those of transformers 5")
-def test_fused_weights_become_smaller_in_memory_and_streamed(tmp_path, monkeypatch, tokenizer, apt):
+def test_fused_weights_are_shrunk_in_memory_and_streamed(tmp_path, monkeypatch, tokenizer, apt):
     monkeypatch.chdir(tmp_path)
     tiny("phi3", num_key_value_heads=2).save_pretrained("model")
     tokenizer.save_pretrained("model")
@@ -156,7 +156,7 @@ def test_fused_weights_become_smaller_in_memory_and_streamed(tmp_path, monkeypat
 
 
 @needs("transformers", "5", "the tiny models are those of transformers 5")
-def test_inspect_names_the_groups(tmp_path, tokenizer, apt):
+def test_inspect_lists_the_groups(tmp_path, tokenizer, apt):
     tiny("falcon").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     told = " ".join(apt("inspect", tmp_path).out.split())

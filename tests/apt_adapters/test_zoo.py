@@ -18,7 +18,7 @@ from tests.helpers.releases import SCAN
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=SCAN if "mamba" in f else ()) for f in (*FAMILIES, "mamba2")]
 )
-def test_pruning_costs_perplexity_and_methods_can_be_ranked(family):
+def test_better_methods_give_lower_perplexity_on_zoo_models(family):
     source = find(f"zoo:{family}", registry())
     model, tokenizer = load(open_skeleton(source, registry())), load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, [builtin("calibration")], 16, 64, 0, "builtin")

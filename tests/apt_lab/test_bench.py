@@ -1,4 +1,4 @@
-"""``apt-prune bench``: real measurements of small models, and workers that end in every way."""
+"""``apt-prune bench``: measurements of small models, and workers that fail or are killed."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from apt_lab.benchmark.generation import prompts, speed
 from apt_lab.benchmark.measures import Facts, Result, Speed, Turn, ratios, spread
 from apt_lab.benchmark.rounds import _order, fitted
 from apt_lab.benchmark.worker import Fault, Turns, fault, serve
-from apt_lab.commands.bench_summary import PaysFrom, show_results
+from apt_lab.commands.bench import PaysFrom, show_results
 from apt_lab.options import BenchRun
 
 from apt.errors import AptError
@@ -54,7 +54,7 @@ def faulty(checkpoint, tmp_path):
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_models_take_turns_and_are_compared(apt):
+def test_models_are_measured_in_turn_and_compared(apt):
     run = apt("bench", "zoo:llama", "zoo:mamba", *LITTLE, "--batch", 1, "--rounds", 2, "--json")
     assert run.code == 0, run.err
     record = json.loads(run.out)
@@ -78,7 +78,7 @@ def test_models_take_turns_and_are_compared(apt):
 
 
 @pytest.mark.parametrize("variant", [name for name in CONFIGS if name != "opt-350m"])
-def test_each_step_of_decoding_is_one_token_and_no_text_ends(variant):
+def test_decoding_generates_the_requested_number_of_tokens(variant):
     model, lengths = random_model(variant), []
     model.generation_config.eos_token_id = list(range(2048))
     model.generation_config.do_sample = True
@@ -92,7 +92,7 @@ def test_each_step_of_decoding_is_one_token_and_no_text_ends(variant):
     assert min(found.prefill, found.decode) > 0
 
 
-def test_prompts_are_drawn_by_the_seed_without_special_tokens():
+def test_prompts_follow_the_seed_without_special_tokens():
     model = random_model("llama")
     model.generation_config.eos_token_id = list(range(1000))
     drawn = prompts(model, 4, 100, seed=1)
@@ -102,17 +102,17 @@ def test_prompts_are_drawn_by_the_seed_without_special_tokens():
     assert not torch.equal(drawn, prompts(model, 4, 100, seed=2))
 
 
-def test_every_second_round_is_in_the_opposite_order():
+def test_every_second_round_is_reversed():
     assert list(_order(3, 2)) == [(0, 0), (0, 1), (1, 1), (1, 0), (2, 0), (2, 1)]
 
 
-def test_ratios_are_those_of_each_round():
+def test_ratios_are_computed_in_each_round():
     assert ratios([2.0, 40.0, 3.0], [1.0, 10.0, 3.0]) == [2, 4, 1]
     found = spread([2.0, 4.0, 1.0])
     assert (found.median, found.smallest, found.largest) == (2, 1, 4)
 
 
-def test_the_prompt_is_shortened_to_the_model_with_the_fewest_positions():
+def test_prompt_is_shortened_to_the_fewest_positions():
     lines, run = [], BenchRun(models=("a", "b"), prompt=100, generate=10)
     assert fitted(run, {"a": None, "b": 110}, lines.append) is run
     assert fitted(run, {"a": 64, "b": 110}, lines.append).prompt == 54
@@ -128,7 +128,7 @@ def result(model, *decode):
     return Result(model, facts, tuple(turns))
 
 
-def test_the_table_has_medians_ranges_and_ratios(capsys):
+def test_table_has_medians_ranges_and_ratios(capsys):
     run = BenchRun(models=("dense",), batch=(8,))
     show_results(run, [result("dense", 10, 30, 20)], as_json=False)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -145,7 +145,7 @@ def test_the_table_has_medians_ranges_and_ratios(capsys):
     assert lines[-1] == "pruned is not faster than dense in: prefill of 8 sequences"
 
 
-def test_a_dense_model_in_a_dtype_that_this_machine_multiplies_slowly_is_said(capsys):
+def test_slow_dtype_of_a_dense_model_is_reported(capsys):
     found = result("dense", 10)
     slow = replace(found, turns=(replace(found.turns[0], dtype="bfloat16", slow=True),))
     run = BenchRun(models=("dense",), batch=(8,))
@@ -162,7 +162,7 @@ def test_a_dense_model_in_a_dtype_that_this_machine_multiplies_slowly_is_said(ca
     ("share", "text"),
     [(None, "are not faster"), (0.0, "with any share of zeros"), (0.3, "from 30% zeros on")],
 )
-def test_it_says_from_where_on_packing_pays(share, text, capsys):
+def test_break_even_of_packing_is_reported(share, text, capsys):
     found = [result("dense", 10, 20), result("packed", 20, 30)]
     show_results(BenchRun(models=("dense",), batch=(8,)), found, PaysFrom(share), as_json=False)
     assert text in capsys.readouterr().out.splitlines()[-1]
@@ -171,7 +171,7 @@ def test_it_says_from_where_on_packing_pays(share, text, capsys):
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_a_packed_model_is_measured_beside_the_break_even(apt):
+def test_bench_of_a_packed_model_reports_the_break_even(apt):
     words = ("--sparsity", 0.7, "--method", "magnitude", "--samples", 2, "--seqlen", 16)
     assert apt("prune", "zoo:llama", *words, "--pack", "packed", "-o", "pruned").code == 0
     run = apt("bench", "pruned", "packed", *LITTLE, "--batch", 1, "--rounds", 1, "--json")
@@ -199,14 +199,14 @@ def test_a_packed_model_is_measured_beside_the_break_even(apt):
     ],
     ids=str,
 )
-def test_bad_options_are_one_line(apt, words, line):
+def test_wrong_options_are_errors_of_one_line(apt, words, line):
     run = apt("bench", "zoo:llama", *words)
     assert run.code == 2
     assert line in run.err
     assert len(run.err.splitlines()) == 1
 
 
-def test_errors_of_a_worker_are_for_the_user():
+def test_fault_turns_errors_into_messages_for_users():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     found = fault(caught.value, "zoo:llama")
@@ -218,7 +218,7 @@ def test_errors_of_a_worker_are_for_the_user():
     assert fault(denied, "m").message == "cannot use /x: Permission denied"
 
 
-def test_a_model_that_raises_is_a_fault(faulty):
+def test_exception_of_a_model_is_a_fault(faulty):
     ours, theirs = Pipe()
     source = find(str(faulty("raise ValueError('no such kernel')")), registry(),
                   trust_remote_code=True)  # fmt: skip
@@ -234,7 +234,7 @@ def test_a_model_that_raises_is_a_fault(faulty):
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_a_worker_that_dies_is_one_line(apt, faulty):
+def test_death_of_a_worker_is_an_error_of_one_line(apt, faulty):
     path = faulty("os.kill(os.getpid(), 9)")
     run = apt("bench", path, *LITTLE, "--trust-remote-code")
     assert run.code == 2
@@ -260,7 +260,7 @@ def wait_until(condition):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs the /proc of Linux")
-def test_no_process_stays(tmp_path):
+def test_no_worker_survives_the_command(tmp_path):
     mains = {}
     for number in (signal.SIGINT, signal.SIGKILL):
         folder = tmp_path / number.name
@@ -275,13 +275,13 @@ def test_no_process_stays(tmp_path):
             main.kill()
 
 
-def ends_with_its_workers(main, number, said):
-    wait_until(lambda: "round 2/" in said.read_text() or not main.is_alive())
+def ends_with_its_workers(main, number, output):
+    wait_until(lambda: "round 2/" in output.read_text() or not main.is_alive())
     workers = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
     assert workers
     os.kill(main.pid, number)
     main.join(PATIENCE)
     assert main.exitcode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, workers)))
-    assert "Traceback" not in said.read_text()
-    assert ("apt: interrupted" in said.read_text()) == (number == signal.SIGINT)
+    assert "Traceback" not in output.read_text()
+    assert ("apt: interrupted" in output.read_text()) == (number == signal.SIGINT)

@@ -1,4 +1,4 @@
-"""``compare``: the grid, what it shares, its tables, and how it continues."""
+"""``compare``: its grid, its tables, resumed runs, and several processes."""
 
 import copy
 import csv
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from apt_lab.comparing.cells import read_cells
-from apt_lab.comparing.claims import claimed
-from apt_lab.comparing.results import Comparison
+from apt_lab.comparing.results import Comparison, claimed
 from transformers import AutoModelForCausalLM
 
 from apt.errors import AptError
@@ -28,7 +27,7 @@ def results(output="out"):
     return json.loads((Path(output) / "comparison.json").read_text())
 
 
-def test_a_grid_is_measured_as_single_runs_are(apt, checkpoint):
+def test_comparison_equals_single_runs(apt, checkpoint):
     model = checkpoint("llama")
     done = apt("compare", model, *SMALL, *GRID, "--metric", "perplexity", "--metric", "divergence",
                "-o", "out")  # fmt: skip
@@ -71,7 +70,7 @@ def test_a_grid_is_measured_as_single_runs_are(apt, checkpoint):
     assert (Path("out") / "comparison.png").stat().st_size > 5000
 
 
-def test_a_metric_that_is_no_mean_of_windows_has_no_interval(apt, checkpoint, monkeypatch):
+def test_metric_that_is_not_a_mean_of_windows_has_no_interval(apt, checkpoint, monkeypatch):
     plain = registry().evaluators.get("perplexity")
     known = registry().evaluators.specs
     monkeypatch.setitem(known, "perplexity", replace(plain, mean=None))
@@ -84,7 +83,7 @@ def test_a_metric_that_is_no_mean_of_windows_has_no_interval(apt, checkpoint, mo
     assert "± " not in (Path("out") / "comparison.md").read_text()
 
 
-def test_directories_of_other_tools_are_told_apart_by_their_files(apt, checkpoint, tmp_path):
+def test_changed_directory_of_another_tool_is_measured_again(apt, checkpoint, tmp_path):
     model = checkpoint("llama")
     for place, sparsity in (("dense", 0.5), ("a/dense", 0.7)):
         made = apt("prune", model, *SMALL[:4], "--calibration", TEXT, "--sparsity", sparsity,
@@ -110,7 +109,7 @@ def test_directories_of_other_tools_are_told_apart_by_their_files(apt, checkpoin
     assert "small has 512 tokens, and the dense model" in wrong.err
 
 
-def test_samples_are_no_longer_than_the_models_positions(apt):
+def test_samples_are_capped_at_the_positions(apt):
     done = apt("compare", "zoo:opt", "--methods", "magnitude", "--patterns", "2:4", "--samples", 2,
                "--windows", 2, "-o", "out", "--json")  # fmt: skip
     assert done.code == 0, done.err
@@ -118,7 +117,7 @@ def test_samples_are_no_longer_than_the_models_positions(apt):
     assert json.loads(done.out)["windows"] == {"builtin": [2, 512]}
 
 
-def test_a_metric_that_is_no_number_stops_nothing(apt, checkpoint):
+def test_metric_that_is_not_finite_is_recorded(apt, checkpoint):
     command = ("compare", checkpoint("llama"), *SMALL, "--methods", "wanda,ss", "--patterns",
                "0.5", "-o", "out")  # fmt: skip
     assert apt(*command).code == 0
@@ -137,7 +136,7 @@ def test_a_metric_that_is_no_number_stops_nothing(apt, checkpoint):
     assert '"nan"' not in Path("page.html").read_text()  # no width of a bar
 
 
-def test_texts_of_one_name_are_refused(apt, checkpoint, tmp_path):
+def test_two_texts_with_one_name_are_refused(apt, checkpoint, tmp_path):
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         shutil.copyfile(TEXT, tmp_path / place / "text.txt")
@@ -147,7 +146,7 @@ def test_texts_of_one_name_are_refused(apt, checkpoint, tmp_path):
     assert "data a/text.txt and b/text.txt have the same name; rename one (--data)" in done.err
 
 
-def test_a_killed_comparison_continues_and_measures_no_row_twice(apt, checkpoint, tmp_path):
+def test_killed_comparison_continues_with_the_missing_rows(apt, checkpoint, tmp_path):
     command = ("compare", checkpoint("llama"), *SMALL, "--methods", "wanda,ss,mm,admm",
                "--patterns", "0.5,2:4,0.7", "-o", "out")  # fmt: skip
     process = start(tmp_path, *command)
@@ -170,7 +169,7 @@ def test_a_killed_comparison_continues_and_measures_no_row_twice(apt, checkpoint
     assert results()["rows"] == after
 
 
-def test_two_processes_divide_the_rows(checkpoint, tmp_path):
+def test_two_processes_share_the_rows(checkpoint, tmp_path):
     command = ("compare", checkpoint("llama"), *SMALL, "--methods", "wanda,ss,mm,admm",
                "--patterns", "0.5,2:4,0.7", "-o", "out")  # fmt: skip
     both = [start(tmp_path, *command) for _ in range(2)]
@@ -184,7 +183,7 @@ def test_two_processes_divide_the_rows(checkpoint, tmp_path):
     assert places == sorted(places)
 
 
-def test_a_row_is_free_again_when_its_process_ends(tmp_path):
+def test_claim_is_released_when_its_process_ends(tmp_path):
     with claimed(tmp_path, "wanda", wait=False) as mine, claimed(tmp_path, "ss", wait=False) as too:
         assert mine
         assert too
@@ -194,7 +193,7 @@ def test_a_row_is_free_again_when_its_process_ends(tmp_path):
         assert mine
 
 
-def test_cells_have_short_names_and_no_doubles():
+def test_cells_have_short_unique_labels():
     found = read_cells(["admm", "admm:fast", "ss/auto", "SS/uniform"], ["0.5", "2:4"])
     assert [cell.key for cell in found] == [
         "admm 0.5", "admm:fast 0.5", "ss/auto 0.5", "ss 0.5", "admm 2:4", "admm:fast 2:4", "ss 2:4"
@@ -212,7 +211,7 @@ def test_cells_have_short_names_and_no_doubles():
             read_cells([method], [pattern])
 
 
-def test_mistakes_are_one_line(apt, checkpoint, tmp_path):
+def test_wrong_arguments_are_errors_of_one_line(apt, checkpoint, tmp_path):
     model = checkpoint("llama")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
@@ -265,7 +264,7 @@ def compared(output_of, checkpoint):
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_comparison_is_found(compared, tmp_path, monkeypatch, name):
+def test_damaged_comparison_is_refused(compared, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(compared[0], "out")
     record = results()
@@ -275,7 +274,7 @@ def test_a_damaged_comparison_is_found(compared, tmp_path, monkeypatch, name):
         Comparison.stored(Path("out"))
 
 
-def test_a_damaged_comparison_is_one_line(apt, compared):
+def test_damaged_comparison_is_an_error_of_one_line(apt, compared):
     shutil.copytree(compared[0], "out")
     Path("out/comparison.json").write_text(json.dumps(results() | {"rows": [3]}))
     for command in (("report", "out", "-o", "page.html"), (*compared[1], "-o", "out")):
@@ -285,7 +284,7 @@ def test_a_damaged_comparison_is_one_line(apt, compared):
 
 
 @pytest.mark.parametrize("name", ["comparison.md", "comparison.csv", "comparison.json"])
-def test_a_comparison_writes_through_no_link(apt, compared, name):
+def test_comparison_refuses_links_in_its_output(apt, compared, name):
     shutil.copytree(compared[0], "out")
     Path("mine").write_text("mine")
     (Path("out") / name).unlink()
@@ -295,7 +294,7 @@ def test_a_comparison_writes_through_no_link(apt, compared, name):
     assert f"out/{name} is a link" in run.err
 
 
-def test_a_file_in_the_place_of_the_locks_is_one_line(apt, compared):
+def test_file_instead_of_the_lock_folder_is_an_error_of_one_line(apt, compared):
     Path("out").mkdir()
     Path("out/.claims").touch()
     run = apt(*compared[1], "-o", "out")

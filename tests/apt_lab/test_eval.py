@@ -1,4 +1,4 @@
-"""What ``apt-prune eval`` refuses, and what it says of a model that gives no numbers."""
+"""``apt-prune eval``: refused models and texts, results that are not finite, and dense models."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ WINDOWS = ("--samples", 2, "--seqlen", 64)
 
 @pytest.fixture
 def changed(checkpoint, tmp_path):
-    """A function that copies a checkpoint with every tensor changed by a function of its name."""
+    """A function that copies a checkpoint with changed tensors."""
 
     def write(change, variant="llama"):
         path = Path(shutil.copytree(checkpoint(variant), tmp_path / "changed"))
@@ -45,7 +45,7 @@ def overflowing(changed):
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "stream"])
-def test_a_measure_that_is_no_number_is_status_1(apt, overflowing, stream):
+def test_metric_that_is_not_finite_gives_status_1(apt, overflowing, stream):
     run = apt("eval", overflowing, *WINDOWS, *stream, "--quiet")
     assert run.code == 1
     assert "perplexity nan" in run.out
@@ -56,7 +56,7 @@ def test_a_measure_that_is_no_number_is_status_1(apt, overflowing, stream):
 
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["memory", "stream"])
-def test_tokens_without_an_embedding_are_refused(apt, changed, stream):
+def test_tokens_outside_the_vocabulary_are_refused(apt, changed, stream):
     path = changed(lambda name, v: v[:512] if "embed" in name or "lm_head" in name else v)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "vocab_size": 512}))
@@ -66,13 +66,13 @@ def test_tokens_without_an_embedding_are_refused(apt, changed, stream):
 
 
 @pytest.mark.parametrize("command", ["eval", "inspect", "prune"])
-def test_another_familys_adapter_is_refused(apt, command):
+def test_wrong_adapter_is_refused(apt, command):
     run = apt(command, "zoo:llama", "--adapter", "mamba", *WINDOWS)
     assert run.code == 2
     assert "MambaAdapter does not fit LlamaForCausalLM" in run.err
 
 
-def test_a_report_that_is_nested_too_deeply_is_one_line(apt, checkpoint, tmp_path):
+def test_deeply_nested_report_is_an_error_of_one_line(apt, checkpoint, tmp_path):
     path = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
     (path / "apt_report.json").write_text("[" * 100_000)
     run = apt("verify", path, "--pattern", "2:4")
@@ -80,7 +80,7 @@ def test_a_report_that_is_nested_too_deeply_is_one_line(apt, checkpoint, tmp_pat
     assert "apt_report.json is nested too deeply" in run.err
 
 
-def test_scores_of_a_run_that_are_no_numbers_are_found():
+def test_first_not_finite_names_the_first_nonfinite_score():
     sound, nan = {"perplexity": 12.5}, {"perplexity": float("nan")}
     names = ("perplexity",)
     assert first_not_finite({}, names) is None
@@ -89,7 +89,7 @@ def test_scores_of_a_run_that_are_no_numbers_are_found():
     assert first_not_finite({"before": nan, "after": nan}, names) == "perplexity before pruning"
 
 
-def test_a_pruned_model_is_compared_with_the_dense_one(apt, checkpoint):
+def test_eval_compares_a_pruned_model_with_the_dense_one(apt, checkpoint):
     dense = checkpoint("llama")
     pruned = apt("prune", dense, "--sparsity", 0.5, "--method", "wanda", "--samples", 4, "--seqlen",
                  16, "--calibration", TEXT, "-o", "out")  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_pruned_model_is_compared_with_the_dense_one(apt, checkpoint):
     assert 0 < record["spread"]["divergence"]["error"] < record["divergence"]
 
 
-def test_perplexity_stands_beside_that_of_the_dense_model(apt, checkpoint):
+def test_eval_reports_the_perplexity_of_the_dense_model(apt, checkpoint):
     text = ("--data", TEXT, "--samples", 3, "--seqlen", 24)
     alone = [json.loads(apt("eval", m, *text, "--json").out) for m in ("zoo:llama", "zoo:opt")]
     given = ("eval", "zoo:llama", *text, "--dense", "zoo:opt")
@@ -131,7 +131,7 @@ def test_perplexity_stands_beside_that_of_the_dense_model(apt, checkpoint):
     assert f"{record['dense']['perplexity']:.3f}" in shown.out
 
 
-def test_metrics_beside_the_dense_model_need_one(apt, checkpoint):
+def test_metric_that_needs_the_dense_model_is_refused_without_it(apt, checkpoint):
     model, text = checkpoint("llama"), ("--data", TEXT, "--samples", 1, "--seqlen", 16)
     for arguments, message in (
         (("--metric", "divergence"), "name it (--dense)"),
@@ -146,7 +146,7 @@ def test_metrics_beside_the_dense_model_need_one(apt, checkpoint):
     assert "measure it afterwards with apt-prune eval" in done.err
 
 
-def test_a_program_measures_on_the_same_windows(apt, checkpoint):
+def test_evaluation_tokens_are_the_windows_of_the_command(apt, checkpoint):
     model = checkpoint("llama")
     record = json.loads(apt("eval", model, *WINDOWS, "--json").out)
     tokens = apt_package.evaluation_tokens(
@@ -157,7 +157,7 @@ def test_a_program_measures_on_the_same_windows(apt, checkpoint):
     assert apt_package.perplexity(module, tokens) == pytest.approx(record["perplexity"], rel=1e-4)
 
 
-def test_a_program_measures_as_the_command_does(apt, checkpoint):
+def test_evaluate_gives_the_result_of_the_command(apt, checkpoint):
     model, steps = str(checkpoint("llama")), []
     run = EvalRun(
         model=model, dense=model, data=str(TEXT), metrics=("perplexity", "agreement"),

@@ -1,4 +1,4 @@
-"""The P² law: what it recovers from curves, and what it leaves out."""
+"""The P² law: predictions from fitted curves, and terms that are left out."""
 
 import math
 
@@ -30,7 +30,7 @@ def curves(rates=(0.3, 0.5, 0.7), sizes=(5e6, 5e7), noise=0.0, **values):
     ]  # fmt: skip
 
 
-def test_the_law_predicts_curves_that_it_has_not_seen():
+def test_law_predicts_unseen_curves():
     points = curves()
     seen = [point for point in points if point.tokens < 1e7]
     law = fit_law(seen)
@@ -44,7 +44,7 @@ def test_the_law_predicts_curves_that_it_has_not_seen():
     assert law.slope_difference < 0.05
 
 
-def test_terms_that_the_points_cannot_identify_are_left_out_with_the_reason():
+def test_unidentified_terms_are_left_out_with_a_reason():
     one_size = fit_law(curves(sizes=(5e7,)))
     assert set(one_size.values) == {"gamma", "D_C", "beta", "E"}
     assert one_size.missing == ("one model size: no delta, N_C and alpha",)
@@ -60,7 +60,7 @@ def test_terms_that_the_points_cannot_identify_are_left_out_with_the_reason():
 
 @settings(deadline=None, max_examples=15)
 @given(st.floats(0.1, 0.9), st.floats(0.15, 0.9), st.floats(0.001, 0.05))
-def test_enough_tokens_are_those_from_which_twice_as_many_gain_the_threshold(rate, beta, threshold):
+def test_doubling_enough_tokens_gains_the_threshold(rate, beta, threshold):
     points = curves(rates=(rate,), sizes=(5e6,), beta=beta)
     law = fit_law(points)
     enough = law.enough(points[0], threshold)
@@ -68,7 +68,7 @@ def test_enough_tokens_are_those_from_which_twice_as_many_gain_the_threshold(rat
     assert gain == pytest.approx(threshold, rel=1e-3)
 
 
-def test_the_intervals_hold_the_parameters_of_a_noisy_curve():
+def test_intervals_contain_the_parameters_of_a_noisy_curve():
     law = fit_law(curves(noise=0.01), resamples=25)
     assert set(law.intervals) == set(law.values)
     for name, (low, high) in law.intervals.items():
@@ -78,7 +78,7 @@ def test_the_intervals_hold_the_parameters_of_a_noisy_curve():
     assert fit_law(curves(noise=0.01), resamples=3) == fit_law(curves(noise=0.01), resamples=3)
 
 
-def test_too_few_points_are_an_error():
+def test_too_few_points_are_refused():
     points = curves(rates=(0.5,), sizes=(5e6,))
     with pytest.raises(
         AptError, match="at 4 different numbers of tokens at least, and there are 3"
@@ -89,7 +89,7 @@ def test_too_few_points_are_an_error():
         fit_law(broken)
 
 
-def test_a_flat_curve_is_told_and_fitted_at_once():
+def test_flat_curve_is_reported_and_not_resampled():
     points = [Point("a", 0, 0.5, 1e8, tokens, 3.0) for tokens in np.geomspace(1e4, 1e6, 30)]
     law = fit_law(points, resamples=200)
     assert law.loss(points[0]) == pytest.approx(3.0, abs=1e-3)

@@ -44,7 +44,7 @@ def page_of(apt, *arguments):
     return Path("page.html").read_text(encoding="utf-8")
 
 
-def test_the_page_of_a_model_has_what_its_report_has(apt, prune):
+def test_page_has_the_content_of_the_report(apt, prune):
     directory = prune("a", "--sparsity", 0.6, "--method", "wanda", "--eval", "text.txt")
     page, report = page_of(apt, directory), Report.read(directory)
     assert "Before and after" in page
@@ -59,7 +59,7 @@ def test_the_page_of_a_model_has_what_its_report_has(apt, prune):
     assert not re.search(r"(src|href)=.(?!#|data:,|https://arxiv\.org)", page)  # no network
 
 
-def test_several_models_are_compared(apt, prune):
+def test_page_compares_several_models(apt, prune):
     first = prune("a", "--sparsity", 0.6, "--method", "wanda", "--eval", "text.txt")
     second = prune("b", "--pattern", "2:4", "--method", "magnitude", "--eval", "text.txt")
     page = page_of(apt, first, second)
@@ -89,7 +89,7 @@ def test_several_models_are_compared(apt, prune):
         ),
     ],
 )
-def test_the_command_of_a_report_reproduces_the_model(apt, prune, arguments):
+def test_command_of_a_report_reproduces_the_model(apt, prune, arguments):
     variant = "mamba" if "conv1d" in arguments else "llama"
     directory = prune("a", *arguments, variant=variant)
     command = shlex.split(command_of(json.loads((directory / "apt_report.json").read_text())))
@@ -103,7 +103,9 @@ def test_the_command_of_a_report_reproduces_the_model(apt, prune, arguments):
 @pytest.mark.parametrize(
     "arguments", [("--drop", 1), ("--keep", 0.6, "--width-only"), ("--size", "channels=24")]
 )
-def test_the_command_of_a_smaller_model_reproduces_it(apt, prune, checkpoint, tmp_path, arguments):
+def test_command_of_a_report_reproduces_a_smaller_model(
+    apt, prune, checkpoint, tmp_path, arguments
+):
     shutil.copyfile(TEXT, tmp_path / "text.txt")
     shutil.copytree(checkpoint("llama"), tmp_path / "m")
     made = apt("shrink", "m", *SMALL, "--effort", "fast", *arguments, "-o", "a")
@@ -117,7 +119,7 @@ def test_the_command_of_a_smaller_model_reproduces_it(apt, prune, checkpoint, tm
     assert all((left[name] == right[name]).all() for name in left)
 
 
-def test_a_smaller_and_a_recovered_model_have_pages(apt, prune, checkpoint):
+def test_smaller_and_recovered_models_have_pages(apt, prune, checkpoint):
     pruned = prune("a", "--sparsity", 0.6, "--method", "wanda")
     recovered = apt(
         "recover", pruned, "--kind", "layers", "--steps", 4, "--checks", 2, "--seqlen", 16,
@@ -144,7 +146,7 @@ def compared(apt, checkpoint, tmp_path):
     return tmp_path / "comparison"
 
 
-def test_a_comparison_has_a_section(apt, prune, compared):
+def test_comparison_has_a_section(apt, prune, compared):
     rows = json.loads((compared / "comparison.json").read_text())["rows"]
     alone = page_of(apt, compared)
     for row in rows:
@@ -159,7 +161,7 @@ def test_a_comparison_has_a_section(apt, prune, compared):
     assert 'href="#comparison-0"' in both
 
 
-def test_mistakes_with_comparisons_are_one_line(apt, compared):
+def test_wrong_comparisons_are_errors_of_one_line(apt, compared):
     path = compared / "comparison.json"
     known = json.loads(path.read_text())
     done = apt("report", compared, "--text", "text.txt", "-o", "page.html")
@@ -181,7 +183,7 @@ def test_mistakes_with_comparisons_are_one_line(apt, compared):
     assert "&lt;script&gt;" in page
 
 
-def test_names_in_a_report_are_not_run_as_code(apt, prune):
+def test_names_in_a_report_are_escaped(apt, prune):
     directory = prune("a", "--sparsity", 0.6, "--method", "wanda")
     path = directory / "apt_report.json"
     report = json.loads(path.read_text())
@@ -195,7 +197,7 @@ def test_names_in_a_report_are_not_run_as_code(apt, prune):
     assert "&lt;script&gt;" in page
 
 
-def test_mistakes_are_one_line(apt, prune):
+def test_wrong_arguments_are_errors_of_one_line(apt, prune):
     directory = prune("a", "--sparsity", 0.6, "--method", "wanda")
     Path("there.html").write_text("mine")
     for arguments, message in (
@@ -224,7 +226,7 @@ def test_mistakes_are_one_line(apt, prune):
 
 
 @pytest.mark.skipif("jamba" not in CONFIGS, reason="experts are modules in this transformers")
-def test_experts_share_a_cell(apt, prune):
+def test_experts_of_a_block_share_a_cell(apt, prune):
     directory = prune("a", "--sparsity", 0.5, "--method", "magnitude", variant="jamba")
     sites = Report.read(directory).sites
     experts = [site for site in sites if site.name != f"{block_of(site)}.{site.kind}"]
@@ -236,7 +238,7 @@ def test_experts_share_a_cell(apt, prune):
 
 
 @pytest.mark.skipif("jamba" not in CONFIGS, reason="experts are modules in this transformers")
-def test_the_page_shows_the_tokens_of_each_expert(apt, prune):
+def test_page_shows_the_tokens_of_each_expert(apt, prune):
     page = page_of(apt, directory := prune("a", "--method", "wanda", variant="jamba"))
     up = [s for s in Report.read(directory).sites if s.kind.endswith("gate_up_proj")]
     table = heat("Tokens", up, lambda site: site.tokens, str, expert_of)
@@ -249,7 +251,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
-def test_a_browser_shows_the_page_without_errors(apt, prune, tmp_path):
+def test_browser_shows_the_page_without_errors(apt, prune, tmp_path):
     page = page_of(apt, prune("a", "--sparsity", 0.6, "--method", "wanda"))
     probe = "<script>document.title = [document.documentElement.scrollWidth <= innerWidth, "
     probe += "document.querySelectorAll('svg').length].join()</script></body>"
@@ -263,7 +265,7 @@ def test_a_browser_shows_the_page_without_errors(apt, prune, tmp_path):
     assert "CONSOLE" not in done.stderr
 
 
-def test_a_page_beside_the_dense_model(apt, checkpoint, prune):
+def test_page_compares_texts_with_the_dense_model(apt, checkpoint, prune):
     directory = prune("a", "--sparsity", 0.7, "--method", "magnitude")
     page = page_of(apt, directory, "--text", "text.txt", "--prompts", 2, "--dense", "m",
                    "--png", "images")  # fmt: skip
@@ -285,7 +287,7 @@ def test_a_page_beside_the_dense_model(apt, checkpoint, prune):
         assert text in run.err
 
 
-def test_losses_by_frequency_add_up_to_the_perplexity(tokenizer):
+def test_losses_by_frequency_average_to_the_perplexity(tokenizer):
     model = random_model("llama").eval()
     tokens = torch.randint(1, 60, (4, 64), generator=torch.Generator().manual_seed(0))
     losses = token_losses(model, tokens)

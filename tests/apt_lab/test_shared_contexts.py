@@ -1,4 +1,4 @@
-"""Questions that are run once with all of their choices have the likelihoods of the harness."""
+"""Questions that are run once for all choices have the likelihoods of the harness."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def requests():
     [("llama", True), ("opt", True), ("mistral", True), ("bloom", False), ("mamba", False)],
 )  # BLOOM takes no positions, and Mamba mixes all tokens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_likelihoods_are_those_of_the_harness(family, shared, dtype, monkeypatch, tokenizer):
+def test_likelihoods_equal_those_of_the_harness(family, shared, dtype, monkeypatch, tokenizer):
     model, asked, rows = random_model(family).to(dtype), requests(), []
     given = {"pretrained": model, "backend": "causal", "tokenizer": tokenizer, "batch_size": 4,
              "max_length": LONG, "device": "cpu", "softmax_dtype": "float32"}  # fmt: skip
@@ -59,7 +59,7 @@ def test_likelihoods_are_those_of_the_harness(family, shared, dtype, monkeypatch
     assert len(together) == len(branching)
 
 
-def test_a_model_whose_choices_see_each_other_is_noticed(monkeypatch, tokenizer):
+def test_model_with_interacting_choices_is_detected(monkeypatch, tokenizer):
     model = random_model("llama")
     forward = model.forward
 

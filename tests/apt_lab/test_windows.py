@@ -38,7 +38,7 @@ def metric(mean, dense=False):
 
 
 @given(PAIRS, st.sampled_from(["arithmetic", "geometric"]))
-def test_an_interval_contains_its_value(pairs, mean):
+def test_interval_contains_the_value(pairs, mean):
     own, dense = (Windows(mean, list(values)) for values in zip(*pairs, strict=True))
     found = own.spread(dense)
     assert found.low <= own.value * (1 + 1e-9) + 1e-9
@@ -46,7 +46,7 @@ def test_an_interval_contains_its_value(pairs, mean):
 
 
 @given(st.lists(POSITIVE, min_size=2, max_size=20), st.floats(0.1, 10))
-def test_the_difficulty_of_the_text_is_no_uncertainty(values, factor):
+def test_difficulty_of_the_windows_does_not_widen_the_interval(values, factor):
     """A model that is worse by the same factor on every window has an interval of one point."""
     dense = Windows("geometric", values)
     own = Windows("geometric", [factor * value for value in values])
@@ -55,7 +55,7 @@ def test_the_difficulty_of_the_text_is_no_uncertainty(values, factor):
     assert found.error == pytest.approx(0, abs=1e-6 * own.value)
 
 
-def test_intervals_are_those_of_the_formula():
+def test_intervals_follow_the_formula():
     dense, own = Windows("arithmetic", [1.0, 2.0, 6.0]), Windows("arithmetic", [2.0, 4.0, 6.0])
     assert own.value == 4
     found, error = own.spread(dense), 1 / math.sqrt(3)  # the differences are 1, 2 and 0
@@ -68,11 +68,11 @@ def test_intervals_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 15, 30, 31, 60, 1000])
-def test_quantiles_are_those_of_students_distribution(degrees):
+def test_quantiles_equal_those_of_students_distribution(degrees):
     assert quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1.5e-3)
 
 
-def test_the_value_is_that_of_all_windows_at_once():
+def test_value_equals_the_metric_of_all_windows():
     tokens = torch.arange(12).reshape(4, 3)
     value, found = score(metric("arithmetic"), nn.Identity(), tokens, None)
     assert found.values == [1, 4, 7, 10]
@@ -82,7 +82,7 @@ def test_the_value_is_that_of_all_windows_at_once():
     assert Windows.of(row, "text", "mean") == found
 
 
-def test_a_score_has_the_interval_of_the_differences_from_the_dense_model():
+def test_score_has_the_interval_of_the_differences():
     tokens = torch.tensor([[1.0, 3.0], [4.0, 8.0], [6.0, 6.0]])
     found = score_beside(metric("arithmetic"), Times(2), tokens, Times(1))
     assert (found.value, found.dense) == (28 / 3, 14 / 3)
@@ -96,7 +96,7 @@ def test_a_score_has_the_interval_of_the_differences_from_the_dense_model():
 
 
 @pytest.mark.parametrize("values", [[], [1.0]])
-def test_nothing_is_known_of_fewer_than_two_windows(values):
+def test_fewer_than_two_windows_have_no_interval(values):
     record = {"mean": "arithmetic", "values": values}
     row = {"windows": {"text": {"accuracy": record}}}
     assert spread(row, row, "text", "accuracy") is None
@@ -104,7 +104,7 @@ def test_nothing_is_known_of_fewer_than_two_windows(values):
     assert spread({}, row, "text", "accuracy") is None
 
 
-def test_values_that_are_no_number_have_no_interval():
+def test_values_that_are_not_finite_have_no_interval():
     dense, own = Windows("geometric", [1.0, 2.0]), Windows("geometric", [math.nan, 2.0])
     assert math.isnan(own.value)
     assert own.spread(dense) is None

@@ -1,4 +1,4 @@
-"""Sharing out a sparsity: nothing is lost in all, and outliers are spared."""
+"""Allocations: the total sparsity is exact, and important sites lose fewer weights."""
 
 from itertools import pairwise
 
@@ -29,7 +29,7 @@ def allocation(name):
 
 # The neurons of random experts have outliers of their own.
 @pytest.mark.parametrize("variant", [name for name in FAMILIES.values() if name != "qwen2-moe"])
-def test_owl_keeps_the_sparsity_in_all_and_spares_blocks_with_outliers(variant):
+def test_owl_keeps_the_total_and_prunes_blocks_with_outliers_less(variant):
     model = random_model(variant)
     adapter = adapter_of(model)
     blocks = adapter.blocks(model)
@@ -48,7 +48,7 @@ def test_owl_keeps_the_sparsity_in_all_and_spares_blocks_with_outliers(variant):
     assert max(means) - min(means) <= 0.161
 
 
-def test_owl_counts_outliers_as_its_paper_defines_them():
+def test_outlier_shares_follow_the_definition_of_the_paper():
     """By hand, for a LLaMA: scores |w|·‖x‖ of a block's Linears, five times their mean."""
     model = random_model("llama")
     adapter, inputs, expected = adapter_of(model), {}, []
@@ -74,7 +74,7 @@ def test_owl_counts_outliers_as_its_paper_defines_them():
     assert [b - a for a, b in pairwise(found)] == pytest.approx(steps, abs=1e-3)
 
 
-def test_sites_with_nm_or_left_dense_are_left_as_they_are():
+def test_allocation_keeps_nm_and_dense_sites():
     model = random_model("opt")
     selection = Selection(skip=("*.fc1",), overrides=(("*.fc2", NM(2, 4)),))
     report = library.prune(
@@ -85,7 +85,7 @@ def test_sites_with_nm_or_left_dense_are_left_as_they_are():
     assert not any(name.endswith("fc1") for name in patterns)
 
 
-def test_an_allocation_needs_an_unstructured_pattern():
+def test_allocation_of_nm_is_refused():
     with pytest.raises(AptError, match="cannot be used: n:m"):
         library.prune(random_model("opt"), TOKENS, pattern="2:4", allocation="owl")
     with pytest.raises(AptError, match="did you mean 'owl'"):
@@ -100,7 +100,7 @@ def test_an_allocation_needs_an_unstructured_pattern():
         (lambda name: None, r"gives no value as the sparsity of .*q_proj"),
     ],
 )
-def test_an_allocation_that_breaks_its_promise_is_named(shift, message):
+def test_invalid_shares_of_an_allocation_are_errors(shift, message):
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), Unstructured(0.5))
     shares = {s.name: 0.5 + d for s in plan.sites if (d := shift(s.name)) is not None}
@@ -108,7 +108,7 @@ def test_an_allocation_that_breaks_its_promise_is_named(shift, message):
         with_shares(plan, "mine", shares)
 
 
-def test_a_sparsity_too_high_for_an_allocation_is_told_with_a_remedy():
+def test_too_high_sparsity_for_an_allocation_is_an_error_with_a_remedy():
     how = {"pattern": "0.97", "method": "wanda", "allocation": "owl"}
     with pytest.raises(AptError, match=r"owl gives 1\..*; choose another allocation") as error:
         library.prune(random_model("llama"), TOKENS, **how)
@@ -122,7 +122,7 @@ NAMES = ["owl", *TAILS, "atp", "auto", "auto-block", "auto-search"]
 @pytest.mark.parametrize(
     ("name", "method"), [*((name, "magnitude") for name in NAMES), ("owl", "wanda")]
 )
-def test_the_total_is_exact(name, method):
+def test_allocations_keep_the_total_exact(name, method):
     model = random_model("llama")
     report = library.prune(model, TOKENS, pattern="0.613", method=method, allocation=name)
     zeros = sum(site.zeros for site in report.sites)
@@ -136,7 +136,7 @@ def test_the_total_is_exact(name, method):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_the_total_is_exact_for_any_shares(data):
+def test_with_shares_keeps_the_total_exact_for_any_shares(data):
     sizes = data.draw(st.lists(st.tuples(st.integers(1, 9), st.integers(5, 40)), min_size=1))
     per = data.draw(st.sampled_from(["row", "layer"]))
     sites = tuple(
@@ -161,7 +161,7 @@ def with_spectrum(eigenvalues):
 
 
 @pytest.mark.parametrize("exponent_of", [tail_from_peak, tail_from_middle])
-def test_the_exponent_of_a_tail_is_that_of_its_distribution(exponent_of):
+def test_exponent_of_a_tail_equals_that_of_its_distribution(exponent_of):
     """Eigenvalues of a Pareto distribution, of density λ^-α."""
     for exponent in (1.8, 2.5, 4.0):
         places = (torch.arange(500) + 0.5) / 500
@@ -174,7 +174,7 @@ def test_the_exponent_of_a_tail_is_that_of_its_distribution(exponent_of):
 
 
 def peak_tail(spectrum):
-    """The tail of the least distance, straight from the rule; also how often the peak is tied."""
+    """The exponent of the best tail by the definition, and the number of highest bins."""
     values = np.sort(spectrum)
     counts, edges = np.histogram(np.log10(values), 100)
     edge, best = 10 ** edges[counts.argmax()], (np.inf, np.inf)
@@ -187,8 +187,8 @@ def peak_tail(spectrum):
     return best[1], int((counts == counts.max()).sum())
 
 
-def test_the_tail_begins_near_the_first_peak_where_it_fits_best():
-    """As an independent computation in fp64 has it, with several highest bins and λ above 1."""
+def test_tail_from_peak_equals_an_independent_computation():
+    """The spectra include ones with several highest bins and with λ above 1."""
     draw, ties = np.random.default_rng(0), []
     for scale in (1e-6, 0.01, 1, 300):
         for count in (40, 200):
@@ -203,7 +203,7 @@ def test_the_tail_begins_near_the_first_peak_where_it_fits_best():
 
 
 @torch.no_grad()
-def test_alphapruning_spares_blocks_with_heavy_tails():
+def test_alphapruning_prunes_blocks_with_heavy_tails_less():
     model = random_model("llama")
     adapter = adapter_of(model)
     blocks = adapter.blocks(model)
@@ -229,7 +229,7 @@ def test_alphapruning_spares_blocks_with_heavy_tails():
 
 
 @torch.no_grad()
-def test_atp_is_an_arithmetic_progression():
+def test_atp_gives_an_arithmetic_progression():
     model = random_model("opt")
     adapter = adapter_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -242,7 +242,7 @@ def test_atp_is_an_arithmetic_progression():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_atp_leaves_the_model_if_it_is_interrupted(monkeypatch):
+def test_interrupted_atp_restores_the_model(monkeypatch):
     calls = []
 
     def interrupted(*args):
@@ -263,7 +263,7 @@ def test_atp_leaves_the_model_if_it_is_interrupted(monkeypatch):
 @pytest.mark.parametrize("selection", [
     Selection(skip=("model.layers.0.*",)), Selection(only=("model.layers.1.*",)),
 ])  # fmt: skip
-def test_blocks_without_unstructured_sites_are_left_out(name, selection, monkeypatch):
+def test_allocations_ignore_blocks_without_unstructured_sites(name, selection, monkeypatch):
     losses = []
     monkeypatch.setattr("apt_plugins.allocations.perplexity", lambda *args: losses.append(1) or 9.0)
     how = {"pattern": "0.6", "method": "wanda", "allocation": name, "selection": selection}
@@ -280,8 +280,8 @@ def mean_of(shares, plan, block):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_auto_spares_what_changes_the_output(variant):
-    """A block that writes a thirtieth to the stream matters less, and loses more."""
+def test_auto_prunes_a_block_of_small_effect_most(variant):
+    """The output of one block is scaled by 0.03, so that its weights matter less."""
     model = random_model(variant)
     adapter = adapter_of(model)
     blocks = adapter.blocks(model)
@@ -309,8 +309,8 @@ ONE = ("*.layers.0.*.q_proj",)
      (Unstructured(0.7), ONE)],
     ids=str,
 )  # fmt: skip
-def test_auto_keeps_the_total_where_the_loss_is_linear(pattern, only, name, aware):
-    """Every weight then costs the same, and one threshold takes many at once."""
+def test_auto_keeps_the_total_if_the_loss_is_linear(pattern, only, name, aware):
+    """Every weight has the same cost, so that one threshold removes many weights at once."""
     model = random_model("opt")
     plan = make_plan(model, adapter_of(model), pattern, Selection(only=only))
     shares = allocation(name)(
@@ -323,7 +323,7 @@ def test_auto_keeps_the_total_where_the_loss_is_linear(pattern, only, name, awar
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "seqlen"), [("llama", 64), ("mamba", 32)])
-def test_a_search_over_levels_finds_a_lower_loss_and_leaves_the_model(family, seqlen, monkeypatch):
+def test_auto_search_finds_a_lower_loss_and_restores_the_model(family, seqlen, monkeypatch):
     monkeypatch.setattr(level_search, "GENERATIONS", 8)
     model, tokens, _ = zoo_model(family, 4, seqlen)
     plan = make_plan(model.module, model.adapter, Unstructured(0.7))
@@ -340,7 +340,7 @@ def test_a_search_over_levels_finds_a_lower_loss_and_leaves_the_model(family, se
 
 
 @torch.no_grad()
-def test_a_search_over_levels_gives_the_same_again(monkeypatch):
+def test_auto_search_is_reproducible(monkeypatch):
     monkeypatch.setattr(level_search, "GENERATIONS", 3)
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), Unstructured(0.7))
@@ -359,7 +359,7 @@ def fitness(given, shares):
 
 
 @torch.no_grad()
-def test_auto_lowers_the_loss_of_a_model_whose_blocks_differ():
+def test_auto_has_a_lower_loss_than_uniform():
     losses = {}
     for name in ("uniform", "auto"):
         model = random_model("llama")
@@ -374,7 +374,7 @@ def test_auto_lowers_the_loss_of_a_model_whose_blocks_differ():
 
 
 @torch.no_grad()
-def test_auto_prunes_early_blocks_more_in_an_error_aware_run():
+def test_error_aware_auto_prunes_early_blocks_more():
     model = random_model("llama")
     adapter = adapter_of(model)
     plan = make_plan(model, adapter, Unstructured(0.5))
@@ -388,7 +388,7 @@ def test_auto_prunes_early_blocks_more_in_an_error_aware_run():
     assert gaps[1] > gaps[0]
 
 
-def test_losses_of_a_large_site_are_those_of_evenly_spaced_scores():
+def test_plain_losses_of_a_large_site_use_evenly_spaced_scores():
     """The columns differ, so that every column must be among them."""
     draw = torch.Generator().manual_seed(0)
     scores = torch.rand(1000, 768, generator=draw) * torch.rand(768, generator=draw).pow(4)

@@ -21,7 +21,7 @@ PATTERNS = ["1:4", "2:4", "3:4", "0.5", "0.7"]
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_patterns_are_met_exactly(text):
+def test_alps_meets_patterns_exactly(text):
     pattern = parse_pattern(text)
     weight, gram = problem(0, 7, 40)
     found = alps(weight, gram, pattern, SolverOptions())
@@ -34,7 +34,7 @@ def test_patterns_are_met_exactly(text):
         assert int(found.mask.sum()) == pattern.count(7 * 40)
 
 
-def test_an_unstructured_pattern_can_be_counted_by_row():
+def test_alps_counts_an_unstructured_pattern_by_row():
     weight, gram = problem(1, 5, 50)
     found = alps(weight, gram, Unstructured(0.33, "row"), SolverOptions())
     assert (found.mask.sum(1) == 17).all()
@@ -42,7 +42,7 @@ def test_an_unstructured_pattern_can_be_counted_by_row():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("text", PATTERNS)
-def test_it_loses_less_than_sparsegpt(text, seed):
+def test_alps_has_a_lower_loss_than_sparsegpt(text, seed):
     weight, gram = problem(seed, 32, 64)
     error = {
         method: relative_layer_error(
@@ -54,7 +54,7 @@ def test_it_loses_less_than_sparsegpt(text, seed):
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_the_weights_are_nearly_the_best_for_the_mask(text):
+def test_weights_of_alps_are_nearly_optimal_for_the_mask(text):
     weight, gram = problem(2, 16, 64)
     matrix = gram.damped(0.01).matrix
     found = alps(weight, gram, parse_pattern(text), SolverOptions())
@@ -65,7 +65,7 @@ def test_the_weights_are_nearly_the_best_for_the_mask(text):
 
 
 @pytest.mark.parametrize("text", ["2:4", "0.6"])
-def test_the_units_of_the_inputs_do_not_matter(text):
+def test_scales_of_the_inputs_do_not_change_the_mask(text):
     """Inputs s times as large, with weights s times as small, are the same layer."""
     weight, gram = problem(3, 8, 32)
     units = torch.logspace(-2, 2, 32, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_the_units_of_the_inputs_do_not_matter(text):
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_the_support_is_at_rest_long_before_the_cap(text, monkeypatch):
+def test_support_converges_long_before_the_last_iteration(text, monkeypatch):
     weight, gram = problem(4, 32, 64)
     plain = alps(weight, gram, parse_pattern(text), SolverOptions())
     monkeypatch.setattr("apt_plugins.alps._MAX_ITERATIONS", 150)
@@ -87,11 +87,11 @@ def test_the_support_is_at_rest_long_before_the_cap(text, monkeypatch):
 
 
 @pytest.mark.parametrize(("changed", "factor"), [(2, 1.3), (0.11, 1.3), (0.1, 1.2), (1e-3, 1.1)])
-def test_the_penalty_grows_with_unrest(changed, factor):
+def test_penalty_grows_with_the_changes_of_the_support(changed, factor):
     assert _growth(changed) == factor
 
 
-def test_half_precision_weights_are_solved_in_fp32():
+def test_half_precision_weights_are_solved_in_fp32_by_alps():
     weight, gram = problem(5, 8, 32)
     gram = Gram.from_sum(gram.matrix.float(), gram.tokens)
     found = alps(weight.bfloat16(), gram, NM(2, 4), SolverOptions())
@@ -108,6 +108,6 @@ def test_dead_inputs_and_empty_layers_are_finite():
     assert not alps(weight, gram, Unstructured(0.999), SolverOptions()).weight.any()
 
 
-def test_no_signal_is_an_error():
+def test_zero_gram_matrix_is_an_error():
     with pytest.raises(SolverError, match="zero on all calibration tokens"):
         alps(torch.randn(2, 4), Gram(4), NM(2, 4), SolverOptions())

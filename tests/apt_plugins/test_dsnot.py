@@ -1,4 +1,4 @@
-"""DSnoT against a plain loop over rows and weights, and what it keeps."""
+"""DSnoT against a plain loop over rows and weights."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def by_hand(row, inputs, start, group):
 
 @settings(deadline=None, max_examples=60)
 @given(seeds, st.sampled_from(PATTERNS))
-def test_the_exchanges_are_those_of_the_paper(seed, pattern):
+def test_exchanges_follow_the_paper(seed, pattern):
     weight, inputs = problem(seed)
     start = wanda(weight, Gram.of(inputs), pattern, SolverOptions()).mask
     group = pattern.m if isinstance(pattern, NM) else None
@@ -73,7 +73,7 @@ def test_the_exchanges_are_those_of_the_paper(seed, pattern):
     assert meets(weight.masked_fill(found, 0), pattern)
 
 
-def test_a_narrow_row_has_fewer_exchanges_and_a_wide_one_those_of_the_paper():
+def test_narrow_rows_have_fewer_exchanges():
     """50 exchanges in 4,096 inputs, in proportion for fewer; the kept weights stay as they are."""
     pattern = Unstructured(0.5, "row")
     for width, cycles in ((1024, 13), (4096, 50), (5000, 50)):
@@ -92,7 +92,7 @@ def expected_error(weight, inputs, mask):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_expected_error_falls_and_exact_weights_lower_the_loss(pattern):
+def test_exchanges_lower_the_error_and_exact_weights_the_loss(pattern):
     weight, inputs = problem(0, 64, 48)
     gram, start = Gram.of(inputs), wanda(weight, Gram.of(inputs), pattern, SolverOptions()).mask
     found = dsnot(weight, gram, pattern, SolverOptions())
@@ -106,13 +106,13 @@ def test_the_expected_error_falls_and_exact_weights_lower_the_loss(pattern):
     assert loss[1] < 0.8 * loss[0]
 
 
-def test_no_exchange_leaves_the_mask():
+def test_mask_is_unchanged_without_exchanges():
     weight, inputs = problem(4, 8, 64)
     mask = torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) < 0.5
     assert torch.equal(refined(weight, Gram.of(inputs), mask, cycles=0), mask)
 
 
-def test_any_mask_is_refined_and_inputs_without_a_mean_leave_it():
+def test_refined_accepts_any_mask_and_skips_inputs_with_zero_mean():
     weight, inputs = problem(1)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6
     assert not torch.equal(refined(weight, Gram.of(inputs), mask), mask)
@@ -126,7 +126,7 @@ def test_any_mask_is_refined_and_inputs_without_a_mean_leave_it():
 
 
 @pytest.mark.parametrize("family", FAMILIES.values())
-def test_every_site_is_refined_also_those_of_the_mlp(family):
+def test_dsnot_refines_every_site(family):
     """The authors' code leaves every MLP out by default."""
     tokens, found = random_tokens(), {}
     for method in ("wanda", "dsnot"):

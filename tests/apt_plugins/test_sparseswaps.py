@@ -53,7 +53,7 @@ def test_no_single_swap_improves_the_result(seed, pattern):
 
 @settings(deadline=None, max_examples=40)
 @given(seeds, cases)
-def test_the_first_swap_is_the_best_of_all(seed, pattern):
+def test_first_swap_is_the_best_swap(seed, pattern):
     weight, gram = problem(seed, 4, 24)
     matrix, group = gram.matrix / gram.tokens, group_of(pattern, 24)
     start = wanda(weight, gram, pattern, SolverOptions()).mask
@@ -72,7 +72,7 @@ def test_the_first_swap_is_the_best_of_all(seed, pattern):
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, cases)
-def test_what_is_carried_from_swap_to_swap_stays_exact(seed, pattern):
+def test_table_of_couplings_stays_exact(seed, pattern):
     """The reported change, ``c`` and the couplings are those of the new mask."""
     weight, gram = problem(seed, 4, 24)
     matrix, group = gram.matrix / gram.tokens, group_of(pattern, 24)
@@ -98,7 +98,7 @@ def test_what_is_carried_from_swap_to_swap_stays_exact(seed, pattern):
 
 
 @pytest.mark.parametrize("text", ["1:4", "2:4", "3:4", "4:8", "0.5", "0.7"])
-def test_it_is_better_than_wanda_in_fp32(text):
+def test_sparseswaps_has_a_lower_loss_than_wanda(text):
     weight, gram = problem(0, 48, 96)
     weight = weight.float()
     gram = Gram.from_sum(gram.matrix.float(), gram.tokens)
@@ -118,7 +118,7 @@ def test_it_is_better_than_wanda_in_fp32(text):
 
 
 @pytest.mark.parametrize("text", ["2:4", "0.5"])
-def test_every_round_lowers_the_loss(text, monkeypatch):
+def test_each_round_lowers_the_loss(text, monkeypatch):
     weight, gram = problem(1, 8, 48)
     found = []
     for count in range(8):
@@ -138,7 +138,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     assert torch.equal(found.mask, plain.mask)
 
 
-def test_where_nothing_can_be_gained_it_is_wanda():
+def test_sparseswaps_equals_wanda_without_a_gain():
     weight = torch.randn(3, 8)
     gram = Gram.of(torch.diag(torch.rand(8) + 0.5))
     for pattern in (NM(2, 4), Unstructured(0.5), Unstructured(0.01), Unstructured(0.99)):
@@ -147,7 +147,7 @@ def test_where_nothing_can_be_gained_it_is_wanda():
             assert torch.equal(found.mask, wanda(weight, one, pattern, SolverOptions()).mask)
 
 
-def test_half_precision_weights_are_compared_in_fp32():
+def test_half_precision_weights_are_swapped_in_fp32():
     weight, gram = problem(3, 8, 32)
     gram = Gram.from_sum(gram.matrix.float(), gram.tokens)
     found = sparseswaps(weight.bfloat16(), gram, NM(2, 4), SolverOptions())
@@ -157,7 +157,7 @@ def test_half_precision_weights_are_compared_in_fp32():
 
 
 @pytest.mark.parametrize("text", ["2:4", "0.5"])
-def test_weights_may_be_stored_transposed(text):
+def test_transposed_weights_give_the_same_result(text):
     weight, gram = problem(4, 8, 32)
     plain = sparseswaps(weight, gram, parse_pattern(text), SolverOptions())
     found = sparseswaps(weight.T.contiguous().T, gram, parse_pattern(text), SolverOptions())

@@ -28,7 +28,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
-def test_a_definition_is_taken_without_what_its_module_imports(tmp_path, capsys):
+def test_taken_loads_a_definition_without_the_imports_of_its_module(tmp_path, capsys):
     (tmp_path / "lib.py").write_text(FILE)
     taken = import_module("authors_code").taken
     code = taken(tmp_path / "lib.py", "helper", "prune", WrappedGPT=lambda x: x * 2)
@@ -40,13 +40,13 @@ def test_a_definition_is_taken_without_what_its_module_imports(tmp_path, capsys)
     ("name", "message"),
     [("lib.py", "has no other: it is another version"), ("no.py", "is not a file")],
 )
-def test_another_checkout_is_told_in_a_line(tmp_path, name, message):
+def test_wrong_checkout_is_an_error_of_one_line(tmp_path, name, message):
     (tmp_path / "lib.py").write_text(FILE)
     with pytest.raises(SystemExit, match=message):
         import_module("authors_code").taken(tmp_path / name, "prune", "other")
 
 
-def test_entries_at_equal_distances_are_those_of_one_head():
+def test_ordered_rows_have_the_heads_at_equal_distances():
     model, tokens, _ = zoo_model("llama", 2, 8)
     model, adapter, authors = model.module.float(), model.adapter, import_module("authors")
     authors.gradients(model, tokens)

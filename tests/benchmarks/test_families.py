@@ -42,17 +42,17 @@ def benchmarks(monkeypatch):
 
 @pytest.mark.skipif(transformers.__version__ != VERSION, reason="the table is of another version")
 @pytest.mark.parametrize("kind", STRUCTURES)
-def test_a_row_is_that_of_the_table(kind):
+def test_row_of_a_family_equals_the_table(kind):
     assert import_module("families").row(kind, "causal") == TABLE[kind, "causal"]
 
 
 @pytest.mark.skipif(transformers.__version__ != VERSION, reason="the table is of another version")
 @pytest.mark.parametrize("kind", IMAGES)
-def test_the_language_model_of_several_parts_is_pruned(kind):
+def test_row_of_a_multimodal_family_equals_the_table(kind):
     assert import_module("families").row(kind, "image") == TABLE[kind, "image"]
 
 
-def test_the_table_has_every_type_and_the_page_its_version():
+def test_table_has_every_type_and_the_page_its_version():
     tiny = import_module("tiny")
     if transformers.__version__ == VERSION:
         wanted = {(kind, "causal") for kind in tiny.CAUSAL} | {
@@ -62,7 +62,7 @@ def test_the_table_has_every_type_and_the_page_its_version():
     assert f"transformers {VERSION}" in (ROOT / "docs/families.md").read_text(encoding="utf-8")
 
 
-def test_values_that_change_beside_the_sites_are_noticed(monkeypatch):
+def test_changes_outside_the_sites_are_detected(monkeypatch):
     families, tiny = import_module("families"), import_module("tiny")
     prune = families.apt.prune
 
@@ -79,7 +79,7 @@ def test_values_that_change_beside_the_sites_are_noticed(monkeypatch):
     assert (found["exact"], found["untouched"]) == (False, False)
 
 
-def test_an_exception_of_a_model_is_the_reason_of_its_row(monkeypatch):
+def test_timeout_of_a_model_is_the_reason_in_its_row(monkeypatch):
     families = import_module("families")
     monkeypatch.setattr(families, "SECONDS", 0.1)
     monkeypatch.setattr(families.tiny, "model", lambda kind, image: endless())

@@ -1,4 +1,4 @@
-"""Activations in memory or on disk: the same run, and nothing left behind."""
+"""Activations in memory or on disk: equal results, and no remaining files."""
 
 import errno
 import gc
@@ -20,56 +20,56 @@ Pair = namedtuple("Pair", "left right")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
-def test_what_is_put_is_got_back(tmp_path, dtype):
+def test_disk_store_returns_equal_tensors_and_containers(tmp_path, dtype):
     store, tensor = DiskStore(tmp_path), torch.arange(24).reshape(2, 3, 4).to(dtype)
     given = {"a": [tensor, (tensor.transpose(0, 2), None)], "b": Pair(tensor[:, 1], torch.empty(0))}
     held = store.put(given)
     assert len(list(tmp_path.iterdir())) == 3
-    found = store.get(held)
-    assert torch.equal(found["a"][0], tensor)
-    assert torch.equal(found["a"][1][0], tensor.transpose(0, 2))
-    assert found["a"][1][1] is None
-    assert isinstance(found["b"], Pair)
-    assert torch.equal(found["b"].left, tensor[:, 1])
-    assert found["b"].right.shape == (0,)
+    result = store.get(held)
+    assert torch.equal(result["a"][0], tensor)
+    assert torch.equal(result["a"][1][0], tensor.transpose(0, 2))
+    assert result["a"][1][1] is None
+    assert isinstance(result["b"], Pair)
+    assert torch.equal(result["b"].left, tensor[:, 1])
+    assert result["b"].right.shape == (0,)
 
 
-def test_what_is_written_over_stays_on_disk(tmp_path):
+def test_write_to_a_read_tensor_does_not_change_the_file(tmp_path):
     store = DiskStore(tmp_path)
     held = store.put(torch.ones(5))
     store.get(held).zero_()
     assert torch.equal(store.get(held), torch.ones(5))
 
 
-def test_a_file_is_gone_once_nobody_asks_for_it(tmp_path):
+def test_file_is_deleted_with_its_last_reference(tmp_path):
     batch = Batch(torch.ones(5), [], 5, DenseActivations(torch.zeros(5), DiskStore(tmp_path)))
     batch.dense.inputs.record(Site("s", "s", "x"), torch.ones(1, 3))
     assert len(list(tmp_path.iterdir())) == 2
-    found = batch.dense.inputs["x"][0]
+    result = batch.dense.inputs["x"][0]
     batch.dense.state = torch.full((5,), 2.0)
     batch.dense.inputs.clear()
     gc.collect()
     assert len(list(tmp_path.iterdir())) == 1
-    assert torch.equal(found, torch.ones(1, 3)), "what is still read"
+    assert torch.equal(result, torch.ones(1, 3)), "what is still read"
     del batch
     gc.collect()
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_are_gone_already_are_no_fault(tmp_path, monkeypatch):
+def test_missing_files_are_ignored_on_deletion(tmp_path, monkeypatch):
     """After an error, the folder is removed before the last reference to an activation."""
-    folder, said = tmp_path / "activations", []
+    folder, messages = tmp_path / "activations", []
     folder.mkdir()
     held = DiskStore(folder).put(torch.ones(3))
     shutil.rmtree(folder)
-    monkeypatch.setattr("sys.unraisablehook", said.append)
-    monkeypatch.setattr("sys.excepthook", lambda *error: said.append(error))
+    monkeypatch.setattr("sys.unraisablehook", messages.append)
+    monkeypatch.setattr("sys.excepthook", lambda *error: messages.append(error))
     del held
     gc.collect()
-    assert not said
+    assert not messages
 
 
-def test_nothing_but_files_is_held_between_blocks(tmp_path):
+def test_disk_store_has_one_file_per_stream_and_batch(tmp_path):
     model, tokens = random_model("llama"), torch.arange(48).reshape(4, 12)
     batches = enter(
         adapter_of(model), model, tokens, 24, with_dense=True, store=DiskStore(tmp_path)
@@ -86,7 +86,7 @@ def test_nothing_but_files_is_held_between_blocks(tmp_path):
     [("qwen2-moe", ["--effort", "fast"]), ("llama", []),
      ("mamba2", []), ("llama", ["--layer-wise"]), ("llama", ["--at-once"])],
 )  # fmt: skip
-def test_the_run_is_the_same(variant, options, checkpoint, apt):
+def test_activations_on_disk_give_the_same_weights(variant, options, checkpoint, apt):
     command = ("prune", checkpoint(variant), *SMALL, "--stream", *options)
     for where in ("memory", "disk"):
         result = apt(*command, "-o", where, "--activations", where)
@@ -103,7 +103,7 @@ def command(checkpoint):
     return ("prune", checkpoint("llama"), *SMALL, "--stream", "--activations", "disk")
 
 
-def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, output_of, monkeypatch):
+def test_killed_run_leaves_no_activations_after_resume(command, apt, output_of, monkeypatch):
     whole = output_of(*command)
     with monkeypatch.context() as patch:
         patch.setattr("apt.calibration.storage.weakref.finalize", lambda *args, **kwargs: None)
@@ -119,7 +119,7 @@ def test_a_run_that_was_killed_leaves_no_activations_behind(command, apt, output
     assert not list(Path().glob(".out*"))
 
 
-def test_a_disk_that_fills_up_is_told(command, apt, output_of, monkeypatch):
+def test_full_disk_ends_the_run_with_one_line(command, apt, output_of, monkeypatch):
     original, calls = DiskStore._write, []
 
     def full(self, tensor):
@@ -136,19 +136,19 @@ def test_a_disk_that_fills_up_is_told(command, apt, output_of, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [(["--activations", "disk"], "stream the run as well (--activations, --stream)"),
      (["--activations", "tape", "--stream"], "is not one of memory, cpu, disk (--activations)")],
 )  # fmt: skip
-def test_where_they_cannot_be(options, said, checkpoint, apt):
+def test_invalid_places_of_activations_are_refused(options, message, checkpoint, apt):
     for command in (("prune", "-o", "out"), ("inspect",)):
         result = apt(*command, checkpoint("llama"), *options)
         assert result.code == 2
-        assert said in result.err
+        assert message in result.err
         assert not list(Path().iterdir())
 
 
-def test_inspect_tells_what_goes_to_disk(checkpoint, apt):
+def test_inspect_names_the_disk_space_of_activations(checkpoint, apt):
     command = ("inspect", checkpoint("llama"), "--stream", "--samples", 512, "--seqlen", 64)
     memory, disk = (apt(*command, "--activations", where).out for where in ("memory", "disk"))
     assert "of disk" in disk

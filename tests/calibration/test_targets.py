@@ -1,4 +1,4 @@
-"""Error-aware targets: the sums they are made of, the equations they solve, their use."""
+"""Error-aware targets: sums, normal equations, and their use in runs."""
 
 import copy
 import weakref
@@ -25,7 +25,7 @@ from tests.helpers.pruning import prune_blocks
 
 
 def inputs_of(model, names, tokens):
-    """What each module multiplies (tokens, in), by hooks on the whole model."""
+    """The inputs (tokens, in) of each module, by hooks on the whole model."""
     seen = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -43,7 +43,7 @@ def inputs_of(model, names, tokens):
 
 
 def disturbed(model, share=0.2):
-    """A copy whose first block is another: what follows has drifted."""
+    """A copy with noise in its first block, so that later streams have drifted."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for parameter in other.model.layers[0].parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -71,8 +71,8 @@ def by_order(sites):
     return [[s for s in sites if s.order == order] for order in sorted({s.order for s in sites})]
 
 
-def test_the_sums_are_those_of_both_streams(behind):
-    """Against hooks on the two whole models."""
+def test_sums_equal_the_sums_of_inputs_of_two_models(behind):
+    """The references are the inputs of both whole models, recorded by hooks."""
     dense, pruned, adapter, batches = behind
     block, targets, sums = pruned.model.layers[1], Targets(0.3, 0.6), {}
     sites, earlier = adapter.sites(block), {}
@@ -102,8 +102,8 @@ def test_the_sums_are_those_of_both_streams(behind):
         torch.testing.assert_close(own.gram.matrix, weighted.T @ x, rtol=1e-3, atol=1e-4)
         damped = own.gram.damped(0.01)
         expected = weight + damped.solve(error.T @ weighted / len(x))
-        found = targets.weight(weight, site, own, damped)
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        result = targets.weight(weight, site, own, damped)
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
     crossed = {name for name, own in sums.items() if own.cross is not None}
     assert crossed == {"attention", "mlp"}  # narrower than all that is made of them
 
@@ -139,7 +139,7 @@ def test_stored_products_give_the_same_sums_as_separate_runs(behind):
     assert set(compared) == {site.name for site in sites}
 
 
-def test_the_target_solves_its_normal_equations():
+def test_target_solves_its_normal_equations():
     generator = torch.Generator().manual_seed(3)
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     weight, pruned, dense, drift = draw(4, 10), draw(80, 10), draw(80, 10), draw(80, 4)
@@ -149,19 +149,19 @@ def test_the_target_solves_its_normal_equations():
     site = Site("out", "out.weight", "x", residual=True)
     sums = Sums(Gram.of(pruned), (dense - pruned).T @ pruned, {site: 0.6 * drift.T @ pruned})
     damped = sums.gram.damped(0.01)
-    found = Targets(0.3, 0.6).weight(weight, site, sums, damped)
+    result = Targets(0.3, 0.6).weight(weight, site, sums, damped)
     wanted = pruned @ weight.T + 0.3 * (dense - pruned) @ weight.T + 0.6 * drift
     ridge = damped.matrix - pruned.T @ pruned / 80
     expected = (wanted.T @ pruned / 80 + weight @ ridge) @ torch.linalg.inv(damped.matrix)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     nothing = Sums(sums.gram, sums.cross, {site: torch.zeros_like(weight)})
     assert Targets(0, 0).weight(weight, site, nothing, damped) is weight
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_in_no_strength_at_all_targets_change_nothing(variant):
-    """Only sites that write to the stream differ then, by the weighting of tokens."""
+def test_targets_with_zero_shares_change_no_inner_site(variant):
+    """Sites that write to the stream may differ, by the weighting of tokens."""
     plain, aware = random_model(variant), random_model(variant)
     adapter, tokens = adapter_of(plain), random_tokens(samples=6)
     inner = [site for site in adapter.sites(adapter.blocks(plain)[0][1]) if not site.residual]
@@ -174,7 +174,7 @@ def test_in_no_strength_at_all_targets_change_nothing(variant):
 
 
 def drift_after(model, dense, adapter, tokens):
-    """How far the last hidden state is from the dense model's, relative to it, mean of tokens."""
+    """The relative squared error of the last hidden state, as the mean over tokens."""
     with torch.no_grad():
         ours, theirs = (
             m(tokens, output_hidden_states=True).hidden_states[-1].float() for m in (model, dense)
@@ -183,8 +183,8 @@ def drift_after(model, dense, adapter, tokens):
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
-def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
-    """On tokens that had no part in pruning, for each trained checkpoint."""
+def test_error_aware_pruning_reduces_the_drift_of_zoo_models(name):
+    """The drift is measured on tokens that were not used in pruning."""
     dense, *parts = zoo_model(name, samples=8, seqlen=64)
     drifts = []
     for aware in (False, True):
@@ -199,7 +199,7 @@ def test_the_pruned_zoo_models_end_nearer_to_the_dense_ones(name):
     assert drifts[1] < drifts[0]
 
 
-def test_a_run_takes_targets():
+def test_error_aware_run_reports_its_shares():
     model = random_model("llama")
     report = library.prune(model, random_tokens(samples=6), pattern="0.5", method="ss",
                            options=library.PruneOptions(error_aware=True))  # fmt: skip
@@ -209,7 +209,7 @@ def test_a_run_takes_targets():
 
 @contextmanager
 def in_halves(adapter, block, sites, sink, whole):
-    """A capture that hands over half of the tokens at a time."""
+    """A capture that passes the tokens of each input in two halves."""
 
     def halves(site, rows):
         flat = rows.reshape(-1, rows.shape[-1])
@@ -220,7 +220,7 @@ def in_halves(adapter, block, sites, sink, whole):
         yield
 
 
-def test_a_weight_multiplied_in_parts_is_the_same_as_in_one():
+def test_inputs_in_parts_give_the_same_weights():
     weights = []
     for halved in (False, True):
         model = random_model("llama")
@@ -236,7 +236,7 @@ def test_a_weight_multiplied_in_parts_is_the_same_as_in_one():
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
 
 
-def test_streams_that_multiply_other_tokens_cannot_be_compared():
+def test_streams_with_different_parts_are_an_error():
     model = random_model("llama")
     adapter = adapter_of(model)
     calls, whole = [], type(adapter).capture
@@ -253,7 +253,7 @@ def test_streams_that_multiply_other_tokens_cannot_be_compared():
         prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(targets=Targets()))
 
 
-def test_sites_that_do_not_write_to_the_blocks_own_stream_are_not_declared_so():
+def test_sites_that_do_not_write_to_the_stream_are_not_residual():
     post_norm = random_model("opt-350m")
     sites = adapter_of(post_norm).sites(post_norm.model.decoder.layers[0])
     assert [site.name for site in sites if site.residual] == ["self_attn.out_proj"]
@@ -264,8 +264,8 @@ def test_sites_that_do_not_write_to_the_blocks_own_stream_are_not_declared_so():
     assert not any(site.residual for site in adapter_of(bloom).sites(block))
 
 
-def test_an_input_is_kept_only_for_sites_that_share_it():
-    """Nothing says before the end of a forward that an expert has got all of its tokens."""
+def test_input_is_kept_only_if_several_sites_share_it():
+    """Inputs of experts cannot be freed earlier: their number of tokens is not known before."""
     block = nn.ParameterDict({name: torch.zeros(4, 8) for name in ("gate", "up", "down")})
     shared = [Site(name, name, "mlp", routed=True) for name in ("gate", "up")]
     alone = Site("down", "down", "neurons", routed=True)

@@ -142,5 +142,5 @@ def test_any_journal_is_read_or_refused_in_one_line(tmp_path, given, tail, seale
         work.journal.read()
         for line in work.journal.lines:
             records_of(line, work.journal)
-        assert work.done is None
+        assert work.finished_output is None
         work.begin({"model": 1}, resume=True)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from apt.checkpoints.copies import copy_weights
-from apt.checkpoints.safetensors_io import Shards, read_header
+from apt.checkpoints.safetensors_io import Shards, read_header, read_metadata, write_header
 from apt.errors import AptError
 
 TENSORS = {
@@ -49,6 +49,31 @@ def test_write_changes_only_the_given_tensor(directory):
         assert file.metadata()["note"] == "kept"
     with pytest.raises(ValueError, match=r"b\.bias is"):
         Shards(directory).write([("b.bias", changed)])
+
+
+def test_fp8_is_read_on_request_alone(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {"w": torch.randn(4, 8).to(torch.float8_e4m3fn), "s": torch.ones(2, 1)}
+    save_file(tensors, path)
+    with pytest.raises(AptError, match="w in .* is stored as F8_E4M3: the checkpoint is quantised"):
+        Shards(tmp_path)
+    shards = Shards(tmp_path, fp8=True)
+    assert torch.equal(shards.read("w").view(torch.uint8), tensors["w"].view(torch.uint8))
+    assert torch.equal(shards.read_slice("w", 2).float(), tensors["w"][2].float())
+
+
+def test_a_written_header_is_that_of_safetensors(directory):
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    entries = sorted(read_header(path).items(), key=lambda item: item[1].start)
+    start = min(entry.start for _, entry in entries)
+    tensors = [(name, entry.dtype, entry.shape) for name, entry in entries]
+    path.write_bytes(write_header(tensors, read_metadata(path)) + data[start:])
+    loaded = load_file(path)
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
 
 
 def index(directory, weights):

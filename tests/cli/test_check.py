@@ -1,4 +1,4 @@
-"""``apt check`` on authors' mistakes: a line for each, with its place in the author's own file."""
+"""``apt check`` with mistakes of authors: one line each, with the place in the author's file."""
 
 import json
 import os
@@ -60,7 +60,7 @@ ENTER = """
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A function that installs the module ``mine`` with some text replaced; `line` finds text."""
+    """A function that installs the module ``mine`` with replaced texts."""
     folder = tmp_path / "site"
     info = folder / "mine-1.0.dist-info"
     info.mkdir(parents=True)
@@ -84,7 +84,7 @@ def package(tmp_path, monkeypatch):
 
 
 def line_of(source, text):
-    """Where ``text`` is, as messages give it; ``site`` lies where the command is run."""
+    """The place of ``text`` as in messages; ``site`` is in the folder of the command."""
     return f" (site/mine.py:{source[: source.index(text)].count(chr(10)) + 1})"
 
 
@@ -179,7 +179,7 @@ FAILURES = {
 
 
 def expected(lines, source):
-    """Regular expressions for lines in which ``{text}`` stands for the place of that text."""
+    """Regular expressions for lines, in which ``{text}`` stands for the place of this text."""
     for line in lines:
         parts = re.split(r"(\{.+?\})", line)
         made = [
@@ -191,42 +191,40 @@ def expected(lines, source):
 
 
 @pytest.mark.parametrize("name", BEGINNINGS)
-def test_what_cannot_be_begun_with_is_a_line_each_and_status_2(name, package, apt):
+def test_problems_before_the_checks_are_one_line_each_and_status_2(name, package, apt):
     changes, lines = BEGINNINGS[name]
     source = package(changes)
     done = apt("check", "mine")
     assert done.code == 2, done.out
     assert done.out == ""
-    said = done.err.splitlines()
-    assert len(said) == len(lines), said
-    for line, pattern in zip(said, expected(lines, source), strict=True):
+    messages = done.err.splitlines()
+    assert len(messages) == len(lines), messages
+    for line, pattern in zip(messages, expected(lines, source), strict=True):
         assert re.fullmatch(f"apt: {pattern}", line), (line, pattern)
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_what_fails_is_a_line_each_and_status_1(name, package, apt):
+def test_failed_checks_are_one_line_each_and_status_1(name, package, apt):
     changes, lines = FAILURES[name]
     source = package(changes)
     done = apt("check", "mine")
     assert done.code == 1, done.err
     assert done.err == ""
-    said = [line for line in done.out.splitlines() if re.match(r"\w+: ", line)]
-    assert len(said) == len(lines) + 1, said
-    for line, pattern in zip(said, expected(lines, source), strict=False):
+    messages = [line for line in done.out.splitlines() if re.match(r"\w+: ", line)]
+    assert len(messages) == len(lines) + 1, messages
+    for line, pattern in zip(messages, expected(lines, source), strict=False):
         assert re.fullmatch(pattern, line), (line, pattern)
-    assert re.fullmatch(rf"mine: \d+ of {len(CHECKS)} checks hold", said[-1])
+    assert re.fullmatch(rf"mine: \d+ of {len(CHECKS)} checks hold", messages[-1])
 
 
-def test_an_adapter_that_is_right(package, apt):
+def test_correct_adapter_passes(package, apt):
     package({})
     done = apt("check", "mine")
     assert (done.code, done.err) == (0, "")
     assert f"mine: {len(CHECKS)} of {len(CHECKS)} checks hold" in done.out
 
 
-def test_a_plugin_that_does_not_load_is_still_told_of_where_another_adapter_is_checked(
-    package, apt, checkpoint
-):
+def test_broken_plugin_is_a_warning_in_the_check_of_another_adapter(package, apt, checkpoint):
     package({"class Mine(": "class class Mine("})
     done = apt("check", "opt", checkpoint("opt"))
     assert done.code == 0
@@ -241,7 +239,7 @@ def test_a_plugin_that_does_not_load_is_still_told_of_where_another_adapter_is_c
         ("enter raises", {"failed": 1, "skipped": 17, "passed": len(CHECKS) - 18}),
     ],
 )
-def test_pytest_says_the_same(name, outcomes, package, pytester, monkeypatch):
+def test_pytest_plugin_reports_the_same_problems(name, outcomes, package, pytester, monkeypatch):
     changes, lines = (BEGINNINGS | FAILURES)[name]
     source = package(changes)
     monkeypatch.chdir(pytester.path)
@@ -267,13 +265,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_inputs_and_sites_refuse_wrong_types(name):
-    make, said = WRONG[name]
-    with pytest.raises(TypeError, match=re.escape(said)):
+def test_wrong_types_in_inputs_and_sites_raise_type_error(name):
+    make, message = WRONG[name]
+    with pytest.raises(TypeError, match=re.escape(message)):
         make()
 
 
-def test_outcomes_as_json(package, apt):
+def test_outcomes_are_printed_as_json(package, apt):
     package(FAILURES["enter raises"][0])
     done = apt("check", "mine", "--json")
     assert done.code == 1

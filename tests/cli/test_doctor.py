@@ -1,4 +1,4 @@
-"""What the machine has and lacks, in words and as data."""
+"""``apt doctor``: the present and missing components, as text and as JSON."""
 
 import json
 import sys
@@ -12,14 +12,14 @@ from apt.plugin import doctor
 from apt.plugin.registry import Plugin, registry
 
 
-def test_every_family_and_package_has_a_line(apt):
+def test_each_family_and_package_has_a_line(apt):
     result = apt("doctor")
     assert result.code == 0, result.out
     for word in ("torch", "transformers", "processor", "llama", "mamba2", "falcon-h1"):
         assert word in result.out
 
 
-def test_as_data(apt):
+def test_findings_are_printed_as_json(apt):
     record = json.loads(apt("doctor", "--json").out)
     named = {finding["what"]: finding for finding in record["families"]}
     assert named.keys() == set(registry().adapters.specs)
@@ -28,7 +28,7 @@ def test_as_data(apt):
 
 
 @pytest.mark.parametrize(("fast", "taken"), [(True, "bfloat16"), (False, "float32")])
-def test_the_machine_has_the_speed_of_each_dtype_and_what_auto_takes(apt, monkeypatch, fast, taken):
+def test_machine_section_has_speeds_of_dtypes_and_the_default_dtype(apt, monkeypatch, fast, taken):
     monkeypatch.setattr("apt.compute.multiplies_fast", lambda dtype, device: fast)
     machine = json.loads(apt("doctor", "--json").out)["machine"]
     found = {entry["what"]: entry["state"] for entry in machine}
@@ -37,20 +37,20 @@ def test_the_machine_has_the_speed_of_each_dtype_and_what_auto_takes(apt, monkey
     assert found["bfloat16"].endswith(f"a model in bfloat16 computes in {taken}")
 
 
-def test_what_is_missing_comes_with_its_command(monkeypatch):
+def test_missing_package_comes_with_the_install_command(monkeypatch):
     monkeypatch.setattr(doctor, "_OPTIONAL", (("nosuch", "nothing", "nosuch", "pip install x"),))
     last = list(doctor.packages())[-1]
     assert last == doctor.Finding("nosuch", "not installed; for nothing", "pip install x")
 
 
-def test_what_is_installed_but_does_not_import_is_broken(monkeypatch, apt):
+def test_installed_package_that_does_not_import_is_broken(monkeypatch, apt):
     monkeypatch.setitem(sys.modules, "gguf", None)
     result = apt("doctor")
     assert result.code == 1
     assert "does not import" in result.out
 
 
-def test_plugins_and_adapters_that_fail_are_told():
+def test_failing_plugins_and_adapters_are_listed():
     broken = Plugin("bad-package 1.0", "bad", "bad", problem="ImportError: no")
     spec = replace(registry().adapters.get("llama"), target="apt_adapters.nowhere:Nothing")
     installed = SimpleNamespace(
@@ -73,9 +73,7 @@ def test_plugins_and_adapters_that_fail_are_told():
     ],
     ids=["absent", "unimportable", "crashing", "wrong"],
 )
-def test_kernels_that_do_not_serve_are_told_with_the_command(
-    monkeypatch, found, runs, state, broken
-):
+def test_unusable_kernels_are_listed_with_the_command(monkeypatch, found, runs, state, broken):
     def run():
         if isinstance(runs, Exception):
             raise runs
@@ -93,7 +91,7 @@ def test_kernels_that_do_not_serve_are_told_with_the_command(
     assert finding.broken == broken
 
 
-def test_kernels_that_serve_are_told(monkeypatch):
+def test_usable_kernels_are_listed(monkeypatch):
     monkeypatch.setattr(kernels, "try_import", lambda *_: doctor.Finding("x", "1.0"))
     monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernels, "scan_differs", lambda: 1e-6)

@@ -1,4 +1,4 @@
-"""What the command line prints when something is wrong: one line, or JSON, and its exit status."""
+"""The errors of the command line: one line, or JSON, and the exit status."""
 
 import json
 import os
@@ -25,7 +25,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("words", "text"), WRONG, ids=lambda value: str(value)[:40])
-def test_errors_of_usage_are_one_line_and_json_if_wanted(apt, words, text):
+def test_usage_error_is_one_line_or_one_json_object(apt, words, text):
     run = apt(*words)
     assert (run.code, len(run.err.strip().splitlines())) == (2, 1)
     assert run.err.startswith("apt: ")
@@ -39,7 +39,7 @@ def test_errors_of_usage_are_one_line_and_json_if_wanted(apt, words, text):
 
 
 @pytest.mark.parametrize("text", ['samples = "x"', "seqlen = 2.5"])
-def test_a_wrong_type_in_a_file_names_the_file(apt, text):
+def test_wrong_type_in_a_config_file_names_the_file(apt, text):
     Path("c.toml").write_text(text)
     run = apt("prune", "zoo:llama", "--config", "c.toml")
     assert (run.code, len(run.err.splitlines())) == (2, 1)
@@ -47,7 +47,7 @@ def test_a_wrong_type_in_a_file_names_the_file(apt, text):
     assert text.split()[0] in run.err
 
 
-def test_a_file_of_windows_is_read(apt):
+def test_config_file_with_bom_and_crlf_is_read(apt):
     Path("c.toml").write_bytes(b"\xef\xbb\xbf" + b'sparsity = "0.25"\r\nper = "layer"\r\n')
     run = apt("prune", "zoo:llama", "--config", "c.toml", "--dry-run")
     assert run.code == 0, run.err
@@ -67,7 +67,7 @@ def test_a_file_of_windows_is_read(apt):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_an_interrupted_command_says_so_and_leaves_nothing(
+def test_interrupted_command_prints_it_and_leaves_no_files(
     apt, checkpoint, output_of, monkeypatch, tmp_path, name, words
 ):
     if words[0] in ("unpack", "reapply", "report"):
@@ -97,7 +97,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_signals_are_exceptions_unless_they_are_ignored():
+def test_signal_raises_an_exception_unless_it_is_ignored():
     with signals_as_exceptions():
         for number in (signal.SIGTERM, signal.SIGHUP):
             with pytest.raises(TerminatedError) as found:
@@ -112,13 +112,13 @@ def test_signals_are_exceptions_unless_they_are_ignored():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_names_that_are_no_text_here_are_told(apt):
+def test_undecodable_argument_is_an_error(apt):
     run = apt("eval", os.fsdecode(b"\xfc"))
     assert run.code == 2
     assert r"'\udcfc' is not text in the encoding of this environment" in run.err
 
 
-def test_want_of_memory_is_one_line():
+def test_lack_of_memory_is_a_one_line_error():
     for error in (
         MemoryError("of 3 GiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
@@ -129,7 +129,7 @@ def test_want_of_memory_is_one_line():
     assert resource_error(ImportError("no such name")) is None
 
 
-def test_what_a_plugin_prints_does_not_reach_the_json(apt, monkeypatch):
+def test_output_of_a_plugin_is_not_in_the_json(apt, monkeypatch):
     from apt.cli import installed
 
     shown = installed.show_rows
@@ -145,7 +145,7 @@ def test_what_a_plugin_prints_does_not_reach_the_json(apt, monkeypatch):
     assert "hello from a plugin" in apt("plugins").out
 
 
-def test_pictures_do_not_depend_on_the_backend_of_the_environment(apt, checkpoint, tmp_path):
+def test_plots_ignore_the_backend_of_the_environment(apt, checkpoint, tmp_path):
     assert apt("prune", checkpoint("llama"), *QUICK, "-o", "out").code == 0
     words = ("report", "out", "-o", "page.html", "--png", "i")
     process = start(tmp_path, *words, MPLBACKEND="nonsense")

@@ -1,4 +1,4 @@
-"""What is said, where to, and how much of it."""
+"""The output of commands at each level: results, notices, progress, JSON and the log file."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def apt(apt, checkpoint):
     return lambda *words: apt(*(checkpoint("llama") if w is MODEL else w for w in words))
 
 
-def test_each_block_is_a_line_where_nobody_sees_a_display(apt):
+def test_each_block_is_a_line_without_a_terminal(apt):
     run = apt(*RUN)
     blocks = [line for line in run.err.splitlines() if line.startswith("block ")]
     assert len(blocks) == 3
@@ -41,7 +41,7 @@ def test_each_block_is_a_line_where_nobody_sees_a_display(apt):
         assert re.fullmatch(rf"block {number}/3  mean error 0\.\d{{4}}{left}", line), line
 
 
-def test_defaults_are_said_once_the_text_is_read(apt):
+def test_defaults_are_printed_after_the_text_is_read(apt):
     run = apt("prune", MODEL, "--samples", 10_000, "--calibration", TEXT)
     assert run.code == 2
     assert len(run.err.splitlines()) == 1
@@ -49,7 +49,7 @@ def test_defaults_are_said_once_the_text_is_read(apt):
     assert [line.endswith("(default)") for line in run.err.splitlines()] == [True] * 3 + [False] * 3
 
 
-def test_quiet_leaves_results_and_errors(apt):
+def test_quiet_prints_results_and_errors_only(apt):
     run = apt("--quiet", *RUN)
     assert run.code == 0
     assert run.err == ""
@@ -57,7 +57,7 @@ def test_quiet_leaves_results_and_errors(apt):
     assert "exists and is not empty" in apt(*RUN, "--quiet").err
 
 
-def test_verbose_adds_steps_and_weights(apt):
+def test_verbose_also_prints_steps_and_weights(apt):
     run = apt(*RUN, "--verbose")
     assert "loading the model" in run.err
     assert len(re.findall(r"model\.layers\.\d\.\S+  error", run.err)) == 21
@@ -68,7 +68,7 @@ def events(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_with_json_all_progress_is_events(apt, checkpoint):
+def test_json_prints_progress_as_events(apt, checkpoint):
     run = (checkpoint("llama"), "--calibration", TEXT, "--samples", 2, "--seqlen", 16, "--json")
     done = apt("prune", *run, "--pattern", "2:4", "--output", "out", "--effort", "fast")
     assert json.loads(done.out)["output"] == "out"
@@ -86,15 +86,15 @@ def test_with_json_all_progress_is_events(apt, checkpoint):
     assert not quiet.err
 
 
-def test_a_recovery_and_a_comparison_tell_events(apt, checkpoint):
+def test_recovery_and_comparison_print_events(apt, checkpoint):
     text = ("--calibration", TEXT, "--seqlen", 16, "--json")
     rows = apt(
         "compare", checkpoint("llama"), *text, "--methods", "magnitude", "--patterns", "2:4",
         "--samples", 2, "--data", TEXT, "--windows", 2, "--output", "compared",
     )  # fmt: skip
-    told = [event for event in events(rows.err) if event["event"] == "row"]
-    assert [(event["done"], event["rows"]) for event in told] == [(1, 2), (2, 2)]
-    assert told[1]["row"]["scores"][TEXT.name]["perplexity"] > 1
+    row_events = [event for event in events(rows.err) if event["event"] == "row"]
+    assert [(event["done"], event["rows"]) for event in row_events] == [(1, 2), (2, 2)]
+    assert row_events[1]["row"]["scores"][TEXT.name]["perplexity"] > 1
     pruned = (*text, "--samples", 2, "--method", "wanda", "--output", "pruned")
     apt("prune", checkpoint("llama"), *pruned)
     done = apt(
@@ -105,24 +105,24 @@ def test_a_recovery_and_a_comparison_tell_events(apt, checkpoint):
     assert any(event["event"] == "held back" for event in events(done.err))
 
 
-def test_a_log_file_keeps_all_that_is_said(apt):
+def test_log_file_has_all_messages(apt):
     apt(*WANDA, "--quiet", "--log-file", "log.txt")
     apt(*WANDA, "--log-file=log.txt")
     lines = Path("log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) ", s) for s in lines)
-    said = [line.split(" ", 3)[3] for line in lines]
-    assert "calibration: builtin (default)" in said
-    assert sum(line.startswith("block ") for line in said) == 3
+    messages = [line.split(" ", 3)[3] for line in lines]
+    assert "calibration: builtin (default)" in messages
+    assert sum(line.startswith("block ") for line in messages) == 3
     assert "ERROR out exists and is not empty" in lines[-1]
 
 
-def test_a_log_file_that_cannot_be_written_is_one_line(apt):
+def test_unwritable_log_file_is_a_one_line_error(apt):
     run = apt(*RUN, "--log-file", "no/such/folder/log.txt")
     assert run.code == 2
     assert "no/such/folder/log.txt cannot be written: its folder does not exist" in run.err
 
 
-def test_tables_are_whole_where_they_are_piped(apt, monkeypatch):
+def test_piped_tables_are_not_wrapped_or_shortened(apt, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     rows = apt("methods").out.splitlines()
     for record in json.loads(apt("methods", "--json").out):
@@ -143,14 +143,14 @@ def test_tables_are_whole_where_they_are_piped(apt, monkeypatch):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_every_command_speaks_json(apt, words, keys):
+def test_each_command_prints_json(apt, words, keys):
     run = apt(*words, "--json")
     assert run.code == 0, run.err
     found = json.loads(run.out)
     assert keys <= (found[0] if isinstance(found, list) else found).keys()
 
 
-def test_verify_speaks_json(apt):
+def test_verify_prints_json(apt):
     apt(*RUN)
     found = json.loads(apt("verify", "out", "--json").out)
     assert (found["sites"], found["failed"], found["zeros"] * 2) == (21, [], found["weights"])
@@ -161,19 +161,19 @@ def test_verify_speaks_json(apt):
     assert "keeps 2 of inputs 0 to 3" in failed[0]["detail"]
 
 
-def test_numbers_that_are_none_are_strings(capsys):
+def test_nan_and_infinity_are_strings_in_json(capsys):
     show_json({"a": [float("nan"), float("inf"), -float("inf"), 1.5], "b": (1, None)})
-    told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
-    assert told == {"a": ["NaN", "Infinity", "-Infinity", 1.5], "b": [1, None]}
+    record = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert record == {"a": ["NaN", "Infinity", "-Infinity", 1.5], "b": [1, None]}
 
 
-def test_numbers_of_a_report_are_numbers_again():
+def test_infinite_score_survives_a_round_trip_of_the_report():
     scores = {"source": "x", "shape": [2, 8], "after": {"perplexity": float("inf")}}
     report = Report(options={}, model={}, calibration={}, scores=scores)
     assert Report.from_dict(report.to_dict()).scores == scores
 
 
-def test_every_option_has_a_sentence_in_its_help():
+def test_help_of_each_option_is_a_sentence():
     for name, command in commands().items():
         for parameter in command.params:
             text = getattr(parameter, "help", None)
@@ -182,7 +182,7 @@ def test_every_option_has_a_sentence_in_its_help():
 
 
 @pytest.mark.parametrize("command", ["prune", "bench"])
-def test_every_option_of_a_run_is_in_the_documentation(command):
+def test_each_option_of_a_run_is_in_the_documentation(command):
     page = (ROOT / "docs/usage.md").read_text()
     for parameter in commands()[command].params:
         if getattr(parameter, "hidden", False):
@@ -195,7 +195,7 @@ def test_every_option_of_a_run_is_in_the_documentation(command):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_complete_without_torch(shell, tmp_path):
+def test_shell_completion_does_not_import_torch(shell, tmp_path):
     code = (
         "import sys, os, apt.cli\nsys.argv = ['/usr/bin/apt-prune']\n"
         "try: apt.cli.main()\nfinally: assert 'torch' not in sys.modules\n"
@@ -212,7 +212,7 @@ def test_shells_complete_without_torch(shell, tmp_path):
     assert "--samples" in done.stdout, done.stderr
 
 
-def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
+def test_restored_blocks_do_not_count_for_the_time_left(monkeypatch):
     """Two of four blocks are restored within a second, and the third takes 100 seconds."""
     seconds = [0]
     monkeypatch.setattr("apt.cli.progress.time.perf_counter", lambda: seconds[0])
@@ -233,7 +233,7 @@ def test_blocks_of_an_earlier_run_are_not_part_of_the_time_left(monkeypatch):
     assert left == [None, None, pytest.approx(100), None]
 
 
-def test_the_time_of_pruning_begins_with_the_first_block_that_is_kept():
+def test_timeline_begins_the_pruning_with_its_first_block():
     timeline = Timeline(lambda text: None, lambda event: None)
     timeline.status("opening the model", "loading the model")
     for index in (1, 2):
@@ -241,7 +241,7 @@ def test_the_time_of_pruning_begins_with_the_first_block_that_is_kept():
     assert [phase for phase, _ in timeline.record()["phases"]] == ["opening the model", "pruning"]
 
 
-def test_texts_of_one_phase_are_one_phase_of_the_report():
+def test_several_steps_of_a_phase_are_one_entry_of_the_timeline():
     shown = []
     timeline = Timeline(shown.append, shown.append)
     step = TrainingStep(1, 2, 3.0, 1e-3, 0.1)
@@ -277,7 +277,7 @@ def hostile_table():
     ],
     ids=["result", "notice", "error", "rows", "table"],
 )
-def test_control_characters_and_markup_of_others_are_printed_as_text(printed, capsys):
+def test_control_characters_and_markup_in_names_are_printed_as_text(printed, capsys):
     print_events(False)
     printed()
     found = "".join(capsys.readouterr())
@@ -286,13 +286,13 @@ def test_control_characters_and_markup_of_others_are_printed_as_text(printed, ca
     assert all("verified" not in line or "model" in line for line in found.splitlines())
 
 
-def test_the_changing_display_has_no_control_characters_of_others(monkeypatch):
+def test_live_display_escapes_control_characters(monkeypatch):
     progress = Progress()
     progress.show(HOSTILE)
     assert progress._display.tasks[0].description == SHOWN
 
 
-def test_names_in_a_report_have_no_effect_on_the_terminal(apt, tmp_path):
+def test_control_characters_in_a_report_are_escaped(apt, tmp_path):
     assert apt(*RUN, "--log-file", "log.txt").code == 0
     place = Path("out/apt_report.json")
     report = json.loads(place.read_text())
@@ -306,7 +306,7 @@ def test_names_in_a_report_have_no_effect_on_the_terminal(apt, tmp_path):
     assert SHOWN in run.out + run.err
 
 
-def test_names_in_a_checkpoint_have_no_effect_on_the_terminal(apt, checkpoint):
+def test_control_characters_in_a_checkpoint_are_escaped(apt, checkpoint):
     shutil.copytree(checkpoint("llama"), "model")
     place = Path("model/config.json")
     place.write_text(json.dumps(json.loads(place.read_text()) | {"model_type": HOSTILE}))

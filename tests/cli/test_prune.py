@@ -1,4 +1,4 @@
-"""The command line as people use it, on the zoo."""
+"""The commands for a pruning from end to end, on embedded and random models."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_random_models_are_pruned_from_a_directory(apt, checkpoint, variant):
     assert "sites meet 0.6; 59.9" in verified.out or "; 60.0" in verified.out
 
 
-def test_each_default_is_said_in_one_line(apt):
+def test_each_default_is_printed_in_one_line(apt):
     run = apt("prune", "--adapter", "opt", "--samples", 2, "--eval", "builtin")
     assert run.code == 0, run.err
     lines = [line for line in run.err.splitlines() if "(default)" in line]
@@ -83,7 +83,7 @@ def test_each_default_is_said_in_one_line(apt):
     assert "verified on disk" in run.out
 
 
-def test_the_report_holds_what_a_rerun_needs(apt, checkpoint):
+def test_report_has_all_entries_for_a_rerun(apt, checkpoint):
     apt(
         "prune",
         checkpoint("mamba"),
@@ -110,7 +110,7 @@ def test_the_report_holds_what_a_rerun_needs(apt, checkpoint):
     assert site["tokens"] == 256
 
 
-def test_verify_finds_one_weight_too_many(apt, checkpoint):
+def test_verify_finds_a_single_extra_weight(apt, checkpoint):
     apt("prune", checkpoint("llama"), *SMALL, "-o", "out")
     tensors = load_file("out/model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -127,7 +127,7 @@ def test_verify_finds_one_weight_too_many(apt, checkpoint):
     assert apt("verify", "out", "--pattern", "2:4", "--skip", "*.1.mlp.up_proj").code == 0
 
 
-def test_verify_leaves_out_what_the_run_was_told_to(apt, checkpoint):
+def test_verify_skips_the_sites_that_the_run_skipped(apt, checkpoint):
     apt("prune", checkpoint("bloom"), *SMALL, "-o", "out", "--skip", "*.dense")
     run = apt("verify", "out", "--pattern", "2:4")
     assert run.code == 0
@@ -135,7 +135,7 @@ def test_verify_leaves_out_what_the_run_was_told_to(apt, checkpoint):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"skipped": [], "options": null}'])
-def test_a_damaged_report_is_one_line(apt, checkpoint, tmp_path, text):
+def test_damaged_report_is_a_one_line_error(apt, checkpoint, tmp_path, text):
     path = Path(shutil.copytree(checkpoint("opt"), tmp_path / "model"))
     (path / "apt_report.json").write_text(text)
     run = apt("verify", path, "--pattern", "2:4")
@@ -154,7 +154,7 @@ def test_a_damaged_report_is_one_line(apt, checkpoint, tmp_path, text):
     ],
     ids=str,
 )
-def test_the_mode_is_the_methods_unless_told(apt, checkpoint, options, alpha, ordered):
+def test_default_mode_depends_on_the_method(apt, checkpoint, options, alpha, ordered):
     run = apt("prune", checkpoint("llama"), *SMALL, "-o", "out", *options)
     assert run.code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
@@ -165,14 +165,14 @@ def test_the_mode_is_the_methods_unless_told(apt, checkpoint, options, alpha, or
 
 
 @pytest.mark.parametrize(("effort", "epochs"), [("fast", 0), ("best", 8)])
-def test_the_effort_says_how_blocks_are_tuned(apt, checkpoint, effort, epochs):
+def test_effort_sets_the_tuning_of_blocks(apt, checkpoint, effort, epochs):
     run = apt("prune", checkpoint("llama"), *SMALL, "-o", "out", "--effort", effort)
     assert run.code == 0
     chosen = json.loads(Path("out/apt_report.json").read_text())["options"]
     assert chosen["tuning_epochs"] == epochs
 
 
-def test_each_ingredient_has_an_option(apt, checkpoint):
+def test_each_setting_of_an_error_aware_run_has_an_option(apt, checkpoint):
     options = {
         "alpha": 0.5, "beta": 0, "row_importance": 0, "tuning_epochs": 2, "tuning_rate": 0.01,
         "tuning_tokens": 0, "random_tokens": 1, "own_samples": 1,
@@ -183,7 +183,7 @@ def test_each_ingredient_has_an_option(apt, checkpoint):
     assert {name: chosen[name] for name in options} == options
 
 
-def test_an_ingredient_of_error_aware_runs_is_refused_in_others(apt):
+def test_options_of_error_aware_runs_are_refused_in_layer_wise_runs(apt):
     run = apt("prune", "zoo:llama", *SMALL, "--layer-wise", "--input-correction", 0.5)
     assert run.code == 2
     assert "input correction has no effect in a layer-wise run" in run.err
@@ -217,7 +217,7 @@ def test_inspect_and_dry_run_show_the_plan_and_write_nothing(apt):
     assert list(Path().iterdir()) == []
 
 
-def test_listings_name_everything_and_its_origin(apt):
+def test_listings_name_all_specs_and_their_distributions(apt):
     for command, names in (("adapters", "llama opt bloom mamba"), ("methods", "ss sm ms mm")):
         run = apt(command)
         assert run.code == 0
@@ -299,7 +299,7 @@ BAD = [
     BAD,
     ids=lambda v: " ".join(Path(word).name for word in v) if isinstance(v, list) else "",
 )
-def test_bad_input_is_one_line_and_nothing_is_written(apt, arguments, message):
+def test_bad_input_is_a_one_line_error_and_nothing_is_written(apt, arguments, message):
     Path("full").mkdir()
     Path("full/x").write_text("x")
     run = apt(*arguments)
@@ -311,14 +311,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(apt, arguments, message):
     assert sorted(str(p) for p in Path().rglob("*")) == ["full", "full/x"]
 
 
-def test_weights_that_are_not_finite_are_named(apt, nan_model):
+def test_error_names_a_weight_that_is_not_finite(apt, nan_model):
     run = apt("prune", nan_model, *SMALL)
     assert run.code == 2
     assert "model.decoder.layers.0.fc1.weight" in run.err
     assert "Traceback" not in run.err
 
 
-def test_cells_of_tables_are_no_markup(capsys):
+def test_table_cells_are_not_markup(capsys):
     from apt.cli.output import out, table
 
     made = table("a")
@@ -328,7 +328,7 @@ def test_cells_of_tables_are_no_markup(capsys):
 
 
 @pytest.mark.parametrize("text", ["looking for ./llama[v2]", "no markup: [/"])
-def test_a_status_is_no_markup(text, monkeypatch):
+def test_status_texts_are_not_markup(text, monkeypatch):
     from rich.console import Console
 
     from apt.cli import output, progress
@@ -348,7 +348,7 @@ def test_debug_shows_the_traceback(apt):
         apt("prune", "./nowhere", "--debug")
 
 
-def test_ctrl_c_is_130(apt, monkeypatch):
+def test_ctrl_c_ends_with_status_130(apt, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -366,7 +366,7 @@ def test_ctrl_c_is_130(apt, monkeypatch):
 
 @pytest.mark.parametrize("families", [True, False], ids=["with families", "alone"])
 @pytest.mark.parametrize("command", ["--help", "methods", "adapters", "plugins"])
-def test_what_is_listed_needs_no_torch(command, families, monkeypatch):
+def test_listings_do_not_import_torch(command, families, monkeypatch):
     if families and command in ("adapters", "plugins"):
         pytest.skip("their modules import torch, and are loaded")
     if not families:
@@ -380,14 +380,14 @@ def test_what_is_listed_needs_no_torch(command, families, monkeypatch):
     assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
 
 
-def test_the_module_runs_as_a_program():
+def test_python_m_apt_runs_the_command_line():
     done = subprocess.run(
         [sys.executable, "-m", "apt", "--version"], capture_output=True, text=True
     )
     assert done.stdout.startswith("apt 0.")
 
 
-def test_a_run_with_owl_and_two_metrics_is_verified_by_its_own_report(apt):
+def test_verify_accepts_a_run_with_owl_and_two_metrics(apt):
     run = apt("prune", "zoo:llama", "--sparsity", 0.6, "--allocation", "owl", "--method", "wanda",
               "--samples", 4, "--seqlen", 64, "--eval", "builtin", "--metric", "perplexity",
               "--metric", "accuracy", "-o", "out")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Requests that cannot be met are refused before the work, and the hint names the right option."""
+"""Impossible requests are refused before the work, and the hint names the option to change."""
 
 import json
 import os
@@ -47,24 +47,24 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "said", "flags"), REFUSED, ids=lambda value: str(value)[-40:])
-def test_a_request_is_refused_with_the_option_to_change(apt, checkpoint, words, said, flags):
+@pytest.mark.parametrize(("words", "message", "flags"), REFUSED, ids=lambda value: str(value)[-40:])
+def test_error_names_the_option_to_change(apt, checkpoint, words, message, flags):
     shutil.copytree(checkpoint("llama"), "m")
     Path("bad.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 200)
     run = apt(*words)
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     assert run.err.rstrip().endswith(f"({flags})" if flags else "")
     assert not Path("out").exists()
     assert not Path("fd.gguf").exists()
 
 
-def test_a_sparsity_of_0_can_be_inspected(apt, checkpoint):
+def test_inspect_accepts_a_sparsity_of_0(apt, checkpoint):
     run = apt("inspect", checkpoint("llama"), "--sparsity", 0)
     assert run.code == 0, run.err
 
 
-def test_a_share_of_groups_that_is_rounded_is_told(apt, checkpoint):
+def test_rounded_share_of_groups_is_a_notice(apt, checkpoint):
     run = apt("shrink", checkpoint("llama"), *SMALL, "--size", "heads=0.4", "-o", "out")
     assert run.code == 0, run.err
     assert "heads: 2 of 4, the nearest to 0.4" in run.err
@@ -72,7 +72,7 @@ def test_a_share_of_groups_that_is_rounded_is_told(apt, checkpoint):
     assert "the nearest" not in exact.err
 
 
-def test_a_gguf_file_without_its_package_names_the_extra(apt, monkeypatch):
+def test_gguf_file_without_its_package_names_the_extra(apt, monkeypatch):
     Path("bad.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr("apt.checkpoints.load_errors.find_spec", lambda name: None)
     run = apt("prune", "bad.gguf", *SMALL, "-o", "out")
@@ -81,7 +81,7 @@ def test_a_gguf_file_without_its_package_names_the_extra(apt, monkeypatch):
 
 
 @pytest.mark.parametrize(("option", "where"), [("pack", "full/p"), ("export", "full/m.gguf")])
-def test_a_disk_that_is_too_small_for_a_copy_is_told_before_the_run(
+def test_too_little_space_for_a_copy_is_an_error_before_the_run(
     apt, checkpoint, tmp_path, option, where
 ):
     model = checkpoint("llama")
@@ -93,7 +93,7 @@ def test_a_disk_that_is_too_small_for_a_copy_is_told_before_the_run(
     assert not Path("out").exists()
 
 
-def test_outputs_on_one_disk_need_their_sum(tmp_path):
+def test_outputs_on_one_disk_need_the_sum_of_their_sizes(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     some = free * 2 // 3
     check_space({"output": (tmp_path / "a", some)})
@@ -102,7 +102,7 @@ def test_outputs_on_one_disk_need_their_sum(tmp_path):
     assert refused.value.options == ("output", "pack")
 
 
-def test_a_closed_standard_output_is_an_error():
+def test_closed_standard_output_of_a_process_is_status_1():
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "adapters", ROOT / "plugins")))
     command = f"{sys.executable} -m apt methods >&-"
     environment = {**os.environ, "PYTHONPATH": paths}
@@ -112,15 +112,16 @@ def test_a_closed_standard_output_is_an_error():
 
 
 def changed(path, target):
-    """Write masks with one changed bit, and with the checksum of the others."""
+    """Write masks with one changed bit and the checksum of the original masks."""
     with safe_open(path, "pt") as file:
-        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        entries = file.metadata()
     tensors["a.weight"][0] ^= 1
-    save_file(tensors, target, metadata)
-    return tensors, metadata
+    save_file(tensors, target, entries)
+    return tensors, json.loads(entries["apt_masks"])
 
 
-def test_masks_that_were_changed_are_refused_and_early_ones_are_read(tmp_path):
+def test_changed_masks_are_refused_and_early_masks_are_read(tmp_path):
     masks = {"a.weight": torch.arange(64).view(8, 8) % 3 == 0}
     write_masks(masks, tmp_path / "masks", {"a": range(8)})
     assert torch.equal(read_masks(tmp_path / "masks")["a.weight"], masks["a.weight"])
@@ -128,7 +129,7 @@ def test_masks_that_were_changed_are_refused_and_early_ones_are_read(tmp_path):
     with pytest.raises(library.AptError, match="it was changed since it was written"):
         read_masks(tmp_path / "changed")
     orders = metadata | {"orders": json.dumps({"a": [1, 0, *range(2, 8)]})}
-    save_file(tensors, tmp_path / "changed", orders)
+    save_file(tensors, tmp_path / "changed", {"apt_masks": json.dumps(orders)})
     with pytest.raises(library.AptError, match="it was changed since it was written"):
         read_masks(tmp_path / "changed")
     del metadata["sha256"]

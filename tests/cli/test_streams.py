@@ -1,4 +1,4 @@
-"""Standard output and error: full, closed, unread, or of an encoding that lacks characters."""
+"""Standard output and error that are full, closed or unread, or whose encoding lacks characters."""
 
 import io
 import os
@@ -17,7 +17,7 @@ ALONE = {**os.environ, "APT_DISABLE_PLUGINS": "*"}  # some packages import torch
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["methods"]], ids=str)
-def test_a_full_standard_output_is_one_line(words):
+def test_full_standard_output_is_a_one_line_error(words):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [*APT, *words], stdout=full, stderr=subprocess.PIPE, text=True, env=ALONE
@@ -29,7 +29,7 @@ def test_a_full_standard_output_is_one_line(words):
     ]
 
 
-def test_a_reader_that_has_gone_ends_it_without_a_word():
+def test_closed_pipe_ends_the_command_without_a_message():
     for words in (["prune", "--help"], ["methods"]):
         reading, writing = os.pipe()
         os.close(reading)
@@ -41,17 +41,17 @@ def test_a_reader_that_has_gone_ends_it_without_a_word():
 
 
 @pytest.mark.parametrize(("closed", "code"), [("1>&-", 1), ("2>&-", 0), ("1>&- 2>&-", 1)])
-def test_a_closed_standard_output_is_a_fault_and_a_closed_standard_error_is_none(closed, code):
+def test_closed_standard_output_is_an_error_and_closed_standard_error_is_not(closed, code):
     command = f"exec {sys.executable} -m apt --help {closed}"
     assert subprocess.run(["bash", "-c", command], stdout=subprocess.DEVNULL).returncode == code
 
 
 def full_error():
-    """Make the standard error of this process one that takes nothing."""
+    """Replace the standard error of this process by a full device."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 
 
-def test_a_full_standard_error_stops_no_work(tmp_path):
+def test_full_standard_error_does_not_stop_the_run(tmp_path):
     words = ("inspect", "zoo:llama", "--samples", 1)
     process = start(tmp_path, *words, before=full_error)
     process.join()
@@ -60,7 +60,7 @@ def test_a_full_standard_error_stops_no_work(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_every_character_has_a_spelling(monkeypatch, encoding):
+def test_missing_characters_of_an_encoding_are_replaced(monkeypatch, encoding):
     monkeypatch.setattr(output, "_events", False)  # whatever the last run of the process had
     monkeypatch.setattr(output, "_level", output.Level.NORMAL)
     raw = io.BytesIO()
@@ -70,17 +70,20 @@ def test_every_character_has_a_spelling(monkeypatch, encoding):
     with guarded():
         out.print("error 0.5 → 0.1, 4 × 64 … 日本 \udcff", markup=False)
         notice("20.2 → 41.1")
-    said = raw.getvalue().decode(encoding).splitlines()
+    printed_lines = raw.getvalue().decode(encoding).splitlines()
     plain = {
         "ascii": "error 0.5 -> 0.1, 4 x 64 ... \\u65e5\\u672c \\udcff",
         "latin-1": "error 0.5 -> 0.1, 4 × 64 ... \\u65e5\\u672c \\udcff",
         "utf-8": "error 0.5 → 0.1, 4 × 64 … 日本 \\udcff",
     }
-    assert said == [plain[encoding], "20.2 → 41.1" if encoding == "utf-8" else "20.2 -> 41.1"]
+    assert printed_lines == [
+        plain[encoding],
+        "20.2 → 41.1" if encoding == "utf-8" else "20.2 -> 41.1",
+    ]
     assert sys.stdout is stream
 
 
-def test_an_ascii_locale_is_no_fault(tmp_path):
+def test_output_works_in_an_ascii_locale(tmp_path):
     ascii_only = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
         [*APT, "methods"],

@@ -1,4 +1,4 @@
-"""The conformance kit: right adapters pass, and each kind of wrong one fails by name."""
+"""The conformance kit: correct adapters pass, and faults are reported with their place."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ TOKENS = random_tokens(2, 16)
 
 
 @pytest.mark.parametrize("variant", [name for name in CONFIGS if name != "llama-grouped-tied"])
-def test_the_adapters_that_ship_conform(variant):
+def test_shipped_adapters_conform(variant):
     model = random_model(variant)
     problems = {o.name: o.problem for o in check_adapter(adapter_of(model), model, TOKENS)}
     assert problems == dict.fromkeys(CHECKS, "")
@@ -42,7 +42,7 @@ class SquareBlock(nn.Module):
         return state + gate * self.second(torch.tanh(self.first(state)))
 
 
-def test_a_shared_weight_is_one_site_that_sees_both_inputs():
+def test_shared_weight_is_one_site_with_both_inputs():
     class Shared(DecoderAdapter):
         inputs = (Input("state", ("first",)), Input("hidden", ("second",)))
         left_dense = ("router",)
@@ -59,7 +59,7 @@ def test_a_shared_weight_is_one_site_that_sees_both_inputs():
     assert capture.sums["state"].gram.tokens == 20
 
 
-def test_blocks_that_run_twice_are_told_of():
+def test_blocks_that_run_twice_are_a_fault():
     model = random_model("llama")
     model.model.layers = Twice(model.model.layers)
     problems = {o.name: o.problem for o in check_adapter(LLAMA(), model, TOKENS)}
@@ -74,19 +74,19 @@ class TestLlamaAsAClass(AdapterConformance):
         return random_model("llama-grouped-tied")
 
 
-def test_the_class_has_a_test_for_every_check():
+def test_conformance_class_has_a_test_for_every_check():
     assert {n for n in dir(TestLlamaAsAClass) if n.startswith("test_")} == {
         f"test_{name}" for name in CHECKS
     }
 
 
-def test_the_command_line_on_the_wrong_model(apt, checkpoint):
+def test_check_command_on_a_wrong_model_is_an_error(apt, checkpoint):
     done = apt("check", "opt", checkpoint("llama"))
     assert done.code == 2
     assert "OptAdapter does not fit" in done.err
 
 
-def test_the_pytest_plugin(pytester):
+def test_pytest_plugin_adds_a_test_for_each_check(pytester):
     done = pytester.runpytest_inprocess("--apt-adapter", "llama", "-v")
     done.assert_outcomes(passed=len(CHECKS))
     done = pytester.runpytest_inprocess("--apt-adapter", "llamo")
@@ -94,7 +94,7 @@ def test_the_pytest_plugin(pytester):
     done.stdout.fnmatch_lines(["*did you mean 'llama'?*"])
 
 
-def test_a_tower_beside_the_decoder_is_left_alone():
+def test_tower_beside_the_decoder_is_no_fault():
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         image_size=16, patch_size=8, projection_dim=16,
@@ -118,7 +118,7 @@ def test_a_tower_beside_the_decoder_is_left_alone():
     assert len(changed) == 14
 
 
-def test_rotary_positions_may_go_on_beyond_those_of_the_configuration():
+def test_rotary_positions_may_exceed_the_configuration():
     model = random_model("llama")
     model.config.max_position_embeddings = TOKENS.shape[1] - 1
     for check in ("batches", "logits"):

@@ -1,4 +1,4 @@
-"""Each kind of wrong adapter fails a check that says so, and the right one beside it passes all."""
+"""Each mutant fails a check with the right message, and correct adapters pass all checks."""
 
 import re
 
@@ -18,7 +18,7 @@ TOKENS = random_tokens(2, 16)
 
 
 def problem(check, adapter, model, spec=None):
-    """What a check says of an adapter."""
+    """The lines that a check reports about an adapter."""
     return outcome(check, Subject(adapter, model, TOKENS, spec)).problem
 
 
@@ -32,7 +32,7 @@ PARTS = {
 
 # The others are those of the shipped adapters, see test_checks.py.
 @pytest.mark.parametrize("name", [n for n in RIGHT if n not in CONFIGS and n != "llava"])
-def test_right_adapters_pass_on_the_models_of_the_mutants(name):
+def test_correct_adapters_pass_on_the_models_of_the_mutants(name):
     adapter, model = RIGHT[name](), MODELS[name]()
     for check in PARTS.get(name, CHECKS):
         assert not problem(check, adapter, model), check
@@ -42,15 +42,15 @@ def test_right_adapters_pass_on_the_models_of_the_mutants(name):
     "name",
     [pytest.param(n, marks=EXTRAS if m.check == "effects" else ()) for n, m in MUTANTS.items()],
 )
-def test_each_mutant_is_caught_by_a_line_that_names_the_fault_and_its_place(name):
+def test_each_mutant_is_caught_with_its_fault_and_place(name):
     mutant = MUTANTS[name]
     lines = problem(mutant.check, mutant.adapter(), MODELS[mutant.model]()).splitlines()
-    assert any(re.search(mutant.said, line) for line in lines), lines
+    assert any(re.search(mutant.message, line) for line in lines), lines
     assert all(re.search(r"conformance/mutants/\w+\.py:\d+\)$", line) for line in lines), lines
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_groups_that_give_the_same_models_by_other_outputs_pass(name):
+def test_groups_with_equivalent_outputs_pass(name):
     adapter, model = HARMLESS[name]
     assert not problem("groups", adapter(), MODELS[model]())
 
@@ -68,11 +68,11 @@ WHERE = {
 
 @pytest.mark.parametrize("leak", [leak for leak in LEAKS if leak not in ONCE])
 @pytest.mark.parametrize(("where", "on_error"), WHERE)
-def test_what_is_left_behind_is_named(where, on_error, leak):
+def test_side_effects_are_caught_with_their_name(where, on_error, leak):
     adapter, model = leaking(leak, where, on_error)(), random_model("llama")
     with process_kept():
-        said = problem(WHERE[where, on_error], adapter, model)
-    assert re.search(f"^{where} {LEAKS[leak]}{_when(on_error)} ", said, re.MULTILINE), said
+        message = problem(WHERE[where, on_error], adapter, model)
+    assert re.search(f"^{where} {LEAKS[leak]}{_when(on_error)} ", message, re.MULTILINE), message
 
 
 def _when(on_error):
@@ -80,14 +80,14 @@ def _when(on_error):
 
 
 @pytest.mark.parametrize(("where", "on_error"), WHERE)
-def test_what_is_left_behind_by_every_call_is_named_in_a_whole_run(where, on_error):
+def test_repeated_side_effects_are_caught_in_a_full_run(where, on_error):
     adapter, model = leaking(several, where, on_error)(), random_model("llama")
     with process_kept():
         found = outcomes(Subject(adapter, model, TOKENS))
-        said = next(o.problem for o in found if o.name == WHERE[where, on_error])
+        message = next(o.problem for o in found if o.name == WHERE[where, on_error])
     for leak in ONCE:
         text = f"^{where} {LEAKS[leak]}{_when(on_error)} "
-        assert re.search(text, said, re.MULTILINE), (leak, said)
+        assert re.search(text, message, re.MULTILINE), (leak, message)
 
 
 MINE = {"name": "mine", "summary": "Mine", "target": "mine:Mine", "example": "mine:example"}
@@ -100,14 +100,14 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize(("types", "said"), TYPES.values(), ids=TYPES)
-def test_model_types_are_those_of_the_example(types, said):
+@pytest.mark.parametrize(("types", "message"), TYPES.values(), ids=TYPES)
+def test_wrong_model_types_are_a_fault(types, message):
     spec = AdapterSpec(**MINE, model_types=types)
-    assert said in problem("model_types", LLAMA(), random_model("llama"), spec)
+    assert message in problem("model_types", LLAMA(), random_model("llama"), spec)
 
 
 @pytest.mark.parametrize("name", ["llama", "auto"])
-def test_model_types_that_are_right_pass(name):
+def test_correct_model_types_pass(name):
     spec = registry().adapters.get(name)
     assert not problem("model_types", LLAMA(), random_model("llama"), spec)
 
@@ -122,7 +122,7 @@ DECLARED = {
 
 
 @pytest.mark.parametrize("name", DECLARED)
-def test_what_is_declared_wrongly_is_named(name):
-    value, said = DECLARED[name]
+def test_wrong_declarations_are_caught_with_their_name(name):
+    value, message = DECLARED[name]
     adapter = type("Wrong", (LLAMA,), {name: value})()
-    assert said in problem("declaration", adapter, random_model("llama"))
+    assert message in problem("declaration", adapter, random_model("llama"))

@@ -9,7 +9,7 @@ from apt.errors import AptError
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', not a whole number from 1 up"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', not a whole number from 1 up"),
@@ -22,16 +22,16 @@ from apt.errors import AptError
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_nonsense_of_the_environment_is_named(monkeypatch, variables, said):
+def test_invalid_environment_variables_are_refused(monkeypatch, variables, message):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(AptError, match=said), joined():
+    with pytest.raises(AptError, match=message), joined():
         pass
 
 
-def test_more_ranks_than_accelerators_need_the_cpu(monkeypatch):
+def test_more_ranks_than_accelerators_are_refused_except_on_the_cpu(monkeypatch):
     monkeypatch.setattr(launch, "best", lambda: "xpu")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -1,4 +1,4 @@
-"""Several processes that prune together, over gloo: one result, and each does a part."""
+"""Several processes that prune together over gloo: equal results and divided work."""
 
 import json
 import os
@@ -42,7 +42,7 @@ CASES = [("llama-grouped-tied", run) for run in RUNS] + [
 
 
 def pruned(variant, run, tokens=TOKENS, ranks=None):
-    """A model's weights and the report of a run, tuned in steps of a sample whatever the ranks."""
+    """The weights and the report of a run with tuning steps of one sample."""
     model = random_model(variant)
     also = ("conv1d",) if variant == "mamba2" and since(*EXTRAS_SINCE) else ()
     small_steps = partial(BlockTuning, tokens_per_batch=tokens.shape[1])
@@ -56,7 +56,7 @@ FOUR = [("llama-grouped-tied", "wanda"), ("llama-grouped-tied", "default")]  # o
 
 
 def as_a_rank(rank, size, folder):
-    """What each process does."""
+    """The program of each process."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
@@ -70,7 +70,7 @@ def as_a_rank(rank, size, folder):
 
 @pytest.fixture(scope="module")
 def together(request, tmp_path_factory):
-    """All cases on that many ranks: a function of a case gives what each rank has."""
+    """Run all cases on several ranks; returns a function from a case to the ranks' results."""
     folder, size = tmp_path_factory.mktemp("ranks"), request.param
     multiprocessing.start_processes(
         as_a_rank, (size, str(folder)), size, start_method=forked.get_start_method()
@@ -81,7 +81,7 @@ def together(request, tmp_path_factory):
 
 
 def differing(left, right):
-    """The share of weights that are zero in one of two models only."""
+    """The share of weights that are zero in exactly one of two models."""
     zeros = [((left[name] == 0) != (right[name] == 0)).float().mean() for name in left]
     return float(torch.stack(zeros).mean())
 
@@ -91,7 +91,7 @@ def differing(left, right):
     [(2, *case) for case in CASES] + [(4, *case) for case in FOUR],
     indirect=["together"],
 )
-def test_ranks_together_do_what_one_does_alone(together, variant, run):
+def test_several_ranks_give_the_result_of_one(together, variant, run):
     (state, sites, work), *others = together(variant, run)
     for other, same_sites, _ in others:
         assert all(torch.equal(state[name], other[name]) for name in state)
@@ -114,7 +114,7 @@ def test_ranks_together_do_what_one_does_alone(together, variant, run):
 
 
 class Second(Ranks):
-    """A rank beside which another one has found a fault, without a second process."""
+    """A rank of two, without a second process; the other rank has found an error."""
 
     first = False
 
@@ -122,7 +122,7 @@ class Second(Ranks):
         return value + 1
 
 
-def test_activations_that_are_not_finite_end_all_ranks():
+def test_activations_that_are_not_finite_raise_on_all_ranks():
     good, bad = torch.ones(1, 2, 3), torch.full((1, 2, 3), torch.inf)
     two_parts = SimpleNamespace(residual=lambda state: state[0] + state[1])
     check_finite(two_parts, [(good, good)], Ranks())
@@ -131,7 +131,7 @@ def test_activations_that_are_not_finite_end_all_ranks():
             check_finite(two_parts, states, ranks)
 
 
-def test_only_the_first_rank_tells_the_plugins(monkeypatch):
+def test_only_the_first_rank_calls_the_hooks_of_plugins(monkeypatch):
     told, seen = [], []
 
     class NotFirst(Ranks):
@@ -146,7 +146,7 @@ def test_only_the_first_rank_tells_the_plugins(monkeypatch):
 
 
 def with_another(kind):
-    """Let the second rank have another input of a kind, under the same name."""
+    """Give the second rank another input of a kind, under the same name."""
     rank = int(os.environ["RANK"])
     place = {name: str(rank * (name == kind)) for name in ("weights", "tokens")}
     damping = 0.02 if rank and kind == "options.damping" else 0.03
@@ -157,7 +157,7 @@ def with_another(kind):
 
 
 @pytest.mark.parametrize("kind", ["weights", "tokens", "options.damping"])
-def test_ranks_that_differ_end_with_one_line_that_says_in_what(kind, tmp_path, tokenizer):
+def test_ranks_with_different_inputs_end_with_one_line(kind, tmp_path, tokenizer):
     text = TEXT.read_text()
     for rank in range(2):
         model, folder = random_model("llama"), tmp_path / str(rank)
@@ -165,18 +165,18 @@ def test_ranks_that_differ_end_with_one_line_that_says_in_what(kind, tmp_path, t
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         (folder / "text.txt").write_text(text[rank * len(text) // 2 :])
-    codes, said = on_ranks(2, tmp_path, "prune", before=partial(with_another, kind))
-    assert codes == [2, 2], said
-    lines = [line for line in said.splitlines() if "other inputs" in line]
+    codes, output = on_ranks(2, tmp_path, "prune", before=partial(with_another, kind))
+    assert codes == [2, 2], output
+    lines = [line for line in output.splitlines() if "other inputs" in line]
     expected = f"rank 1 has other inputs than rank 0: {kind} differ; start all of them with the "
     assert all(expected in line for line in lines)
     assert sorted(line.startswith("apt: rank 1: ") for line in lines) == [False, True]
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
 
 
 def as_a_rank_of_a_program(rank, size, folder):
-    """What each process of a program does whose second rank has other tokens."""
+    """The program of each process; the second rank has other tokens."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
@@ -188,16 +188,16 @@ def as_a_rank_of_a_program(rank, size, folder):
     dist.destroy_process_group()
 
 
-def test_ranks_of_a_program_with_other_tokens_are_refused(tmp_path):
+def test_library_refuses_ranks_with_other_tokens(tmp_path):
     multiprocessing.start_processes(
         as_a_rank_of_a_program, (2, str(tmp_path)), 2, start_method=forked.get_start_method()
     )
     for rank in range(2):
-        said = (tmp_path / f"said-{rank}").read_text()
-        assert said == "rank 1 has other inputs than rank 0: tokens differ"
+        message = (tmp_path / f"said-{rank}").read_text()
+        assert message == "rank 1 has other inputs than rank 0: tokens differ"
 
 
-def test_a_part_of_the_tokens_would_be_noticed():
+def test_half_of_the_tokens_gives_another_mask():
     alone, _ = pruned("opt", "wanda")
     part, _ = pruned("opt", "wanda", TOKENS[::2])
     assert differing(alone, part) > 0.01
@@ -223,20 +223,20 @@ def torchrun(folder, *command):
 def children(process):
     """The processes that ``torchrun`` started, by rank."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    found = {}
+    result = {}
     for pid in path.read_text().split():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         ranks = [line for line in environment if line.startswith(b"RANK=")]
-        found |= {int(line[5:]): int(pid) for line in ranks}
-    return found
+        result |= {int(line[5:]): int(pid) for line in ranks}
+    return result
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks' processes in /proc")
-def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, tmp_path, apt):
+def test_killed_rank_ends_the_job_and_resume_completes_it(checkpoint, tmp_path, apt):
     command = ("prune", str(checkpoint("llama")), *COMMAND)
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "whole")
-    assert codes == [0, 0], said
-    assert said.count("verified on disk") == 1
+    codes, output = on_ranks(2, tmp_path, *command, "-o", "whole")
+    assert codes == [0, 0], output
+    assert output.count("verified on disk") == 1
     report = json.loads((tmp_path / "whole" / "apt_report.json").read_text())
     assert [part["solves"] for part in report["ranks"]] == [11, 10]
 
@@ -244,41 +244,41 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_is_gone_on_with(checkpoint, t
     while cut.poll() is None and not (journal.is_file() and journal.read_text().count("\n") > 2):
         time.sleep(0.01)
     os.kill(children(cut)[1], signal.SIGKILL)
-    said, _ = cut.communicate()
+    output, _ = cut.communicate()
     assert cut.returncode != 0
-    assert "Signal 9 (SIGKILL) received by PID" in said
+    assert "Signal 9 (SIGKILL) received by PID" in output
     assert not (tmp_path / "out").exists()
 
     alone = apt(*command, "-o", "out", "--resume")
     assert alone.code == 2
     assert ": ranks differ" in alone.err
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "out", "--resume")
-    assert codes == [0, 0], said
+    codes, output = on_ranks(2, tmp_path, *command, "-o", "out", "--resume")
+    assert codes == [0, 0], output
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def slow_on_the_second_rank():
-    """The second rank would choose fewer samples for a given time."""
+    """Make the second rank slow, so that it would choose fewer samples for a given time."""
     from apt.engine import timed_run
     from apt.engine.costs import Machine
 
     speed = 1e15 if os.environ["RANK"] == "0" else 1.0
-    timed_run.measured = lambda device: Machine(speed, speed, speed)
+    timed_run.measure_machine = lambda device: Machine(speed, speed, speed)
 
 
-def test_the_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
+def test_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
     words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.1"]
     words.remove("--stream")
-    codes, said = on_ranks(2, tmp_path, *words, "-o", "out", before=slow_on_the_second_rank)
-    assert codes == [0, 0], said
+    codes, output = on_ranks(2, tmp_path, *words, "-o", "out", before=slow_on_the_second_rank)
+    assert codes == [0, 0], output
     report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
     assert report["calibration"]["shape"][0] == 16
 
 
 def test_more_ranks_than_samples_are_refused(checkpoint, tmp_path):
     few = ("--samples", "2", "--effort", "fast", "-o", "out")
-    codes, said = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
+    codes, output = on_ranks(3, tmp_path, "prune", checkpoint("llama"), *COMMAND, *few)
     assert codes == [2, 2, 2]
-    assert "too few samples: some of 3 ranks have none; give more samples" in said
-    assert "Traceback" not in said
+    assert "too few samples: some of 3 ranks have none; give more samples" in output
+    assert "Traceback" not in output
     assert not (tmp_path / "out").exists()

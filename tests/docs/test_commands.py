@@ -18,7 +18,7 @@ PAGES = {
     "docs/migrating.md": 4, "docs/packing.md": 8, "docs/recovery.md": 11,
     "docs/shrinking.md": 12 if STACKED else 7, "docs/usage.md": 22 if STACKED else 21,
 }  # fmt: skip
-"""The number of commands of each page that are run: a page that loses its commands is noticed."""
+"""The number of commands that are run for each page, so that a page without commands fails."""
 NOT_HERE = {
     "--tasks": "needs questions that are not installed; apt_lab/test_tasks.py",
     "state-spaces/mamba-130m": "needs a checkpoint of mamba_ssm; checkpoints/test_load.py",
@@ -94,7 +94,7 @@ def shortened(words):
 
 @pytest.fixture
 def models(page, apt, checkpoint):
-    """What the commands of the pages find in their folder."""
+    """The files that the commands of the pages need in their folder."""
     for name in ("llama", "opt"):
         if page in TRAINED:
             assert apt("convert", f"zoo:{name}", "-o", name).code == 0
@@ -124,7 +124,7 @@ PREPARED = {
 @pytest.mark.parametrize(
     "page", [pytest.param(p, marks=EXTRAS if p == "docs/mamba.md" else ()) for p in PAGES]
 )
-def test_the_commands_of_a_page_work(page, apt, models):
+def test_commands_of_a_page_succeed(page, apt, models):
     for name, source in PREPARED.get(page, {}).items():
         shutil.copytree(source, name)
     found = list(commands(page))

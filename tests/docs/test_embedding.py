@@ -15,14 +15,14 @@ from tests.helpers.families import random_model, random_tokens
 TOKENS = random_tokens(samples=6)
 
 
-def test_the_documents_examples_run():
+def test_examples_of_the_page_run():
     text = (ROOT / "docs/embedding.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     assert code.count("import apt\n") == 1
     exec(compile(code, "embedding.md", "exec"), {"__name__": "example"})
 
 
-def test_a_copy_is_pruned_as_the_model_would_be():
+def test_prune_copy_gives_the_pruned_model():
     model, twin = random_model("llama"), random_model("llama")
     pruned, report = library.prune_copy(model, TOKENS, pattern="2:4")
     library.prune(twin, TOKENS, pattern="2:4")
@@ -32,7 +32,7 @@ def test_a_copy_is_pruned_as_the_model_would_be():
         assert torch.equal(pruned.state_dict()[name], twin.state_dict()[name])
 
 
-def test_nothing_is_printed_and_no_random_state_is_drawn_from(capfd):
+def test_prune_prints_nothing_and_keeps_the_random_state(capfd):
     model, state = random_model("opt"), torch.get_rng_state()
     library.prune(model, TOKENS, pattern="0.5")
     assert torch.equal(torch.get_rng_state(), state)
@@ -44,7 +44,7 @@ class Enough(Exception):
 
 
 @pytest.mark.parametrize("variant", ["llama", "mamba"])
-def test_an_observer_cancels_and_leaves_the_model_usable(variant):
+def test_cancelling_observer_leaves_the_model_usable(variant):
     model = random_model(variant).train()
     seen = []
 
@@ -72,7 +72,7 @@ def in_two_threads(variants):
         return list(pool.map(pruned_weights, models))
 
 
-def test_two_threads_give_what_one_gives():
+def test_two_threads_give_the_results_of_one():
     variants = ["llama", "opt", "mamba", "bloom"]
     expected = [pruned_weights(random_model(variant)) for variant in variants]
     for alone, beside in zip(expected, in_two_threads(variants), strict=True):
@@ -80,7 +80,7 @@ def test_two_threads_give_what_one_gives():
             torch.testing.assert_close(beside[name], value, rtol=1e-4, atol=1e-4)
 
 
-def test_two_threads_restore_what_was_allowed():
+def test_two_threads_restore_the_modes_of_torch():
     # What the forwards compute then depends on when the other thread solves: docs/embedding.md.
     torch.set_float32_matmul_precision("medium")
     try:
@@ -106,7 +106,7 @@ def test_two_threads_restore_what_was_allowed():
         ),
     ],
 )
-def test_options_out_of_range_are_refused_before_any_weight_changes(options, message):
+def test_wrong_options_are_refused_before_any_change(options, message):
     model = random_model("llama")
     with pytest.raises(library.AptError, match=re.escape(message)):
         library.prune(model, TOKENS, pattern="2:4", options=library.PruneOptions(**options))
@@ -114,7 +114,7 @@ def test_options_out_of_range_are_refused_before_any_weight_changes(options, mes
     assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_sparsity_may_be_a_number_and_a_pattern_a_text():
+def test_sparsity_may_be_a_number_and_pattern_a_text():
     model, twin = random_model("opt"), random_model("opt")
     for given, made in ((model, (0.5, "2:4", 0.3)), (twin, ("0.5", NM(2, 4), Unstructured(0.3)))):
         chosen = library.Selection(overrides=(("*.fc1", made[1]), ("*.fc2", made[2])))
@@ -133,7 +133,7 @@ def test_a_sparsity_may_be_a_number_and_a_pattern_a_text():
         ("0.000001", {}, "nothing would be pruned: 1e-06 of the weights of"),
     ],
 )
-def test_patterns_that_fit_nothing_are_refused(pattern, selection, message):
+def test_patterns_that_fit_no_site_are_refused(pattern, selection, message):
     def prune():
         chosen = library.Selection(**selection)
         library.prune(random_model("opt"), TOKENS, pattern=pattern, selection=chosen)
@@ -143,13 +143,13 @@ def test_patterns_that_fit_nothing_are_refused(pattern, selection, message):
 
 
 @pytest.mark.parametrize("seed", [10**23, 2**64, -(2**63) - 1])
-def test_a_seed_that_torch_does_not_take_is_refused(seed):
+def test_invalid_seed_is_refused(seed):
     with pytest.raises(library.AptError, match="out of range; give a whole number"):
         library.own_text(random_model("llama"), 1, 8, seed=seed)
 
 
 @pytest.mark.parametrize("bos", [None, 0])
-def test_as_much_text_as_asked_for_is_written(bos):
+def test_own_text_has_the_requested_shape(bos):
     model = random_model("llama")
     for shape in ((0, 4), (2, 2), (2, 3)):
         assert library.own_text(model, *shape, bos=bos).shape == shape
@@ -159,7 +159,7 @@ def test_as_much_text_as_asked_for_is_written(bos):
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_within_inference_mode_a_run_gives_the_same(pattern):
+def test_run_in_inference_mode_gives_the_same_weights(pattern):
     model, expected = random_model("llama"), random_model("llama")
     library.prune(expected, TOKENS, pattern=pattern)
     with torch.inference_mode():
@@ -193,13 +193,13 @@ def partly_on_meta():
         (made_in_inference_mode, TOKENS, "is an inference tensor, which cannot be tuned; load"),
     ],
 )
-def test_a_model_or_tokens_that_a_run_would_fail_on_are_refused(made, tokens, message):
+def test_invalid_models_and_tokens_are_refused(made, tokens, message):
     model = made("opt") if made is random_model else made()
     with pytest.raises(library.AptError, match=re.escape(message)):
         library.prune(model, tokens, pattern="2:4")
 
 
-def test_rotary_positions_go_on_beyond_those_of_the_configuration():
+def test_rotary_positions_may_exceed_the_configuration():
     model = random_model("llama")
     model.config.max_position_embeddings = 8
     report = library.prune(model, random_tokens(4, 16), pattern="2:4", method="wanda")

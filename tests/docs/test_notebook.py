@@ -17,7 +17,7 @@ NOTEBOOK = ROOT / "docs/tour.ipynb"
 CONVERT = re.compile(r"subprocess\.run\(\s*(\[.*?\]), check=True\s*\)")
 
 
-def test_the_notebook_runs_offline(apt, tmp_path, monkeypatch):
+def test_notebook_runs_offline(apt, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

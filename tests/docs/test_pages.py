@@ -1,4 +1,4 @@
-"""The documents are true: their examples, messages, links and generated parts."""
+"""The examples, messages, links and generated parts of the documents are correct."""
 
 import ast
 import re
@@ -41,11 +41,11 @@ def declared(source):
 
 
 @pytest.mark.parametrize("source", PYTHON)
-def test_both_declarations_of_the_guide_conform(source):
+def test_declarations_of_the_guide_conform(source):
     assert problems(declared(source)) == []
 
 
-def test_the_mistakes_of_the_guide_say_what_it_says():
+def test_mistakes_of_the_guide_give_the_quoted_messages():
     good = declared(PYTHON[1])
     template = (ROOT / "template/kinds/adapter.py.jinja").read_text()
     llama = re.search(r"    (inputs = \(\n.*?\n    \))", template, re.DOTALL).group(1)
@@ -55,12 +55,12 @@ def test_the_mistakes_of_the_guide_say_what_it_says():
         (*good[:2], Input("neurons", ("mlp.fc2",))),
     ]
     assert len(SAID) == len(wrong)
-    for inputs, said in zip(wrong, SAID, strict=True):
-        assert any(said in problem for problem in problems(inputs)), problems(inputs)
+    for inputs, expected in zip(wrong, SAID, strict=True):
+        assert any(expected in problem for problem in problems(inputs)), problems(inputs)
 
 
 def raised():
-    """The constant parts of all texts in the code, with ``…`` for whatever is filled in."""
+    """All texts in the code, with ``…`` in place of inserted values."""
     roots = (ROOT / "apt", ROOT / "adapters", ROOT / "plugins")
     for path in (path for root in roots for path in root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -73,7 +73,7 @@ def raised():
                 yield node.value
 
 
-def test_each_message_in_the_troubleshooting_tables_is_one_of_the_code():
+def test_messages_in_the_troubleshooting_tables_exist_in_the_code():
     tables = (ROOT / "docs/faq.md").read_text(encoding="utf-8").partition("## Error messages")[2]
     quoted = re.findall(r"^\| `(.+?)`", tables, re.MULTILINE)
     texts = "\n".join(raised())
@@ -100,7 +100,7 @@ def entries(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_each_link_leads_to_a_page_and_a_heading(page):
+def test_links_lead_to_existing_headings(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
@@ -114,7 +114,7 @@ PUBLIC = ("apt", "apt.adapter", "apt.console", "apt.events", "apt.extending", "a
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_each_name_of_apt_is_a_public_one(page):
+def test_names_of_apt_in_the_pages_are_public(page):
     for name in re.findall(r"`{1,2}(apt(?:\.\w+)+)", page.read_text(encoding="utf-8")):
         module = max((m for m in PUBLIC if name == m or name.startswith(f"{m}.")), key=len)
         first = name.removeprefix(module).removeprefix(".").partition(".")[0]
@@ -131,7 +131,7 @@ def public(name):
     return getattr(found, "__all__", dir(found))
 
 
-def test_each_public_name_has_one_entry_in_the_reference():
+def test_public_names_have_one_entry_in_the_reference():
     pages = [entries(ROOT / "docs" / page) for page in ("api.md", "hooks.md", "report.md")]
     found = [name for names in pages for name in names]
     assert len(found) == len(set(found))
@@ -147,7 +147,7 @@ def test_each_public_name_has_one_entry_in_the_reference():
         _ = extending.Methods
 
 
-def test_site_builds_without_warnings_and_shows_arguments_and_errors(tmp_path):
+def test_site_builds_without_warnings_and_shows_arguments(tmp_path):
     pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -163,20 +163,40 @@ def test_site_builds_without_warnings_and_shows_arguments_and_errors(tmp_path):
     assert "--error-aware / --layer-wise" in words["cli"]
 
 
-def test_the_index_names_every_page():
+def test_files_and_names_in_the_guide_for_contributors_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| to change |") : text.index("Dependencies point one way")]
+    names = re.findall(r"`([^`]+)`", table)
+    paths = [name for name in names if name.startswith(("apt/", "adapters/", "plugins/", "docs/"))]
+    assert len(paths) > 40
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    code = "".join(path.read_text() for path in (ROOT / "apt").rglob("*.py"))
+    for name in (
+        "PRESETS",
+        "_ENTRY_ORDER",
+        "_LATER_ENTRIES",
+        "read_site",
+        "KindSummary",
+        "MACHINES",
+    ):
+        assert name in names
+        assert re.search(rf"^(?:def |class )?{name}\b", code, re.MULTILINE)
+
+
+def test_index_lists_every_page():
     text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert pages <= set(re.findall(r"\]\((\w[\w-]*\.md)\)", text))
 
 
-def test_tables_and_figures_are_those_of_the_results(monkeypatch):
+def test_tables_and_figures_equal_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     pages = runpy.run_path(str(ROOT / "benchmarks/pages.py"))
     assert [path.name for path, _ in pages["changed"]()] == []
     assert list(pages["wrong_figures"]()) == []
 
 
-def test_the_pictures_can_be_drawn_from_the_results(monkeypatch, tmp_path):
+def test_pictures_can_be_drawn_from_the_results(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     plots = runpy.run_path(str(ROOT / "benchmarks/plots.py"))
     for name in plots["PICTURES"]:

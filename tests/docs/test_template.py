@@ -33,12 +33,12 @@ def problems(adapter, module):
     return {outcome.name: outcome.problem for outcome in found if outcome.problem}
 
 
-def test_as_it_is_it_conforms():
+def test_unchanged_template_conforms():
     module = package("olmo")
     assert problems(module.Adapter(), module) == {}
 
 
-def test_of_a_family_with_two_kinds_of_layers_the_example_has_both():
+def test_example_has_every_kind_of_layer():
     module = package("gemma3_text")
     config = module.example().config
     assert set(config.layer_types) == {"sliding_attention", "full_attention"}
@@ -57,15 +57,15 @@ def test_of_a_family_with_two_kinds_of_layers_the_example_has_both():
     ("config_class", "window"),
     [(LlamaConfig, {}), (JambaConfig, {}), (MistralConfig, {"sliding_window": 8})],
 )
-def test_a_configuration_that_takes_no_kinds_is_given_none(config_class, window):
+def test_every_kind_omits_layer_types_without_the_argument(config_class, window):
     assert every_kind(config_class) == {"num_hidden_layers": 2, **window}
 
 
-def test_every_check_has_a_line_that_says_what_it_looks_at():
+def test_every_check_has_a_summary_line():
     assert all(check.__doc__.endswith(".") for check in CHECKS.values())
 
 
-def test_a_name_with_a_hyphen_has_a_module_with_an_underscore(tmp_path):
+def test_hyphenated_name_gives_a_module_with_an_underscore(tmp_path):
     made = copied(tmp_path, name="recurrent-gemma", model_type="recurrent_gemma")
     declared = tomllib.loads((made / "pyproject.toml").read_text())["project"]
     assert declared["name"] == "apt-recurrent-gemma"
@@ -78,6 +78,6 @@ def test_a_name_with_a_hyphen_has_a_module_with_an_underscore(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Gemma", "gemma-", "-gemma", "g--emma", "gem_ma", "2gemma", ""])
-def test_other_names_are_refused(name, tmp_path):
+def test_invalid_names_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=re.escape("lower-case letters, digits and inner hyphens")):
         copied(tmp_path, name=name)

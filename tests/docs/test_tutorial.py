@@ -1,4 +1,4 @@
-"""Every command and program of the tutorial runs on less text, and does what the page says."""
+"""Every command and program of the tutorial runs on less text, with the described results."""
 
 import os
 import re
@@ -21,7 +21,7 @@ BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.usefixtures("forked_workers", "little_to_measure_on")
-def test_the_tutorial_runs(apt, tmp_path):
+def test_tutorial_runs(apt, tmp_path):
     outputs, scope = [], {}
     assert Path.cwd() == tmp_path
     for language, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):

@@ -1,4 +1,4 @@
-"""The pages that build an adapter: all of their code runs, and what they quote is said."""
+"""The pages that build an adapter: their code runs, and the quoted messages are correct."""
 
 import re
 import runpy
@@ -75,23 +75,23 @@ MISTAKES = [
 ]
 
 
-def test_auto_refuses_the_family_as_the_page_says():
+def test_auto_refuses_the_family_with_the_quoted_message():
     model = module(IMPORTS, RESCALED).example()
     with pytest.raises(library.AptError, match=re.escape(QUOTED[0])):
         library.prune(model, random_tokens(128), pattern="2:4", adapter="auto")
 
 
 @pytest.mark.parametrize(("place", "mistake"), list(enumerate(MISTAKES, 1)))
-def test_what_is_missing_or_wrong_is_said_as_the_page_says(place, mistake):
+def test_faults_of_the_adapter_give_the_quoted_messages(place, mistake):
     assert QUOTED[place] in problems(*mistake)
 
 
-def test_the_page_quotes_no_more_than_is_checked():
+def test_all_quotes_of_the_page_are_checked():
     assert len(QUOTED) == 1 + len(MISTAKES)
     assert len(RWKV) == 1 + HOOK
 
 
-def test_the_adapter_conforms_with_its_last_method_and_before():
+def test_adapter_conforms_with_and_without_its_last_method():
     assert problems(INPUTS_OF) == problems(HOOK) == ""
 
 
@@ -101,22 +101,22 @@ def shell(apt, tmp_path, monkeypatch):
     installed = []
 
     def run(commands, status=0):
-        said = ""
+        message = ""
         for program, *words in (shlex.split(line) for line in commands.splitlines()):
             if program == "apt-prune":
                 ran = apt(*words)
                 assert ran.code == status, (words, ran.out, ran.err)
-                said += ran.out
+                message += ran.out
             elif program == "python":
                 runpy.run_path(*words, run_name="__main__")
             else:
                 assert program == "pytest"
                 tested, lines = run_pytest(tmp_path, *words)
                 assert tested == 0, lines
-        return said
+        return message
 
     def install(module, folder):
-        """As ``pip install -e`` does."""
+        """Install a module as ``pip install -e`` does."""
         info = folder / f"{module}-0.1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 0.1.0\n")
@@ -126,7 +126,7 @@ def shell(apt, tmp_path, monkeypatch):
         run.again()
 
     def again():
-        """What is imported is what is on disk now."""
+        """Forget imported modules, so that the files on disk are imported."""
         for module in installed:
             sys.modules.pop(module, None)
         registry.cache_clear()
@@ -137,7 +137,7 @@ def shell(apt, tmp_path, monkeypatch):
     again()
 
 
-def test_the_worked_adapter_runs_from_the_first_command_to_the_last(shell, tmp_path):
+def test_commands_of_the_worked_adapter_succeed(shell, tmp_path):
     for name, text in files("worked-adapter.md").items():
         (tmp_path / name).write_text(text)
     (tmp_path / "apt_rwkv.py").write_text("\n".join(RWKV))
@@ -147,7 +147,7 @@ def test_the_worked_adapter_runs_from_the_first_command_to_the_last(shell, tmp_p
     shell("pytest test_rwkv.py\n" + commands)
 
 
-def test_the_guide_runs_from_the_first_command_to_the_last(shell, tmp_path):
+def test_commands_of_the_guide_succeed(shell, tmp_path):
     for name, text in files("first-adapter.md").items():
         (tmp_path / name).write_text(text)
     _, look, package, check, prune = blocks("first-adapter.md", "console")
@@ -166,7 +166,7 @@ PLUGINS = "plugins.md"
 KINDS = re.findall(r"-d kind=(\S+) -d name=(\S+)", "".join(blocks(PLUGINS, "console")))
 
 
-def test_the_page_on_plugins_shows_the_packages_of_the_template(tmp_path):
+def test_page_on_plugins_shows_the_packages_of_the_template(tmp_path):
     shown = [text for text in blocks(PLUGINS, "python") if text.startswith('"""')]
     asked = yaml.safe_load((ROOT / "copier.yml").read_text())["kind"]["choices"].values()
     assert {kind for kind, _ in KINDS} == set(asked) - {"adapter"}
@@ -178,7 +178,7 @@ def test_the_page_on_plugins_shows_the_packages_of_the_template(tmp_path):
         assert needed == [f"apt-prune{'[recover]' if kind == 'recovery' else ''}>=0.1"]
 
 
-def test_the_allocation_on_the_page_on_plugins_that_runs_the_model():
+def test_allocation_of_the_page_on_plugins_runs():
     (source,) = (text for text in blocks(PLUGINS, "python") if "def less_where" in text)
     scope = {}
     exec(source, scope)
@@ -192,7 +192,7 @@ def test_the_allocation_on_the_page_on_plugins_that_runs_the_model():
     assert len({site.zeros / (site.shape[0] * site.shape[1]) for site in report.sites}) > 3
 
 
-def test_the_page_on_plugins_runs_from_the_first_command_to_the_last(shell, tmp_path):
+def test_commands_of_the_page_on_plugins_succeed(shell, tmp_path):
     for kind, name in KINDS:
         shell.install(f"apt_{name}", copied(tmp_path, kind=kind, name=name) / "src")
     for commands in blocks(PLUGINS, "console"):

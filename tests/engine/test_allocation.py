@@ -27,7 +27,7 @@ def zeros_of(report):
 
 
 @pytest.mark.parametrize("name", ["owl", "alphapruning", "auto"])
-def test_a_streamed_run_has_the_same_allocation(name, checkpoint, apt):
+def test_streamed_run_has_the_allocation_of_a_run_in_memory(name, checkpoint, apt):
     command = ("prune", checkpoint("llama"), "--sparsity", 0.6, "--allocation", name, *SMALL)
     for out, mode in (("memory", ()), ("disk", ("--stream",))):
         result = apt(*command, *mode, "-o", out)
@@ -41,7 +41,7 @@ def test_a_streamed_run_has_the_same_allocation(name, checkpoint, apt):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
 
-def test_an_interrupted_run_keeps_its_allocation(checkpoint, apt, output_of, monkeypatch):
+def test_resumed_run_keeps_its_allocation(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *AUTO, *SMALL, "--stream")
     whole = output_of(*command)
     with monkeypatch.context() as patch:
@@ -83,7 +83,7 @@ def total_size(reference):
     )
 
 
-def test_levels_may_leave_a_site_dense():
+def test_allocation_of_levels_may_leave_a_site_dense():
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), MixedNM(0.25, m=8))
     first = plan.sites[0].name
@@ -107,7 +107,7 @@ def test_every_method_prunes_mixed_nm(method):
     assert parse_pattern("auto:4@50%") == MixedNM(0.5, m=4)
 
 
-def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, checkpoint, tmp_path):
+def test_dry_run_shows_the_levels_and_writes_nothing(apt, checkpoint, tmp_path):
     command = ("prune", checkpoint("llama"), *SMALL, "--dry-run", "--json")
     plain = apt(*command, "--sparsity", 0.6, "--allocation", "uniform")
     shared = apt(*command, *AUTO)
@@ -122,7 +122,7 @@ def test_a_dry_run_shows_the_levels_and_writes_nothing(apt, checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("samples", [(4, 2), (0, 3)])
-def test_a_dry_run_shows_the_levels_of_the_run_with_generated_text(samples, apt, checkpoint):
+def test_dry_run_with_generated_text_shows_the_levels_of_the_run(samples, apt, checkpoint):
     given, own = samples
     command = ("prune", checkpoint("llama"), *AUTO, "--seqlen", 32, "--effort", "fast",
                "--samples", given, "--own-samples", own)  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_dry_run_shows_the_levels_of_the_run_with_generated_text(samples, apt,
         assert {s["name"]: s["pattern"] for s in json.loads(plan.out)["sites"]} == written
 
 
-def test_the_summary_counts_the_sites_that_an_allocation_leaves_dense(apt, checkpoint):
+def test_summary_counts_the_dense_sites_of_an_allocation(apt, checkpoint):
     command = ("prune", checkpoint("llama"), "--pattern", "auto:4", "--sparsity", 0.3, *SMALL[:4],
                "--method", "wanda", "--skip", "*.layers.0.*.q_proj")  # fmt: skip
     result = apt(*command, "-o", "out")
@@ -147,7 +147,7 @@ def test_the_summary_counts_the_sites_that_an_allocation_leaves_dense(apt, check
 
 
 @pytest.mark.parametrize(("unit", "name"), [("block", "auto-block"), ("model", "auto")])
-def test_units_of_several_sites_are_allocations(unit, name, apt, checkpoint):
+def test_per_block_and_per_model_equal_their_allocations(unit, name, apt, checkpoint):
     command = ("prune", checkpoint("opt"), "--sparsity", 0.6, *SMALL[:4], "--method", "wanda")
     assert apt(*command, "--per", unit, "-o", "unit").code == 0
     assert apt(*command, "--allocation", name, "-o", "name").code == 0
@@ -155,7 +155,7 @@ def test_units_of_several_sites_are_allocations(unit, name, apt, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--pattern", "auto:8"), "pattern auto:8 needs a sparsity"),
         (("--pattern", "auto:x", "--sparsity", "0.5"), "is neither a sparsity"),
@@ -169,14 +169,14 @@ def test_units_of_several_sites_are_allocations(unit, name, apt, checkpoint):
         (("--sparsity", "0.5", "--per", "room"), "not one of row, layer, block, model"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(arguments, said, apt):
+def test_bad_allocation_is_a_one_line_error(arguments, message, apt):
     result = apt("prune", "--adapter", "llama", *arguments, "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path("out").exists()
 
 
-def test_the_default_method_distributes_a_sparsity_and_verify_knows_it(apt, checkpoint):
+def test_default_allocation_distributes_the_sparsity_and_is_verified(apt, checkpoint):
     command = ("prune", checkpoint("llama"), *SMALL, "--sparsity", 0.6)
     result = apt(*command, "-o", "out")
     assert result.code == 0, result.err
@@ -194,7 +194,7 @@ def test_the_default_method_distributes_a_sparsity_and_verify_knows_it(apt, chec
     "options",
     [("--allocation", "uniform"), ("--per", "layer"), ("--layer-wise",), ("--method", "alps")],
 )
-def test_a_sparsity_is_the_same_everywhere_on_request_and_for_baselines(options, apt, checkpoint):
+def test_sparsity_is_uniform_on_request_and_for_baselines(options, apt, checkpoint):
     command = ("prune", checkpoint("llama"), *SMALL[:4], "--sparsity", 0.6, *options)
     result = apt(*command, "-o", "out")
     assert result.code == 0, result.err

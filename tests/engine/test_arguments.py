@@ -46,7 +46,7 @@ NO_TOKENS = {
 
 @pytest.mark.parametrize("call", [prune, shrink, recover, perplexity])
 @pytest.mark.parametrize("kind", NO_TOKENS)
-def test_what_is_no_tensor_of_ids_is_refused_as_tokens(call, kind):
+def test_wrong_tokens_are_refused(call, kind):
     with pytest.raises(library.AptError, match="^tokens ") as refused:
         call(tokens=NO_TOKENS[kind])
     assert refused.value.options == ("tokens",)
@@ -54,18 +54,18 @@ def test_what_is_no_tensor_of_ids_is_refused_as_tokens(call, kind):
 
 @pytest.mark.parametrize("call", [prune, shrink, recover, perplexity])
 @pytest.mark.parametrize("model", [LlamaForCausalLM, "zoo:llama", 5], ids=str)
-def test_what_is_no_model_in_memory_is_refused_as_a_model(call, model):
+def test_wrong_model_is_refused(call, model):
     with pytest.raises(library.AptError, match="^model is .*; give an object of the class Module"):
         call(model)
 
 
 @pytest.mark.parametrize("call", [prune, perplexity, library.keep_zeros])
-def test_a_model_without_values_is_refused(call):
+def test_model_on_the_meta_device_is_refused(call):
     with pytest.raises(library.AptError, match=r"embed_tokens.weight has no values in memory"):
         call(random_model("llama").to("meta"))
 
 
-def test_none_is_no_model():
+def test_none_as_a_model_is_refused():
     with pytest.raises(library.AptError, match="model is None; give an object"):
         library.prune_copy(None, TOKENS, pattern="2:4")
 
@@ -99,26 +99,26 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("call", "given", "said"), WRONG, ids=[case[-1][:60] for case in WRONG])
-def test_a_wrong_argument_is_named(call, given, said):
+@pytest.mark.parametrize(("call", "given", "message"), WRONG, ids=[case[-1][:60] for case in WRONG])
+def test_error_names_the_wrong_argument(call, given, message):
     with pytest.raises(library.AptError) as refused:
         call(**given)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("seed", ["x", None, 1.5, True])
 @pytest.mark.parametrize("call", [prune, shrink, recover])
-def test_a_seed_is_a_whole_number(call, seed):
+def test_seed_must_be_a_whole_number(call, seed):
     with pytest.raises(library.AptError, match=f"^seed is {seed!r}; give a whole number"):
         call(seed=seed)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     assert prune(pattern=np.float32(0.5), seed=np.int64(3)).sparsity == 0.5
 
 
-def test_the_dense_model_of_a_recovery_is_of_the_same_family_and_vocabulary():
+def test_dense_model_of_another_family_or_vocabulary_is_refused():
     smaller = random_model("llama").get_input_embeddings()
     other = random_model("llama")
     other.set_input_embeddings(torch.nn.Embedding(100, smaller.embedding_dim))
@@ -136,19 +136,19 @@ def test_the_dense_model_of_a_recovery_is_of_the_same_family_and_vocabulary():
     ],
     ids=str,
 )  # fmt: skip
-def test_a_selection_has_globs(given):
+def test_selection_refuses_other_types_than_globs(given):
     with pytest.raises(library.AptError) as refused:
         library.Selection(**given)
     assert refused.value.options == tuple(given)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", 5, torch.optim.AdamW])
-def test_keep_zeros_takes_an_optimizer(optimizer):
+def test_keep_zeros_refuses_other_objects_than_optimizers(optimizer):
     with pytest.raises(library.AptError, match="^optimizer is .*; give an object of the class Opt"):
         library.keep_zeros(sparse(), optimizer)
 
 
-def test_samples_come_from_a_tokenizer_in_whole_numbers(tokenizer):
+def test_calibration_tokens_refuse_wrong_tokenizers_and_amounts(tokenizer):
     with pytest.raises(library.AptError, match="tokenizer is of the class NoneType"):
         library.calibration_tokens(None, str(TEXT))
     for given in ({"samples": "2"}, {"seqlen": 8.5}, {"seed": None}, {"bos": "no"}):
@@ -158,24 +158,24 @@ def test_samples_come_from_a_tokenizer_in_whole_numbers(tokenizer):
         library.evaluation_tokens(tokenizer, 5)
 
 
-def test_text_of_the_model_begins_with_a_token_of_the_model():
+def test_bos_outside_the_vocabulary_is_refused():
     with pytest.raises(library.AptError, match="bos is 5000, and the model has 2048 tokens"):
         library.own_text(random_model("llama"), 2, 8, bos=5000)
 
 
 @pytest.mark.parametrize("options", [None, 5, library.PruneRun, library.PruneOptions()], ids=str)
-def test_a_run_takes_the_options_of_a_command(options):
+def test_run_refuses_other_objects_than_run_options(options):
     with pytest.raises(library.AptError, match="^options is .*; give an object of the class Prune"):
         library.run(options)
 
 
-def test_a_time_that_is_no_time_is_refused(checkpoint, tmp_path):
+def test_huge_number_of_minutes_is_refused(checkpoint, tmp_path):
     run = {"model": str(checkpoint("llama")), "output": tmp_path / "out"}
     for options in (library.PruneRun, library.RecoverRun):
         with pytest.raises(library.AptError, match=r"must be above 0 and at most 1e\+06; it is a"):
             library.run(options(**run, minutes=1e308))
 
 
-def test_a_missing_argument_is_told_by_python():
+def test_missing_argument_is_a_type_error():
     with pytest.raises(TypeError, match="pattern"):
         library.prune(random_model("llama"), TOKENS)

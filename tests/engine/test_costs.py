@@ -1,4 +1,4 @@
-"""The work of a run by step, against torch's own count of operations, and its time on a machine."""
+"""The work of a run by step, compared with torch's count of operations, and the time of a run."""
 
 import json
 
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apt.adapter.text_config import hidden_size
 from apt.checkpoints.load import load, open_skeleton
-from apt.engine.costs import MACHINES, Machine, Planned, Work, measured
+from apt.engine.costs import MACHINES, Machine, PlannedRun, Work, measure_machine
 from apt.locations.model_source import find
 from apt.options import PruneRun
 from apt.planning.plan import Selection, make_plan, read_pattern
@@ -24,14 +24,14 @@ def work(effort="fast", samples=4, seqlen=128, model=LLAMA, *, allocated=False, 
     skeleton = open_skeleton(find(model, registry()), registry())
     plan = make_plan(skeleton.module, skeleton.adapter, read_pattern("0.5"), Selection(), "layer")
     run = PruneRun(effort=effort, samples=samples, seqlen=seqlen, **options)
-    return Planned(skeleton, plan, run, allocated=allocated)
+    return PlannedRun(skeleton, plan, run, allocated=allocated)
 
 
 def operations(step):
     return step.fp32 + step.bf16
 
 
-def test_the_forwards_are_those_that_torch_counts():
+def test_work_of_forwards_equals_the_count_of_torch():
     planned = work(samples=2, seqlen=64)
     model = load(planned.skeleton).module
     model.set_attn_implementation("eager")
@@ -45,7 +45,7 @@ def test_the_forwards_are_those_that_torch_counts():
     )
 
 
-def test_the_search_is_what_torch_counts():
+def test_work_of_the_search_equals_the_count_of_torch():
     """The products of a search, its factorisations and its joint solves, for one site."""
     planned = work("default")
     site = max(planned.plan.sites, key=lambda site: site.size)
@@ -60,7 +60,7 @@ def test_the_search_is_what_torch_counts():
     assert predicted == pytest.approx(counter.get_total_flops(), rel=0.35)
 
 
-def test_more_effort_is_more_work_and_has_more_steps():
+def test_more_effort_has_more_work_and_more_steps():
     found = {effort: work().steps(effort) for effort in ("fast", "default", "best")}
     assert "tuning" not in found["fast"]
     assert "own text" in found["best"]
@@ -69,23 +69,23 @@ def test_more_effort_is_more_work_and_has_more_steps():
     assert sums == sorted(sums)
 
 
-def test_a_token_is_given_some_of_the_experts():
+def test_forward_counts_the_picked_experts_only():
     planned = work(model="zoo:moe")
     every = sum(2 * site.size for site in planned.plan.sites) * 3 * planned.tokens
     assert operations(planned.steps("fast")["forwards"]) < every
 
 
-def test_a_machine_adds_up_the_time():
+def test_machine_adds_the_seconds_of_all_work():
     assert Machine(2.0, 4.0, 8.0).seconds(Work(2.0, 4.0, 8.0)) == 3.0
 
 
-def test_this_machine_is_measured():
-    machine = measured("cpu")
+def test_speeds_of_this_machine_are_measured():
+    machine = measure_machine("cpu")
     assert machine.measured
     assert min(machine.fp32, machine.bf16, machine.bandwidth) > 1e7
 
 
-def test_inspect_tells_the_time_on_another_machine(apt):
+def test_inspect_prints_the_time_on_another_machine(apt):
     run = apt("inspect", LLAMA, "--sparsity", 0.5, "--on", "4090", "--json")
     assert run.code == 0, run.err
     seconds = json.loads(run.out)["seconds"]
@@ -108,7 +108,7 @@ EXPERTS = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers":
 
 
 @pytest.mark.parametrize(
-    ("shape", "words", "said"),
+    ("shape", "words", "message"),
     [
         ({}, ("--on", "mi300x"), "with --activations cpu"),
         ({}, ("--on", "h100"), "with --stream --activations cpu"),
@@ -120,20 +120,20 @@ EXPERTS = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers":
          "; even with --stream --activations cpu --effort fast"),
     ],
 )  # fmt: skip
-def test_inspect_tells_with_what_a_model_fits(apt, tmp_path, shape, words, said):
+def test_inspect_prints_the_flags_with_which_a_model_fits(apt, tmp_path, shape, words, message):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | shape))
     run = apt("inspect", tmp_path, "--sparsity", 0.5, *words)
     assert run.code == 0, run.err
-    assert said in " ".join(run.out.split())
+    assert message in " ".join(run.out.split())
 
 
-def test_an_unknown_machine_is_refused(apt):
+def test_unknown_machine_is_refused(apt):
     run = apt("inspect", LLAMA, "--on", "h1")
     assert run.code == 2
     assert "on 'h1' is not one of h100, h200, a100, 4090, mi300x (--on)" in run.err
 
 
-def test_a_dry_run_counts_the_memory_of_its_own_options(apt):
+def test_dry_run_counts_the_memory_of_its_options(apt):
     needs = {}
     for words in ((), ("--effort", "fast"), ("--layer-wise",)):
         how = ("prune", LLAMA, "--sparsity", 0.5, "--samples", 8, "--dry-run", "--json", *words)
@@ -147,7 +147,7 @@ def test_a_dry_run_counts_the_memory_of_its_own_options(apt):
     assert {each["weights"] for each in needs.values()} == {usual["weights"]}
 
 
-def test_a_dry_run_counts_no_solve_where_only_blocks_are_dropped(apt):
+def test_dry_run_counts_no_solve_if_only_blocks_are_dropped(apt):
     run = apt("shrink", LLAMA, "--depth-only", "--layer-wise", "--dry-run", "--json")
     assert run.code == 0, run.err
     needs = json.loads(run.out)["needs"]
@@ -155,7 +155,7 @@ def test_a_dry_run_counts_no_solve_where_only_blocks_are_dropped(apt):
     assert needs["memory"] > needs["process"]
 
 
-def test_the_options_of_a_run_are_counted():
+def test_work_depends_on_tuning_epochs_and_own_samples():
     steps = work(tuning_epochs=0, own_samples=8).steps("default")
     assert "tuning" not in steps
     assert "own text" in steps

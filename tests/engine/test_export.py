@@ -1,4 +1,4 @@
-"""Export formats of other packages: the example of docs/plugins.md, and functions with faults."""
+"""Export formats of other packages: the example of docs/plugins.md, and wrong functions."""
 
 import re
 import sys
@@ -35,7 +35,7 @@ def with_plugin(monkeypatch):
     return load
 
 
-def test_the_example_of_the_page_writes_every_parameter(with_plugin, checkpoint, tmp_path):
+def test_documented_example_exports_every_parameter(with_plugin, checkpoint, tmp_path):
     registry = with_plugin(EXAMPLE)
     run = ExportRun(model=str(checkpoint("llama")), output=tmp_path / "x.npz")
     done = export_model(run, registry)
@@ -56,7 +56,7 @@ def nothing(model, target):
 
 
 def something(model, target):
-    """Do not say what was written."""
+    """Return nothing about the written file."""
     target.write_text("x")
 
 
@@ -68,7 +68,9 @@ def apt_exports():
 
 
 @pytest.mark.parametrize("write", [nothing, something])
-def test_a_function_that_breaks_its_word_is_named(with_plugin, checkpoint, tmp_path, write):
+def test_error_names_the_export_function_that_writes_no_file(
+    with_plugin, checkpoint, tmp_path, write
+):
     registry = with_plugin(FAULTY, hookimpl=hookimpl, ExportSpec=ExportSpec, write=write)
     run = ExportRun(model=str(checkpoint("llama")), output=tmp_path / "x.bad")
     with pytest.raises(AptError, match="export format faulty does not write a file"):

@@ -1,4 +1,4 @@
-"""Faults in the middle of a run: what is said, and that nothing is lost."""
+"""Failures during a run: the message is clear, and nothing is lost."""
 
 import os
 import resource
@@ -22,7 +22,7 @@ TOKENS = random_tokens(samples=8)
 
 @contextmanager
 def limited(size):
-    """No file of this process may become larger, as on a full disk or over a quota."""
+    """While entered, files of this process have a size limit, as on a full disk or over a quota."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -32,7 +32,7 @@ def limited(size):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
-def test_a_file_that_cannot_grow(apt, checkpoint, stream):
+def test_file_size_limit_is_an_error_and_the_input_is_unchanged(apt, checkpoint, stream):
     model = checkpoint("llama")
     before = {p: p.read_bytes() for p in model.iterdir()}
     command = ("prune", model, *SMALL, "-o", "out", *(["--stream"] if stream else []))
@@ -59,7 +59,7 @@ def small_disk(tmp_path):
         yield folder
 
 
-def test_a_disk_too_small_is_told_before_the_work(checkpoint, apt, small_disk):
+def test_small_disk_is_an_error_before_the_work(checkpoint, apt, small_disk):
     for options in ([], ["--stream"]):
         run = apt("prune", checkpoint("llama"), *SMALL, "-o", small_disk / "out", *options)
         assert run.code == 2
@@ -67,7 +67,7 @@ def test_a_disk_too_small_is_told_before_the_work(checkpoint, apt, small_disk):
         assert not list(small_disk.iterdir())
 
 
-def test_a_disk_that_fills_up_meanwhile(checkpoint, apt, small_disk, monkeypatch):
+def test_disk_that_fills_during_the_run_is_an_error(checkpoint, apt, small_disk, monkeypatch):
     monkeypatch.setattr("apt.engine.run_output.check_space", lambda needed: None)
     run = apt("prune", checkpoint("llama"), *SMALL, "-o", small_disk / "out")
     assert run.code == 2
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_meanwhile(checkpoint, apt, small_disk, monkeypatch
 
 @pytest.mark.parametrize("error_aware", [True, False], ids=["error-aware", "layer-wise"])
 @pytest.mark.parametrize("where", ["self_attn", "mlp"])
-def test_one_activation_that_is_not_finite(where, error_aware):
+def test_error_names_the_block_of_an_activation_that_is_not_finite(where, error_aware):
     model = random_model("llama")
     calls = []
 
@@ -95,7 +95,7 @@ def test_one_activation_that_is_not_finite(where, error_aware):
     assert "\n" not in str(caught.value)
 
 
-def test_activations_too_large_for_half_precision(tmp_path, tokenizer, apt):
+def test_overflow_in_half_precision_is_an_error_that_names_compute(tmp_path, tokenizer, apt):
     model = random_model("llama")
     model.model.layers[1].mlp.down_proj.weight.data *= 2e4
     model.half().save_pretrained("half")
@@ -109,7 +109,7 @@ def test_activations_too_large_for_half_precision(tmp_path, tokenizer, apt):
     assert apt("prune", "half", *SMALL, "-o", "out", "--compute", "float32").code == 0
 
 
-def test_a_gram_matrix_that_is_not_positive_definite_costs_damping(apt, checkpoint):
+def test_indefinite_gram_matrix_raises_the_damping(apt, checkpoint):
     few = ("--samples", 1, "--seqlen", 24, "--damping", 0, "--layer-wise")
     run = apt("prune", checkpoint("llama"), *few, "-o", "out")
     assert run.code == 0, run.err
@@ -121,7 +121,9 @@ class BrokenError(Exception):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
-def test_a_method_that_raises_in_the_middle(apt, output_of, checkpoint, monkeypatch, stream):
+def test_exception_of_a_method_keeps_its_traceback_and_loses_no_work(
+    apt, output_of, checkpoint, monkeypatch, stream
+):
     spec = registry().methods.get("wanda")
     whole, calls = spec.load(), []
 
@@ -136,10 +138,10 @@ def test_a_method_that_raises_in_the_middle(apt, output_of, checkpoint, monkeypa
         patch.setattr(type(spec), "load", lambda self: broken if self is spec else whole)
         with pytest.raises(BrokenError) as caught:
             apt("prune", checkpoint("llama"), *SMALL, *options)
-    said = "\n".join(caught.value.__notes__)
-    assert "while model.layers.1.self_attn.k_proj was pruned" in said
-    assert "method wanda comes from apt-prune 0.1.0, adapter llama from apt-prune 0.1.0" in said
-    assert ("continue with --resume" in said) == stream
+    message = "\n".join(caught.value.__notes__)
+    assert "while model.layers.1.self_attn.k_proj was pruned" in message
+    assert "method wanda comes from apt-prune 0.1.0, adapter llama from apt-prune 0.1.0" in message
+    assert ("continue with --resume" in message) == stream
     assert not Path("out").exists()
     if stream:
         assert apt("prune", checkpoint("llama"), *SMALL, *options, "--resume").code == 0
@@ -147,7 +149,7 @@ def test_a_method_that_raises_in_the_middle(apt, output_of, checkpoint, monkeypa
         assert weights("out") == weights(whole)
 
 
-def test_links_out_of_the_output_are_not_followed(apt, checkpoint, tmp_path):
+def test_output_that_links_to_another_folder_does_not_change_it(apt, checkpoint, tmp_path):
     outside = Path(tempfile.mkdtemp(dir=tmp_path))
     (outside / "kept").write_text("kept")
     Path("out").symlink_to(outside)
@@ -159,7 +161,7 @@ def test_links_out_of_the_output_are_not_followed(apt, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
+def test_terminated_run_prints_its_state_and_can_be_resumed(apt, checkpoint, monkeypatch, number):
     command = ("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "-o", "out")
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -179,10 +181,8 @@ def test_a_run_that_is_asked_to_end(apt, checkpoint, monkeypatch, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_that_the_caller_ignores_ends_no_run(
-    apt, output_of, checkpoint, monkeypatch, number
-):
-    """A script's job in the background ignores Ctrl-C, and one under nohup SIGHUP."""
+def test_ignored_signal_does_not_end_the_run(apt, output_of, checkpoint, monkeypatch, number):
+    """A background job of a script ignores Ctrl-C, and a job under nohup ignores SIGHUP."""
     command = ("prune", checkpoint("llama"), *SMALL, "--method", "wanda", "--stream")
     whole = output_of(*command)
     monkeypatch.setattr(Journal, "add", signalled(4, number))
@@ -196,7 +196,7 @@ def test_a_signal_that_the_caller_ignores_ends_no_run(
     assert weights("out") == weights(whole)
 
 
-def test_a_stream_that_is_refused_leaves_nothing(apt, checkpoint, monkeypatch):
+def test_failed_start_of_a_streamed_run_leaves_no_files(apt, checkpoint, monkeypatch):
     error = AptError("no", "such")
     monkeypatch.setattr(
         "apt.engine.streamed.assemble", lambda *arguments: (_ for _ in ()).throw(error)

@@ -1,4 +1,4 @@
-"""What a machine can do: its devices, and the samples that its memory holds."""
+"""The devices of a machine, and the check of its memory."""
 
 import pytest
 
@@ -11,13 +11,13 @@ Q = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", TEXT)
 
 @pytest.mark.filterwarnings("ignore:'mkldnn' is no longer used")
 @pytest.mark.parametrize("name", ["meta", "mkldnn", "xla", "hpu", "", "cuda:99", "gpu"])
-def test_a_device_that_computes_nothing_is_refused(name):
+def test_device_with_wrong_results_is_refused(name):
     with pytest.raises(AptError, match=f"device '{name}' is not available here"):
         choose_device(name)
     assert choose_device("cpu") == "cpu"
 
 
-def test_samples_that_no_memory_holds_are_refused_before_any_work(apt):
+def test_samples_beyond_the_memory_are_refused_before_the_work(apt):
     for option in ("--samples", "--own-samples"):
         run = apt("prune", "zoo:llama", *Q, option, 999_999_999)
         assert run.code == 2
@@ -25,7 +25,7 @@ def test_samples_that_no_memory_holds_are_refused_before_any_work(apt):
         assert len(run.err.splitlines()) == 1
 
 
-def test_samples_are_held_against_memory_by_all_processes_together():
+def test_memory_check_divides_the_samples_by_the_processes():
     total = memory("cpu")
     check_tokens(1, 2, total // 2, "cpu", 1)
     with pytest.raises(AptError, match="2 samples of 2 tokens take more than"):
@@ -37,7 +37,7 @@ def test_samples_are_held_against_memory_by_all_processes_together():
     ("command", "positions"),
     [("prune", -5), ("prune", 0), ("prune", 1), ("eval", 1), ("inspect", 1)],
 )
-def test_a_model_without_positions_is_refused(apt, edited, command, positions):
+def test_model_without_positions_is_refused(apt, edited, command, positions):
     run = apt(command, edited("llama", max_position_embeddings=positions))
     assert run.code == 2
     assert f"has {positions} positions, and a sample needs at least 2" in run.err

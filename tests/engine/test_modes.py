@@ -1,4 +1,4 @@
-"""Torch's modes that a program has set have no effect on what APT computes."""
+"""Modes of torch that a program has set do not change the results of APT."""
 
 from contextlib import contextmanager
 
@@ -79,7 +79,7 @@ CALLS = {
 
 
 def result_of(model, call):
-    """What a call has changed or returned, as tensors by name."""
+    """The changed model or the result of a call, as tensors by name."""
     returned = call()
     if isinstance(returned, torch.nn.Module):
         return dict(returned.state_dict())
@@ -90,7 +90,7 @@ def result_of(model, call):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_mode_of_the_caller_changes_nothing(call, mode):
+def test_modes_of_the_caller_do_not_change_results(call, mode):
     expected, (model, again) = result_of(*CALLS[call]()), CALLS[call]()
     with MODES[mode]():
         found = result_of(model, again)
@@ -99,7 +99,7 @@ def test_a_mode_of_the_caller_changes_nothing(call, mode):
     assert all(found[name].dtype == value.dtype for name, value in expected.items())
 
 
-def test_the_modes_of_the_caller_are_there_again_after_an_error():
+def test_modes_of_the_caller_are_restored_after_an_error():
     with default_dtype(torch.float64), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         with pytest.raises(library.AptError):
             library.prune(random_model("llama"), TOKENS, pattern="3:1000")

@@ -1,4 +1,4 @@
-"""Multimodal checkpoints: their language model is pruned, and everything else keeps its bytes."""
+"""Multimodal checkpoints: the language model is pruned, and all other tensors keep their bytes."""
 
 import json
 from importlib import import_module
@@ -21,7 +21,7 @@ DATA = ("--pattern", "2:4", "--calibration", TEXT, "--samples", 4, "--seqlen", 3
 
 @pytest.fixture(scope="module")
 def multimodal(tmp_path_factory, tokenizer):
-    """A function that writes a random checkpoint of a type with a part for images."""
+    """A function that writes a random checkpoint of a multimodal type."""
     made = {}
 
     def write(kind):
@@ -40,7 +40,7 @@ def multimodal(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_language_model_is_pruned_and_the_rest_keeps_its_bytes(multimodal, apt, kind):
+def test_language_model_is_pruned_and_other_tensors_keep_their_bytes(multimodal, apt, kind):
     folder, tensors = multimodal(kind), {}
     for name, how in (("whole", ()), ("streamed", ("--stream",))):
         done = apt("prune", folder, *DATA, "--effort", "fast", *how, "-o", name)
@@ -64,7 +64,7 @@ def test_the_language_model_is_pruned_and_the_rest_keeps_its_bytes(multimodal, a
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
-def test_an_image_is_still_seen(multimodal, apt, kind):
+def test_pruned_multimodal_model_runs_on_images(multimodal, apt, kind):
     folder = multimodal(kind)
     assert apt("prune", folder, *DATA, "--method", "wanda", "-o", "out").code == 0
     open_whole = transformers.AutoModelForImageTextToText.from_pretrained
@@ -84,7 +84,7 @@ def with_image(model):
     return model.eval()(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
 
 
-def test_an_adapter_is_checked_on_a_model_for_images(multimodal, apt):
+def test_check_passes_on_a_multimodal_model(multimodal, apt):
     done = apt("check", "auto", multimodal("gemma3"))
     assert "Traceback" not in done.err
     assert done.code == 0, done.out

@@ -64,7 +64,7 @@ def same(left, right):
 @pytest.mark.parametrize(
     ("kind", "variant"), list(zip(cycle(["lora", "layers"]), FAMILIES.values(), strict=False))
 )
-def test_every_family_is_recovered_on_disk_with_its_zeros_and_report(apt, pruned, kind, variant):
+def test_each_family_is_recovered_on_disk_with_its_zeros_and_report(apt, pruned, kind, variant):
     pruned(variant)
     done = apt(
         "recover", "pruned", *TRAIN, "--kind", kind, "--rate", 1e-2, "--blocks", 3, "--eval", TEXT,
@@ -125,7 +125,7 @@ def test_peft_opens_the_adapter_of_a_smaller_model(apt, checkpoint):
     assert "those that use it: spp, lora" in again.err
 
 
-def test_the_adapter_of_a_model_with_zeros_keeps_them(apt):
+def test_merged_adapter_of_a_sparse_model_keeps_the_zeros(apt):
     words = ("--sparsity", 0.7, "--method", "magnitude", "--samples", 2, "--seqlen", 16)
     assert apt("prune", "zoo:llama", *words, "-o", "pruned").code == 0
     options = (*TRAIN, "--steps", 8, "--rate", 0.1, "--save-adapter")
@@ -139,7 +139,9 @@ def test_the_adapter_of_a_model_with_zeros_keeps_them(apt):
     assert not Path("other").exists()
 
 
-def test_distillation_finds_the_dense_model_and_the_law_reads_its_report(apt, checkpoint, pruned):
+def test_distillation_uses_the_reported_dense_model_and_law_reads_the_report(
+    apt, checkpoint, pruned
+):
     pruned()
     lost = apt("recover", "pruned", *TRAIN, "-o", "out")
     assert lost.code == 2
@@ -172,7 +174,7 @@ def test_distillation_finds_the_dense_model_and_the_law_reads_its_report(apt, ch
     assert "average slope difference" in table.out
 
 
-def test_a_smaller_model_is_recovered_by_its_last_layers(apt, checkpoint):
+def test_smaller_model_is_recovered_by_its_last_layers(apt, checkpoint):
     small = apt(
         "shrink", checkpoint("llama"), "--depth-only", "--drop", 1, "--samples", 4, "--seqlen", 16,
         "--calibration", TEXT, "--effort", "fast", "-o", "small",
@@ -206,7 +208,7 @@ def training(folder, output):
     return report["recovery"]["training"]
 
 
-def test_a_killed_training_continues_with_the_same_losses(apt, pruned, tmp_path):
+def test_resumed_training_has_the_same_losses(apt, pruned, tmp_path):
     pruned()
     assert apt(*LONG, "-o", "whole").code == 0
     journal = tmp_path / ".out.apt" / "journal.jsonl"
@@ -231,7 +233,7 @@ def test_a_killed_training_continues_with_the_same_losses(apt, pruned, tmp_path)
     assert not journal.parent.exists()
 
 
-def test_the_journal_flushes_the_checkpoints_that_it_names(apt, pruned, monkeypatch):
+def test_checkpoints_are_flushed_before_their_line_in_the_journal(apt, pruned, monkeypatch):
     flushed, real = [], Journal.add
 
     def add(self, line, data=None):
@@ -276,12 +278,12 @@ def test_resuming_a_finished_recovery_changes_nothing(apt, pruned, tmp_path):
 
 
 def test_two_processes_train_one_model(apt, pruned, tmp_path):
-    """Each step has the samples of both, so that the losses are those of a single process."""
+    """Each step has the samples of both processes, so the losses equal those of one process."""
     pruned()
     command = (*COMMAND, "--rate", 3e-2, "--steps", 8, "--checks", 2)
     assert apt(*command, "-o", "alone").code == 0
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "out")
-    assert codes == [0, 0], said
+    codes, text = on_ranks(2, tmp_path, *command, "-o", "out")
+    assert codes == [0, 0], text
     alone, losses = (training(tmp_path, name)["losses"] for name in ("alone", "out"))
     assert losses == pytest.approx(alone, rel=1e-2)
     report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
@@ -289,7 +291,7 @@ def test_two_processes_train_one_model(apt, pruned, tmp_path):
     assert same(opened(tmp_path / "out")[1], opened(tmp_path / "pruned")[1])
 
 
-def test_masks_make_a_fine_tuned_model_sparse_again(apt, pruned):
+def test_reapply_sets_the_zeros_of_a_fine_tuned_model(apt, pruned):
     pruned("llama", "pruned", "--save-masks")
     streamed = pruned("llama", "streamed", "--save-masks", "--stream")
     file, directory = Path("pruned") / MASKS, Path(streamed)
@@ -315,9 +317,7 @@ def test_masks_make_a_fine_tuned_model_sparse_again(apt, pruned):
 @pytest.mark.parametrize(
     ("family", "mode"), [("llama", ()), ("llama", ("--stream",)), ("mixtral", ("--stream",))]
 )
-def test_a_model_fine_tuned_from_the_dense_one_gets_the_order_of_the_masks(
-    family, mode, apt, checkpoint
-):
+def test_reapply_permutes_a_model_fine_tuned_from_the_dense_one(family, mode, apt, checkpoint):
     dense = checkpoint(family)
     command = ("--pattern", "2:4", "--effort", "fast", "--samples", 4, "--seqlen", 16)
     done = apt("prune", dense, *command, "--calibration", TEXT, "--save-masks", *mode, "-o", "p")
@@ -338,21 +338,21 @@ def test_a_model_fine_tuned_from_the_dense_one_gets_the_order_of_the_masks(
     torch.testing.assert_close(module(tokens).logits, whole, rtol=0, atol=1e-4)
 
 
-def test_orders_that_do_not_fit_are_errors(apt, checkpoint, tmp_path):
+def test_orders_of_another_model_are_refused(apt, checkpoint, tmp_path):
     dense, masks = checkpoint("llama"), tmp_path / MASKS
     name = "model.layers.0.mlp.down_proj"
     shape = opened(dense)[0].get_parameter(f"{name}.weight").shape
     mask = {f"{name}.weight": torch.ones(shape, dtype=torch.bool)}
     wrong = [([0, 0], "an order is no permutation"), ([1, 0], "has 2 inputs there")]
     wrong += [(order, "an order is no permutation") for order in ([False, True], [0.0, 1.0])]
-    for order, said in wrong:
+    for order, text in wrong:
         write_masks(mask, masks, {name: order})
         done = apt("reapply", masks, dense, "-o", "out")
         assert done.code == 2
-        assert said in done.err
+        assert text in done.err
 
 
-def test_an_order_of_a_site_without_masks_is_passed_over(checkpoint):
+def test_order_of_a_site_without_masks_is_ignored(checkpoint):
     model = opened(checkpoint("llama"))[0]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     orders = {"model.layers.0.mlp.down_proj": [*range(model.config.intermediate_size)][::-1]}
@@ -361,7 +361,7 @@ def test_an_order_of_a_site_without_masks_is_passed_over(checkpoint):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_masks_that_do_not_fit_are_errors(apt, checkpoint, pruned):
+def test_masks_that_do_not_fit_the_model_are_refused(apt, checkpoint, pruned):
     pruned()
     other = apt("reapply", "pruned", checkpoint("opt"), "-o", "out")
     assert other.code == 2
@@ -383,7 +383,7 @@ def test_masks_that_do_not_fit_are_errors(apt, checkpoint, pruned):
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 9)), min_size=1, max_size=3),
        st.integers(0, 2**16))  # fmt: skip
-def test_masks_survive_their_file(tmp_path_factory, shapes, seed):
+def test_masks_survive_a_round_trip_through_their_file(tmp_path_factory, shapes, seed):
     draw = torch.Generator().manual_seed(seed)
     masks = {f"m{i}": torch.rand(shape, generator=draw) < 0.5 for i, shape in enumerate(shapes)}
     path = tmp_path_factory.mktemp("masks") / MASKS
@@ -396,7 +396,7 @@ def test_masks_survive_their_file(tmp_path_factory, shapes, seed):
 @pytest.mark.parametrize(
     "shapes", ['{"m": [3, 9]}', '{"m": [0, 4]}', '{"m": "x"}', '{"n": [2, 4]}', "[", "{}"]
 )
-def test_damaged_masks_are_errors(tmp_path, shapes):
+def test_damaged_masks_are_refused(tmp_path, shapes):
     save_file({"m": torch.zeros(1, dtype=torch.uint8)}, tmp_path / MASKS, {"shapes": shapes})
     with pytest.raises(AptError, match="is not a file of masks"):
         read_masks(tmp_path / MASKS)
@@ -415,7 +415,9 @@ def test_damaged_masks_are_errors(tmp_path, shapes):
         (("--kind", "layers", "--calibration", "nowhere.txt"), "nowhere.txt"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(apt, pruned, tmp_path, arguments, message):
+def test_wrong_requests_are_one_line_errors_and_leave_no_files(
+    apt, pruned, tmp_path, arguments, message
+):
     pruned()
     train = () if "--steps" in arguments else TRAIN[2:]
     done = apt("recover", "pruned", *train, *arguments, "-o", "out")
@@ -424,7 +426,7 @@ def test_mistakes_are_one_line_and_leave_nothing(apt, pruned, tmp_path, argument
     assert {path.name for path in tmp_path.iterdir()} == {"pruned"}
 
 
-def test_a_dense_model_is_refused(apt, checkpoint, tmp_path):
+def test_recovery_of_a_dense_model_is_refused(apt, checkpoint, tmp_path):
     for kind in ("spp", "lora"):
         done = apt("recover", checkpoint("llama"), *TRAIN, "--kind", kind, "-o", "out")
         assert done.code == 2
@@ -435,14 +437,14 @@ def test_a_dense_model_is_refused(apt, checkpoint, tmp_path):
     assert "no report names it" in named.err
 
 
-def test_a_law_without_recoveries_is_an_error(apt, pruned):
+def test_law_without_recoveries_is_an_error(apt, pruned):
     pruned()
     assert "has no report of a recovery" in apt("law", "pruned").err
     assert "has no report of a recovery" in apt("law", "nothing").err
     assert "threshold is 0; it must be above 0" in apt("law", "pruned", "--threshold", 0).err
 
 
-def test_the_kinds_are_listed(apt):
+def test_kinds_of_recovery_are_listed(apt):
     found = json.loads(apt("methods", "--json").out)
     kinds = {entry["method"] for entry in found if entry["for"] == "recover"}
     assert kinds == {"spp", "lora", "layers", "distill"}

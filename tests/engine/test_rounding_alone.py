@@ -28,7 +28,7 @@ def sparse(output_of):
 
 
 @pytest.mark.parametrize("how", [("--effort", "default"), ("--layer-wise",), ("--method", "wanda")])
-def test_all_zeros_of_a_pruned_model_stay(apt, sparse, how):
+def test_rounding_keeps_all_zeros_of_a_pruned_model(apt, sparse, how):
     run = apt("prune", sparse, *INT4, *SHORT, *how, "-o", "out")
     assert run.code == 0, run.err
     before, after = matrices(sparse), matrices("out")
@@ -42,13 +42,13 @@ def test_all_zeros_of_a_pruned_model_stay(apt, sparse, how):
     assert (options["pattern"], options["allocation"]) == ("0", "uniform")
 
 
-def test_a_smaller_model_becomes_integers_after_its_training(apt, checkpoint):
+def test_smaller_model_is_rounded_after_its_training(apt, checkpoint):
     assert apt("shrink", checkpoint("llama"), "--blocks", 1, *SHORT, "-o", "small").code == 0
     assert apt("prune", "small", *INT4, *SHORT, "-o", "out", "--pack", "packed").code == 0
     assert all(exact_integers(w, "int4", 32) is not None for w in matrices("out").values())
 
 
-def test_a_model_that_was_trained_afterwards_does_not_consist_of_integers(apt, sparse):
+def test_model_trained_after_rounding_has_no_integers(apt, sparse):
     assert apt("prune", sparse, *INT4, *SHORT, "-o", "out").code == 0
     assert integers_of(Path("out")).kind == "int4"
     path = Path("out/apt_report.json")
@@ -56,14 +56,14 @@ def test_a_model_that_was_trained_afterwards_does_not_consist_of_integers(apt, s
     assert integers_of(Path("out")) is None
 
 
-def test_without_integers_a_sparsity_of_0_is_refused(apt, sparse):
+def test_sparsity_of_0_without_integers_is_refused(apt, sparse):
     run = apt("prune", sparse, *INT4[:2])
     assert run.code == 2
     assert "nothing would be pruned" in run.err
     assert "give a larger sparsity, or quantize (--sparsity, --quantize)" in run.err
 
 
-def test_a_sparsity_of_0_beside_others_leaves_the_zeros_of_a_site(apt, sparse):
+def test_override_with_sparsity_0_keeps_the_zeros_of_a_site(apt, sparse):
     run = apt("prune", sparse, "--sparsity", 0.6, "--override", "*.v_proj=0", *SHORT, "-o", "out",
               "--effort", "fast")  # fmt: skip
     assert run.code == 0, run.err

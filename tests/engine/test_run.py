@@ -1,4 +1,4 @@
-"""`apt.run`: what a command does, from a program, with the same checks and the same bytes."""
+"""`apt.run` does the same as a command, with the same checks and the same bytes."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import apt as library
-from apt.engine.opening import with_names
+from apt.engine.opening import resolve_names
 from apt.engine.run import Watcher, drive
 from apt.events import BlockStarted, SitePruned
 from apt.plugin.registry import registry
@@ -20,7 +20,7 @@ from tests.helpers.processes import forked
 
 
 def files(directory):
-    """The hashes of the files of a directory, without the report, which has times."""
+    """The hashes of the files of a directory, without the report, which contains times."""
     paths = (path for path in Path(directory).rglob("*") if path.name != "apt_report.json")
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -33,7 +33,7 @@ def options(model, output, **more):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "streamed"])
-def test_a_program_writes_what_the_command_writes(checkpoint, apt, stream):
+def test_program_and_command_write_the_same_files(checkpoint, apt, stream):
     words = ("--samples", 4, "--seqlen", 32, "--calibration", TEXT, "--pattern", "2:4")
     run = apt("prune", checkpoint("llama"), *words, *["--stream"] * stream, "-o", "shell")
     assert run.code == 0, run.err
@@ -50,7 +50,7 @@ def test_a_program_writes_what_the_command_writes(checkpoint, apt, stream):
 
 
 def killed_in_the_third_block(folder, model):
-    """A run in a process that is killed."""
+    """Run in this process, which is killed in the third block."""
 
     def observe(event):
         if isinstance(event, BlockStarted) and event.index == 2:
@@ -60,7 +60,7 @@ def killed_in_the_third_block(folder, model):
     library.run(options(model, "out", stream=True), observe=observe)
 
 
-def test_a_killed_program_is_resumed(checkpoint, tmp_path, monkeypatch):
+def test_killed_program_is_resumed_with_the_same_files(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = checkpoint("llama")
     program = forked.Process(target=killed_in_the_third_block, args=(tmp_path, model))
@@ -78,7 +78,7 @@ def test_a_killed_program_is_resumed(checkpoint, tmp_path, monkeypatch):
         library.run(replace(again, seed=7))
 
 
-def test_a_training_and_a_reapplication_are_runs_too(checkpoint, tmp_path, monkeypatch):
+def test_run_trains_and_reapplies(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     library.run(options(checkpoint("llama"), "pruned", method="wanda"))
     trained = library.run(
@@ -92,7 +92,7 @@ def test_a_training_and_a_reapplication_are_runs_too(checkpoint, tmp_path, monke
     assert library.run(again).reapplied["weights"] == 0  # the training has kept all zeros
 
 
-def test_a_trained_model_is_not_lost_by_a_measurement_that_fails(checkpoint, tmp_path, monkeypatch):
+def test_failed_measurement_keeps_the_trained_model(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     library.run(options(checkpoint("llama"), "pruned", method="wanda"))
     measure, calls = EvaluatorSpec.measure, []
@@ -113,7 +113,7 @@ def test_a_trained_model_is_not_lost_by_a_measurement_that_fails(checkpoint, tmp
     assert set(report.recovery["scores"]) == {"source", "shape", "before"}
 
 
-def test_a_program_meets_the_checks_of_the_shell():
+def test_programs_get_the_errors_of_the_shell():
     model, tokens = random_model("llama"), random_tokens()
     for given, message in (
         ({"method": "wanda", "options": library.PruneOptions(effort="best")}, "effort"),
@@ -129,7 +129,7 @@ def test_a_program_meets_the_checks_of_the_shell():
 
 
 class Recorder(Watcher):
-    """Records what it sees of a run, by the names of its methods."""
+    """Records the names of the methods that are called."""
 
     def __init__(self):
         self.seen = []
@@ -157,7 +157,7 @@ def test_watcher_sees_the_steps_in_order(checkpoint, tmp_path, monkeypatch, dry_
     monkeypatch.chdir(tmp_path)
     watcher = Recorder()
     wanted = options(checkpoint("llama"), "out", pack=Path("packed"))
-    named = with_names(wanted, registry(), watcher.notice)
+    named = resolve_names(wanted, registry(), watcher.notice)
     report = drive(named, watcher, library.Ranks(), dry_run=dry_run)
     assert list(dict.fromkeys(watcher.seen)) == seen
     assert (report is None) is dry_run
@@ -165,18 +165,16 @@ def test_watcher_sees_the_steps_in_order(checkpoint, tmp_path, monkeypatch, dry_
 
 
 class Refusing(Watcher):
-    """Ends a run before its work."""
+    """Raises an exception before the work."""
 
     def resolved(self, task):
         raise library.AptError("no")
 
 
-def test_error_of_a_watcher_stops_the_run_before_anything_is_written(
-    checkpoint, tmp_path, monkeypatch
-):
+def test_exception_of_a_watcher_stops_the_run_before_writing(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     watcher = Refusing()
-    named = with_names(options(checkpoint("llama"), "out"), registry(), watcher.notice)
+    named = resolve_names(options(checkpoint("llama"), "out"), registry(), watcher.notice)
     with pytest.raises(library.AptError, match="no"):
         drive(named, watcher, library.Ranks())
     assert list(Path().iterdir()) == []

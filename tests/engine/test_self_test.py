@@ -1,4 +1,4 @@
-"""``apt-prune doctor --test``: a machine that works passes, and each fault is found and named."""
+"""``apt-prune doctor --test``: a working machine passes, and each failure is named."""
 
 import json
 from dataclasses import replace
@@ -16,13 +16,15 @@ TINY = {"samples": 2, "seqlen": 16, "pattern": "2:4", "method": "wanda"}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Small runs; two processes are started in tests/distributed."""
+    """Runs are small, and the test of two processes is replaced: tests/distributed has it."""
     monkeypatch.setattr(self_test, "_RUN", TINY)
     absent = self_test.NotThereError("left out here")
-    monkeypatch.setattr(self_test._Machine, "ranks", lambda machine: (_ for _ in ()).throw(absent))
+    monkeypatch.setattr(
+        self_test._DeviceTests, "ranks", lambda machine: (_ for _ in ()).throw(absent)
+    )
 
 
-def test_this_machine_passes(apt):
+def test_working_machine_passes_all_tests(apt):
     run = apt("doctor", "--test", "--device", "cpu", "--json")
     assert run.code == 0, run.out
     found = json.loads(run.out)
@@ -35,12 +37,12 @@ def test_this_machine_passes(apt):
 
 
 def outcome(what):
-    """The outcome of a test of the CPU whose name begins so, without those behind it."""
+    """The outcome of the first test whose name begins with ``what``; later tests do not run."""
     found = (test for test in outcomes_on("cpu", registry()) if test.what.startswith(what))
     return next(found)
 
 
-def test_wrong_weights_are_found(monkeypatch, apt):
+def test_wrong_weights_fail_the_solver_test(monkeypatch, apt):
     right = self_test.joint_weights
 
     def wrong(weight, *given, **named):
@@ -57,7 +59,7 @@ def test_wrong_weights_are_found(monkeypatch, apt):
     assert "failed" in run.out
 
 
-def test_inputs_that_differ_from_those_of_the_cpu_are_found(monkeypatch):
+def test_inputs_other_than_on_the_cpu_fail_the_capture_test(monkeypatch):
     right, calls = self_test.as_rows, []
 
     def wrong(*given):
@@ -68,7 +70,7 @@ def test_inputs_that_differ_from_those_of_the_cpu_are_found(monkeypatch):
     assert outcome("captured").outcome == "failed"
 
 
-def test_a_run_that_breaks_the_model_is_found(monkeypatch):
+def test_high_perplexity_fails_the_run_test(monkeypatch):
     scores = {"before": {"perplexity": 10.0}, "after": {"perplexity": float("nan")}}
     monkeypatch.setattr(self_test, "run", lambda options: SimpleNamespace(scores=scores))
     found = outcome("a run")
@@ -76,14 +78,14 @@ def test_a_run_that_breaks_the_model_is_found(monkeypatch):
         "failed", "ValueError: the perplexity after pruning is nan")  # fmt: skip
 
 
-def test_what_needs_a_run_is_left_out_without_it(monkeypatch):
+def test_tests_that_need_a_run_are_left_out_without_it(monkeypatch):
     monkeypatch.setattr(self_test, "run", lambda options: 1 / 0)
     kinds = {test.what: test.outcome for test in outcomes_on("cpu", registry())}
     assert kinds["a run, its model opened again"] == "failed"
     assert kinds["packed products against dense ones"] == "not there"
 
 
-def test_without_an_embedded_model_nothing_can_be_run():
+def test_tests_are_left_out_without_an_embedded_model():
     none = SimpleNamespace(adapters=SimpleNamespace(specs={}))
     outcomes = [test.outcome for test in outcomes_on("cpu", none)]
     assert outcomes[:2] == ["passed", "passed"]

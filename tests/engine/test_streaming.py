@@ -1,4 +1,4 @@
-"""Block by block from disk to disk: the same bytes as in memory, also when a run is cut short."""
+"""Streamed runs write the same bytes as runs in memory, also after an interruption."""
 
 import errno
 import shutil
@@ -37,7 +37,7 @@ from tests.helpers.processes import start
 
 @pytest.fixture
 def sharded(tmp_path, tokenizer):
-    """A LLaMA in several files, with a few more beside them."""
+    """A LLaMA in several shards, beside other files."""
     folder = tmp_path / "sharded"
     random_model("llama", torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
     tokenizer.save_pretrained(folder)
@@ -54,7 +54,7 @@ def sharded(tmp_path, tokenizer):
      ("mamba2", "default"), ("opt-350m", "fast"),
      *((name, "default") for name in CONFIGS if name == "jamba")],
 )  # fmt: skip
-def test_a_streamed_run_gives_what_one_in_memory_gives(variant, effort, checkpoint, apt):
+def test_streamed_run_writes_the_weights_of_a_run_in_memory(variant, effort, checkpoint, apt):
     model = checkpoint(variant)
     for name, options in (("memory", []), ("disk", ["--stream"])):
         result = apt("prune", model, *SMALL, "--effort", effort, "-o", name, *options)
@@ -67,7 +67,7 @@ def test_a_streamed_run_gives_what_one_in_memory_gives(variant, effort, checkpoi
     assert not list(Path().glob(".disk*"))
 
 
-def test_layout_and_every_other_file_stay(sharded, apt):
+def test_streamed_run_keeps_the_layout_and_all_other_files(sharded, apt):
     result = apt("prune", sharded, *SMALL, "--stream", "-o", "out")
     assert result.code == 0, result.err
     before, after = Shards(sharded), Shards(Path("out"))
@@ -88,7 +88,7 @@ def test_layout_and_every_other_file_stay(sharded, apt):
     [("write", 1, "default"), ("write", 9, "fast"), ("journal", 1, "fast"), ("journal", 6, "fast"),
      ("appear", 1, "fast")],
 )  # fmt: skip
-def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
+def test_resumed_run_writes_the_same_bytes(
     place, count, effort, checkpoint, apt, output_of, monkeypatch
 ):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", effort)
@@ -108,9 +108,7 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(
     assert not list(Path().glob(".out*"))
 
 
-def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(
-    checkpoint, apt, output_of, monkeypatch
-):
+def test_run_interrupted_after_publication_is_complete(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
     whole = output_of(*command)
     original = shutil.rmtree
@@ -132,7 +130,7 @@ def test_a_run_that_is_cut_short_once_its_output_is_there_is_done(
     assert not list(Path().glob(".out*"))
 
 
-def test_a_full_disk_loses_nothing(checkpoint, apt, output_of, monkeypatch):
+def test_full_disk_loses_no_finished_blocks(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
     whole = output_of(*command)
     with monkeypatch.context() as patch:
@@ -141,7 +139,7 @@ def test_a_full_disk_loses_nothing(checkpoint, apt, output_of, monkeypatch):
     check_full_disk(result, command, apt, whole)
 
 
-def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
+def test_resuming_with_other_options_is_refused(checkpoint, apt, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "-o", "out")
     with monkeypatch.context() as patch:
         cut(patch, PLACES["journal"], 4, KilledError())
@@ -153,7 +151,7 @@ def test_another_command_is_not_gone_on_with(checkpoint, apt, monkeypatch):
     assert apt(*command, "--resume").code == 0
 
 
-def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(
+def test_truncated_journal_is_read_up_to_its_last_whole_line(
     checkpoint, apt, output_of, monkeypatch
 ):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
@@ -168,7 +166,7 @@ def test_a_journal_cut_within_a_line_is_read_as_far_as_it_is_whole(
     assert weights("out") == weights(whole)
 
 
-def test_two_runs_do_not_write_one_output(checkpoint, apt):
+def test_second_run_of_an_output_is_refused(checkpoint, apt):
     for options in (["--stream"], ["--stream", "--resume"], []):
         with Staging(Path("out")).locked():
             result = apt("prune", checkpoint("llama"), *SMALL, *options, "-o", "out")
@@ -177,21 +175,23 @@ def test_two_runs_do_not_write_one_output(checkpoint, apt):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--allocation", "atp", "--sparsity", "0.5"], "allocation atp needs the whole model"),
         (["--dtype", "float32"], "another dtype than the default needs"),
     ],
 )
-def test_what_cannot_be_streamed_is_told_first(options, said, checkpoint, apt):
+def test_requests_that_cannot_be_streamed_are_refused_before_the_work(
+    options, message, checkpoint, apt
+):
     small = SMALL[:4] + SMALL[6:] if "--sparsity" in options else SMALL
     result = apt("prune", checkpoint("llama"), *small, "--stream", "-o", "out", *options)
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not list(Path().iterdir())
 
 
-def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
+def test_too_small_disk_is_refused_before_the_work(checkpoint, apt, monkeypatch):
     from collections import namedtuple
 
     monkeypatch.setattr(
@@ -203,11 +203,11 @@ def test_a_disk_too_small_is_told_first(checkpoint, apt, monkeypatch):
 
 
 def kill_after_two_blocks():
-    """Let this process be killed once two blocks are on disk."""
+    """Make this process kill itself once two blocks are on disk."""
     Journal.add = signalled(4, signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path, apt, output_of):
+def test_killed_process_is_resumed(checkpoint, tmp_path, apt, output_of):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
     whole = output_of(*command)
     process = start(tmp_path, *command, "-o", "out", before=kill_after_two_blocks)
@@ -219,7 +219,7 @@ def test_a_process_that_is_killed_is_gone_on_with(checkpoint, tmp_path, apt, out
     assert weights("out") == weights(whole)
 
 
-def test_the_next_block_is_read_while_one_has_its_turn(checkpoint, apt, output_of, monkeypatch):
+def test_next_block_is_read_while_a_block_is_pruned(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream")
     whole = output_of(*command)
     readers, original = [], Shards.read
@@ -256,19 +256,19 @@ def streamed(model, ranks=None, **options):
     )  # fmt: skip
 
 
-def test_a_block_that_is_read_ahead_but_never_opened_is_let_go(checkpoint, monkeypatch):
-    """A layer-wise run opens no block that is dropped."""
+def test_read_ahead_block_that_is_never_opened_is_released(checkpoint, monkeypatch):
+    """A layer-wise run does not open dropped blocks."""
     monkeypatch.setattr("apt.engine.streamed.reads_ahead", lambda device: True)
     store = streamed(checkpoint("llama"))
     store.begin(Text(None))
     for number, ahead in ((0, ["model.layers.1"]), (2, [])):
         with store.open(f"model.layers.{number}", store.model.model.layers[number]):
-            assert list(store._ahead) == ahead
+            assert list(store._reads) == ahead
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_every_rank_continues_with_the_block_as_it_is_stored(first, tmp_path, tokenizer):
-    """A checkpoint in bf16 that computes in fp32: the values are rounded, one rank writes them."""
+def test_each_rank_continues_with_the_stored_values_of_a_block(first, tmp_path, tokenizer):
+    """A checkpoint in bf16 that computes in fp32: one rank writes rounded values."""
     random_model("llama", torch.bfloat16).save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
     shutil.copytree(tmp_path / "half", tmp_path / "copy")
@@ -289,15 +289,15 @@ def test_every_rank_continues_with_the_block_as_it_is_stored(first, tmp_path, to
     assert store.journal.has_work == first
 
 
-def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt, monkeypatch):
+def test_damaged_read_ahead_block_is_an_error_when_it_is_opened(checkpoint, apt, monkeypatch):
     model = Path(shutil.copytree(checkpoint("llama"), "damaged"))
     name = "model.layers.1.mlp.up_proj.weight"
     shards = Shards(model)
     shards.write([(name, torch.full(shards.entries[name].shape, float("nan")))])
-    said = f"{name} in {model}/model.safetensors holds values that are not finite"
+    message = f"{name} in {model}/model.safetensors holds values that are not finite"
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path(".out.apt").exists()
     monkeypatch.setattr("apt.engine.streamed.reads_ahead", lambda device: True)
     monkeypatch.setattr(
@@ -305,12 +305,12 @@ def test_a_damaged_block_that_is_read_ahead_is_told_in_its_turn(checkpoint, apt,
     )  # damaged since
     result = apt("prune", model, *SMALL, "--stream", "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert "finished blocks are in .out.apt: resume the run (--resume)" in result.err
 
 
-def test_a_run_goes_on_with_its_activations_elsewhere(checkpoint, apt, output_of, monkeypatch):
-    """As a run that died for lack of memory has to."""
+def test_resumed_run_may_place_its_activations_elsewhere(checkpoint, apt, output_of, monkeypatch):
+    """This is needed after a run that ended for lack of memory."""
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--effort", "fast")
     whole = output_of(*command)
     with monkeypatch.context() as patch:
@@ -325,7 +325,7 @@ def test_a_run_goes_on_with_its_activations_elsewhere(checkpoint, apt, output_of
     assert apt(*command, "-o", "out", "--resume").code == 0  # it is the same run, and complete
 
 
-def test_a_run_that_needs_another_selection_is_not_to_be_resumed(tmp_path, tokenizer, apt):
+def test_error_that_needs_another_selection_does_not_suggest_to_resume(tmp_path, tokenizer, apt):
     model = random_model("llama")
     torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
     for part in (model, tokenizer):
@@ -336,9 +336,7 @@ def test_a_run_that_needs_another_selection_is_not_to_be_resumed(tmp_path, token
     assert result.err.endswith("skip 'model.layers.1.mlp.down_proj' (--skip)\n")
 
 
-def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(
-    checkpoint, apt, output_of, monkeypatch
-):
+def test_resumed_run_uses_the_generated_text_again(checkpoint, apt, output_of, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--own-samples", 2)
     command = (*command, "--effort", "fast", "--eval", "builtin")
     whole = output_of(*command)
@@ -353,7 +351,7 @@ def test_text_that_the_model_wrote_is_kept_for_a_resumed_run(
     assert weights("out") == weights(whole)
 
 
-def test_kept_text_that_was_changed_is_refused(checkpoint, apt, monkeypatch):
+def test_changed_generated_text_is_refused(checkpoint, apt, monkeypatch):
     command = ("prune", checkpoint("llama"), *SMALL, "--stream", "--own-samples", 2)
     command = (*command, "--effort", "fast", "-o", "out")
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What is changed between a kill and --resume is seen, or does no harm."""
+"""Changes of files between a kill and --resume are detected or harmless."""
 
 import os
 import random
@@ -19,7 +19,7 @@ QUICK = ("--samples", 2, "--seqlen", 16, "--pattern", "2:4", "--calibration", TE
 
 @pytest.fixture
 def cut_short(checkpoint, apt, monkeypatch):
-    """A function that leaves a run of some blocks, and returns its command."""
+    """A function that interrupts a run after some lines of the journal, and returns its command."""
     command = ("prune", checkpoint("llama"), *QUICK, "--method", "wanda")
 
     def leave(lines=5):
@@ -34,7 +34,7 @@ def cut_short(checkpoint, apt, monkeypatch):
 
 @pytest.fixture
 def check(apt, output_of):
-    """Go on: the result is that of a whole run, or the change is told and nothing appears."""
+    """A function that resumes: the result of an uninterrupted run, or an error and no output."""
 
     def go_on(command):
         run = apt(*command)
@@ -50,14 +50,14 @@ def check(apt, output_of):
 
 
 def flip(path, draw):
-    """Change a bit."""
+    """Flip a random bit of a file."""
     raw = bytearray(path.read_bytes())
     raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
     path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("lines", [4, 5, 6], ids=["one block", "two blocks", "all blocks"])
-def test_a_bit_that_flips_in_any_file(cut_short, check, lines):
+def test_bit_flips_in_any_file_are_seen_or_harmless(cut_short, check, lines):
     command, draw, found = cut_short(lines), random.Random(lines), []
     shutil.copytree(".out.apt", "left")
     files = sorted(p.relative_to("left") for p in Path("left").rglob("*") if p.stat().st_size)
@@ -82,7 +82,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES.values(), ids=CHANGES)
-def test_a_tensor_that_is_changed(cut_short, apt, name):
+def test_changed_tensor_of_a_kept_block_is_refused(cut_short, apt, name):
     command, out = cut_short(), Path(".out.apt/out")
     Shards(out).write([(name, Shards(out).read(name) + 1)])
     run = apt(*command)
@@ -92,13 +92,13 @@ def test_a_tensor_that_is_changed(cut_short, apt, name):
     assert not Path("out").exists()
 
 
-def test_a_tensor_of_a_block_to_come_is_written_anew(cut_short, check):
+def test_changed_tensor_of_a_later_block_is_overwritten(cut_short, check):
     command, out, name = cut_short(), Path(".out.apt/out"), "model.layers.2.mlp.up_proj.weight"
     Shards(out).write([(name, torch.ones_like(Shards(out).read(name)))])
     assert check(command) == "harmless"
 
 
-def test_lines_that_no_run_has_written(cut_short, check):
+def test_forged_lines_of_the_journal_are_harmless(cut_short, check):
     command, path = cut_short(), Path(".out.apt/journal.jsonl")
     before = path.read_bytes()
     for line in (b'{"finished": true}\n', b'{"finished": {}, "checksum": ""}\n', b"[]\n", b"\xff"):
@@ -112,7 +112,7 @@ def test_lines_that_no_run_has_written(cut_short, check):
     assert check(command) == "harmless"
 
 
-def test_a_line_that_is_taken_out_or_changed(cut_short, apt):
+def test_missing_or_changed_line_of_the_journal_is_refused(cut_short, apt):
     command, path = cut_short(), Path(".out.apt/journal.jsonl")
     first, second, *rest = path.read_bytes().splitlines(keepends=True)
     for lines in ([first, *rest], [first, second.replace(b"0", b"1", 1), *rest], [second, *rest]):
@@ -123,7 +123,7 @@ def test_a_line_that_is_taken_out_or_changed(cut_short, apt):
         assert not Path("out").exists()
 
 
-def test_files_that_are_added_do_not_appear(cut_short, check):
+def test_files_added_to_the_staging_folder_are_not_published(cut_short, check):
     command = cut_short()
     Path(".out.apt/out/evil.py").write_text("raise SystemExit")
     Path(".out.apt/out/deep").mkdir()
@@ -131,7 +131,7 @@ def test_files_that_are_added_do_not_appear(cut_short, check):
     assert check(command) == "harmless"
 
 
-def test_a_finished_run_that_is_gone_on_with_is_complete(cut_short, apt):
+def test_resuming_a_finished_run_reports_it_as_complete(cut_short, apt):
     command = cut_short()
     assert apt(*command).code == 0
     before = {p.name: p.read_bytes() for p in Path("out").iterdir()}

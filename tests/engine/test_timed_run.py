@@ -1,4 +1,4 @@
-"""A pruning of a given time: what is made smaller to fit, and the distillation after it."""
+"""A pruning of a given time: effort and samples become smaller, and a distillation follows."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ def job():
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr(timed_run, "measured", lambda device: Machine(5e10, 1e11, 2e10))
+    monkeypatch.setattr(timed_run, "measure_machine", lambda device: Machine(5e10, 1e11, 2e10))
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def machine(monkeypatch):
 )
 def test_effort_and_samples_become_smaller_until_they_fit(job, machine, minutes, given, fits):
     lines = []
-    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=minutes, **given)
+    requested = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=minutes, **given)
     method = registry().methods.get("admm")
-    found = timed_run.fitted(asked, *job, method, "cpu", lines.append)
+    found = timed_run.fit_to_time(requested, *job, method, "cpu", lines.append)
     assert (found.effort, found.samples, found.seqlen) == fits
     assert lines == [
         f"minutes: {minutes:g}: effort {fits[0]}, {fits[1]} samples of {fits[2]} tokens, "
@@ -63,17 +63,17 @@ def test_effort_and_samples_become_smaller_until_they_fit(job, machine, minutes,
     ]
 
 
-def test_a_method_without_efforts_has_fewer_samples(job, machine):
-    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
-    found = timed_run.fitted(asked, *job, registry().methods.get("wanda"), "cpu", print)
+def test_method_without_efforts_has_fewer_samples(job, machine):
+    requested = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=1e-6)
+    found = timed_run.fit_to_time(requested, *job, registry().methods.get("wanda"), "cpu", print)
     assert (found.effort, found.samples, found.seqlen) == ("default", 8, 512)
 
 
 @pytest.mark.parametrize(("width", "rate"), [(128, 4e-4), (576, 4e-4), (4608, 5e-5)])
-def test_a_wider_model_is_trained_with_a_lower_rate(job, width, rate):
+def test_wider_model_is_trained_with_a_lower_rate(job, width, rate):
     skeleton = replace(job[0], config=LlamaConfig(hidden_size=width))
-    asked = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=9, output=Path("out"))
-    training = timed_run.training_of(asked, skeleton, registry(), "cpu").options
+    requested = library.PruneRun(model="zoo:llama", sparsity=0.5, minutes=9, output=Path("out"))
+    training = timed_run.training_of(requested, skeleton, registry(), "cpu").options
     assert training.rate == pytest.approx(rate)
     assert training.batch is None  # chosen by the time
 
@@ -82,8 +82,8 @@ WORDS = ("--sparsity", 0.7, "--method", "wanda", "--samples", 4, "--seqlen", 64,
          "--save-masks", "--eval", TEXT)  # fmt: skip
 
 
-def test_what_is_left_of_the_time_is_spent_on_distillation(apt, monkeypatch):
-    """Here as much as 8 steps take, on any machine. Every zero stays, and no other is made."""
+def test_rest_of_the_time_is_spent_on_distillation(apt, monkeypatch):
+    """The number of steps is fixed to 8. All zeros stay, and no further zeros appear."""
     monkeypatch.setattr(recovery, "_steps_in", lambda seconds, *_: (8, 4, 8))
     plain = apt("prune", "zoo:llama", *WORDS, "-o", "plain")
     run = apt("prune", "zoo:llama", *WORDS, "--minutes", 9, "-o", "timed")
@@ -106,7 +106,7 @@ def test_what_is_left_of_the_time_is_spent_on_distillation(apt, monkeypatch):
     assert load(open_skeleton(find("timed", registry()), registry())).module is not None
 
 
-def test_a_training_that_has_no_time_is_left_out_and_said(apt):
+def test_training_without_time_is_left_out_with_a_notice(apt):
     run = apt("prune", "zoo:llama", *WORDS, "--minutes", 1e-6, "-o", "out")
     assert run.code == 0, run.err
     assert "no time was left for distillation" in run.out
@@ -116,7 +116,7 @@ def test_a_training_that_has_no_time_is_left_out_and_said(apt):
 
 
 @pytest.mark.parametrize("other", [("--stream",), ("--quantize", "int8"), ("--samples", 0)])
-def test_what_a_training_excludes_is_refused(apt, other):
+def test_options_that_exclude_a_training_are_refused(apt, other):
     own = ("--own-samples", 2) if other[0] == "--samples" else ()
     run = apt("prune", "zoo:llama", "--minutes", 1, *other, *own, "-o", "out")
     assert run.code == 2
@@ -129,7 +129,7 @@ def test_what_a_training_excludes_is_refused(apt, other):
 @pytest.mark.parametrize(
     "words", [("prune", "zoo:llama", "--minutes", 1), ("recover", "zoo:llama")]
 )
-def test_a_training_needs_its_packages(apt, monkeypatch, words):
+def test_training_without_its_packages_is_refused(apt, monkeypatch, words):
     monkeypatch.setattr(opening, "find_spec", lambda name: None if name == "peft" else True)
     run = apt(*words, "-o", "out")
     assert run.code == 2

@@ -1,4 +1,4 @@
-"""Metrics of a model that is never whole in memory, against those of one that is."""
+"""Metrics of a model that is read block by block, against a model in memory."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def skeleton(checkpoint):
 
 @pytest.mark.parametrize("variant", CONFIGS)
 @torch.no_grad()
-def test_windows_in_any_batches_give_the_whole_models_logits(variant, skeleton):
+def test_streamed_model_gives_the_logits_of_the_model_in_memory(variant, skeleton):
     tokens = random_tokens(samples=5, seqlen=16)
     model = load(skeleton(variant)).module
     with streamed(skeleton(variant), tokens, "cpu") as module:
@@ -50,7 +50,7 @@ def test_windows_in_any_batches_give_the_whole_models_logits(variant, skeleton):
     assert "forward" not in vars(blocks[0])
 
 
-def test_other_tokens_than_the_windows_are_refused(skeleton):
+def test_tokens_that_are_not_windows_are_refused(skeleton):
     tokens = random_tokens(samples=2, seqlen=16)
     with (
         streamed(skeleton("llama"), tokens, "cpu") as module,
@@ -60,7 +60,7 @@ def test_other_tokens_than_the_windows_are_refused(skeleton):
 
 
 @pytest.mark.parametrize("activations", ["memory", "disk"])
-def test_a_streamed_run_measures_what_one_in_memory_does(activations, checkpoint, apt):
+def test_streamed_run_reports_the_scores_of_a_run_in_memory(activations, checkpoint, apt):
     model = checkpoint("llama-grouped-tied")
     assert apt("prune", model, *COMMAND, "-o", "memory").code == 0
     streamed = ("--stream", "--activations", activations)
@@ -73,7 +73,7 @@ def test_a_streamed_run_measures_what_one_in_memory_does(activations, checkpoint
     assert found == known
 
 
-def test_what_was_measured_is_not_measured_again(checkpoint, apt, monkeypatch):
+def test_resumed_run_measures_nothing_again(checkpoint, apt, monkeypatch):
     command = ("prune", checkpoint("llama"), *COMMAND, "--stream")
     assert apt(*command, "-o", "whole").code == 0
     statuses = []
@@ -94,7 +94,7 @@ def test_what_was_measured_is_not_measured_again(checkpoint, apt, monkeypatch):
     assert scores("out") == scores("whole")
 
 
-def test_another_text_to_measure_on_is_another_run(checkpoint, apt, monkeypatch):
+def test_resume_with_another_evaluation_text_is_refused(checkpoint, apt, monkeypatch):
     text = Path("text.txt")
     text.write_text(TEXT.read_text())
     command = ["prune", checkpoint("llama"), *COMMAND, "--stream", "-o", "out"]
@@ -109,16 +109,16 @@ def test_another_text_to_measure_on_is_another_run(checkpoint, apt, monkeypatch)
     assert "evaluation differ" in result.err
 
 
-def test_eval_reads_block_by_block(checkpoint, apt):
+def test_streamed_eval_gives_the_same_perplexity(checkpoint, apt):
     model = checkpoint("opt")
     command = ("eval", model, "--data", TEXT, "--samples", 4, "--seqlen", 24, "--json")
     known = json.loads(apt(*command).out)
-    found = json.loads(apt(*command, "--stream").out)
-    assert found.pop("perplexity") == pytest.approx(known.pop("perplexity"), rel=1e-5)
-    assert found == known
+    result = json.loads(apt(*command, "--stream").out)
+    assert result.pop("perplexity") == pytest.approx(known.pop("perplexity"), rel=1e-5)
+    assert result == known
 
 
-def test_what_cannot_be_read_block_by_block_is_told(apt, tmp_path, checkpoint):
+def test_eval_refuses_to_stream_unsuitable_models(apt, tmp_path, checkpoint):
     refused = apt("eval", "zoo:llama", "--stream", "--dtype", "bfloat16")
     assert refused.code == 2
     assert "dtype needs the whole model" in refused.err
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_block_by_block_is_told(apt, tmp_path, checkpoint):
 @needs("transformers", "5.24", "Zaya, HY 4, keys and values for later layers")
 @pytest.mark.parametrize("kind", ["zaya", "hy_v4", "gemma3n_text"])
 @torch.no_grad()
-def test_what_blocks_pass_on_beside_the_stream_reaches_the_last_one(kind, monkeypatch, tmp_path):
+def test_other_values_of_blocks_reach_the_last_block(kind, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     tiny = import_module("tiny")
     tiny.model(kind).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Logits in parts are the model's own, whatever it makes of its last states."""
+"""Logits in parts equal the logits of the model, also with scaling and soft caps."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import (
 
 import apt.evaluation.logits
 from apt.checkpoints.load import open_skeleton
-from apt.engine.costs import Planned
+from apt.engine.costs import PlannedRun
 from apt.engine.estimate import estimate
 from apt.evaluation.blockwise import streamed
 from apt.evaluation.logits import kept_states, parts_of_logits
@@ -43,7 +43,7 @@ SCALED = {
 
 @pytest.fixture
 def of_two_tokens(monkeypatch):
-    """Parts of two tokens of each sample, with how many samples come at a time."""
+    """Let each part have two tokens of each sample."""
     monkeypatch.setattr("apt.evaluation.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
 
 
@@ -59,7 +59,7 @@ def scaled(name):
 @torch.no_grad()
 @pytest.mark.usefixtures("of_two_tokens")
 @pytest.mark.parametrize("name", [*CONFIGS, *SCALED])
-def test_parts_are_the_whole_models_logits(name):
+def test_parts_equal_the_logits_of_the_model(name):
     model = scaled(name) if name in SCALED else random_model(name)
     whole = model(TOKENS, use_cache=False).logits
     parts = list(parts_of_logits(model, TOKENS))
@@ -69,7 +69,7 @@ def test_parts_are_the_whole_models_logits(name):
 
 
 @torch.no_grad()
-def test_what_fits_comes_whole_and_to_the_bit():
+def test_logits_that_fit_are_one_identical_part():
     model = random_model("llama")
     [logits] = parts_of_logits(model, TOKENS)
     assert torch.equal(logits, model(TOKENS, use_cache=False).logits)
@@ -77,15 +77,15 @@ def test_what_fits_comes_whole_and_to_the_bit():
 
 @pytest.mark.usefixtures("of_two_tokens")
 @pytest.mark.parametrize("measure", [perplexity, accuracy])
-def test_measures_are_the_same(measure, monkeypatch):
+def test_metrics_do_not_depend_on_the_size_of_parts(measure, monkeypatch):
     model = random_model("llama")
-    found = measure(model, TOKENS)
+    result = measure(model, TOKENS)
     monkeypatch.setattr("apt.evaluation.logits.PART", 2**40)
-    assert found == pytest.approx(measure(model, TOKENS), rel=1e-5)
+    assert result == pytest.approx(measure(model, TOKENS), rel=1e-5)
 
 
 class Headless(torch.nn.Module):
-    """A model whose body cannot be told from its head."""
+    """A model whose body cannot be separated from its head."""
 
     def __init__(self, model):
         super().__init__()
@@ -97,7 +97,7 @@ class Headless(torch.nn.Module):
 
 @torch.no_grad()
 @pytest.mark.usefixtures("of_two_tokens")
-def test_where_head_and_body_are_one_the_logits_come_whole():
+def test_model_without_separable_head_gives_one_part():
     model = random_model("llama")
     [logits] = parts_of_logits(Headless(model), TOKENS)
     assert torch.equal(logits, model(TOKENS, use_cache=False).logits)
@@ -105,7 +105,7 @@ def test_where_head_and_body_are_one_the_logits_come_whole():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("of_two_tokens")
-def test_a_body_that_is_wrapped_stays_wrapped_where_the_model_fails():
+def test_wrapped_forward_of_the_body_is_restored_after_an_error():
     model = random_model("llama")
     wrapped, whole = [], model.model.forward
 
@@ -123,7 +123,7 @@ def test_a_body_that_is_wrapped_stays_wrapped_where_the_model_fails():
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
-def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
+def test_streamed_model_is_measured_in_parts(variant, checkpoint, monkeypatch):
     skeleton = open_skeleton(find(str(checkpoint(variant)), registry()), registry())
     monkeypatch.setattr("apt.evaluation.logits.PART", 2 * 4 * VOCABULARY * SAMPLES)
     heads = []
@@ -131,23 +131,23 @@ def test_a_streamed_model_is_measured_so(variant, checkpoint, monkeypatch):
         module.get_output_embeddings().register_forward_hook(
             lambda head, args, logits: heads.append(logits.shape[1])
         )
-        found = perplexity(module, TOKENS)
+        result = perplexity(module, TOKENS)
     assert max(heads) == 2
-    assert found == pytest.approx(perplexity(random_model(variant), TOKENS), rel=1e-5)
+    assert result == pytest.approx(perplexity(random_model(variant), TOKENS), rel=1e-5)
 
 
-def test_how_much_a_part_takes_is_bounded():
+def test_part_bytes_is_bounded():
     assert apt.evaluation.logits.part_bytes(2048, samples=4, seqlen=8) == 4 * 4 * 2048 * 32
     assert apt.evaluation.logits.part_bytes(2**18, samples=8, seqlen=256) == 4 * 2**26
     assert apt.evaluation.logits.part_bytes(2**20, samples=32, seqlen=1) == 4 * 4 * 2**25
 
 
-def test_the_estimate_counts_measuring_and_writing(monkeypatch):
+def test_estimate_includes_the_memory_of_logits(monkeypatch):
     skeleton = open_skeleton(find("zoo:llama", registry()), registry())
     plan = make_plan(skeleton.module, skeleton.adapter, NM(2, 4))
 
     def needs(**how):
-        return estimate(Planned(skeleton, plan, PruneRun(samples=1, seqlen=32), **how))
+        return estimate(PlannedRun(skeleton, plan, PruneRun(samples=1, seqlen=32), **how))
 
     small = needs()
     assert needs(augmentation=Augmentation(own_samples=1)).predicting >= small.predicting
@@ -159,7 +159,7 @@ def test_the_estimate_counts_measuring_and_writing(monkeypatch):
     assert large.memory > large.process + large.weights + 2**30
 
 
-def test_metrics_share_the_states_of_a_model():
+def test_metrics_share_one_run_of_the_body():
     model, dense = random_model("llama"), random_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
@@ -167,8 +167,8 @@ def test_metrics_share_the_states_of_a_model():
     metrics = (perplexity, accuracy), (divergence, agreement)
     alone = [m(model, tokens) for m in metrics[0]] + [m(model, tokens, dense) for m in metrics[1]]
     runs = []
-    for name, found in (("model", model), ("dense", dense)):
-        found.model.layers[0].register_forward_hook(lambda *_, n=name: runs.append(n))
+    for name, result in (("model", model), ("dense", dense)):
+        result.model.layers[0].register_forward_hook(lambda *_, n=name: runs.append(n))
     with kept_states(dense), kept_states(model):
         shared = [m(model, tokens) for m in metrics[0]]
         shared += [m(model, tokens, dense) for m in metrics[1]]
@@ -180,7 +180,7 @@ def test_metrics_share_the_states_of_a_model():
     assert len(runs) == 4
 
 
-def test_states_are_kept_up_to_a_limit(monkeypatch):
+def test_states_are_kept_up_to_most_states(monkeypatch):
     four_samples = 4 * 24 * 32 * 4
     monkeypatch.setattr(apt.evaluation.logits, "MOST_STATES", four_samples)
     model, runs = random_model("llama"), []

@@ -25,7 +25,7 @@ def opened(path):
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_a_result_is_computed_once(tmp_path, memory):
+def test_remember_computes_a_result_once(tmp_path, memory):
     journal, computed = Journal(None if memory else tmp_path / "journal"), []
     journal.begin({})
     for _ in range(2):
@@ -36,7 +36,7 @@ def test_a_result_is_computed_once(tmp_path, memory):
     assert not list(tmp_path.iterdir())
 
 
-def test_results_are_remembered_by_the_next_process(place):
+def test_remembered_results_are_read_by_the_next_process(place):
     journal = opened(place)
     journal.check(INPUTS)
     assert journal.serves(INPUTS)
@@ -46,22 +46,22 @@ def test_results_are_remembered_by_the_next_process(place):
     assert opened(place).values("third") == [3]
 
 
-def test_a_run_with_other_inputs_is_another_one(place):
+def test_journal_of_a_run_with_other_inputs_is_refused(place):
     other = {**INPUTS, "options": {"seed": 1}}
     assert not opened(place).serves(other)
-    said = r"^the run is another run: options\.seed, options\.shape differ; .* delete it$"
-    with pytest.raises(AptError, match=said):
+    message = r"^the run is another run: options\.seed, options\.shape differ; .* delete it$"
+    with pytest.raises(AptError, match=message):
         opened(place).check(other)
 
 
-def test_only_work_that_is_kept_is_work_to_continue_from(place):
+def test_has_work_is_true_only_after_keep(place):
     assert not opened(place).has_work
     opened(place).keep({"block": "a"})
     assert opened(place).has_work
     assert opened(place).values("block") == ["a"]
 
 
-def test_an_incomplete_last_line_is_removed(place):
+def test_incomplete_last_line_is_removed(place):
     whole = place.read_bytes()
     place.write_bytes(whole[:-5])
     journal = opened(place)
@@ -73,7 +73,7 @@ def test_an_incomplete_last_line_is_removed(place):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_changed_line_is_damage(place, number):
+def test_changed_line_is_an_error(place, number):
     lines = place.read_bytes().splitlines(keepends=True)
     lines[number - 1] = lines[number - 1].translate(bytes.maketrans(b"25", b"36"))  # the values
     place.write_bytes(b"".join(lines))
@@ -85,7 +85,7 @@ EARLIER = [b'{"inputs": "an earlier version"}\n', b'{"fingerprint": "a later one
 
 
 @pytest.mark.parametrize("content", [b"my notes\n", *EARLIER, b"\xff"])
-def test_another_file_is_neither_read_nor_changed(tmp_path, content):
+def test_other_file_is_refused_and_unchanged(tmp_path, content):
     place = tmp_path / "notes"
     place.write_bytes(content)
     with pytest.raises(AptError, match="notes is not the journal of the run"):
@@ -93,7 +93,7 @@ def test_another_file_is_neither_read_nor_changed(tmp_path, content):
     assert place.read_bytes() == content
 
 
-def test_links_are_not_followed(place):
+def test_links_are_refused(place):
     link = place.with_name("link")
     link.symlink_to(place)
     with pytest.raises(AptError, match="is a link"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from apt.cli.log_file import open_log
+from apt.cli.output import open_log
 from apt.errors import AptError
 from apt.files.hashes import changed_files, file_hashes
 from apt.files.writing import check_file, write_file
@@ -18,7 +18,7 @@ QUICK = ("--samples", 2, "--seqlen", 32, "--calibration", TEXT, "--method", "mag
 
 
 def links(place):
-    """What may be at the place of a file, each made by a function."""
+    """Functions that create a link or a special file at a path, by kind."""
     return {
         "link": lambda: (Path("other").write_text("mine"), place.symlink_to("other")),
         "dangling": lambda: place.symlink_to("nowhere"),
@@ -34,7 +34,7 @@ KINDS = list(links(Path()))
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_what_is_no_regular_file_is_not_replaced(tmp_path, monkeypatch, kind, overwrite):
+def test_only_regular_files_are_replaced(tmp_path, monkeypatch, kind, overwrite):
     monkeypatch.chdir(tmp_path)
     place = Path("file")
     links(place)[kind]()
@@ -45,7 +45,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path, monkeypatch, kind, ov
         assert Path("other").read_text() == "mine"
 
 
-def test_a_file_is_replaced_in_one_step_and_only_if_asked(tmp_path, monkeypatch):
+def test_file_is_replaced_in_one_step_only_with_overwrite(tmp_path, monkeypatch):
     place = tmp_path / "file"
     write_file(place, "one")
     with pytest.raises(AptError, match=r"file exists; overwrite it, or choose another file"):
@@ -64,14 +64,14 @@ def full_disk(descriptor):
     raise OSError(28, os.strerror(28))
 
 
-def test_another_name_of_the_file_keeps_its_content(tmp_path):
+def test_hard_link_of_a_replaced_file_keeps_its_content(tmp_path):
     (tmp_path / "other").write_text("mine")
     (tmp_path / "file").hardlink_to(tmp_path / "other")
     write_file(tmp_path / "file", "new", overwrite=True)
     assert (tmp_path / "other").read_text() == "mine"
 
 
-def test_the_folder_must_exist_and_be_no_input(tmp_path):
+def test_missing_folders_and_inputs_are_refused(tmp_path):
     with pytest.raises(AptError, match="its folder does not exist; create it first"):
         check_file(tmp_path / "none" / "file")
     (tmp_path / "model").mkdir()
@@ -113,7 +113,7 @@ WRITERS = {
         for kind in (KINDS if name == "log" else ("link", "dangling", "fifo"))
     ],
 )
-def test_commands_write_through_nothing(apt, model, pruned, name, kind):
+def test_commands_refuse_links_as_output_files(apt, model, pruned, name, kind):
     shutil.copytree(model, "m")
     shutil.copytree(pruned, "out")
     place = Path(WRITERS[name][0])
@@ -136,7 +136,7 @@ def snapshot():
 
 
 @pytest.mark.parametrize("name", ["report", "plot", "image"])
-def test_commands_replace_a_file_only_if_asked(apt, model, pruned, name):
+def test_commands_replace_a_file_only_with_overwrite(apt, model, pruned, name):
     shutil.copytree(model, "m")
     shutil.copytree(pruned, "out")
     place, words = Path(WRITERS[name][0]), WRITERS[name][1]
@@ -160,7 +160,7 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_nothing_is_written_inside_an_input(apt, model, pruned, name):
+def test_outputs_inside_an_input_are_refused(apt, model, pruned, name):
     shutil.copytree(model, "m")
     shutil.copytree(pruned, "out")
     before = snapshot()
@@ -169,7 +169,7 @@ def test_nothing_is_written_inside_an_input(apt, model, pruned, name):
     assert snapshot() == before
 
 
-def test_a_log_is_appended_to_and_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+def test_log_is_appended_and_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
     import logging
 
     path, log = tmp_path / "l.log", logging.getLogger("test.log")
@@ -186,7 +186,7 @@ def test_a_log_is_appended_to_and_a_full_disk_is_one_line(tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_journal_of_a_search_replaces_no_other_file(apt, model):
+def test_journal_of_a_search_keeps_other_files(apt, model):
     search = ("shrink", model, "--search", "--keep", 0.75, "--evaluations", 1, "--samples", 2,
               "--seqlen", 32, "--calibration", TEXT, "-o", "small")  # fmt: skip
     place = Path(".small.search.jsonl")
@@ -207,7 +207,7 @@ def test_the_journal_of_a_search_replaces_no_other_file(apt, model):
     assert not place.exists()
 
 
-def test_overwrite_replaces_the_unmodified_result_alone(apt, model, pruned):
+def test_overwrite_replaces_only_an_unmodified_result(apt, model, pruned):
     shutil.copytree(pruned, "out")
     again = ("prune", model, *QUICK, "-o", "out", "--overwrite")
     assert apt(*again).code == 0
@@ -232,7 +232,7 @@ def fine_tune(path):
     save_file(tensors, path, {"format": "pt"})
 
 
-def test_a_result_that_is_changed_during_the_run_is_kept(apt, model, pruned, monkeypatch):
+def test_result_that_changes_during_the_run_is_kept(apt, model, pruned, monkeypatch):
     shutil.copytree(pruned, "out")
     from apt.output.staging import Staging
 
@@ -250,13 +250,13 @@ def test_a_result_that_is_changed_during_the_run_is_kept(apt, model, pruned, mon
     assert Path("out-1/model.safetensors").exists()
 
 
-def test_the_report_has_the_hash_of_each_file(pruned):
+def test_report_has_the_hash_of_each_file(pruned):
     record = json.loads((pruned / "apt_report.json").read_text())
     assert record["files"] == file_hashes(pruned, ["apt_report.json"])
     assert changed_files(pruned, record["files"]) == []
 
 
-def test_verify_names_files_that_were_changed(apt, pruned):
+def test_verify_reports_changed_files(apt, pruned):
     shutil.copytree(pruned, "out")
     Path("out/README.md").write_text("my text")
     run = apt("verify", "out")
@@ -274,7 +274,7 @@ def test_verify_names_files_that_were_changed(apt, pruned):
 
 
 @pytest.mark.parametrize("command", ["reapply", "convert", "pack"])
-def test_every_output_has_a_report_that_lists_its_files(apt, pruned, command):
+def test_every_output_has_a_report_with_its_files(apt, pruned, command):
     shutil.copytree(pruned, "out")
     given = ("out", "out") if command == "reapply" else ("out",)
     assert apt(command, *given, "-o", "other").code == 0
@@ -284,13 +284,13 @@ def test_every_output_has_a_report_that_lists_its_files(apt, pruned, command):
     assert apt("verify", "other").code == 0
 
 
-def test_reapply_takes_no_fifo(apt, pruned):
+def test_reapply_refuses_a_fifo(apt, pruned):
     os.mkfifo("fifo")
     run = apt("reapply", "fifo", pruned, "-o", "other")
     assert (run.code, "fifo is neither a file nor a directory" in run.err) == (2, True)
 
 
-def test_secrets_beside_a_checkpoint_are_not_copied(apt, model):
+def test_hidden_files_of_a_checkpoint_are_not_copied(apt, model):
     shutil.copytree(model, "m")
     for name in (".env", ".cache/token"):
         Path("m", name).parent.mkdir(exist_ok=True)

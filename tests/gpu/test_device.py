@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(DEVICE is None, reason="no accelerator")
 
 @pytest.mark.parametrize("method", [ss, sm, mm])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
-def test_layers_are_solved_as_on_the_cpu(method, pattern):
+def test_solutions_equal_those_on_the_cpu(method, pattern):
     weight, gram = problem(0, 64, 128)
     there = Gram.from_sum(gram.matrix.to(DEVICE), gram.tokens)
     here = method(weight, gram, pattern, SolverOptions())
@@ -49,7 +49,7 @@ def test_layers_are_solved_as_on_the_cpu(method, pattern):
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
-def test_masks_are_searched_as_well_as_on_the_cpu(pattern):
+def test_masks_are_as_good_as_on_the_cpu(pattern):
     weight, gram = problem(2, 64, 128)
     there = Gram.from_sum(gram.matrix.to(DEVICE), gram.tokens)
     here = admm(weight, gram, pattern, SolverOptions())
@@ -63,7 +63,7 @@ def test_masks_are_searched_as_well_as_on_the_cpu(pattern):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_models_are_pruned_as_on_the_cpu(variant, dtype):
+def test_pruned_models_equal_those_on_the_cpu(variant, dtype):
     tokens, errors = random_tokens(samples=8), []
     for device in ("cpu", DEVICE):
         model = random_model(variant, dtype).to(device)
@@ -78,7 +78,7 @@ def test_models_are_pruned_as_on_the_cpu(variant, dtype):
 
 
 @pytest.mark.parametrize("where", ["memory", "cpu", "disk"])
-def test_a_streamed_run_reads_ahead_and_prunes_as_on_the_cpu(where, checkpoint, apt):
+def test_streamed_run_reads_ahead_and_equals_the_one_on_the_cpu(where, checkpoint, apt):
     command = ("prune", checkpoint("llama"), "--samples", 4, "--seqlen", 24, "--pattern", "2:4")
     errors = []
     for device in ("cpu", DEVICE):
@@ -91,7 +91,7 @@ def test_a_streamed_run_reads_ahead_and_prunes_as_on_the_cpu(where, checkpoint, 
     assert apt("verify", DEVICE).code == 0
 
 
-def test_a_model_writes_the_same_text_again():
+def test_own_text_is_reproducible():
     model = random_model("llama").to(DEVICE)
     first, again = (library.own_text(model, 3, 40, seed=1) for _ in range(2))
     assert first.device.type == "cpu"
@@ -99,14 +99,14 @@ def test_a_model_writes_the_same_text_again():
     assert int(first.max()) < model.config.vocab_size
 
 
-def test_metrics_are_measured_block_by_block_as_on_the_cpu(checkpoint, apt):
+def test_streamed_metrics_equal_those_on_the_cpu(checkpoint, apt):
     command = ("eval", checkpoint("llama"), "--samples", 4, "--seqlen", 24, "--json")
     known = json.loads(apt(*command, "--device", "cpu").out)
     found = json.loads(apt(*command, "--device", DEVICE, "--stream").out)
     assert found["perplexity"] == pytest.approx(known["perplexity"], rel=1e-3)
 
 
-def test_tf32_does_not_reach_the_solver():
+def test_solver_runs_without_tf32():
     weight, gram = problem(1, 64, 128)
     weight, matrix = weight.float().to(DEVICE), gram.matrix.float().to(DEVICE)
     plain = sm(weight, Gram.from_sum(matrix, gram.tokens), NM(2, 4), SolverOptions())
@@ -120,7 +120,7 @@ def test_tf32_does_not_reach_the_solver():
 
 
 @pytest.mark.parametrize("kind", ["spp", "lora", "layers", "distill"])
-def test_a_recovery_keeps_every_zero_and_trains_on_the_device(kind):
+def test_recovery_trains_on_the_device_and_keeps_every_zero(kind):
     model = random_model("llama").to(DEVICE)
     dense = copy.deepcopy(model)
     library.prune(model, random_tokens(), pattern="2:4", method="wanda")
@@ -139,7 +139,7 @@ def test_a_recovery_keeps_every_zero_and_trains_on_the_device(kind):
         assert model.get_parameter(name).device.type == DEVICE
 
 
-def test_tokens_may_be_on_the_device_beside_generated_text():
+def test_tokens_on_the_device_are_accepted_with_own_text():
     tokens, options = random_tokens(samples=6).to(DEVICE), library.PruneOptions(own_samples=2)
     report = library.prune(random_model("llama").to(DEVICE), tokens, pattern="2:4", options=options)
     assert report.calibration["shape"] == [8, 24]
@@ -151,7 +151,7 @@ def test_tokens_may_be_on_the_device_beside_generated_text():
 
 
 @pytest.mark.parametrize("method", sorted(registry().methods.specs))
-def test_every_method_prunes_as_well_as_on_the_cpu(method):
+def test_methods_are_as_good_as_on_the_cpu(method):
     errors = []
     for device in ("cpu", DEVICE):
         model = random_model("llama").to(device)
@@ -161,7 +161,7 @@ def test_every_method_prunes_as_well_as_on_the_cpu(method):
 
 
 @pytest.mark.parametrize("quantize", [None, "int4"])
-def test_permuted_and_rounded_weights_are_as_good_as_on_the_cpu(quantize):
+def test_permuted_and_quantised_weights_are_as_good_as_on_the_cpu(quantize):
     errors, options = [], library.PruneOptions(quantize=quantize, scale_group=64, effort="fast")
     for device in ("cpu", DEVICE):
         model = random_model("llama").to(device)
@@ -172,7 +172,7 @@ def test_permuted_and_rounded_weights_are_as_good_as_on_the_cpu(quantize):
 
 
 class _Apart(Ranks):
-    """A rank whose objects are pickled, as they are for another one, which has another device."""
+    """A rank whose objects are pickled, as for another rank with another device."""
 
     def share(self, value, owner=0):
         if isinstance(value, torch.Tensor):
@@ -180,25 +180,25 @@ class _Apart(Ranks):
         return pickle.loads(pickle.dumps(value))
 
 
-def test_what_ranks_share_lies_on_no_device():
+def test_ranks_share_tensors_on_the_cpu():
     model = random_model("llama").to(DEVICE)
     library.prune(model, random_tokens(), pattern="2:4", ranks=_Apart())
     assert all(meets(w, NM(2, 4)) for n, w in model.named_parameters() if "proj" in n)
 
 
-def test_random_states_of_every_device_are_kept_without_a_warning(monkeypatch):
+def test_random_states_of_all_devices_are_restored(monkeypatch):
     monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
     before = [torch.get_rng_state(), devices.random_state()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with devices.random_states_kept():
+        with devices.keep_random_states():
             torch.rand(3, device=DEVICE)
             torch.rand(3)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(devices.random_state(), before[1])
 
 
-def test_a_smaller_model_is_timed(checkpoint, apt):
+def test_latency_of_a_smaller_model_is_measured(checkpoint, apt):
     command = ("shrink", checkpoint("llama"), "--samples", 4, "--seqlen", 24, "--width-only")
     run = apt(*command, "--budget", "latency", "--multiple-of", 8, "--device", DEVICE, "-o", "out")
     assert run.code == 0, run.err

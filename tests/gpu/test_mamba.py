@@ -28,14 +28,14 @@ def model(request):
 
 
 @torch.no_grad()
-def test_the_kernels_are_right():
+def test_kernels_equal_the_reference():
     assert kernels.scan_differs() < 1e-2
     assert kernels.chunk_scan_differs() < 1e-2
     assert kernels.convolution_differs() < 1e-2
 
 
 @torch.no_grad()
-def test_fused_and_plain_forwards_agree(model):
+def test_fused_and_plain_forwards_agree_on_a_gpu(model):
     tokens = TOKENS.cuda()
     fused = model(tokens, use_cache=False).logits
     with without_kernels(model):
@@ -44,7 +44,7 @@ def test_fused_and_plain_forwards_agree(model):
 
 
 @torch.no_grad()
-def test_capture_sees_every_weight_and_changes_nothing(model):
+def test_capture_reports_every_weight_and_keeps_the_output(model):
     adapter: DecoderAdapter = adapter_of(model)
     with adapter.running(model):
         state, calls = adapter.enter(model, TOKENS.cuda())
@@ -68,14 +68,14 @@ def test_capture_sees_every_weight_and_changes_nothing(model):
             state = plain
 
 
-def test_a_model_is_pruned_through_its_kernels(model):
+def test_model_is_pruned_with_its_kernels(model):
     report = library.prune(model, TOKENS, pattern="2:4")
     for site in report.sites:
         assert meets(model.get_parameter(f"{site.name}.weight"), NM(2, 4))
 
 
 @torch.no_grad()
-def test_the_time_that_capture_takes_is_told(model, record_property):
+def test_time_of_capture_is_printed(model, record_property):
     adapter, tokens = adapter_of(model), random_tokens(16, 512).cuda()
     state, calls = adapter.enter(model, tokens)
     block = adapter.blocks(model)[0][1]

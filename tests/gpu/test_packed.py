@@ -5,8 +5,7 @@ import torch
 
 from apt import devices
 from apt.runtime import linear
-from apt.runtime.expanded import ExpandedMatrix
-from apt.runtime.linear import PackedLinear
+from apt.runtime.linear import ExpandedMatrix, PackedLinear
 from apt.runtime.matrix import encode
 from apt.runtime.rounding import encode_rounded
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.skipif(DEVICE is None, reason="no accelerator")
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("vectors", [1, 33])
 @pytest.mark.parametrize("triton", [True, False])
-def test_a_packed_module_multiplies_on_a_device(kind, vectors, triton, monkeypatch):
+def test_packed_module_multiplies_on_a_device(kind, vectors, triton, monkeypatch):
     if not triton:
         monkeypatch.setattr(linear, "gpu_matrix", lambda: None)
     elif not devices.runs_triton(DEVICE) or linear.gpu_matrix() is None:

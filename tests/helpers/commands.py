@@ -14,7 +14,7 @@ from apt.plugin.registry import listed_commands
 
 
 def commands():
-    """All subcommands, as typer has them."""
+    """All subcommands, as objects of typer."""
     program = get_command(app)
     return {name: program.get_command(None, name) for name in program.list_commands(None)}
 
@@ -55,7 +55,7 @@ def words(kind, given):
 
 @cache
 def _parser(name):
-    """The command line of a command that does nothing but remember what it gets."""
+    """The command line of a command that only records its arguments."""
     act, got = declared()[name], {}
 
     def take(**made):
@@ -69,7 +69,7 @@ def _parser(name):
 
 
 def taken(name, arguments):
-    """The objects that a command gets from the words of a command line, by class."""
+    """The arguments of a command for the words of a command line, by class."""
     parse, got = _parser(name)
     got.clear()
     parse(arguments, standalone_mode=False)

@@ -1,4 +1,4 @@
-"""Tests that take long: they have the marker ``slow``, and run first.
+"""Slow tests: they have the marker ``slow``, and run first.
 
 Two processes then end at about the same time. ``pytest --record-durations`` on an idle machine
 writes the file of durations anew.

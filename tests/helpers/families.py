@@ -1,4 +1,4 @@
-"""Tiny random models of every family, as variants that adapters must get right."""
+"""Tiny random models of every family, in the variants that adapters must support."""
 
 import copy
 from itertools import chain
@@ -111,7 +111,7 @@ def adapter_of(model):
 
 
 class Twice(torch.nn.ModuleList):
-    """A list of blocks through which the model goes twice."""
+    """A list of blocks that the model runs twice."""
 
     def __iter__(self):
         return chain(super().__iter__(), super().__iter__())

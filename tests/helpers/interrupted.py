@@ -1,4 +1,4 @@
-"""Runs that end early, and what they have to come to once they are gone on with."""
+"""Interrupted runs, and the comparison of a resumed run with an uninterrupted one."""
 
 import json
 import os
@@ -18,7 +18,7 @@ PLACES = {
 
 
 class KilledError(BaseException):
-    """Stands in for a process that is gone: nothing catches it."""
+    """An exception in place of a killed process, which no code catches."""
 
 
 def cut(monkeypatch, place, count, error):
@@ -49,14 +49,14 @@ def signalled(count, number):
 
 
 def weights(folder):
-    """Everything in an output but the times that its report has."""
+    """All files of an output, without the times in its report."""
     files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "apt_report.json"}
     report = json.loads((Path(folder) / "apt_report.json").read_text())
     return files, [(s["name"], s["zeros"], s["relative_error"]) for s in report["sites"]]
 
 
 def check_full_disk(result, command, apt, whole):
-    """A run that a full disk has ended says so, and can be gone on with."""
+    """Check that a run on a full disk ends with a message, and can be resumed."""
     assert result.code == 2
     assert "No space left on device" in result.err
     assert "--resume" in result.err

@@ -20,6 +20,8 @@ _TYPES = {
         "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
     },
     "gpt_oss": {"num_local_experts": 8},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 24},
+    "llama": {},  # dense
     "llama4_text": {"num_local_experts": 8, "intermediate_size_mlp": 24, "num_experts_per_tok": 1},
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Small random layer-wise problems in fp64, and plain definitions to hold the solver against."""
+"""Small random layer-wise problems in fp64, and plain reference solutions for the solver."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Processes that run the command line, forked from one that has imported what takes seconds."""
+"""Processes that run the command line, forked from a process with the slow imports."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ forked.set_forkserver_preload(
 
 
 def _enter(folder):
-    """Go to a folder, and add what is printed from now on to its file ``said``."""
+    """Change to a folder, and append all further output to its file ``said``."""
     os.chdir(folder)
     with open("said", "a") as said:
         for stream in (1, 2):
@@ -40,13 +40,13 @@ def _command(folder, arguments, environment, before):
 
 
 def start(folder, *arguments, before=None, **environment):
-    """Start ``apt`` in a folder, where what it says is added to a file ``said``.
+    """Start ``apt`` in a folder, with its output appended to a file ``said``.
 
     Args:
         folder: its working directory.
         arguments: of the command line.
         before: a function that the process calls first.
-        environment: what it finds in ``os.environ``.
+        environment: the variables to add to ``os.environ``.
     """
     process = forked.Process(target=_command, args=(folder, arguments, environment, before))
     process.start()
@@ -54,7 +54,7 @@ def start(folder, *arguments, before=None, **environment):
 
 
 def run_pytest(folder, *files):
-    """Run the tests in files of a folder: pytest's exit status, and what it says."""
+    """Run the tests in files of a folder; the exit status and the output of pytest."""
     process = forked.Process(target=_pytest, args=(folder, files))
     process.start()
     process.join()
@@ -62,7 +62,7 @@ def run_pytest(folder, *files):
 
 
 def on_ranks(size, folder, *arguments, before=None):
-    """``apt`` on ranks that are told so as by torchrun: the status of each, and what they say.
+    """Run ``apt`` on ranks with the variables of torchrun; the exit statuses and the output.
 
     Args:
         before: a function that each process calls first.

@@ -1,4 +1,4 @@
-"""Tests of what only newer releases of a package can do."""
+"""Markers of tests that need newer releases of a package."""
 
 from importlib.metadata import version
 

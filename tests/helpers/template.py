@@ -9,7 +9,7 @@ from tests.helpers import ROOT
 
 
 def copied(folder, **answers):
-    """The package that copier makes of the template as it is now, not as it was last committed."""
+    """The package that copier makes of the template in the working tree."""
     copier = pytest.importorskip("copier")
     there = folder / "repository"
     shutil.copytree(ROOT / "template", there / "template", dirs_exist_ok=True)

@@ -7,7 +7,7 @@ from tests.kernels.stubs import install
 
 
 def _reason() -> str:
-    """Why these tests cannot be run here; empty where they can."""
+    """The reason why these tests cannot be run; empty if they can be."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return "mamba_ssm is not installed; run: make kernels"
     if importlib.util.find_spec("selective_scan_cuda") is not None:
@@ -23,6 +23,6 @@ if not REASON:
 
 
 def pytest_ignore_collect(collection_path):
-    """Leave the modules out, that import mamba_ssm, where it cannot be."""
+    """Ignore the test files that import mamba_ssm, if it cannot be imported."""
     left_out = ("test_paths.py", "test_native.py", "test_models.py")
     return True if REASON and collection_path.name in left_out else None

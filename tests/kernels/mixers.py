@@ -1,4 +1,4 @@
-"""Mamba's mixers written down once more, in fp64 and plain torch: what each weight multiplies.
+"""Reference implementations of Mamba's mixers in fp64 and plain torch, with all inputs of weights.
 
 An oracle that shares no code with transformers, mamba_ssm or the weight tap. It returns the input
 of every Linear by name, and the mixer's output.

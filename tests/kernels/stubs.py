@@ -1,4 +1,4 @@
-"""The two CUDA extensions of mamba_ssm and causal_conv1d, stood in for on a processor.
+"""Stand-ins on a CPU for the two CUDA extensions of mamba_ssm and causal_conv1d.
 
 Only the compiled parts are replaced, by the packages' own reference functions or plain torch: all
 of their Python runs as it does on a GPU, the fused autograd functions included. Kernels written in

@@ -1,4 +1,4 @@
-"""Says why the tests of this folder are left out, where they are."""
+"""A test that reports why the tests of this folder are skipped."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.kernels.conftest import REASON
 
 
 @pytest.mark.skipif(bool(REASON), reason=REASON)
-def test_the_packages_are_the_real_ones_over_stand_ins():
+def test_real_packages_run_with_stand_ins():
     import causal_conv1d
     import mamba_ssm
     from transformers.models.mamba import modeling_mamba

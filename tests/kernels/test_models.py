@@ -1,4 +1,4 @@
-"""Models of transformers beside mamba_ssm: with its kernels kept on, and without them."""
+"""Models of transformers with mamba_ssm installed: with its kernels, and without them."""
 
 from contextlib import nullcontext
 
@@ -30,7 +30,7 @@ def counted(monkeypatch, module, name):
 
 
 @pytest.mark.parametrize("variant", ["mamba", "falcon-mamba", "jamba", "mamba2"])
-def test_adapters_conform_with_the_kernels_kept_on(variant, monkeypatch):
+def test_adapters_conform_with_kernels(variant, monkeypatch):
     import causal_conv1d_cuda
 
     calls = counted(monkeypatch, causal_conv1d_cuda, "causal_conv1d_fwd")
@@ -43,7 +43,7 @@ def test_adapters_conform_with_the_kernels_kept_on(variant, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["mamba", "falcon-mamba", "jamba", "mamba2", "falcon-h1"])
-def test_on_a_processor_no_kernel_is_called(variant, monkeypatch):
+def test_no_kernel_is_called_on_a_cpu(variant, monkeypatch):
     import causal_conv1d_cuda
     import selective_scan_cuda
 
@@ -59,7 +59,7 @@ def test_on_a_processor_no_kernel_is_called(variant, monkeypatch):
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
-def test_tuning_goes_through_the_kernels_own_gradient(monkeypatch):
+def test_tuning_uses_the_gradient_of_the_kernels(monkeypatch):
     import selective_scan_cuda
 
     calls, tuned = counted(monkeypatch, selective_scan_cuda, "bwd"), {True: [], False: []}

@@ -57,7 +57,7 @@ def logits(model):
 
 
 def assert_near(found, expected, dtype):
-    """Within what rounding in ``dtype`` makes of a whole forward."""
+    """Check that values are equal up to the rounding of a complete forward in ``dtype``."""
     distance = float((found.double() - expected.double()).norm() / expected.double().norm())
     assert distance < (1e-5 if dtype == torch.float32 else 0.03)
 
@@ -70,7 +70,7 @@ def assert_near(found, expected, dtype):
         ("mamba2", False, 48),
     ],  # Triton's interpreter is slow
 )
-def test_native_models_conform(kind, fused, mlp):
+def test_native_models_conform_to_the_checks(kind, fused, mlp):
     model = native(kind, fused_add_norm=fused, d_intermediate=mlp, n_layer=1)
     adapter = registry().adapter_for("MambaLMHeadModel").load()()
     # mamba_ssm saves in its own way, and gradients of its norms need a GPU; fused norms add to the
@@ -86,7 +86,7 @@ def test_native_models_conform(kind, fused, mlp):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused norms", "plain norms"])
 @pytest.mark.parametrize("kind", MIXERS)
-def test_chained_native_blocks_are_the_model(kind, fused, dtype):
+def test_chained_native_blocks_compute_the_logits_of_the_model(kind, fused, dtype):
     model = native(kind, dtype, fused_add_norm=fused)
     adapter = registry().adapter_for("MambaLMHeadModel").load()()
     state, calls = adapter.enter(model, TOKENS)
@@ -99,7 +99,7 @@ def test_chained_native_blocks_are_the_model(kind, fused, dtype):
 
 
 @pytest.mark.parametrize("kind", MIXERS)
-def test_native_models_are_pruned_in_memory_as_their_conversions_are(kind, written):
+def test_native_models_are_pruned_like_their_conversions(kind, written):
     model, folder = written(kind)
     report = library.prune(model, TOKENS, pattern="2:4", method="sm")
     assert report.model.items() >= {"type": "MambaLMHeadModel", "adapter": "mamba-ssm"}.items()
@@ -117,7 +117,7 @@ def test_native_models_are_pruned_in_memory_as_their_conversions_are(kind, writt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", MIXERS)
-def test_a_native_checkpoint_is_pruned_in_its_own_format_and_converted(kind, dtype, written, apt):
+def test_native_checkpoint_is_pruned_in_its_format_and_converted(kind, dtype, written, apt):
     dense, folder = written(kind, dtype)
     result = apt(
         "prune", folder, "--pattern", "2:4", "--samples", 2, "--seqlen", 12, "--output", "pruned",

@@ -1,4 +1,4 @@
-"""Every path through a mixer: each weight's Gram matrix, and an output left as it was."""
+"""Every path through a mixer: the Gram matrix of each weight, and an unchanged output."""
 
 from types import SimpleNamespace
 
@@ -127,7 +127,7 @@ def linears(mixer):
 
 @torch.no_grad()
 def tapped(path):
-    """What the tap hands over, by name, and the output under it."""
+    """The inputs that the tap reports by name, and the output inside the tap."""
     seen = {}
 
     def take(name, inputs):
@@ -144,7 +144,7 @@ def assert_near(found, expected, share=2e-5):
 
 @torch.no_grad()
 def assert_right(path):
-    """Grams and output are the oracle's, capture changes nothing, each Linear is seen once."""
+    """Check Gram matrices and output by the oracle; each Linear must be reported once."""
     expected, output = path.oracle(path.mixer, path.x)
     inputs, under = tapped(path)
     assert torch.equal(under, path.run(path.x))
@@ -156,12 +156,12 @@ def assert_right(path):
         assert_near(rows.T @ rows, wanted.T @ wanted)
 
 
-def test_every_weight_is_captured_and_the_output_unchanged(path):
+def test_every_weight_is_captured_without_a_change_of_the_output(path):
     assert_right(path)
 
 
 @torch.no_grad()
-def test_an_oracle_below_the_functions_sees_the_same(path):
+def test_oracle_observes_the_captured_inputs(path):
     with Oracle({name: m.weight for name, m in linears(path.mixer).items()}) as oracle:
         path.run(path.x)
     inputs, _ = tapped(path)
@@ -171,7 +171,7 @@ def test_an_oracle_below_the_functions_sees_the_same(path):
 
 
 @torch.no_grad()
-def test_hooks_see_what_the_notes_say_and_no_more(path):
+def test_forward_hooks_miss_the_fused_products(path):
     fired = set()
     for name, layer in linears(path.mixer).items():
         layer.register_forward_hook(lambda *_, name=name: fired.add(name.removesuffix("_proj")))
@@ -179,7 +179,7 @@ def test_hooks_see_what_the_notes_say_and_no_more(path):
     assert fired == path.fires
 
 
-def test_a_weight_off_by_a_hundredth_is_told(path):
+def test_changed_weight_is_detected(path):
     expected = path.oracle(path.mixer, path.x)
     path.oracle = lambda *_: expected
     for layer in linears(path.mixer).values():
@@ -191,7 +191,7 @@ def test_a_weight_off_by_a_hundredth_is_told(path):
     assert_right(path)
 
 
-def test_a_bias_left_out_is_told(path):
+def test_missing_bias_is_detected(path):
     mixer = path.mixer
     bias = mixer.dt_bias if hasattr(mixer, "dt_bias") else mixer.dt_proj.bias
     expected = path.oracle(mixer, path.x)
@@ -202,7 +202,7 @@ def test_a_bias_left_out_is_told(path):
         assert_right(path)
 
 
-def test_kernels_that_drop_the_bias_are_told(monkeypatch):
+def test_kernels_without_the_bias_are_detected(monkeypatch):
     def dropping(u, delta, A, B, C, D, z, delta_bias, softplus):
         return stubs.scan_fwd(u, delta, A, B, C, D, z, None, softplus)
 
@@ -218,7 +218,7 @@ def test_kernels_that_drop_the_bias_are_told(monkeypatch):
             assert_right(control)
 
 
-def test_a_weight_that_is_copied_first_is_missed_and_that_is_told(path):
+def test_product_with_a_copy_of_a_weight_is_not_reported(path):
     name = "out_proj"
     weight = linears(path.mixer)[name].weight
     inputs = {}
@@ -229,7 +229,7 @@ def test_a_weight_that_is_copied_first_is_missed_and_that_is_told(path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
-def test_a_decoding_step_is_captured(kind):
+def test_decoding_step_is_captured(kind):
     made = native(kind)
     mixer, x = made.mixer, torch.randn(2, LENGTH, HIDDEN)
     expected, _ = (mamba1 if kind == "mamba" else second)(mixer, x)
@@ -245,7 +245,7 @@ def test_a_decoding_step_is_captured(kind):
         assert_near(rows.reshape(2, -1).double(), expected[name][:, -1])
 
 
-def test_the_doctor_tells_kernels_that_are_right_from_those_that_are_not(monkeypatch):
+def test_doctor_detects_wrong_kernels(monkeypatch):
     import selective_scan_cuda
     from apt_adapters import kernels
 

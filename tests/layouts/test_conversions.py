@@ -91,7 +91,7 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_pieces_are_what_transformers_loads_and_stores(saved):
+def test_pieces_reproduce_the_parameters_of_transformers(saved):
     model, folder = saved
     state, shards = loaded(folder), Shards(folder)
     pieces = layout(model, shards)
@@ -107,7 +107,7 @@ def test_pieces_are_what_transformers_loads_and_stores(saved):
 
 
 def follow(monkeypatch, folder, parameters, tensors, **converter):
-    """A model, its shards, and what transformers makes of stored tensors for it."""
+    """A model, its shards, and the parameters that transformers makes of stored tensors."""
     model = torch.nn.Module()
     model.base_model_prefix = ""
     model.layers = torch.nn.ModuleList([torch.nn.Module()])
@@ -167,7 +167,7 @@ if hasattr(loading, "Interleave"):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_are_followed(name, monkeypatch, tmp_path):
+def test_operations_give_the_parameters_of_transformers(name, monkeypatch, tmp_path):
     parameters, tensors, sources, targets, operations = OPERATIONS[name]
     model, shards, expected = follow(
         monkeypatch, tmp_path, parameters, tensors,
@@ -183,7 +183,7 @@ def test_operations_are_followed(name, monkeypatch, tmp_path):
         assert torch.equal(read_parameter(pieces[target], tensor.shape, shards), tensor)
 
 
-def test_what_is_not_followed_is_refused_with_its_name(monkeypatch, tmp_path):
+def test_unsupported_operations_are_refused_with_the_parameter(monkeypatch, tmp_path):
     class Reversed(loading.Transpose):
         pass
 
@@ -191,12 +191,12 @@ def test_what_is_not_followed_is_refused_with_its_name(monkeypatch, tmp_path):
         monkeypatch, tmp_path, {"up": (4, 4)}, {"ups": (4, 4)},
         source_patterns=["ups"], target_patterns=["up"], operations=[Reversed(0, 1)],
     )  # fmt: skip
-    assert converted(model, shards.shapes)["layers.0.up"].fault
+    assert converted(model, shards.shapes)["layers.0.up"].problem
     with pytest.raises(NotStoredError, match=r"layers\.0\.up is .* converts it by Reversed"):
         layout(model, shards, "layers")
 
 
-def test_a_stack_that_lacks_an_expert_is_refused(saved):
+def test_stack_without_an_expert_is_refused(saved):
     model, folder = saved
     shards = Shards(folder)
     pieces = layout(model, shards)

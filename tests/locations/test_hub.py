@@ -1,4 +1,4 @@
-"""Models and text on the hub: how it is asked, and what is said where it does not answer."""
+"""Models and text on the hub: its settings, and the messages if it does not answer."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ COMMIT = "a" * 40
 
 @pytest.fixture
 def nowhere(monkeypatch):
-    """The hub is at an address where nobody answers."""
+    """The address of the hub is one that does not answer."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     hub.reachable.cache_clear()
     yield
@@ -41,14 +41,14 @@ def downloads(checkpoint, tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_what_loaders_are_told():
+def test_loaders_get_revision_and_local_files_only():
     assert Hub().options() == {}
     asked = Hub("v1", local=True)
     assert asked.options() == {"revision": "v1", "local_files_only": True}
 
 
 @pytest.mark.parametrize("command", ["inspect", "eval", "eval --stream", "convert -o new", "prune"])
-def test_a_branch_in_a_folder_of_downloads_is_read(apt, nowhere, downloads, command):
+def test_revision_in_the_cache_is_read(apt, nowhere, downloads, command):
     name, *more = command.split()
     small = () if name == "convert" else ("--samples", 2, "--seqlen", 64)
     text = {"eval": ("--data", TEXT), "prune": ("--calibration", TEXT)}.get(name, ())
@@ -61,7 +61,7 @@ def test_a_branch_in_a_folder_of_downloads_is_read(apt, nowhere, downloads, comm
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ("inspect", "facebook/opt-125m"),
@@ -76,15 +76,15 @@ def test_a_branch_in_a_folder_of_downloads_is_read(apt, nowhere, downloads, comm
     ],
     ids=str,
 )
-def test_a_hub_that_does_not_answer_is_one_line(apt, nowhere, arguments, said):
+def test_unreachable_hub_is_an_error_of_one_line(apt, nowhere, arguments, message):
     run = apt(*arguments)
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     assert "http://127.0.0.1:9 does not answer" in run.err
     assert len(run.err.splitlines()) == 1
 
 
-def test_no_network_on_request_is_told_as_that(apt, monkeypatch):
+def test_offline_mode_is_named_in_the_error(apt, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.reachable.cache_clear()
     run = apt("inspect", "facebook/opt-125m")
@@ -94,23 +94,23 @@ def test_no_network_on_request_is_told_as_that(apt, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("config.json", "{", "does not load: It looks like the config file"),
         ("config.json", '{"model_type": "none"}', "does not load: .* model type `none`"),
         ("tokenizer.json", "{", "has no tokenizer that loads"),
     ],
 )
-def test_damage_of_a_download_is_no_missing_download(nowhere, downloads, file, text, said):
+def test_damaged_download_is_not_reported_as_missing(nowhere, downloads, file, text, message):
     path = next(downloads.rglob("snapshots")) / COMMIT / file
     path.write_text(text)
     asked = Hub("pruned")
     source = find("someone/model", registry(), hub=asked)
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=message):
         (load_tokenizer if file == "tokenizer.json" else read_config)(source)
 
 
-def test_code_of_another_tokenizer_runs_where_that_is_allowed(checkpoint, monkeypatch):
+def test_code_of_another_tokenizer_runs_with_consent(checkpoint, monkeypatch):
     def loaded(name, **options):
         asked.append(options["trust_remote_code"])
         raise ValueError("it is not wanted here")
@@ -124,12 +124,12 @@ def test_code_of_another_tokenizer_runs_where_that_is_allowed(checkpoint, monkey
     assert asked == [False, True]
 
 
-def test_a_revision_of_a_directory_is_refused(checkpoint):
+def test_revision_of_a_directory_is_refused(checkpoint):
     with pytest.raises(AptError, match="a revision is for models of the hub"):
         find(str(checkpoint("llama")), registry(), hub=Hub("v1"))
 
 
-def test_local_text_does_not_ask_for_the_hub(nowhere, tmp_path):
+def test_local_text_needs_no_hub(nowhere, tmp_path):
     (tmp_path / "a.txt").write_text("words")
     assert list(documents(str(tmp_path / "a.txt"), "evaluation", registry())) == ["words"]
     assert hub.reachable.cache_info().currsize == 0

@@ -1,4 +1,4 @@
-"""Paths that cannot be looked at, read or used: one line each, for every command."""
+"""Paths that cannot be read or used are errors of one line in every command."""
 
 import codecs
 import importlib
@@ -20,7 +20,7 @@ LOADED = "import apt.cli.pruning, apt.cli.plan, apt.checkpoints.offload, dataset
 
 @pytest.fixture
 def no_rights(tmp_path):
-    """While entered, this process may read what everybody may, and no more."""
+    """While entered, this process has only the rights of other users."""
     if os.geteuid():
         yield
         return
@@ -44,7 +44,7 @@ def model(checkpoint, tmp_path):
     return path
 
 
-def test_kinds(tmp_path):
+def test_kind_at_returns_the_kind_of_file(tmp_path):
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -76,14 +76,14 @@ UNKNOWN = "~nobody-has-this-name/x"
     ],
     ids=" ".join,
 )
-def test_the_home_of_an_unknown_user_is_one_line(apt, arguments):
+def test_home_of_an_unknown_user_is_an_error_of_one_line(apt, arguments):
     run = apt(*arguments)
     assert run.code == 2
     assert "~nobody-has-this-name is no user's home directory" in run.err
     assert len(run.err.splitlines()) == 1
 
 
-def test_the_own_home_is_found_where_no_shell_looks_for_it(apt, checkpoint, tmp_path, monkeypatch):
+def test_tilde_is_expanded_in_all_paths(apt, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     shutil.copytree(checkpoint("llama"), tmp_path / "home" / "model")
     run = apt("convert", "~/model", "--tokenizer", "~/model", "--output=~/out")
@@ -105,7 +105,7 @@ def test_the_own_home_is_found_where_no_shell_looks_for_it(apt, checkpoint, tmp_
     ],
     ids=lambda words: " ".join(words)[:24],
 )
-def test_names_that_are_too_long_are_one_line(apt, arguments):
+def test_too_long_names_are_errors_of_one_line(apt, arguments):
     run = apt(*arguments)
     assert run.code == 2
     assert "File name too long; use a shorter name" in run.err
@@ -126,7 +126,7 @@ def test_names_that_are_too_long_are_one_line(apt, arguments):
     ],
     ids=str,
 )
-def test_what_may_not_be_read_is_named(apt, model, closed, arguments, request):
+def test_unreadable_files_are_errors_with_their_name(apt, model, closed, arguments, request):
     (model / "apt_report.json").write_text("{}")
     (model / closed).chmod(0)
     request.getfixturevalue("no_rights")
@@ -139,7 +139,7 @@ def test_what_may_not_be_read_is_named(apt, model, closed, arguments, request):
     assert "Permission denied" in run.err or "no permission to read it" in run.err
 
 
-def test_text_that_may_not_be_read_is_named(apt, tmp_path, request):
+def test_unreadable_text_is_an_error_with_its_name(apt, tmp_path, request):
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed" / "a.txt").write_text("some words")
     (tmp_path / "a.txt").write_text("some words")
@@ -153,7 +153,7 @@ def test_text_that_may_not_be_read_is_named(apt, tmp_path, request):
         assert "Permission denied" in run.err
 
 
-def test_a_working_directory_that_is_gone_is_told(tmp_path):
+def test_deleted_working_directory_is_an_error(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     code = "import os, sys; os.rmdir('../gone'); from apt.cli import main; main()"
@@ -164,7 +164,7 @@ def test_a_working_directory_that_is_gone_is_told(tmp_path):
     assert done.stderr == "apt-prune: the working directory no longer exists; change to another\n"
 
 
-def test_the_folder_one_stands_in_is_not_imported_from(tmp_path):
+def test_working_directory_is_not_imported_from(tmp_path):
     for name in ("torch", "typer", "pluggy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from here')")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the shell refuses a program meets too, with the same words less the flag."""
+"""Programs get the same error as the shell, without the flag."""
 
 from functools import partial
 
@@ -102,7 +102,7 @@ BAD = [
 
 
 def of_function(command, given):
-    """What the function for a model in memory says of the options; None if it has not got them."""
+    """The error of the function for a model in memory; None if it lacks these options."""
     model, tokens = random_model("llama"), random_tokens(2, 16)
     options = {"prune": PruneOptions, "shrink": ShrinkOptions, "recover": RecoverOptions}[command]
     arguments = {"prune": {"method", "allocation", "also"}, "shrink": {"method"}}
@@ -121,15 +121,15 @@ def of_function(command, given):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("command", "bad", "said"), BAD, ids=lambda value: str(value)[-60:])
-def test_a_program_is_told_what_the_shell_is_told(command, bad, said, apt, checkpoint):
+@pytest.mark.parametrize(("command", "bad", "message"), BAD, ids=lambda value: str(value)[-60:])
+def test_program_and_shell_give_the_same_error(command, bad, message, apt, checkpoint):
     kind, given = RUNS[command], {"model": str(checkpoint("llama"))} | USUAL[command] | bad
     if command == "reapply":
         given = {"masks": "masks", **given}
     given = {name: value for name, value in given.items() if value is not None}
     with pytest.raises(library.AptError) as caught:
         library.run(kind(**given))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     run = apt(command, *words(kind, given))
     assert run.code == 2
     assert run.err.splitlines()[-1] == f"apt: {caught.value}{flags_of(caught.value.options)}"

@@ -1,4 +1,4 @@
-"""What plain values of options may be."""
+"""The ranges of single options."""
 
 import subprocess
 import sys
@@ -39,16 +39,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), REFUSED, ids=lambda value: str(value)[-40:])
-def test_plain_mistakes_are_one_line_with_nothing_before_it(apt, arguments, said):
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value)[-40:])
+def test_wrong_values_are_one_line_errors_without_other_output(apt, arguments, message):
     run = apt(*arguments)
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     assert len(run.err.splitlines()) == 1, run.err
 
 
-def test_they_are_found_without_torch():
-    """What takes seconds to import is not imported for a mistyped number."""
+def test_wrong_values_are_found_without_torch():
+    """Slow libraries are not imported before a wrong number is found."""
     arguments = [["apt-prune", *words] for words, _ in REFUSED if words[0] != "verify"]
     code = (
         "import sys, os\nos.environ['APT_DISABLE_PLUGINS'] = '*'\nimport apt.cli\n"
@@ -61,7 +61,7 @@ def test_they_are_found_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_names_are_those_of_torch_and_the_solver():
+def test_choices_equal_the_names_of_torch_and_the_solver():
     assert tuple(PRESETS) == EFFORTS == typing.get_args(Effort)
     assert DAMPING == gram.DAMPING
     auto, *names = DtypeOptions.OPTIONS[0].choices
@@ -70,13 +70,13 @@ def test_the_names_are_those_of_torch_and_the_solver():
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])
-def test_every_seed_that_is_let_through_is_taken(seed):
+def test_each_accepted_seed_works_with_torch(seed):
     CalibrationOptions(seed=seed).check()
     torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
-def test_no_other_seed_is(seed):
+def test_other_seeds_are_refused(seed):
     with pytest.raises((RuntimeError, ValueError)):  # by the side
         torch.Generator().manual_seed(seed)
     with pytest.raises(AptError, match="out of range"):

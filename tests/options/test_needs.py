@@ -1,4 +1,4 @@
-"""Options that have no effect with others, or with a method: each is used, or refused."""
+"""Each option is used or refused; no option is ignored."""
 
 from dataclasses import MISSING
 from functools import cache
@@ -27,13 +27,13 @@ GIVEN = {"quantize": "int4", "evaluation": "builtin", "mode": "search"}
 
 
 def least(kind):
-    """Values of the options without a default."""
+    """Values of the required options."""
     needed = [one for one in kind.OPTIONS if one.default is MISSING]
     return {one.name: Path("out") if one.kind is Path else "given" for one in needed}
 
 
 @pytest.mark.parametrize(("kind", "one"), NEEDY)
-def test_an_option_is_refused_without_the_one_that_it_needs(kind, one):
+def test_option_without_the_needed_option_is_refused(kind, one):
     needed, given = one.option.needs.partition("=")[0], least(kind) | {one.name: OTHER[one.name]}
     with pytest.raises(library.AptError, match=f"{one.words} has no effect without") as caught:
         kind(**given).check()
@@ -42,7 +42,7 @@ def test_an_option_is_refused_without_the_one_that_it_needs(kind, one):
     kind(**least(kind), **{one.name: one.default}).check()
 
 
-def test_every_condition_names_an_option():
+def test_each_condition_names_an_option():
     for kind in KINDS:
         names = {one.name for one in kind.OPTIONS}
         for one in kind.OPTIONS:
@@ -83,7 +83,7 @@ def result(run, **more):
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", [one.name for one in PruneOptions.OPTIONS])
-def test_an_option_of_pruning_changes_the_result_or_is_refused(run, name):
+def test_each_option_of_pruning_changes_the_result_or_is_refused(run, name):
     weights, errors, options = result(run)
     value = not options[name] if VALUES[name] is True else VALUES[name]
     try:
@@ -94,7 +94,7 @@ def test_an_option_of_pruning_changes_the_result_or_is_refused(run, name):
     assert used or value is False or (run, name) in TAKEN
 
 
-def test_an_option_of_zeros_is_refused_for_a_smaller_model():
+def test_options_of_sparse_models_are_refused_for_smaller_models():
     for options in (PruneOptions(row_importance=1.0), PruneOptions(permute=True)):
         with pytest.raises(library.AptError, match="method joint does not use .*; leave it out"):
             library.shrink(random_model("llama"), random_tokens(), options=options)
@@ -123,24 +123,24 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", REFUSED)
-def test_what_would_be_ignored_is_one_line(said, apt, checkpoint):
-    command, *more = REFUSED[said]
+@pytest.mark.parametrize("message", REFUSED)
+def test_options_without_effect_are_one_line_errors(message, apt, checkpoint):
+    command, *more = REFUSED[message]
     texts = () if command == "pack" else ("--calibration", TEXT)
     run = apt(command, checkpoint("llama"), *more, *texts, "-o", "out")
     assert run.code == 2
-    assert said in run.err.splitlines()[-1]
+    assert message in run.err.splitlines()[-1]
     assert not Path("out").exists()
 
 
-def test_a_file_of_options_gives_a_size_once(apt, checkpoint):
+def test_size_given_twice_in_a_file_is_refused(apt, checkpoint):
     Path("o.toml").write_text('size = ["channels=32", "channels=32"]')
     run = apt("shrink", checkpoint("llama"), "--config", "o.toml", "-o", "out")
     assert run.code == 2
     assert "the number of channels is given twice" in run.err
 
 
-def test_every_kind_of_recovery_that_runs_the_dense_model_takes_it():
+def test_dense_model_is_accepted_by_recoveries_with_a_teacher_only():
     known = registry().recoveries.specs
     for spec in known.values():
         options = RecoverRun(model="m", dense="d")
@@ -151,6 +151,6 @@ def test_every_kind_of_recovery_that_runs_the_dense_model_takes_it():
                 options.check_used(spec, known.values(), "recovery")
 
 
-def test_a_training_cannot_be_resumed_without_its_folder():
+def test_resuming_a_training_without_its_folder_is_refused():
     with pytest.raises(library.AptError, match="no training to resume without its folder"):
         library.recover(random_model("llama"), random_tokens(), kind="layers", resume=True)

@@ -1,4 +1,4 @@
-"""Reports have the same record of the options, whether a shell, a file or a program gave them."""
+"""Reports have the same options from a shell, from a file and from a program."""
 
 import json
 import tomllib
@@ -33,14 +33,14 @@ RUNS = {
 
 
 def recorded(folder):
-    """What a report says of the options."""
+    """The options in a report."""
     report = json.loads((Path(folder) / "apt_report.json").read_text())
     del report["options"]["output"]
     return report["options"], (report.get("recovery") or {}).get("options")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_all_three_leave_the_same_record(name, apt, checkpoint, output_of):
+def test_shell_file_and_program_leave_the_same_record(name, apt, checkpoint, output_of):
     kind, given = RUNS[name]
     command, model = "prune" if name == "streamed" else name, checkpoint("llama")
     if name == "recover":

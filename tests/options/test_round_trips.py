@@ -1,4 +1,4 @@
-"""Shell, file and program: every option of every command is the same object in all three."""
+"""Each option of each command has the same value from the shell, a file and a program."""
 
 import json
 from dataclasses import MISSING
@@ -31,7 +31,7 @@ VALUES = {
 
 
 def numbers(one):
-    """The numbers that an option may be, and some beyond."""
+    """Numbers in the range of an option, and some out of range."""
     _, low, high, _ = _interval(one.option.within or "(-1000, 1000)")
     if one.kind is int:
         return st.integers(max(int(low), -1000) - 1, int(min(high, 1e6)) + 1)
@@ -39,7 +39,7 @@ def numbers(one):
 
 
 def values(one):
-    """Values of an option that can be given at a shell."""
+    """Values of an option that a shell can pass."""
     if one.name in VALUES and (one.name != "tokens" or one.option.read):
         return VALUES[one.name]
     if one.option.switches:
@@ -47,8 +47,8 @@ def values(one):
     if one.choices:
         return st.sampled_from(one.choices)
     if one.kind is bool:
-        said = zip((True, False), one.flags, strict=True)
-        return st.sampled_from([value for value, flag in said if flag])
+        flags = zip((True, False), one.flags, strict=True)
+        return st.sampled_from([value for value, flag in flags if flag])
     if one.kind in (int, float):
         return numbers(one)
     if one.repeatable:
@@ -65,7 +65,7 @@ def strategies(kind):
 
 
 def least(kind):
-    """Values of the options without a default."""
+    """Values of the required options."""
     needed = [one for one in kind.OPTIONS if one.default is MISSING]
     return {
         one.name: (get_args(one.kind)[0]("given"),) if one.repeatable else one.kind("given")
@@ -74,7 +74,7 @@ def least(kind):
 
 
 def outcome(act):
-    """What a function returns, or what its error says."""
+    """The result of a function, or the message, hint and options of its error."""
     try:
         return act()
     except AptError as error:
@@ -82,20 +82,20 @@ def outcome(act):
 
 
 def checked(kind, given):
-    """The options that a program makes."""
+    """Checked options, as a program makes them."""
     options = kind(**given)
     options.check()
     return options
 
 
 def rest(name, but):
-    """Words for the other options that a command cannot do without."""
+    """Arguments for the other required options of a command."""
     others = [kind for kind in kinds_of(declared()[name]).values() if kind is not but]
     return [word for kind in others for word in words(kind, least(kind))]
 
 
 def check(kind, name, given, folder):
-    """The command and the file have what the program has, or the same error."""
+    """Check that command and file give the options of the program, or the same error."""
     options = outcome(lambda: checked(kind, given))
     assert outcome(lambda: taken(name, [*words(kind, given), *rest(name, kind)])[kind]) == options
     saved = {one.name for one in kind.OPTIONS if one.option.saved}
@@ -113,7 +113,7 @@ def check(kind, name, given, folder):
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
-def test_every_option_is_the_same_in_all_three(kind, name, tmp_path):
+def test_each_option_is_the_same_in_shell_file_and_program(kind, name, tmp_path):
     @settings(max_examples=2, deadline=None)
     @given(st.fixed_dictionaries(strategies(kind)))
     def holds(values):
@@ -124,7 +124,7 @@ def test_every_option_is_the_same_in_all_three(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
-def test_so_are_several_options_together(kind, name, tmp_path):
+def test_several_options_are_the_same_in_shell_file_and_program(kind, name, tmp_path):
     others = strategies(kind)
     needed = {option: others.pop(option) for option in least(kind)}
 
@@ -136,7 +136,7 @@ def test_so_are_several_options_together(kind, name, tmp_path):
     holds()
 
 
-def test_every_command_of_apt_is_here():
+def test_each_command_of_apt_is_tested():
     assert set(declared()) >= {
         "prune", "shrink", "recover", "reapply", "pack", "unpack", "inspect", "verify", "check",
         "convert", "export", "eval", "compare", "bench", "report", "law",

@@ -1,4 +1,4 @@
-"""Options in files: what is written is read again, and what is no option is told."""
+"""Options in files: written files are read again, and wrong entries are errors."""
 
 import json
 import tomllib
@@ -15,7 +15,7 @@ SMALL = ("--samples", 4, "--seqlen", 64, "--method", "wanda", "--calibration", T
 
 
 def plan(apt, *arguments):
-    """The dry run's plan as data, without what differs from call to call."""
+    """The plan of a dry run as JSON, without measurements."""
     run = apt("prune", *arguments, "--dry-run", "--json")
     assert run.code == 0, run.err
     record = json.loads(run.out)
@@ -23,7 +23,7 @@ def plan(apt, *arguments):
     return record
 
 
-def test_what_is_saved_repeats_the_command(apt, checkpoint):
+def test_saved_options_repeat_the_command(apt, checkpoint):
     given = (
         *(checkpoint("llama"), *SMALL, "--sparsity", 0.6, "--per", "row", "--skip", "*.k_proj"),
         *("--override", "*.q_proj=0.4", "--layer-wise", "--damping", 0.02, "-o", "out"),
@@ -39,7 +39,7 @@ def test_what_is_saved_repeats_the_command(apt, checkpoint):
     assert report["error_aware"] is False
 
 
-def test_defaults_that_were_chosen_are_saved(apt):
+def test_chosen_defaults_are_saved(apt):
     plan(apt, "--adapter", "llama", "--samples", 4, "--seqlen", 64, "--save-config", "run.toml")
     saved = tomllib.loads(Path("run.toml").read_text())
     assert saved["model"] == "zoo:llama"
@@ -49,7 +49,7 @@ def test_defaults_that_were_chosen_are_saved(apt):
     assert not {"skip", "overwrite", "dry-run", "json", "save-config"} & saved.keys()
 
 
-def test_the_command_line_counts_more(apt):
+def test_command_line_takes_precedence_over_the_file(apt):
     Path("run.toml").write_text('model = "zoo:llama"\nsamples = 9\nseqlen = 32\npattern = "1:4"\n')
     record = plan(apt, "--config", "run.toml", "--samples", 4, "--pattern", "2:4")
     assert (record["samples"], record["seqlen"]) == (5, 32)
@@ -59,7 +59,7 @@ def test_the_command_line_counts_more(apt):
 @pytest.mark.parametrize(
     ("line", "mode"), [("layer-wise = true", None), ("error-aware = true", True), ("", None)]
 )
-def test_options_of_two_names(apt, checkpoint, line, mode):
+def test_both_keys_of_a_two_way_flag_are_read(apt, checkpoint, line, mode):
     Path("run.toml").write_text(f'{line}\noutput = "out"\n')
     assert apt("prune", checkpoint("llama"), *SMALL, "--config", "run.toml").code == 0
     report = json.loads(Path("out/apt_report.json").read_text())["options"]
@@ -67,7 +67,7 @@ def test_options_of_two_names(apt, checkpoint, line, mode):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("sampels = 3", "no option 'sampels'; did you mean 'samples'?"),
         ("config = 'x'", "no option 'config'"),
@@ -85,17 +85,17 @@ def test_options_of_two_names(apt, checkpoint, line, mode):
     ],
     ids=str,
 )
-def test_mistakes_in_a_file_are_one_line(apt, text, said):
+def test_wrong_entries_of_a_file_are_one_line_errors(apt, text, message):
     if text is not None:
         Path("run.toml").write_text(text)
     run = apt("prune", "zoo:llama", "--config", "run.toml")
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     assert "Traceback" not in run.err
     assert [path.name for path in Path().iterdir()] == ["run.toml"] * (text is not None)
 
 
-def test_another_file_is_not_written_over(apt):
+def test_other_file_is_not_overwritten(apt):
     Path("run.toml").write_text("# mine\n")
     run = apt("prune", "zoo:llama", *SMALL, "--dry-run", "--save-config", "run.toml")
     assert run.code == 2
@@ -103,12 +103,12 @@ def test_another_file_is_not_written_over(apt):
     assert Path("run.toml").read_text() == "# mine\n"
 
 
-def test_a_number_can_name_a_path(apt):
+def test_number_is_read_as_a_path(apt):
     Path("run.toml").write_text("output = 2024\n")
     run = apt("prune", "zoo:llama", *SMALL, "--dry-run", "--config", "run.toml", "--json")
     assert run.code == 0, run.err
     assert read_options(Path("run.toml"), [PruneRun])["output"] == Path("2024")
 
 
-def test_digits_can_be_grouped():
+def test_number_of_tokens_may_have_underscores():
     assert read_amount("1_000_000") == read_amount("1000000_") == 10**6

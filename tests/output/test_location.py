@@ -1,4 +1,4 @@
-"""Where an output may lie: nothing that is there is lost, whatever path is given, in any mode."""
+"""The place of an output: no path and no mode loses existing files."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from apt.files.renaming import exchange, rename_new
 from apt.output import staging
 from apt.output.location import check_output, staging_folder
 from apt.output.report import Report
-from apt.output.staging import Staging, whole_directory
+from apt.output.staging import Staging, staged_directory
 from tests.helpers import TEXT
 from tests.helpers.mounting import mounted
 
@@ -26,7 +26,7 @@ MODES = {"memory": (), "stream": ("--stream",), "overwrite": ("--overwrite",),
 
 
 def snapshot(folder):
-    """Everything below a folder: kinds, modes, links, and the bytes of files."""
+    """The contents of a folder: kinds, modes, links, and the bytes of files."""
     found = {}
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -41,7 +41,7 @@ def snapshot(folder):
 
 @pytest.fixture
 def house(checkpoint, tmp_path, monkeypatch):
-    """A home with a model, a foreign folder, and things that are no folders."""
+    """A home with a model, a folder of other files, and paths that are no folders."""
     home = tmp_path / "home"
     models = home / "models"
     shutil.copytree(checkpoint("llama"), models / "in")
@@ -91,8 +91,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mode", ["memory", "stream-overwrite"])
-def test_places_that_are_refused_stay_as_they_are(house, apt, monkeypatch, mode):
-    for place, said in REFUSED.items():
+def test_refused_places_stay_unchanged(house, apt, monkeypatch, mode):
+    for place, message in REFUSED.items():
         if place == "../device" and os.geteuid():
             continue
         monkeypatch.chdir(house)  # what the fixture `apt` has changed
@@ -103,7 +103,7 @@ def test_places_that_are_refused_stay_as_they_are(house, apt, monkeypatch, mode)
             "prune", "../models/in", *QUICK, "--calibration", TEXT, "-o", output, *MODES[mode]
         )
         assert run.code == 2, (place, run.err)
-        assert said in run.err, (place, run.err)
+        assert message in run.err, (place, run.err)
         line = run.err.splitlines()[-1]
         assert line.startswith("apt"), line
         assert snapshot(house) == before, place
@@ -114,7 +114,7 @@ def test_places_that_are_refused_stay_as_they_are(house, apt, monkeypatch, mode)
     [("memory", "new"), ("stream-overwrite", "new"), ("memory", "deep/er/new"),
      ("stream", "../to-empty"), ("overwrite", "../to-empty"), ("stream-overwrite", "deep/er/new")],
 )  # fmt: skip
-def test_places_that_are_taken(house, apt, monkeypatch, mode, place):
+def test_accepted_places_are_written_and_protected_afterwards(house, apt, monkeypatch, mode, place):
     monkeypatch.chdir(house / "work")
     (house / "empty").mkdir()
     (house / "to-empty").symlink_to(house / "empty")
@@ -137,7 +137,7 @@ def test_places_that_are_taken(house, apt, monkeypatch, mode, place):
     assert not [p for p in house.rglob("*") if p.name.endswith(".apt")]
 
 
-def test_a_mount_point_is_refused(house, tmp_path):
+def test_mount_point_is_refused(house, tmp_path):
     with mounted(tmp_path / "mount") as folder:
         with pytest.raises(AptError, match="is a mount point"):
             check_output(folder, overwrite=True)
@@ -145,7 +145,7 @@ def test_a_mount_point_is_refused(house, tmp_path):
 
 
 @pytest.mark.parametrize("options", [(), ("--stream",), ("--overwrite",)], ids=str)
-def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch, options):
+def test_files_that_appear_during_the_run_are_kept(checkpoint, apt, monkeypatch, options):
     original = staging.set_permissions
 
     def appear(partial):
@@ -164,7 +164,7 @@ def test_what_appears_during_the_run_is_left_alone(checkpoint, apt, monkeypatch,
 
 
 def write(place, overwrite=False):
-    with whole_directory(place, overwrite) as work:
+    with staged_directory(place, overwrite) as work:
         (work.out / "weights").write_text("new")
         Report({}, {"reference": "m"}, {}).write(work.out)
 
@@ -178,7 +178,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_a_command_replaces_its_own_result(command, checkpoint, apt):
+def test_command_replaces_its_own_result(command, checkpoint, apt):
     shutil.copytree(checkpoint("llama"), "plain")
     given = ("prune", "plain", *QUICK, "--calibration", TEXT, "-o", "pruned")
     assert apt(*given).code == 0
@@ -195,7 +195,7 @@ def test_a_command_replaces_its_own_result(command, checkpoint, apt):
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_an_old_result_is_there_until_the_new_one_is(tmp_path, monkeypatch, exchanges):
+def test_old_result_stays_until_the_new_one_is_complete(tmp_path, monkeypatch, exchanges):
     if not exchanges:  # as on a system without the call
         monkeypatch.setattr(renaming, "_system_rename", lambda *arguments: False)
     write(tmp_path / "out")
@@ -205,7 +205,7 @@ def test_an_old_result_is_there_until_the_new_one_is(tmp_path, monkeypatch, exch
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_run_that_is_killed_between_two_renames_leaves_the_old_result(tmp_path, monkeypatch):
+def test_run_killed_between_two_renames_keeps_the_old_result(tmp_path, monkeypatch):
     write(tmp_path / "out")
     before = snapshot(tmp_path / "out")
     monkeypatch.setattr(renaming, "_system_rename", lambda *arguments: False)
@@ -216,7 +216,7 @@ def test_a_run_that_is_killed_between_two_renames_leaves_the_old_result(tmp_path
         assert snapshot(tmp_path / "out") == before
 
 
-def test_renames_that_lose_nothing(tmp_path):
+def test_rename_and_exchange_keep_both_folders(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "is").write_text(name)
@@ -228,7 +228,7 @@ def test_renames_that_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "foreign"])
-def test_a_staging_folder_that_is_not_ours_is_refused(tmp_path, kind):
+def test_staging_folder_of_another_user_is_refused(tmp_path, kind):
     folder, outside = staging_folder(tmp_path / "out"), tmp_path / "outside"
     (outside / "out").mkdir(parents=True)
     (outside / "out" / "kept").write_text("kept")
@@ -249,7 +249,7 @@ def test_a_staging_folder_that_is_not_ours_is_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "lock", "out", "out/model.safetensors"])
 @pytest.mark.parametrize("hard", [False, True], ids=["symbolic", "hard"])
-def test_links_in_a_staging_folder_are_not_followed(tmp_path, name, hard):
+def test_links_in_a_staging_folder_are_refused(tmp_path, name, hard):
     if hard and name == "out":
         pytest.skip("folders have no hard links")
     outside = tmp_path / "outside"
@@ -266,17 +266,17 @@ def test_links_in_a_staging_folder_are_not_followed(tmp_path, name, hard):
     assert snapshot(outside) == {"kept": (outside.joinpath("kept").lstat().st_mode, 0, "", b"kept")}
 
 
-def test_folders_that_were_made_for_nothing_are_gone_again(tmp_path):
+def test_new_parent_folders_are_deleted_after_an_error(tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(KeyError), whole_directory(tmp_path / "there/deep/er/out"):
+    with pytest.raises(KeyError), staged_directory(tmp_path / "there/deep/er/out"):
         raise KeyError
     assert snapshot(tmp_path).keys() == {"there"}
     write(tmp_path / "there/deep/er/out")
     assert (tmp_path / "there/deep/er/out/weights").is_file()
 
 
-def test_a_result_that_took_the_place_meanwhile_is_left(apt, checkpoint, monkeypatch):
-    """The metrics of a run are written once its output is in place, and others may replace it."""
+def test_result_of_another_run_is_kept_after_publication(apt, checkpoint, monkeypatch):
+    """Metrics are written after the publication. Another run may replace the output before."""
     measure = RunOutput.measure
 
     def while_another_run_ends(self, when):

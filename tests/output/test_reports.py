@@ -1,4 +1,4 @@
-"""Reports that were damaged: every reader tells of it in one line, or is not concerned."""
+"""Damaged reports: each reader gives a one-line error, or does not need the damaged entry."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import apt as library
-from apt.output.schema import fault_of
+from apt.output.schema import first_problem
 from tests.helpers import TEXT
 
 DAMAGED = int(os.environ.get("APT_DAMAGED_REPORTS", "60"))
@@ -24,7 +24,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def results(output_of, checkpoint):
-    """The outputs of a pruning, of a recovery of it, and of a smaller model."""
+    """The outputs of a pruning, of its recovery, and of a smaller model."""
     pruned = output_of(
         "prune", checkpoint("llama"), *SMALL, "--sparsity", 0.5, "--effort", "fast", "--eval", TEXT
     )
@@ -34,7 +34,7 @@ def results(output_of, checkpoint):
 
 
 def places(value, path=()):
-    """The paths of all entries of a record; of lists those of the first item."""
+    """The paths of all entries of a record; of a list, only its first item."""
     yield path
     if isinstance(value, dict):
         for name, item in value.items():
@@ -44,7 +44,7 @@ def places(value, path=()):
 
 
 def damaged(record, path, value):
-    """A copy of a record with another value at a path."""
+    """A copy of a record with another value at one path."""
     if not path:
         return [] if value is GONE else value
     record = copy.deepcopy(record)
@@ -69,7 +69,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_damaged_report_is_one_line_or_does_no_harm(apt, results, command):
+def test_damaged_report_is_a_one_line_error_or_harmless(apt, results, command):
     draw, found = random.Random(command), []
     for _ in range(DAMAGED // len(COMMANDS)):
         shutil.rmtree("m", ignore_errors=True)
@@ -86,7 +86,7 @@ def test_a_damaged_report_is_one_line_or_does_no_harm(apt, results, command):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         (("schema",), 99, "has schema 99, not 1; use the version of APT that wrote it"),
         (("schema",), GONE, "is damaged: schema is missing"),
@@ -102,24 +102,24 @@ def test_a_damaged_report_is_one_line_or_does_no_harm(apt, results, command):
     ids=str,
 )
 @pytest.mark.parametrize("command", ["verify", "report"])
-def test_a_fault_is_named_with_its_place(apt, results, command, path, value, said):
+def test_problem_of_a_report_names_its_place(apt, results, command, path, value, message):
     shutil.copytree(results[0], "m")
     report = Path("m/apt_report.json")
     report.write_text(json.dumps(damaged(json.loads(report.read_text()), path, value)))
     run = apt(*COMMANDS[command])
     assert run.code == 2
-    assert said in run.err
+    assert message in run.err
     with pytest.raises(library.AptError):
         library.Report.read(Path("m"))
 
 
-def test_what_apt_writes_has_no_fault(results, checkpoint, output_of):
+def test_written_reports_have_no_problem(results, checkpoint, output_of):
     searched = output_of("shrink", checkpoint("llama"), *SMALL, "--search", "--evaluations", 2)
     for result in (*results, searched, output_of("reapply", results[0], checkpoint("llama"))):
-        assert fault_of(json.loads((result / "apt_report.json").read_text())) == ""
+        assert first_problem(json.loads((result / "apt_report.json").read_text())) == ""
 
 
-def test_a_number_that_is_not_finite_is_read_as_it_was_written(results):
+def test_number_that_is_not_finite_survives_a_round_trip(results):
     found = json.loads((results[0] / "apt_report.json").read_text())
     found["scores"]["after"]["perplexity"] = "Infinity"
     assert library.Report.from_dict(found).scores["after"]["perplexity"] == float("inf")

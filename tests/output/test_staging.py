@@ -1,4 +1,4 @@
-"""Output directories appear whole or not at all."""
+"""Output directories appear complete or not at all."""
 
 import errno
 import os
@@ -13,21 +13,21 @@ from apt.files import locking, renaming
 from apt.output import staging
 from apt.output.location import check_output
 from apt.output.report import Report
-from apt.output.staging import Staging, whole_directory, write_errors
+from apt.output.staging import Staging, staged_directory, write_errors
 from tests.helpers.interrupted import KilledError
 
 
 def write_and_fail(target, error):
-    with whole_directory(target) as work, write_errors(target):
+    with staged_directory(target) as work, write_errors(target):
         (work.out / "a").write_text("x")
         raise error
 
 
-def test_a_directory_appears_at_the_end(tmp_path):
+def test_directory_appears_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
     umask = os.umask(0o022)
     os.umask(umask)
-    with whole_directory(target) as work:
+    with staged_directory(target) as work:
         (work.out / "a").write_text("x")
         (work.out / "a").chmod(0o600)
         assert not target.exists()
@@ -43,7 +43,7 @@ def test_nothing_is_left_after_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
+def test_old_directory_stays_until_the_new_one_is_complete(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
@@ -51,19 +51,19 @@ def test_the_old_directory_stays_until_the_new_one_is_whole(tmp_path):
     with pytest.raises(KeyError):
         write_and_fail(target, KeyError())
     assert (target / "old").read_text() == "old"
-    with whole_directory(target, overwrite=True) as work:
+    with staged_directory(target, overwrite=True) as work:
         (work.out / "new").write_text("new")
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_an_error_for_the_user(tmp_path):
+def test_full_disk_is_an_apt_error(tmp_path):
     with pytest.raises(AptError, match="cannot write .*No space left"):
         write_and_fail(tmp_path / "out", OSError(28, os.strerror(28)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outputs_are_checked_early(tmp_path):
+def test_check_output_accepts_and_refuses_places(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "weights").write_text("x")
@@ -84,7 +84,7 @@ def test_outputs_are_checked_early(tmp_path):
 
 
 def cut(monkeypatch, step, *, after):
-    """Let the process be gone before or after the step of this number that changes folders.
+    """End the process before or after one numbered step that changes folders.
 
     Returns:
         The steps so far.
@@ -113,7 +113,7 @@ def cut(monkeypatch, step, *, after):
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("after", [True, False])
 @pytest.mark.parametrize("step", range(1, 7))
-def test_a_result_that_replaces_out_is_whole_wherever_the_run_is_cut(
+def test_replacing_out_is_complete_after_a_kill_at_any_step(
     step, after, exchanges, tmp_path, monkeypatch
 ):
     work = Staging(tmp_path / "out")
@@ -136,18 +136,18 @@ def test_a_result_that_replaces_out_is_whole_wherever_the_run_is_cut(
                 assert len(steps) < step
     again = Staging(tmp_path / "out")
     with again.locked():
-        if again.done is None:  # the blocks are there, from which the run makes it again
+        if again.finished_output is None:  # the blocks are there, from which the run makes it again
             assert (again.out / "blocks").read_text() == "with zeros"
             assert again.journal.has_work
         else:
-            assert again.done == again.out
+            assert again.finished_output == again.out
             again.finish()
             assert (tmp_path / "out/weights").read_text() == "few"
 
 
 @pytest.fixture
 def flushed(monkeypatch):
-    """The paths that are flushed to disk, in their order."""
+    """The flushed paths, in order."""
     paths, real = [], os.fsync
 
     def fsync(descriptor):
@@ -159,7 +159,7 @@ def flushed(monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["file", "folder"])
-def test_what_a_line_describes_is_flushed_before_the_line(data, tmp_path, flushed):
+def test_files_are_flushed_before_their_line_in_the_journal(data, tmp_path, flushed):
     work = Staging(tmp_path / "out")
     with work.locked():
         work.begin({})
@@ -176,15 +176,15 @@ def test_what_a_line_describes_is_flushed_before_the_line(data, tmp_path, flushe
         assert flushed[-1].endswith("journal.jsonl")
 
 
-def test_a_published_output_and_its_name_are_on_disk(tmp_path, flushed):
-    with whole_directory(tmp_path / "out") as work:
+def test_published_output_and_its_name_are_flushed(tmp_path, flushed):
+    with staged_directory(tmp_path / "out") as work:
         (work.out / "index.json").write_text("x")
     assert "index.json" in {Path(path).name for path in flushed[:-1]}
     assert flushed[-1] == str(tmp_path)
 
 
-def test_a_file_system_that_keeps_an_open_lock_in_its_folder_is_no_error(tmp_path, monkeypatch):
-    """NFS renames an open file that is deleted, and deletes it when it is closed."""
+def test_file_system_that_keeps_an_open_lock_is_no_error(tmp_path, monkeypatch):
+    """NFS renames a deleted file that is open, and deletes it when it is closed."""
     real, kept = os.unlink, Staging(tmp_path / "out").folder / ".nfs0001"
 
     def unlink(path, *given, **named):
@@ -209,6 +209,6 @@ def test_a_file_system_that_keeps_an_open_lock_in_its_folder_is_no_error(tmp_pat
 
     monkeypatch.setattr(os, "unlink", unlink)
     monkeypatch.setattr(staging, "locked", locked)
-    with whole_directory(tmp_path / "out") as work:
+    with staged_directory(tmp_path / "out") as work:
         (work.out / "a").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -21,7 +21,7 @@ WINDOWS = ("--samples", 2, "--seqlen", 64, "--json")
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 200), st.sampled_from([4, 8]), st.integers(0, 99))
-def test_integers_are_packed_as_compressed_tensors_packs_them(rows, columns, bits, seed):
+def test_packed_integers_equal_those_of_compressed_tensors(rows, columns, bits, seed):
     draw = torch.Generator().manual_seed(seed)
     most = 2 ** (bits - 1) - 1
     integers = torch.randint(-most, most + 1, (rows, columns), generator=draw, dtype=torch.int8)
@@ -46,7 +46,7 @@ def logits(directory):
         return model(torch.arange(60).view(2, 30)).logits
 
 
-def test_a_quantised_run_opens_in_transformers_with_the_same_values(apt, pruned):
+def test_exported_model_gives_the_same_logits_in_transformers(apt, pruned):
     run = apt("pack", pruned, *EXPORT, "-o", "out", "--json")
     assert run.code == 0, run.err
     record = json.loads(run.out)
@@ -63,7 +63,7 @@ def test_a_quantised_run_opens_in_transformers_with_the_same_values(apt, pruned)
     assert figures[0] == figures[1]
 
 
-def test_any_model_is_rounded_to_integers_and_keeps_its_zeros(apt):
+def test_rounding_on_export_keeps_the_zeros(apt):
     assert apt("prune", "zoo:opt", *RUN, "-o", "pruned").code == 0
     for kind, least in (("int8", 1e-4), ("int4", 2e-2)):
         run = apt(
@@ -78,7 +78,7 @@ def test_any_model_is_rounded_to_integers_and_keeps_its_zeros(apt):
     assert not integers[plain[name] == 0].any()
 
 
-def test_what_measures_opens_it_and_what_changes_it_does_not(apt, pruned, monkeypatch):
+def test_exported_model_can_be_measured_but_not_changed(apt, pruned, monkeypatch):
     # With torch 2.6 the kernels round the products of this model otherwise than torch does.
     monkeypatch.setattr("apt.runtime.linear.kernels", lambda: None)
     assert apt("pack", pruned, *EXPORT, "-o", "out").code == 0
@@ -109,7 +109,7 @@ def test_what_measures_opens_it_and_what_changes_it_does_not(apt, pruned, monkey
         (("--format", "gguf"), "format 'gguf' is not one of apt, compressed-tensors (--format)"),
     ],
 )
-def test_mistakes_are_one_line(apt, arguments, text):
+def test_wrong_arguments_are_errors_of_one_line(apt, arguments, text):
     run = apt("pack", "zoo:llama", *EXPORT, *arguments, "-o", "out")
     assert run.code == 2
     assert len(run.err.splitlines()) == 1

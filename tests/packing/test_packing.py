@@ -48,7 +48,7 @@ def same_bytes(one, other):
     rows=st.integers(0, 40), columns=st.integers(0, 70), share=st.floats(0, 1), dtype=FLOATS,
     seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_a_matrix_comes_back_byte_for_byte(rows, columns, share, dtype, seed):
+def test_decode_restores_a_matrix_byte_for_byte(rows, columns, share, dtype, seed):
     draw = torch.Generator().manual_seed(seed)
     size = dtype.itemsize
     bits = torch.randint(0, 256, (rows, columns * size), dtype=torch.uint8, generator=draw)
@@ -62,13 +62,13 @@ def test_a_matrix_comes_back_byte_for_byte(rows, columns, share, dtype, seed):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.6, 0.7, 0.8])
-def test_the_bytes_are_near_the_entropy(share):
+def test_packed_bytes_are_near_the_entropy(share):
     matrix = torch.randn(512, 1024).bfloat16().masked_fill_(torch.rand(512, 1024) < share, 0)
     entry, parts = encode(matrix)
     assert sum(part.nbytes for part in parts.values()) < 1.005 * bound(entry)
 
 
-def test_the_bytes_of_2_4_are_near_the_entropy_of_its_mask():
+def test_packed_bytes_of_2_4_are_near_the_entropy_of_the_mask():
     keep = torch.rand(512, 256, 4).argsort(2).argsort(2) < 2
     matrix = torch.randn(512, 1024).bfloat16() * keep.view(512, 1024)
     _, parts = encode(matrix)
@@ -90,7 +90,7 @@ def quantised(kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_integers_are_multiplied_by_their_scales(kind):
+def test_decode_multiplies_integers_by_their_scales(kind):
     entry, parts, whole = quantised(kind)
     found = decode(entry, parts)
     spread = parts[SCALES].repeat_interleave(128, 1)[:, :300]
@@ -103,7 +103,7 @@ def test_integers_are_multiplied_by_their_scales(kind):
 @pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("kind", ["int8", "int4", "float32"])
 @pytest.mark.parametrize("vectors", [1, 5, 30])
-def test_a_packed_module_multiplies_as_a_dense_one(native, kind, vectors, monkeypatch):
+def test_packed_module_multiplies_like_a_dense_one(native, kind, vectors, monkeypatch):
     if native and kernels() is None:
         pytest.skip("apt_kernels is not installed, or was without a compiler")
     if not native:
@@ -147,7 +147,7 @@ def pruned(tmp_path_factory, checkpoint):
 
 @PLAIN
 @pytest.mark.parametrize("variant", ["llama", "opt", "bloom", "mamba"])
-def test_a_model_is_packed_unpacked_and_run(apt, pruned, variant):
+def test_unpack_restores_the_files_of_a_packed_model(apt, pruned, variant):
     path = pruned(variant)
     done = apt("pack", path, "-o", "packed", "--json")
     assert done.code == 0, done.err
@@ -179,7 +179,7 @@ def test_a_model_is_packed_unpacked_and_run(apt, pruned, variant):
 
 
 @PLAIN
-def test_transformers_opens_a_packed_model_and_generates(apt, pruned):
+def test_pipeline_generates_the_same_text_with_a_packed_model(apt, pruned):
     path = pruned()
     assert apt("pack", path, "-o", "packed").code == 0
     texts = [
@@ -189,7 +189,7 @@ def test_transformers_opens_a_packed_model_and_generates(apt, pruned):
     assert texts[0] == texts[1]
 
 
-def test_the_copies_of_a_model_of_another_tool_are_replaced(apt, pruned):
+def test_overwrite_replaces_packed_and_unpacked_outputs(apt, pruned):
     path = pruned()
     for command in (("pack", path, "-o", "packed"), ("unpack", "packed", "-o", "back")):
         assert apt(*command).code == 0
@@ -199,7 +199,7 @@ def test_the_copies_of_a_model_of_another_tool_are_replaced(apt, pruned):
     assert apt("report", "packed", "-o", "page.html").code == 0
 
 
-def test_a_sharded_checkpoint_keeps_its_files(apt, pruned, tmp_path):
+def test_packed_sharded_checkpoint_keeps_its_files(apt, pruned, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pruned(), dtype="auto")
     model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     names = sorted(p.name for p in (tmp_path / "shards").glob("*.safetensors"))
@@ -218,7 +218,7 @@ def test_a_sharded_checkpoint_keeps_its_files(apt, pruned, tmp_path):
         assert all(same_bytes(one[key], other[key]) for key in one)
 
 
-def test_prune_packs_its_output(apt, checkpoint):
+def test_prune_writes_a_packed_copy(apt, checkpoint):
     run = apt("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude",
               "-o", "pruned", "--pack", "packed")  # fmt: skip
     assert run.code == 0, run.err
@@ -234,7 +234,7 @@ def test_prune_packs_its_output(apt, checkpoint):
     assert "apt_packed.safetensors" in files[1]
 
 
-def test_a_finished_run_is_packed_when_it_is_resumed(apt, checkpoint):
+def test_resumed_complete_run_is_packed(apt, checkpoint):
     command = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude",
                "-o", "pruned")  # fmt: skip
     assert apt(*command).code == 0
@@ -246,9 +246,7 @@ def test_a_finished_run_is_packed_when_it_is_resumed(apt, checkpoint):
     assert read_entries(Path("packed"))
 
 
-def test_a_model_without_an_adapter_of_its_own_is_packed_with_the_named_one(
-    apt, tokenizer, tmp_path
-):
+def test_pack_uses_the_given_adapter(apt, tokenizer, tmp_path):
     config = OlmoConfig(vocab_size=2048, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
                         num_attention_heads=2)  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "olmo")
@@ -262,7 +260,7 @@ def test_a_model_without_an_adapter_of_its_own_is_packed_with_the_named_one(
     assert read_entries(Path("packed")) == read_entries(Path("again"))
 
 
-def test_what_cannot_be_packed_is_an_error(apt, pruned, checkpoint):
+def test_models_that_cannot_be_packed_are_refused(apt, pruned, checkpoint):
     path = pruned()
     assert apt("pack", path, "-o", "packed").code == 0
     Path("texts").mkdir()
@@ -325,7 +323,7 @@ def first(about):
         (lambda about: first(about).update(more=3), "is damaged"),
     ],
 )
-def test_a_damaged_description_is_one_line(apt, output_of, pruned, change, text):
+def test_damaged_description_is_an_error_of_one_line(apt, output_of, pruned, change, text):
     shutil.copytree(output_of("pack", pruned()), "packed")
     damage("packed", change)
     for command in (("unpack", "packed", "-o", "x"), ("eval", "packed", "--data", TEXT,
@@ -340,7 +338,7 @@ def test_a_damaged_description_is_one_line(apt, output_of, pruned, change, text)
 
 
 @pytest.mark.parametrize("part", [MASK, VALUES])
-def test_a_packed_model_without_a_tensor_is_refused(apt, output_of, pruned, part):
+def test_packed_model_without_a_tensor_is_refused(apt, output_of, pruned, part):
     shutil.copytree(output_of("pack", pruned()), "packed")
     tensors = load_file("packed/apt_packed.safetensors")
     del tensors[next(name for name in tensors if name.endswith(f"_{part}"))]
@@ -357,7 +355,7 @@ def test_a_packed_model_without_a_tensor_is_refused(apt, output_of, pruned, part
 @pytest.mark.parametrize(
     "opens", [runtime.load, pytest.param(AutoModelForCausalLM.from_pretrained, marks=PLAIN)]
 )
-def test_a_matrix_without_a_part_is_named_if_the_checksums_agree(pruned, tmp_path, part, opens):
+def test_matrix_without_a_part_is_an_error_with_its_name(pruned, tmp_path, part, opens):
     name = "model.layers.0.mlp.up_proj.weight"
     pack(pruned(), [name], tmp_path, Rounding("int8", 64))
     file, about = tmp_path / "apt_packed.safetensors", read_config(tmp_path)[KEY]["matrices"]
@@ -379,7 +377,7 @@ def changed(path, folder, change):
     return copied
 
 
-def test_a_tied_weight_that_is_stored_as_well_stays_dense(apt, pruned, tmp_path):
+def test_stored_tied_weight_stays_dense(apt, pruned, tmp_path):
     def stored(tensors):
         embedding = tensors["model.embed_tokens.weight"]
         embedding[:, ::2] = 0
@@ -395,7 +393,7 @@ def test_a_tied_weight_that_is_stored_as_well_stays_dense(apt, pruned, tmp_path)
 
 
 @PLAIN
-def test_a_packed_head_is_left_out_of_the_model_without_it(apt, pruned, tmp_path):
+def test_packed_head_is_ignored_by_the_model_without_a_head(apt, pruned, tmp_path):
     path = changed(pruned(), tmp_path / "head", lambda t: t["lm_head.weight"][:, ::2].zero_())
     assert apt("pack", path, "-o", "packed").code == 0
     assert "lm_head.weight" in read_entries(Path("packed"))
@@ -406,7 +404,7 @@ def test_a_packed_head_is_left_out_of_the_model_without_it(apt, pruned, tmp_path
         assert torch.allclose(*states, atol=1e-4)
 
 
-def test_matrices_of_zeros_and_with_nan_come_back(apt, pruned, tmp_path):
+def test_matrices_of_zeros_and_with_nan_are_restored(apt, pruned, tmp_path):
     stem, nan = "model.layers.0.mlp", torch.tensor([-2, 0x7F81], dtype=torch.int16)
 
     def extreme(tensors):
@@ -437,7 +435,7 @@ def test_matrices_of_zeros_and_with_nan_come_back(apt, pruned, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", [None, "int4"])
-def test_every_changed_bit_is_found(pruned, tmp_path, quantize):
+def test_every_changed_bit_is_detected(pruned, tmp_path, quantize):
     """In values, masks, scales, plain tensors, and the header with names, dtypes and checksums."""
     path, draw, packed = pruned(), random.Random(0), tmp_path / "packed"
     names = [name for name in load_file(path / "model.safetensors") if "proj" in name]
@@ -460,7 +458,7 @@ def test_every_changed_bit_is_found(pruned, tmp_path, quantize):
 @pytest.mark.parametrize(
     "opens", [runtime.load, pytest.param(AutoModelForCausalLM.from_pretrained, marks=PLAIN)]
 )
-def test_a_changed_value_is_found_on_loading(pruned, tmp_path, opens):
+def test_changed_value_is_detected_on_loading(pruned, tmp_path, opens):
     path, packed = pruned(), tmp_path / "packed"
     packed.mkdir()
     pack(path, [name for name in load_file(path / "model.safetensors") if "proj" in name], packed)
@@ -477,7 +475,7 @@ def test_a_changed_value_is_found_on_loading(pruned, tmp_path, opens):
     assert opens(packed)
 
 
-def test_a_description_has_a_checksum_as_well(pruned, tmp_path):
+def test_changed_description_is_detected_by_its_checksum(pruned, tmp_path):
     """A group of 128 or of 65 columns gives two scales for 128 columns, but other weights."""
     path = pruned()
     pack(path, ["model.layers.0.mlp.up_proj.weight"], tmp_path, Rounding("int8", 64))
@@ -518,7 +516,7 @@ for case in json.loads(sys.argv[1]):
 """
 
 
-def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(
+def test_plain_transformers_refuses_a_packed_model_or_opens_it_correctly(
     apt, output_of, pruned, tmp_path
 ):
     """Each case is a process without APT, forked from one that has imported transformers."""
@@ -538,12 +536,12 @@ def test_plain_transformers_refuses_a_packed_model_or_opens_it_right(
     words = [sys.executable, "-c", OPENS, json.dumps([[str(pruned()), *case] for case in cases])]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     found = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-    said = found.stdout.split("end of case\n")
-    for case, expected, one in zip(cases, cases.values(), said[:-1], strict=True):
+    message = found.stdout.split("end of case\n")
+    for case, expected, one in zip(cases, cases.values(), message[:-1], strict=True):
         assert re.match(expected, one), (case, one, found.stderr)
 
 
-def test_lm_eval_measures_a_packed_model_by_its_own_options(
+def test_lm_eval_opens_a_packed_model_with_remote_code(
     apt, output_of, pruned, monkeypatch, tmp_path
 ):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
@@ -560,7 +558,7 @@ def test_lm_eval_measures_a_packed_model_by_its_own_options(
 
 
 @pytest.mark.parametrize("card", ["", "---\nlicense: mit\n---\n# A model\n", "# A model\n"])
-def test_the_card_says_how_a_packed_model_is_opened_until_it_is_unpacked(apt, pruned, card):
+def test_card_of_a_packed_model_explains_how_to_open_it(apt, pruned, card):
     shutil.copytree(pruned(), "plain")
     Path("plain/README.md").write_text(card)
     if not card:
@@ -576,7 +574,7 @@ def test_the_card_says_how_a_packed_model_is_opened_until_it_is_unpacked(apt, pr
     assert not list(Path("back").glob("*.py"))
 
 
-def test_a_model_with_code_of_its_own_keeps_it(apt, pruned):
+def test_packed_model_keeps_the_code_of_the_model(apt, pruned):
     shutil.copytree(pruned(), "plain")
     config = json.loads(Path("plain/config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
@@ -594,7 +592,7 @@ def test_a_model_with_code_of_its_own_keeps_it(apt, pruned):
     assert json.loads(Path("back/config.json").read_text()) == config
 
 
-def test_verify_checks_a_packed_model(apt, checkpoint):
+def test_verify_detects_damage_of_a_packed_model(apt, checkpoint):
     run = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude", "-o", "pruned")
     assert apt(*run, "--pack", "packed").code == 0
     found = apt("verify", "packed")
@@ -608,7 +606,7 @@ def test_verify_checks_a_packed_model(apt, checkpoint):
 
 
 @pytest.mark.parametrize("group", ["row", 10**9, 64_000])
-def test_a_group_is_at_most_a_row(apt, checkpoint, group):
+def test_scale_group_is_at_most_a_row(apt, checkpoint, group):
     """Memory and time follow the columns, not the number."""
     run = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude", "--quantize",
            "int4", "--scale-group", group, "-o", "pruned", "--pack", "packed")  # fmt: skip
@@ -629,7 +627,7 @@ def test_a_group_is_at_most_a_row(apt, checkpoint, group):
     kind=st.sampled_from(["int8", "int4"]), group=st.sampled_from([64, 128, 256]),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_rounding_keeps_zeros_and_errs_by_half_a_step_at_most(
+def test_rounding_keeps_zeros_with_an_error_of_at_most_half_a_step(
     rows, columns, share, kind, group, seed
 ):
     draw = torch.Generator().manual_seed(seed)
@@ -646,7 +644,7 @@ def test_rounding_keeps_zeros_and_errs_by_half_a_step_at_most(
     assert spread.max() <= plain * (1 + 1e-6) + 1e-29
 
 
-def test_the_scale_is_searched():
+def test_searched_scale_has_a_smaller_error_than_the_largest_weight():
     matrix = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     found = decode(*encode_rounded(matrix, "int4", 128))
     most = matrix.view(64, 4, 128).abs().amax(2).repeat_interleave(128, 1) / 7
@@ -655,7 +653,7 @@ def test_the_scale_is_searched():
 
 
 @pytest.mark.parametrize(("kind", "least"), [("int8", 0.999), ("int4", 0.95)])
-def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
+def test_model_packed_as_integers_is_near_the_dense_one(apt, pruned, kind, least):
     path = pruned()
     done = apt("pack", path, "-o", "packed", "--quantize", kind, "--scale-group", 64, "--json")
     assert done.code == 0, done.err
@@ -678,7 +676,7 @@ def test_a_model_with_integers_is_near_the_plain_one(apt, pruned, kind, least):
         assert text in run.err
 
 
-def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
+def test_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
     options = ("--sparsity", 0.6, "--samples", 4, "--seqlen", 32, "--quantize", "int4",
                "--scale-group", 64, "--calibration", TEXT)  # fmt: skip
     run = apt("prune", checkpoint("llama"), *options, "-o", "pruned", "--pack", "packed")
@@ -700,7 +698,7 @@ def test_a_quantised_run_is_packed_as_integers_without_loss(apt, checkpoint):
         assert text in refused.err
 
 
-def test_integers_in_another_dtype_multiply_inputs_in_it(apt, pruned):
+def test_packed_integers_load_in_another_dtype(apt, pruned):
     path = pruned("mamba")
     assert apt("pack", path, "-o", "packed", "--quantize", "int8", "--scale-group", 64).code == 0
     assert any("dt_proj" in name for name in read_entries(Path("packed")))
@@ -712,7 +710,7 @@ def test_integers_in_another_dtype_multiply_inputs_in_it(apt, pruned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_packed_module_is_cast_as_a_dense_one(dtype):
+def test_packed_module_is_cast_like_a_dense_one(dtype):
     matrix = torch.randn(6, 300).masked_fill_(torch.rand(6, 300) < 0.6, 0)
     entry, parts = encode(matrix)
     module = PackedLinear(entry, bias=False)
@@ -728,7 +726,7 @@ def test_a_packed_module_is_cast_as_a_dense_one(dtype):
     assert torch.allclose(cast(x).double(), wanted, rtol=1e-2, atol=0.1)
 
 
-def test_a_packed_model_in_another_dtype_is_the_dense_one_in_it(apt, pruned):
+def test_packed_model_in_another_dtype_equals_the_dense_one(apt, pruned):
     path = pruned()
     assert apt("pack", path, "-o", "packed").code == 0
     dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -742,7 +740,7 @@ def test_a_packed_model_in_another_dtype_is_the_dense_one_in_it(apt, pruned):
 
 @pytest.mark.skipif(kernels() is None, reason="needs apt-kernels with its library")
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says which files are in memory")
-def test_the_file_of_a_loaded_model_is_not_in_memory(apt, output_of, pruned):
+def test_file_of_a_loaded_model_is_not_mapped(apt, output_of, pruned):
     shutil.copytree(output_of("pack", pruned()), "packed")
     model = runtime.load("packed")
     assert str(Path("packed").absolute()) not in Path("/proc/self/maps").read_text()
@@ -750,7 +748,7 @@ def test_the_file_of_a_loaded_model_is_not_in_memory(apt, output_of, pruned):
 
 
 @pytest.mark.skipif(kernels() is None, reason="needs apt-kernels with its library")
-def test_a_dense_head_of_a_packed_model_uses_the_kernels(monkeypatch):
+def test_dense_head_of_a_packed_model_uses_the_kernels(monkeypatch):
     monkeypatch.setattr("apt.compute.multiplies_fast", lambda dtype, device: True)
     module = torch.nn.Linear(1024, 1100, bias=True).bfloat16().requires_grad_(False)
     plain = torch.nn.Linear(64, 64).bfloat16()

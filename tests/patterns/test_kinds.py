@@ -1,4 +1,4 @@
-"""Selections: exact counts whatever the scores, and estimates that are near them."""
+"""Selections: exact counts for all scores, and approximate thresholds."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ ROWS = {
 
 @pytest.mark.parametrize("share", [0, 1 / LONG, 0.3, 0.5, 0.99, 1])
 @pytest.mark.parametrize("name", ROWS)
-def test_a_long_row_is_selected_exactly(name, share):
+def test_mask_of_a_long_row_has_the_exact_count(name, share):
     scores, k = ROWS[name], round(share * LONG)
     mask = lowest_k(scores[None], k)[0]
     assert int(mask.sum()) == k
@@ -30,8 +30,8 @@ def test_a_long_row_is_selected_exactly(name, share):
         assert scores[mask].max() <= scores[~mask].min()
 
 
-def test_a_misleading_sample_is_noticed():
-    """What the sample happens to look at is large, all else small."""
+def test_misleading_sample_still_gives_the_exact_count():
+    """The sampled scores are large, and all other scores are small."""
     scores = torch.rand(LONG)
     scores[:: stride(LONG)] += 10
     mask = lowest_k(scores[None], LONG // 2)[0]
@@ -40,7 +40,7 @@ def test_a_misleading_sample_is_noticed():
 
 
 @pytest.mark.parametrize("m", range(2, 10))
-def test_the_nth_largest_of_a_group(m):
+def test_nth_largest_equals_the_sorted_value(m):
     values = torch.randn(m, 50, generator=torch.Generator().manual_seed(m))
     ordered = values.sort(0, descending=True).values
     for n in range(1, m):
@@ -49,7 +49,7 @@ def test_the_nth_largest_of_a_group(m):
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.sampled_from([(2, 4), (1, 4), (4, 8), (2, 3)]))
-def test_groups_with_equal_scores_are_selected_exactly(seed, pattern):
+def test_groups_with_equal_scores_have_exact_counts(seed, pattern):
     n, m = pattern
     scores = torch.randint(0, 3, (5, 6 * m), generator=torch.Generator().manual_seed(seed)).float()
     groups, mask = scores.view(-1, m), lowest(scores, NM(n, m)).view(-1, m)
@@ -60,7 +60,7 @@ def test_groups_with_equal_scores_are_selected_exactly(seed, pattern):
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.sampled_from([(2, 4), (1, 4), (4, 8), (2, 3)]))
-def test_thresholds_of_groups_are_exact(seed, pattern):
+def test_threshold_of_n_m_keeps_n_of_each_group(seed, pattern):
     n, m = pattern
     values = torch.rand(6 * m, 5, generator=torch.Generator().manual_seed(seed))
     kept = values.view(-1, m, 5) >= NM(n, m).threshold(values)
@@ -69,20 +69,20 @@ def test_thresholds_of_groups_are_exact(seed, pattern):
 
 @settings(deadline=None, max_examples=10)
 @given(seeds, st.floats(0.1, 0.9))
-def test_thresholds_of_a_layer_are_near(seed, sparsity):
+def test_threshold_of_a_layer_keeps_about_the_share(seed, sparsity):
     values = torch.rand(300, 400, generator=torch.Generator().manual_seed(seed))
     kept = (values >= Unstructured(sparsity).threshold(values)).float().mean()
     assert float(kept) == pytest.approx(1 - sparsity, abs=0.03)
 
 
-def test_thresholds_of_rows_are_exact_where_rows_are_short():
+def test_threshold_of_short_rows_keeps_the_exact_count():
     values = torch.rand(40, 7)
     kept = values.view(1, 40, 7) >= Unstructured(0.3, "row").threshold(values)
     assert (kept[0].sum(0) == 28).all()
 
 
 @pytest.mark.parametrize("size", [3 * 2**20, 2**22, 2**32 + 1])
-def test_a_share_as_text_keeps_its_count(size):
+def test_text_of_a_share_keeps_its_count(size):
     """A report stores patterns as text, and `verify` counts by them."""
     share = (size * 2 // 3 - 1) / size
     for pattern in (Unstructured(share), MixedNM(share)):
@@ -90,12 +90,12 @@ def test_a_share_as_text_keeps_its_count(size):
     assert str(Unstructured(0.5)) == "0.5"
 
 
-def test_groups_do_not_cross_rows():
+def test_width_not_divisible_by_m_raises_value_error():
     with pytest.raises(ValueError, match="6 columns are not a multiple of 4"):
         lowest(torch.rand(4, 6), NM(2, 4))
 
 
-def test_the_count_is_exact_where_most_scores_are_nan():
+def test_count_is_exact_if_most_scores_are_nan():
     scores = torch.rand(65_000, generator=torch.Generator().manual_seed(0))
     scores[torch.rand(65_000, generator=torch.Generator().manual_seed(1)) < 0.6] = torch.nan
     assert int(lowest_k(scores.unsqueeze(0), 39_000).sum()) == 39_000
@@ -103,10 +103,10 @@ def test_the_count_is_exact_where_most_scores_are_nan():
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.4, "row"), Unstructured(0.37), NM(2, 4)])
 @pytest.mark.parametrize("levels", [0, 6])  # with 6 levels, many scores are equal
-def test_numpy_selects_what_torch_does(monkeypatch, pattern, levels):
+def test_numpy_and_torch_select_the_same_mask(monkeypatch, pattern, levels):
     scores = torch.rand(24, 64, generator=torch.Generator().manual_seed(0))
     scores = (scores * levels).floor() if levels else scores
-    found = [lowest(scores, pattern), pattern.threshold(scores)]
+    result = [lowest(scores, pattern), pattern.threshold(scores)]
     monkeypatch.setattr("apt.patterns.selection.selects_in_numpy", lambda values: False)
-    assert torch.equal(found[0], lowest(scores, pattern))
-    assert torch.equal(found[1], pattern.threshold(scores))
+    assert torch.equal(result[0], lowest(scores, pattern))
+    assert torch.equal(result[1], pattern.threshold(scores))

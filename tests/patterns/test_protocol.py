@@ -1,4 +1,4 @@
-"""Kinds of patterns: the promises of their protocol, and kinds that other packages add."""
+"""The protocol of patterns, and kinds of patterns that other packages add."""
 
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -21,7 +21,7 @@ __all__ = ["entry"]  # the fixture
 
 @dataclass(frozen=True)
 class Columns(Pattern):
-    """The first columns are pruned, whatever the scores: a kind with nothing but what it must."""
+    """A kind with the required methods alone: the first columns are pruned for all scores."""
 
     count: int
     kind = "first"
@@ -51,22 +51,22 @@ class Columns(Pattern):
 
 @pytest.fixture
 def added(entry, monkeypatch):
-    """A plugin with the kind `Columns`, or another, beside those that are installed."""
+    """A function that adds a plugin with the kind `Columns`, or another, to the registry."""
 
     def add(target="tests.patterns.test_protocol:Columns", methods=()):
         spec = PatternSpec("first", "the first columns", target, "first-8")
         hooks = {"apt_patterns": lambda: [spec], "apt_methods": lambda: methods}
-        found = load_registry([*entry_points(group="apt"), entry("columns", **hooks)])
-        monkeypatch.setattr("apt.planning.plan.registry", lambda: found)
-        monkeypatch.setattr("apt.engine.api.registry", lambda: found)
-        monkeypatch.setattr("apt.engine.given.registry", lambda: found)
-        monkeypatch.setattr("apt.engine.pruning_plan.registry", lambda: found)
-        return found
+        result = load_registry([*entry_points(group="apt"), entry("columns", **hooks)])
+        monkeypatch.setattr("apt.planning.plan.registry", lambda: result)
+        monkeypatch.setattr("apt.engine.api.registry", lambda: result)
+        monkeypatch.setattr("apt.engine.caller_model.registry", lambda: result)
+        monkeypatch.setattr("apt.engine.pruning_plan.registry", lambda: result)
+        return result
 
     return add
 
 
-def test_kinds_that_ship_come_through_the_hook():
+def test_kinds_that_ship_are_registered_by_the_hook():
     known = registry().patterns
     assert [spec.load() for spec in known.specs.values() if known.is_own(spec)] == [
         Unstructured, NM, MixedNM
@@ -77,16 +77,16 @@ def test_kinds_that_ship_come_through_the_hook():
 @pytest.mark.parametrize(
     "pattern", [Unstructured(0.5), Unstructured(0.37), NM(2, 4), NM(5, 8), NM(1, 3)], ids=str
 )
-def test_kinds_that_ship_keep_the_promises_of_the_protocol(pattern):
+def test_kinds_that_ship_pass_check_pattern(pattern):
     check_pattern(pattern, (20, 48))
 
 
-def test_a_kind_of_a_plugin_keeps_them(added):
+def test_minimal_kind_of_a_plugin_passes_check_pattern(added):
     added()
     check_pattern(Columns(8), (20, 48))
 
 
-def test_a_mask_of_a_wrong_count_breaks_a_promise(added, monkeypatch):
+def test_check_pattern_refuses_a_mask_of_a_wrong_count(added, monkeypatch):
     added()
     right = Columns.lowest
     monkeypatch.setattr(Columns, "lowest", lambda *given, **more: ~right(*given, **more))
@@ -96,13 +96,13 @@ def test_a_mask_of_a_wrong_count_breaks_a_promise(added, monkeypatch):
         check_pattern(Columns(8), (20, 48))
 
 
-def test_a_text_that_is_read_as_another_kind_breaks_a_promise(monkeypatch):
+def test_check_pattern_refuses_a_text_of_another_kind(monkeypatch):
     monkeypatch.setattr(NM, "__str__", lambda self: str(self.sparsity))
     with pytest.raises(AssertionError, match="not kept: its text is read as of the kind n:m"):
         check_pattern(NM(2, 4), (20, 48))
 
 
-def test_a_model_is_pruned_to_a_pattern_of_a_plugin(added):
+def test_model_is_pruned_to_a_pattern_of_a_plugin(added):
     added()
     model = random_model("llama")
     report = library.prune(model, random_tokens(), pattern="first-8", method="wanda")
@@ -113,7 +113,7 @@ def test_a_model_is_pruned_to_a_pattern_of_a_plugin(added):
         assert site.pattern == "first-8"
 
 
-def test_a_pattern_of_a_plugin_in_an_override(added):
+def test_override_may_have_a_pattern_of_a_plugin(added):
     added()
     model = random_model("llama")
     chosen = Selection(overrides=(("*.q_proj", "first-8"),))
@@ -124,7 +124,7 @@ def test_a_pattern_of_a_plugin_in_an_override(added):
     assert (kinds["q_proj"], kinds["k_proj"]) == ("first-8", "0.5")
 
 
-def test_a_method_refuses_patterns_that_it_does_not_declare(added):
+def test_method_refuses_patterns_that_its_spec_does_not_name(added):
     own = [MethodSpec("only24", "", "apt.solver:ss", patterns=("n:m",))]
     added(methods=own)
     model, tokens = random_model("llama"), random_tokens()
@@ -137,7 +137,7 @@ def test_a_method_refuses_patterns_that_it_does_not_declare(added):
     library.prune(model, tokens, pattern="2:4", method="only24")
 
 
-def test_a_function_of_the_caller_prunes_to_all_patterns(added):
+def test_function_as_method_prunes_to_all_patterns(added):
     added()
     magnitude = registry().methods.get("magnitude").load()
     report = library.prune(random_model("llama"), random_tokens(), pattern="first-8",
@@ -145,13 +145,13 @@ def test_a_function_of_the_caller_prunes_to_all_patterns(added):
     assert report.sites[0].pattern == "first-8"
 
 
-def test_an_unreadable_pattern_names_the_forms_of_plugins(added):
+def test_error_of_an_unreadable_pattern_names_the_forms_of_plugins(added):
     added()
     with pytest.raises(AptError, match=r"'half' is neither .* such as 2:4 or .*first-8"):
         read_pattern("half")
 
 
-def test_a_kind_that_does_not_load_hides_no_other(added):
+def test_kind_that_does_not_load_leaves_other_kinds_usable(added):
     added("no_such_module:Columns")
     assert read_pattern("2:4") == NM(2, 4)
     assert read_pattern("50%") == Unstructured(0.5)
@@ -159,14 +159,14 @@ def test_a_kind_that_does_not_load_hides_no_other(added):
         read_pattern("first-8")
 
 
-def test_a_kind_that_returns_no_pattern_is_one_line(added, monkeypatch):
+def test_kind_that_returns_no_pattern_is_refused_in_one_line(added, monkeypatch):
     added()
     monkeypatch.setattr(Columns, "parse", lambda text: 0.5)
     with pytest.raises(AptError, match="pattern 'first-8' is read as float, not as an apt.solver"):
         read_pattern("first-8")
 
 
-def test_groups_of_columns_count_groups():
+def test_column_groups_count_groups_and_weights():
     groups, weight = ColumnGroups(4, 3), torch.ones(5, 8)
     assert groups.required((5, 8)) == 10
     assert groups.shortfall(weight) == "too few of its 4 groups are zero: 3 of 4 groups are kept"

@@ -1,4 +1,4 @@
-"""Overrides hold in every allocation, and `verify` compares what was asked with what is there."""
+"""Overrides with every allocation, and the checks of `verify` against the options of a run."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def zeros(model, name):
     ("allocation", "own"),
     [(a, own) for a in ALLOCATIONS for own in ("0.3", "2:4", "0.9") if own == "2:4" or a in FAST],
 )
-def test_an_override_is_exact_and_the_others_keep_their_total(allocation, own):
+def test_override_is_exact_and_other_sites_keep_their_total(allocation, own):
     model = random_model("llama")
     report = library.prune(
         model,
@@ -50,7 +50,7 @@ def test_an_override_is_exact_and_the_others_keep_their_total(allocation, own):
 
 
 @pytest.mark.parametrize("allocation", ["alphapruning", "auto"])
-def test_verify_holds_what_was_asked_against_what_is_there(apt, checkpoint, allocation):
+def test_verify_finds_a_pattern_other_than_the_override(apt, checkpoint, allocation):
     run = ("prune", checkpoint("llama"), "--sparsity", 0.6, "--allocation", allocation, *QUICK,
            "--override", "*.down_proj=0.3", "-o", "out")  # fmt: skip
     assert apt(*run).code == 0
@@ -60,12 +60,12 @@ def test_verify_holds_what_was_asked_against_what_is_there(apt, checkpoint, allo
     site = next(s for s in record["sites"] if s["kind"] == "mlp.down_proj")
     site["pattern"] = "0.42"  # as of a run that ignored the override
     path.write_text(json.dumps(record))
-    found = apt("verify", "out")
-    assert found.code == 1
-    assert f"{site['name']}: 0.3 was asked for, and the report has 0.42" in found.out
+    result = apt("verify", "out")
+    assert result.code == 1
+    assert f"{site['name']}: 0.3 was asked for, and the report has 0.42" in result.out
 
 
-def test_verify_finds_an_allocation_that_removed_too_little(apt, checkpoint):
+def test_verify_finds_an_allocation_with_too_few_zeros(apt, checkpoint):
     run = ("prune", checkpoint("llama"), "--sparsity", 0.6, "--allocation", "owl", *QUICK, "-o",
            "out")  # fmt: skip
     assert apt(*run).code == 0
@@ -73,12 +73,12 @@ def test_verify_finds_an_allocation_that_removed_too_little(apt, checkpoint):
     record = json.loads(path.read_text())
     record["options"]["pattern"] = "0.7"
     path.write_text(json.dumps(record))
-    found = apt("verify", "out")
-    assert found.code == 1
-    assert "were asked for" in found.out
+    result = apt("verify", "out")
+    assert result.code == 1
+    assert "were asked for" in result.out
 
 
-def test_verify_knows_sites_that_an_allocation_left_dense(apt):
+def test_verify_accepts_sites_that_an_allocation_left_dense(apt):
     run = ("prune", "zoo:llama", "--pattern", "auto:8", "--sparsity", 0.2, *QUICK, "-o", "out")
     assert apt(*run).code == 0
     record = json.loads(Path("out/apt_report.json").read_text())
@@ -90,35 +90,35 @@ def test_verify_knows_sites_that_an_allocation_left_dense(apt):
     {"overrides": [1]}, {"overrides": {"*": [2]}}, {"pattern": 7}, {"only": 3}, {"also": 3},
     {"skip": [None]},
 ], ids=str)  # fmt: skip
-def test_a_report_with_other_types_is_one_line(apt, checkpoint, output_of, change):
+def test_report_with_wrong_types_is_refused_in_one_line(apt, checkpoint, output_of, change):
     shutil.copytree(output_of("prune", checkpoint("opt"), "--sparsity", 0.5, *QUICK), "out")
     path = Path("out/apt_report.json")
     record = json.loads(path.read_text())
     record["options"] |= change
     path.write_text(json.dumps(record))
-    found = apt("verify", "out")
-    assert found.code in (1, 2)
-    assert "Traceback" not in found.err
+    result = apt("verify", "out")
+    assert result.code in (1, 2)
+    assert "Traceback" not in result.err
 
 
-def test_verify_counts_both_ways(apt, checkpoint, output_of):
+def test_verify_refuses_too_many_zeros_unless_at_least(apt, checkpoint, output_of):
     shutil.copytree(output_of("prune", checkpoint("opt"), "--sparsity", 0.5, *QUICK), "out")
     tensors = load_file("out/model.safetensors")
     name = "model.decoder.layers.0.fc1"
     tensors[f"{name}.weight"][:40] = 0
     save_file(tensors, "out/model.safetensors", {"format": "pt"})
     for pattern in ((), ("--sparsity", 0.5)):
-        found = apt("verify", "out", *pattern)
-        assert found.code == 1
-        assert f"{name}: " in found.out
-        assert "expected" in found.out
+        result = apt("verify", "out", *pattern)
+        assert result.code == 1
+        assert f"{name}: " in result.out
+        assert "expected" in result.out
     Path("out/apt_report.json").unlink()
     assert apt("verify", "out", "--sparsity", 0.5).code == 1
     assert apt("verify", "out", "--sparsity", 0.5, "--at-least").code == 0
     assert "at least needs a pattern" in apt("verify", "out", "--at-least").err
 
 
-def test_the_unit_of_an_override_is_that_of_the_run(apt):
+def test_override_is_counted_in_the_unit_of_the_run(apt):
     """Counted by row, 0.303 of 192 inputs are 58 in each row, fewer than 0.303 of the layer."""
     run = ("prune", "zoo:llama", *QUICK[:-1], "wanda", "--override", "*.q_proj=0.303", "-o", "out")
     assert apt(*run, "--pattern", "2:4").code == 0
@@ -129,7 +129,7 @@ def test_the_unit_of_an_override_is_that_of_the_run(apt):
     assert set((weight == 0).sum(1).tolist()) == {58}
 
 
-def test_overrides_without_effect_are_errors():
+def test_overrides_without_effect_are_refused():
     def prune(**selection):
         library.prune(random_model("llama"), TOKENS, pattern="0.6", method="magnitude",
                       selection=Selection(**selection))  # fmt: skip
@@ -147,7 +147,7 @@ def test_overrides_without_effect_are_errors():
         prune(overrides=(("*.q_proj", "0.3"), ("*_proj", NM(2, 4))))
 
 
-def test_a_glob_that_is_given_twice_keeps_its_last_place_in_the_report():
+def test_repeated_glob_has_its_last_position_in_the_report():
     given = (("*.q_proj", "0.3"), ("*_proj", "0.4"), ("*.q_proj", "0.5"))
     assert list(Selection(overrides=given).record()["overrides"].items()) == [
         ("*_proj", "0.4"),
@@ -155,14 +155,14 @@ def test_a_glob_that_is_given_twice_keeps_its_last_place_in_the_report():
     ]
 
 
-def test_an_allocation_without_sites_of_its_own_is_refused():
+def test_allocation_without_free_sites_is_refused():
     with pytest.raises(AptError, match="n:m or overrides fix the sparsity of every site"):
         library.prune(random_model("llama"), TOKENS, pattern="0.5", allocation="owl",
                       selection=Selection(overrides=(("*", "0.3"),)))  # fmt: skip
 
 
 def greedy(weight, gram, pattern, options):
-    """A method that removes nine of ten weights, whatever it is asked for."""
+    """A method that removes nine of ten weights for every pattern."""
     from apt.solver import Solution
 
     mask = weight.abs() < weight.abs().flatten().kthvalue(int(0.9 * weight.numel())).values
@@ -170,23 +170,23 @@ def greedy(weight, gram, pattern, options):
 
 
 def one_more(weight, gram, pattern, options):
-    """A method that removes one weight too many, which its mask does not show."""
+    """A method that removes one weight more than its mask shows."""
     from apt.solver import ss
 
-    found = ss(weight, gram, pattern, options)
-    place = found.weight.flatten().nonzero()[0]
-    found.weight.view(-1)[place] = 0
-    return found
+    result = ss(weight, gram, pattern, options)
+    place = result.weight.flatten().nonzero()[0]
+    result.weight.view(-1)[place] = 0
+    return result
 
 
 @pytest.mark.parametrize("method", [greedy, one_more])
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_a_method_that_removes_too_much_is_named(method, pattern):
+def test_error_names_a_method_that_removes_too_much(method, pattern):
     with pytest.raises(AptError, match=rf"method {method.__name__} removes [\d,]+ weights more of"):
         library.prune(random_model("opt"), TOKENS, pattern=pattern, method=method)
 
 
-def test_zeros_of_the_dense_model_count_in():
+def test_zeros_of_the_dense_model_count_as_pruned():
     model = random_model("opt")
     name = "model.decoder.layers.0.fc1"
     weight = model.get_submodule(name).weight

@@ -1,4 +1,4 @@
-"""Any selection of sites in any kind of run: those are pruned, and nothing else changes."""
+"""Random selections of sites in every kind of run: only the selected sites change."""
 
 import copy
 from functools import cache
@@ -28,7 +28,7 @@ def dense_model(variant):
 
 @st.composite
 def selections(draw, variant):
-    """Some sites, block by block, by their full names: inputs that are shared are often split."""
+    """The full names of random sites; sites with a shared input are often separated."""
     model = dense_model(variant)
     names = [site.name for site in make_plan(model, adapter_of(model), PATTERN).sites]
     kept = draw(st.lists(st.booleans(), min_size=len(names), max_size=len(names)).filter(any))
@@ -49,7 +49,7 @@ VARIANTS = ("llama", "opt-350m", "bloom", "mamba", "qwen2-moe", "jamba", "falcon
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name in CONFIGS])
-def test_the_selected_sites_are_pruned_and_nothing_else_changes(variant, tmp_path):
+def test_only_selected_sites_change(variant, tmp_path):
     @few
     @given(
         only=selections(variant),
@@ -82,7 +82,7 @@ def test_the_selected_sites_are_pruned_and_nothing_else_changes(variant, tmp_pat
     "options", [{}, {"method": "sm", "options": PruneOptions(error_aware=True)}], ids=str
 )
 @pytest.mark.parametrize("dense", ["q_proj", "k_proj", "v_proj", "gate_proj"])
-def test_one_site_of_an_input_that_is_shared_stays_dense(dense, options):
+def test_skipped_site_of_a_shared_input_stays_dense(dense, options):
     import apt
 
     model = copy.deepcopy(dense_model("llama"))

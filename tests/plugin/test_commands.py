@@ -87,14 +87,14 @@ def installed(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
-def test_each_summary_is_the_first_sentence_of_the_help():
+def test_summaries_equal_the_first_sentence_of_the_help():
     specs = {**registry().commands.specs, **{spec.name: spec for spec in OWN}}
     for name, command in commands().items():
         first = " ".join(inspect.cleandoc(command.help).partition("\n\n")[0].split())
         assert first == specs[name].summary, name
 
 
-def test_a_command_of_a_plugin_runs_and_has_help(installed, apt):
+def test_command_of_a_plugin_runs_and_has_help(installed, apt):
     installed("counting", PLUGIN)
     assert apt("count", "a", "b", "c").out == "3\n"
     shown = apt("count", "--help").out
@@ -106,7 +106,7 @@ def test_a_command_of_a_plugin_runs_and_has_help(installed, apt):
     assert "see apt count --help" in apt("count", "a", "--most", "x").err
 
 
-def test_the_list_has_it_between_the_commands_of_apt(installed, apt):
+def test_help_lists_plugin_commands_between_those_of_apt(installed, apt):
     installed("counting", PLUGIN)
     lines = [
         line.split()[0] for line in apt("--help").out.split("Commands:\n")[1].splitlines()[:-2]
@@ -118,42 +118,44 @@ def test_the_list_has_it_between_the_commands_of_apt(installed, apt):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("lost", "no_such_module:run of 'lost' does not load: No module named 'no_such_module'"),
         ("odd", "counting:odd of 'odd' does not load: name 'Unknown' is not"),
     ],
 )
-def test_one_that_does_not_load_is_one_line_that_names_the_distribution(installed, apt, name, said):
+def test_command_that_does_not_load_is_an_error_with_its_distribution(
+    installed, apt, name, message
+):
     installed("counting", PLUGIN)
     ran = apt(name, "x")
     assert ran.code == 2
-    assert ran.err.startswith(f"apt: counting 1.2: {said}")
+    assert ran.err.startswith(f"apt: counting 1.2: {message}")
     assert ran.err.count("\n") == 1
     assert name in apt("--help").out  # which does not load it
 
 
-def test_the_list_imports_no_plugin_without_commands(installed, apt):
+def test_help_imports_no_plugin_without_commands(installed, apt):
     installed("counting", PLUGIN)
     installed("heavy", HEAVY)
     assert "  count " in apt("--help").out
     assert "heavy" not in sys.modules
 
 
-def test_the_list_of_methods_imports_no_plugin_without_methods(installed, apt):
+def test_list_of_methods_imports_no_plugin_without_methods(installed, apt):
     installed("heavy", HEAVY)
     installed("counting", METHODS)
     assert "\nmine " in apt("methods").out
     assert "heavy" not in sys.modules
 
 
-def test_the_list_of_methods_has_those_that_a_module_imports(installed, apt, tmp_path):
+def test_list_of_methods_includes_imported_hooks(installed, apt, tmp_path):
     installed("counting", "from counted import *\n")
     (tmp_path / "site" / "counted.py").write_text(METHODS)
     assert "\nmine " in apt("methods").out
 
 
-def test_a_broken_plugin_with_commands_is_one_warning(installed, apt):
+def test_broken_plugin_with_commands_is_one_warning(installed, apt):
     installed("counting", PLUGIN + "\n1 / 0\n")
     shown = apt("--help")
     assert shown.code == 0
@@ -165,7 +167,7 @@ def test_a_broken_plugin_with_commands_is_one_warning(installed, apt):
     assert "(plugins that failed to load: counting 1.2: ZeroDivisionError" in missing.err
 
 
-def test_a_plugin_cannot_take_the_name_of_a_command_of_apt(installed, apt):
+def test_plugin_command_with_a_name_of_apt_is_refused(installed, apt):
     installed("counting", PLUGIN.replace('"count", ', '"prune", '))
     shown = apt("--help")
     assert shown.code == 0
@@ -176,7 +178,7 @@ def test_a_plugin_cannot_take_the_name_of_a_command_of_apt(installed, apt):
     assert "command 'prune' comes from apt-prune and counting 1.2" in refused.err
 
 
-def test_two_plugins_cannot_have_one_command(entry):
+def test_two_plugins_with_one_command_are_refused(entry):
     points = [
         entry(name, apt_commands=lambda: [CommandSpec("go", "Go.", "x:y")]) for name in ("a", "b")
     ]
@@ -185,9 +187,7 @@ def test_two_plugins_cannot_have_one_command(entry):
 
 
 @pytest.mark.parametrize(("disable", "known"), [("*", True), ("lab", False), ("apt-prune", False)])
-def test_apts_own_commands_stay_unless_their_entry_point_is_left_out(
-    apt, monkeypatch, disable, known
-):
+def test_disabling_an_entry_point_of_apt_removes_its_commands(apt, monkeypatch, disable, known):
     monkeypatch.setenv("APT_DISABLE_PLUGINS", disable)
     registry.cache_clear()
     ran = apt("eval", "--help")
@@ -198,7 +198,7 @@ def test_apts_own_commands_stay_unless_their_entry_point_is_left_out(
     registry.cache_clear()
 
 
-def test_a_shell_completes_commands_of_plugins():
+def test_shell_completes_commands_of_plugins():
     environment = {
         "_APT_PRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "apt-prune co", "COMP_CWORD": "1",
         "PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path),

@@ -18,20 +18,20 @@ def adapters(*names):
     return lambda: [AdapterSpec(name, "", "x:y", model_types=(name,)) for name in names]
 
 
-def test_builtins_come_through_entry_points():
+def test_builtin_specs_come_from_entry_points():
     assert set(registry().adapters.specs) >= {"llama", "opt", "bloom", "mamba"}
     assert set(registry().methods.specs) >= {"ss", "sm", "ms", "mm", "magnitude", "wanda"}
     assert registry().adapters.origins["llama"].distribution.startswith("apt-prune ")
 
 
-def test_every_target_imports():
+def test_all_targets_import():
     installed = registry()
     for group in (installed.adapters, installed.methods, installed.calibrations):
         for spec in group.specs.values():
             assert callable(spec.load())
 
 
-def test_a_plugin_adds_to_the_builtins(entry):
+def test_plugin_adds_to_the_builtin_specs(entry):
     found = load_registry(
         [*entry_points(group="apt"), entry("mine", apt_adapters=adapters("mine"))]
     )
@@ -40,7 +40,7 @@ def test_a_plugin_adds_to_the_builtins(entry):
     assert "llama" in found.adapters.specs
 
 
-def test_a_broken_plugin_is_a_warning_and_the_rest_works(entry):
+def test_broken_plugin_is_a_warning(entry):
     broken = entry("broken", error=True)
     with pytest.warns(UserWarning, match=r"broken 1\.2: ModuleNotFoundError"):
         found = load_registry([broken, entry("mine", apt_adapters=adapters("mine"))])
@@ -49,7 +49,7 @@ def test_a_broken_plugin_is_a_warning_and_the_rest_works(entry):
         found.adapters.get("theirs")
 
 
-def test_a_hook_that_raises_or_returns_rubbish_is_a_warning(entry):
+def test_hook_that_raises_or_returns_invalid_specs_is_a_warning(entry):
     def rubbish():
         return ["llama"]
 
@@ -84,15 +84,15 @@ WRONG_SPECS = {
 
 
 @pytest.mark.parametrize("name", WRONG_SPECS)
-def test_a_spec_of_wrong_types_is_a_warning_and_the_rest_works(name, entry):
-    make, said = WRONG_SPECS[name]
+def test_spec_with_wrong_types_is_a_warning(name, entry):
+    make, expected = WRONG_SPECS[name]
     wrong, mine = entry("wrong", apt_adapters=lambda: [make()]), adapters("mine")
-    with pytest.warns(UserWarning, match=re.escape(said)):
+    with pytest.warns(UserWarning, match=re.escape(expected)):
         found = load_registry([wrong, entry("good", apt_adapters=mine)])
     assert found.adapter_for("mine").name == "mine"
 
 
-def test_a_plugin_that_exits_is_a_warning_and_the_rest_works(entry, monkeypatch, tmp_path):
+def test_plugin_that_exits_is_a_warning(entry, monkeypatch, tmp_path):
     def leave():
         raise SystemExit("no licence")
 
@@ -109,7 +109,7 @@ def test_a_plugin_that_exits_is_a_warning_and_the_rest_works(entry, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("load", "said"),
+    ("load", "expected"),
     [
         (lambda spec: spec.make(), "nowhere.at.all:Mine of 'mine' does not load: No module named"),
         (lambda spec: spec.zoo_path(), "nowhere:zoo of 'mine' does not load: No module named"),
@@ -117,15 +117,15 @@ def test_a_plugin_that_exits_is_a_warning_and_the_rest_works(entry, monkeypatch,
         (lambda spec: replace(spec, target="builtins:memoryview").make(), "TypeError: memoryview"),
     ],
 )  # fmt: skip
-def test_a_target_that_does_not_load_is_one_line(load, said):
+def test_target_that_does_not_load_is_an_error_of_one_line(load, expected):
     spec = AdapterSpec("mine", "", "nowhere.at.all:Mine", zoo="nowhere:zoo")
-    with pytest.raises(AptError, match=re.escape(said)) as caught:
+    with pytest.raises(AptError, match=re.escape(expected)) as caught:
         load(spec)
     assert caught.value.hint == "reinstall or upgrade its package"
 
 
 @pytest.mark.parametrize("names", [("mine", "mine"), ("mine", "Mine"), ("Mine", "mine")])
-def test_two_plugins_with_one_name_are_an_error_that_names_both(entry, names):
+def test_two_plugins_with_one_name_are_an_error_with_both_names(entry, names):
     twice = [
         entry(distribution, apt_adapters=adapters(name))
         for distribution, name in zip(("one", "two"), names, strict=True)
@@ -134,12 +134,12 @@ def test_two_plugins_with_one_name_are_an_error_that_names_both(entry, names):
         load_registry(twice)
 
 
-def test_a_misspelled_hook_is_an_error(entry):
+def test_misspelled_hook_is_an_error(entry):
     with pytest.raises(AptError, match=r"^plugin mine 1\.2: unknown hook 'apt_adaptors';"):
         load_registry([entry("mine", apt_adaptors=adapters("mine"))])
 
 
-def test_two_adapters_for_one_type_must_be_chosen_from(entry):
+def test_two_adapters_for_one_type_are_an_error(entry):
     def both():
         return [AdapterSpec(name, "", "x:y", model_types=("t",)) for name in ("one", "two")]
 
@@ -150,7 +150,7 @@ def test_two_adapters_for_one_type_must_be_chosen_from(entry):
         found.adapter_for("other")
 
 
-def test_the_default_method_is_the_highest_ranked_of_apts_own(entry):
+def test_default_method_has_the_highest_rank_of_apt(entry):
     def methods():
         return [MethodSpec("best", "", "x:y", rank=1000), MethodSpec("worst", "", "x:y", rank=1)]
 
@@ -159,7 +159,7 @@ def test_the_default_method_is_the_highest_ranked_of_apts_own(entry):
     assert load_registry([mine]).default_method().name == "best"
 
 
-def test_a_hook_that_wraps_others_is_refused_by_name(entry):
+def test_wrapper_hook_is_refused_with_its_name(entry):
     point = entry("mine", apt_adapters=adapters("mine"))
     module = sys.modules[point.module]
 
@@ -173,7 +173,7 @@ def test_a_hook_that_wraps_others_is_refused_by_name(entry):
     assert not found.adapters.specs
 
 
-def test_all_problems_are_told_whichever_hook_they_came_from(entry):
+def test_unknown_names_list_the_problems_of_all_hooks(entry):
     def raising():
         raise OSError("no such thing")
 
@@ -186,29 +186,29 @@ def test_all_problems_are_told_whichever_hook_they_came_from(entry):
 
 
 @pytest.mark.parametrize(
-    ("version", "said"),
+    ("version", "expected"),
     [
         (API + 1, rf"needs version {API + 1} of the hooks, this APT has {API}: upgrade apt-prune"),
         (OLDEST_API - 1, rf"has {OLDEST_API} and later: upgrade the plugin"),
         ("1", "APT_API is '1', not a whole number"),
     ],
 )
-def test_a_plugin_for_other_hooks_is_a_warning_that_says_what_to_upgrade(entry, version, said):
+def test_unsupported_hook_version_is_a_warning_with_a_remedy(entry, version, expected):
     other = entry("other", apt_adapters=adapters("other"))
     sys.modules["plugin_other"].APT_API = version
-    with pytest.warns(UserWarning, match=rf"other 1\.2: \w+: .*{said}"):
+    with pytest.warns(UserWarning, match=rf"other 1\.2: \w+: .*{expected}"):
         found = load_registry([other, entry("mine", apt_adapters=adapters("mine"))])
     assert list(found.adapters.specs) == ["mine"]
 
 
-def test_a_plugin_may_say_for_which_hooks_it_is(entry):
+def test_supported_hook_version_is_accepted(entry):
     mine = entry("mine", apt_adapters=adapters("mine"))
     sys.modules["plugin_mine"].APT_API = API
     assert load_registry([mine]).adapters.get("mine")
 
 
 @pytest.mark.parametrize("disable", ["mine", "other, MINE", "main", "*"])
-def test_plugins_can_be_left_out(entry, disable):
+def test_disabled_plugins_are_not_loaded(entry, disable):
     mine = entry("mine", apt_adapters=adapters("mine"))
     broken = entry("broken", error=True)
     ours = [point for point in entry_points(group="apt") if point.dist.name == "apt-prune"]
@@ -222,14 +222,14 @@ def test_plugins_can_be_left_out(entry, disable):
         found.adapters.get("mine")
 
 
-def test_without_any_method_the_default_one_is_an_error(entry):
+def test_default_method_without_methods_is_an_error(entry):
     broken = entry("broken", error=True)
     found = load_registry([broken], "broken")
     with pytest.raises(AptError, match="no method is installed"):
         found.default_method()
 
 
-def test_what_a_plugin_offers(entry):
+def test_offers_lists_specs_and_observers(entry):
     found = load_registry(
         [entry("mine", apt_adapters=adapters("a", "b"), apt_site_pruned=lambda event: None)]
     )
@@ -237,7 +237,7 @@ def test_what_a_plugin_offers(entry):
     assert found.offers(plugin) == ["a", "b", "an observer"]
 
 
-def test_observers_are_told_and_one_that_raises_is_left_out(entry):
+def test_observer_that_raises_is_not_called_again(entry):
     seen = []
 
     def good(event):
@@ -265,7 +265,7 @@ def test_observers_are_told_and_one_that_raises_is_left_out(entry):
     assert seen.count("told") == 2
 
 
-def test_fields_that_a_subclass_adds_are_its_own_concern():
+def test_fields_of_a_subclass_of_a_spec_are_not_checked():
     @dataclass(frozen=True)
     class Larger(AdapterSpec):
         notes: dict[str, Any] = field(default_factory=dict)
@@ -284,7 +284,7 @@ def suddenly(*arguments):
     raise Sudden("at once")
 
 
-def test_no_exception_of_a_plugin_ends_the_program(entry):
+def test_exceptions_of_plugins_do_not_end_the_program(entry):
     with pytest.warns(UserWarning, match=r"bad 1\.2: Sudden: at once"):
         found = load_registry([entry("good", apt_adapters=adapters("a")),
                                entry("bad", apt_adapters=suddenly)])  # fmt: skip
@@ -299,6 +299,6 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_while_plugins_load_is_none_of_their_exceptions(entry):
+def test_keyboard_interrupt_while_plugins_load_is_raised(entry):
     with pytest.raises(KeyboardInterrupt):
         load_registry([entry("slow", apt_adapters=interrupt)])

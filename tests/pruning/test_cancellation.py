@@ -1,4 +1,4 @@
-"""A run that ends early: how soon, what state the blocks are in, and nothing left behind."""
+"""Cancelled runs: events after each step, the state of blocks, and complete cleanup."""
 
 import copy
 import signal
@@ -27,20 +27,20 @@ TOKENS, PATTERN = random_tokens(6, 12), NM(2, 4)
 VARIANTS = [name for name in ("llama", "opt", "mamba", "jamba") if name in CONFIGS]
 
 
-class Enough(Exception):
+class Cancelled(Exception):
     pass
 
 
 @pytest.fixture(autouse=True)
-def tuned_on_little(monkeypatch):
-    """Tuning in steps of two samples, so that there are some."""
+def small_tuning_steps(monkeypatch):
+    """Tune in steps of two samples, so that a run has several steps."""
     small_steps = partial(BlockTuning, tokens_per_batch=24)
     monkeypatch.setattr("apt.engine.recipes.BlockTuning", small_steps)
 
 
 @pytest.fixture(autouse=True)
-def not_full_precision():
-    """What products are made of is another thing than within a run, so that leaving it shows."""
+def high_precision_setting():
+    """Set a precision of products that differs from the one within a run."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield
@@ -71,8 +71,8 @@ def run(variant, ordered, observe):
     return model
 
 
-def left_behind(model):
-    """What is there of a run beside the weights."""
+def side_effects(model):
+    """The state of the model and the process, except the weights."""
     return {
         "threads": set(threading.enumerate()),
         "hooks": [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks],
@@ -94,7 +94,7 @@ def left_behind(model):
         for ordered in {"opt": [True], "mamba": [False]}.get(variant, [True, False])
     ],
 )
-def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
+def test_exception_of_observer_leaves_blocks_dense_or_pruned(variant, ordered):
     adapter = registry().adapter_for(dense_model(variant).config.model_type).load()()
 
     @settings(max_examples=4, deadline=None)
@@ -102,14 +102,14 @@ def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
     def holds(turn):
         seen, dense = [], dense_model(variant)
         model = copy.deepcopy(dense)
-        before = left_behind(model)
+        before = side_effects(model)
 
         def observe(event):
             seen.append(event)
             if len(seen) > turn:
-                raise Enough
+                raise Cancelled
 
-        with pytest.raises(Enough):
+        with pytest.raises(Cancelled):
             library.prune(
                 model,
                 TOKENS,
@@ -117,7 +117,7 @@ def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
                 options=library.PruneOptions(ordered=ordered),
                 observe=observe,
             )
-        assert left_behind(model) == before
+        assert side_effects(model) == before
         at = max(event.index for event in seen if isinstance(event, BlockStarted))
         blocks = zip(adapter.blocks(model), adapter.blocks(dense), strict=True)
         for index, ((_, block), (_, original)) in enumerate(blocks):
@@ -136,8 +136,8 @@ def test_every_block_is_in_the_state_that_is_documented(variant, ordered):
 
 @pytest.mark.parametrize("pattern", [PATTERN, Unstructured(0.5)], ids=str)
 @pytest.mark.parametrize(("ordered", "effort"), [(True, "default"), (False, "fast")])
-def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effort, monkeypatch):
-    """Solves, steps of tuning and batches that are run through a block, counted as they happen."""
+def test_an_event_follows_each_step(pattern, ordered, effort, monkeypatch):
+    """Steps are solves, steps of tuning, and runs of a block on a batch."""
     monkeypatch.setattr("apt.pruning.pipeline.TOKENS_PER_BATCH", 24)
     model, happened = random_model("llama"), []
     adapter, method = registry().adapter_for("llama").load()(), registry().default_method()
@@ -168,9 +168,9 @@ def test_no_more_than_one_step_goes_by_between_two_events(pattern, ordered, effo
 
 
 @pytest.mark.parametrize("doing", ["running", "solving", "tuning"])
-def test_ctrl_c_is_heeded_as_an_observer_is(doing):
+def test_ctrl_c_between_steps_ends_the_run_and_cleans_up(doing):
     model = copy.deepcopy(dense_model("llama"))
-    before = left_behind(model)
+    before = side_effects(model)
 
     def observe(event):
         if isinstance(event, Working) and event.doing == doing:
@@ -178,29 +178,29 @@ def test_ctrl_c_is_heeded_as_an_observer_is(doing):
 
     with pytest.raises(KeyboardInterrupt):
         library.prune(model, TOKENS, pattern=PATTERN, observe=observe)
-    assert left_behind(model) == before
+    assert side_effects(model) == before
 
 
-def test_ctrl_c_within_a_forward():
+def test_ctrl_c_within_a_forward_ends_the_run_and_cleans_up():
     model = copy.deepcopy(dense_model("llama"))
     handle = model.model.layers[1].mlp.register_forward_pre_hook(
         lambda *_: signal.raise_signal(signal.SIGINT)
     )
-    before = left_behind(model)
+    before = side_effects(model)
     with pytest.raises(KeyboardInterrupt):
         library.prune(model, TOKENS, pattern=PATTERN)
-    assert left_behind(model) == before
+    assert side_effects(model) == before
     handle.remove()
 
 
-def test_a_run_after_one_that_was_cancelled_gives_the_same():
+def test_run_after_a_cancelled_run_gives_the_same_weights():
     expected = run("llama", True, lambda event: None).state_dict()
 
     def observe(event):
         if isinstance(event, SitePruned):
-            raise Enough
+            raise Cancelled
 
-    with pytest.raises(Enough):
+    with pytest.raises(Cancelled):
         run("llama", True, observe)
     again = run("llama", True, lambda event: None).state_dict()
     assert all(torch.equal(again[name], value) for name, value in expected.items())

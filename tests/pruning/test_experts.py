@@ -1,4 +1,4 @@
-"""The choice of experts: every score and every loss is that of a plain computation by hand."""
+"""The choice of experts, against scores and losses that are computed token by token."""
 
 import copy
 import itertools
@@ -56,13 +56,13 @@ class Case:
 
     def picks(self):
         """The experts' inputs, each pick of each token, and the streams after the block."""
-        found, after = [], []
+        result, after = [], []
         for batch in self.block.batches:
-            with routings(self.owner, found.append):
+            with routings(self.owner, result.append):
                 after.append(self.block.step(batch, batch.state).reshape(-1, 16))
-        rows = torch.cat([routing.inputs for routing in found])
-        index = torch.cat([routing.index for routing in found])
-        weights = torch.cat([routing.weights for routing in found])
+        rows = torch.cat([routing.inputs for routing in result])
+        index = torch.cat([routing.index for routing in result])
+        weights = torch.cat([routing.weights for routing in result])
         return rows, index, weights, torch.cat(after)
 
     def output(self, expert, row):
@@ -95,7 +95,7 @@ def scores_by_hand(case):
     return tokens, saliency / tokens.clamp_min(1), effect
 
 
-def test_the_scores_are_those_by_hand(case):
+def test_scores_of_experts_equal_token_by_token_sums(case):
     experts = RoutedExperts(case.block, case.groups)
     choices = (expert_choices.by_frequency, expert_choices.reap, expert_choices.by_effect)
     for choose, expected in zip(choices, scores_by_hand(case), strict=True):
@@ -106,21 +106,21 @@ def test_the_scores_are_those_by_hand(case):
 
 
 def losses_by_hand(case, kept):
-    """The loss without each set of experts that leaves ``kept`` of them, by the smaller block."""
+    """The loss of the rerouted block for each mask of experts that keeps ``kept`` of them."""
     experts = RoutedExperts(case.block, case.groups)
     dense = experts.output(experts.routing)
-    found = {}
+    result = {}
     for left in itertools.combinations(range(8), kept):
         mask = torch.ones(8, dtype=torch.bool)
         mask[list(left)] = False
         per_bin = mask.view(case.groups.bins, -1).sum(1)
         if len(set(per_bin.tolist())) == 1:
             lost = dense - experts.output(experts.rerouted(mask))
-            found[tuple(mask.tolist())] = float((lost.square().sum(1) / experts.sizes).sum())
-    return found
+            result[tuple(mask.tolist())] = float((lost.square().sum(1) / experts.sizes).sum())
+    return result
 
 
-def test_the_joint_choice_is_about_the_best_of_all(case):
+def test_joint_choice_is_among_the_best_5_percent(case):
     losses = losses_by_hand(case, 4)
     chosen = joint_experts(RoutedExperts(case.block, case.groups), case.pattern(4))
     ranked = sorted(losses.values())
@@ -128,14 +128,14 @@ def test_the_joint_choice_is_about_the_best_of_all(case):
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "gpt_oss"])
-def test_the_first_removal_is_exact(family):
+def test_removal_of_one_expert_has_the_least_loss(family):
     case = Case(family)
     losses = losses_by_hand(case, 7)
     chosen = joint_experts(RoutedExperts(case.block, case.groups), case.pattern(7))
     assert losses[tuple(chosen.tolist())] == min(losses.values())
 
 
-def test_the_outputs_of_all_experts_are_those_of_as_many_tokens_as_fit(case, monkeypatch):
+def test_outputs_of_experts_are_limited_to_the_tokens_that_fit(case, monkeypatch):
     monkeypatch.setattr(routed_experts, "_OUTPUTS", 8 * 16 * 20)
     experts = RoutedExperts(case.block, case.groups)
     assert experts.outputs.shape == (8, 20, 16)
@@ -146,7 +146,7 @@ def test_the_outputs_of_all_experts_are_those_of_as_many_tokens_as_fit(case, mon
     assert all(p.isfinite().all() for p in case.owner.parameters())
 
 
-def test_outputs_add_up_to_those_of_the_block(case):
+def test_outputs_of_experts_add_up_to_the_output_of_the_module(case):
     experts = RoutedExperts(case.block, case.groups)
     totals = torch.cat([target.total for target in dense_outputs(case.block, case.groups)])
     torch.testing.assert_close(experts.output(experts.routing), totals)
@@ -157,18 +157,18 @@ def inputs_by_hand(case, kept, targets):
     sites = {s.expert: s for s in case.adapter.sites(case.module) if "down" in s.parameter}
     rows, factors = [], []
     for target in targets:
-        seen, found = {}, []
+        seen, result = {}, []
 
         def keep(site, values, seen=seen):
             seen[site.expert] = values
 
         watched = [sites[expert] for expert in kept]
-        with case.adapter.capture(case.module, watched, keep), routings(case.owner, found.append):
+        with case.adapter.capture(case.module, watched, keep), routings(case.owner, result.append):
             case.block.step(target.batch, target.batch.state)
         factor = torch.zeros(len(target.total), len(kept))
         row = torch.zeros(*factor.shape, 12)
         for place, expert in enumerate(kept):
-            tokens, weights = found[0].tokens_of(expert)
+            tokens, weights = result[0].tokens_of(expert)
             factor[tokens, place] = weights
             row[tokens, place] = seen[expert]
         factors.append(factor / target.scale)
@@ -180,7 +180,7 @@ def router(case):
     return getattr(case.module.mlp, "gate", None) or case.module.mlp.router
 
 
-def test_compensation_is_the_least_squares_solution():
+def test_compensation_of_experts_is_near_least_squares():
     case, kept = Case("gpt_oss", samples=8, intermediate_size=12), [1, 2, 4, 7]
     for parameter in router(case).parameters():  # about as many tokens for each expert
         parameter *= 0.01
@@ -202,7 +202,7 @@ def test_compensation_is_the_least_squares_solution():
     assert not case.owner.down_proj_bias[0].any()
 
 
-def test_inside_a_run_the_router_chooses_among_the_others(case):
+def test_router_does_not_choose_removed_experts(case):
     planned = PlannedGroups(case.groups, 4, (0, 3, 5, 6))
     disconnect_groups(case.block, planned, ExpertRemoval(), 0.01)
     index = case.picks()[1]
@@ -225,8 +225,8 @@ def permuted(owner, name, values, order):
     return values.index_select(values.shape.index(len(chosen)), chosen)
 
 
-def test_equal_experts_are_merged_without_a_change(case):
-    """An expert whose neurons are those of another in another order becomes a part of it."""
+def test_merging_equal_experts_changes_no_weight(case):
+    """Each removed expert is a copy of a kept expert with permuted neurons."""
     pairs, order = {0: 1, 6: 5}, torch.randperm(case.owner.down_proj[0].numel() // 16)
     for name, tensor in case.owner.named_parameters():
         for twin, first in pairs.items():
@@ -241,7 +241,7 @@ def test_equal_experts_are_merged_without_a_change(case):
             torch.testing.assert_close(tensor[first], before[name][first])
 
 
-def test_matched_pairs_are_the_most_similar_first():
+def test_matched_pairs_the_most_similar_neurons_first():
     similarity = torch.tensor([[0.9, 0.8, 0.1], [0.85, 0.2, 0.3], [0.0, 0.7, 0.6]])
     assert matched(similarity).tolist() == [0, 2, 1]
     assert matched(torch.zeros(4, 4)).sort().values.tolist() == [0, 1, 2, 3]

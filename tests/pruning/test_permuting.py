@@ -1,4 +1,4 @@
-"""Inputs of n:m sites change places before they are pruned, and the model stays the function."""
+"""Inputs of n:m sites change places before pruning; the function of the model stays the same."""
 
 import copy
 
@@ -14,7 +14,7 @@ TOKENS = random_tokens()
 UNCHANGED = PruneOptions(
     error_aware=True, permute=True, input_correction=0, drift_correction=0, tuning_epochs=0
 )
-"""With Wanda, whose kept weights keep their values, and no target but the dense weight."""
+"""With Wanda, kept weights keep their values; the target is the dense weight alone."""
 
 FAMILIES = [
     "llama", "mistral", "opt", "opt-350m", "llama-grouped-tied",
@@ -36,21 +36,21 @@ def permuted(model, report):
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
-def test_kept_weights_are_those_of_the_dense_model_in_the_order_of_the_report(variant):
+def test_kept_weights_equal_the_dense_weights_in_the_reported_order(variant):
     model = random_model(variant)
     pruned, report = library.prune_copy(
         model, TOKENS, pattern="2:4", method="wanda", options=UNCHANGED
     )
     dense = permuted(model, report)
-    for (name, found), expected in zip(pruned.named_parameters(), dense.parameters(), strict=True):
-        kept = found != 0
-        assert torch.equal(found[kept], expected[kept]), name
+    for (name, result), expected in zip(pruned.named_parameters(), dense.parameters(), strict=True):
+        kept = result != 0
+        assert torch.equal(result[kept], expected[kept]), name
     with torch.no_grad():
         logits = dense(TOKENS).logits
         torch.testing.assert_close(logits, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
-def test_the_error_of_the_layers_with_another_order_is_lower():
+def test_permuted_layers_have_lower_errors():
     opened, tokens, _ = zoo_model("llama", 16, 128)
     errors = {}
     for permute in (False, True):
@@ -70,12 +70,12 @@ def test_the_error_of_the_layers_with_another_order_is_lower():
     ],
     ids=["unstructured", "baseline", "off", "layer-wise"],
 )
-def test_other_runs_keep_the_order(arguments):
+def test_runs_without_permutation_keep_the_order(arguments):
     report = library.prune(random_model("llama"), TOKENS, **arguments)
     assert {site.order for site in report.sites} == {None}
 
 
-def test_a_site_that_stays_dense_keeps_its_bytes():
+def test_site_that_stays_dense_is_not_permuted():
     model = random_model("llama")
     before = copy.deepcopy(model.state_dict())
     selection = Selection(skip=("*.1.mlp.up_proj",))
@@ -88,19 +88,19 @@ def test_a_site_that_stays_dense_keeps_its_bytes():
     assert orders["model.layers.1.self_attn.o_proj"] is not None
 
 
-def test_mixed_nm_changes_places_too():
+def test_sites_of_mixed_n_m_are_permuted():
     report = library.prune(random_model("llama"), TOKENS, pattern="auto:4@0.5")
     assert any(site.order for site in report.sites)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "aware", "said"),
+    ("pattern", "aware", "message"),
     [
         ("2:4", False, "permute has no effect in a layer-wise run"),
         ("0.5", None, "permute has no effect: no n:m site has inputs that can change places"),
     ],
 )
-def test_an_order_that_has_no_effect_is_refused(pattern, aware, said):
+def test_permute_without_effect_is_refused(pattern, aware, message):
     options = PruneOptions(permute=True, error_aware=aware)
-    with pytest.raises(library.AptError, match=said):
+    with pytest.raises(library.AptError, match=message):
         library.prune(random_model("llama"), TOKENS, pattern=pattern, options=options)

@@ -1,4 +1,4 @@
-"""The loop over blocks: what is pruned, what is left alone, what the next block sees."""
+"""The loop over blocks: pruned sites, unchanged parameters, and inputs of the next block."""
 
 import copy
 import weakref
@@ -37,7 +37,7 @@ def site_parameters(model, adapter):
     ("variant", "pattern"),
     [*((name, "2:4") for name in CONFIGS), *((name, "0.5") for name in FAMILIES.values())],
 )
-def test_sites_are_pruned_and_nothing_else_changes(variant, pattern):
+def test_only_sites_change_and_all_meet_the_pattern(variant, pattern):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
     report = library.prune(model, TOKENS, pattern=pattern, allocation="uniform")
@@ -61,7 +61,7 @@ def test_sites_are_pruned_and_nothing_else_changes(variant, pattern):
     [("llama-grouped-tied", torch.bfloat16), ("qwen2-moe", torch.float16)],
     ids=str,
 )
-def test_zeros_survive_the_cast_back(variant, dtype):
+def test_zeros_survive_the_cast_to_the_stored_dtype(variant, dtype):
     model = random_model(variant, dtype)
     report = library.prune(model, TOKENS, pattern="2:4")
     assert all(site.zeros >= site.size // 2 for site in report.sites)
@@ -82,7 +82,7 @@ def test_every_method_meets_every_pattern(method, pattern):
         assert not parameter[parameter == 0].signbit().any(), name  # no negative zeros
 
 
-def test_the_next_block_sees_what_the_pruned_one_gives():
+def test_next_block_is_solved_on_outputs_of_the_pruned_block():
     model, tokens = random_model("llama"), random_tokens()
     adapter, seen, samples = adapter_of(model), [], []
 
@@ -105,8 +105,8 @@ def test_the_next_block_sees_what_the_pruned_one_gives():
     torch.testing.assert_close(variance, inputs[0].var(1, unbiased=False).mean(0))
 
 
-def test_in_order_later_sites_see_pruned_earlier_ones():
-    tokens, found = random_tokens(), {}
+def test_ordered_sites_are_solved_on_outputs_of_pruned_sites():
+    tokens, result = random_tokens(), {}
     for ordered in (False, True):
         model = random_model("opt")
         adapter = adapter_of(model)
@@ -114,7 +114,7 @@ def test_in_order_later_sites_see_pruned_earlier_ones():
         plan = make_plan(model, adapter, NM(2, 4))
 
         def spy(weight, gram, pattern, options, ordered=ordered):
-            found.setdefault(ordered, []).append(gram.matrix.clone())
+            result.setdefault(ordered, []).append(gram.matrix.clone())
             return ss(weight, gram, pattern, options)
 
         prune_blocks(model, adapter, plan, tokens, spy, Recipe(ordered=ordered))
@@ -125,12 +125,12 @@ def test_in_order_later_sites_see_pruned_earlier_ones():
         )
         model(tokens)
         handle.remove()
-        same = torch.allclose(found[ordered][-1], Gram.of(inputs[0]).matrix, rtol=1e-4)
+        same = torch.allclose(result[ordered][-1], Gram.of(inputs[0]).matrix, rtol=1e-4)
         assert same == ordered
-    assert torch.equal(found[False][0], found[True][0])
+    assert torch.equal(result[False][0], result[True][0])
 
 
-def test_overrides_and_skips_hold():
+def test_overrides_and_skip_set_the_pattern_of_sites():
     model = random_model("llama")
     selection = Selection(
         skip=("model.layers.0.*",),
@@ -145,7 +145,7 @@ def test_overrides_and_skips_hold():
     assert shares["model.layers.1.self_attn.q_proj"] == 0.5
 
 
-def test_events_tell_the_whole_story():
+def test_events_name_every_block_and_site():
     events = []
     library.prune(random_model("bloom"), TOKENS, pattern="2:4", observe=events.append)
     blocks = [event for event in events if isinstance(event, BlockStarted)]
@@ -159,13 +159,13 @@ def test_events_tell_the_whole_story():
 @pytest.mark.parametrize(
     ("aware", "given", "damping"), [(True, None, 0.05), (False, None, 0.01), (True, 0.02, 0.02)]
 )
-def test_damping_follows_the_mode_unless_it_is_given(aware, given, damping):
+def test_default_damping_depends_on_error_aware(aware, given, damping):
     options = library.PruneOptions(error_aware=aware, damping=given)
     report = library.prune(random_model("opt"), TOKENS, pattern="2:4", options=options)
     assert {site.damping for site in report.sites} == {damping} == {report.options["damping"]}
 
 
-def test_the_reported_error_is_the_measured_one():
+def test_reported_layer_error_equals_the_measured_error():
     model = random_model("opt")
     dense = copy.deepcopy(model)
     selection = Selection(only=("model.decoder.layers.0.fc1",))
@@ -183,7 +183,7 @@ def test_the_reported_error_is_the_measured_one():
     assert report.relative_layer_error == pytest.approx(expected, rel=1e-4)
 
 
-def test_same_inputs_same_bytes():
+def test_equal_inputs_give_equal_bytes():
     results = [random_model("mamba") for _ in range(2)]
     for model in results:
         library.prune(model, TOKENS, pattern="0.6")
@@ -191,7 +191,7 @@ def test_same_inputs_same_bytes():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_every_module_is_left_in_its_own_mode():
+def test_training_modes_of_modules_are_restored():
     model = random_model("opt").train()
     model.model.decoder.layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -200,7 +200,7 @@ def test_every_module_is_left_in_its_own_mode():
     assert set(modes.values()) == {True, False}
 
 
-def test_a_method_that_misses_the_pattern_is_named():
+def test_error_names_a_method_that_misses_the_pattern():
     model = random_model("llama")
 
     def lazy(weight, gram, pattern, options):
@@ -211,7 +211,7 @@ def test_a_method_that_misses_the_pattern_is_named():
         prune_blocks(model, adapter_of(model), plan, TOKENS, lazy)
 
 
-def test_dead_inputs_are_named():
+def test_site_with_only_dead_inputs_is_named_in_the_error():
     model = random_model("opt")
     torch.nn.init.zeros_(model.model.decoder.layers[1].fc1.weight)
     torch.nn.init.constant_(model.model.decoder.layers[1].fc1.bias, -1)
@@ -221,7 +221,7 @@ def test_dead_inputs_are_named():
     assert error.value.options == ("skip",)
 
 
-def test_activations_that_are_not_finite_are_named():
+def test_error_names_the_block_of_activations_that_are_not_finite():
     model = random_model("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[3] = float("nan")
@@ -243,7 +243,7 @@ def test_activations_that_are_not_finite_are_named():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_refused_before_any_weight_changes(options, message):
+def test_invalid_options_are_refused_before_any_weight_changes(options, message):
     model = random_model("llama")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(AptError, match=message):
@@ -252,12 +252,12 @@ def test_what_does_not_fit_is_refused_before_any_weight_changes(options, message
 
 
 @pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 2, 2)], ids=str)
-def test_tokens_of_another_shape_are_refused(shape):
+def test_tokens_of_another_shape_are_refused_by_prune(shape):
     with pytest.raises(AptError, match="give .samples, seqlen"):
         library.prune(random_model("opt"), torch.ones(shape, dtype=torch.long), pattern="2:4")
 
 
-def test_joint_compensation_lowers_the_error_of_the_first_block():
+def test_sm_has_lower_errors_than_ss_in_the_first_block():
     errors = {}
     for method in (ss, sm):
         model = random_model("llama")
@@ -269,8 +269,8 @@ def test_joint_compensation_lowers_the_error_of_the_first_block():
     assert all(m < s for m, s in zip(errors[sm], errors[ss], strict=True))
 
 
-def test_a_weight_that_two_blocks_share_stays_dense():
-    model, said = random_model("llama"), []
+def test_weight_shared_by_two_blocks_stays_dense():
+    model, messages = random_model("llama"), []
     layers = model.model.layers
     layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
     names = tuple(f"model.layers.{index}.mlp.up_proj" for index in (0, 2))
@@ -279,8 +279,8 @@ def test_a_weight_that_two_blocks_share_stays_dense():
         plan = make_plan(model, adapter_of(model), NM(2, 4), selection)
         assert plan.shared == names
         assert set(names) <= set(plan.dense)
-    tell_shared(plan, said.append)
-    assert said == [f"left dense: 2 sites, whose weights several blocks use ({names[0]}, …)"]
+    tell_shared(plan, messages.append)
+    assert messages == [f"left dense: 2 sites, whose weights several blocks use ({names[0]}, …)"]
     before = layers[0].mlp.up_proj.weight.clone()
     report = library.prune(model, TOKENS, pattern="2:4")
     assert torch.equal(layers[0].mlp.up_proj.weight, before)
@@ -290,7 +290,7 @@ def test_a_weight_that_two_blocks_share_stays_dense():
         make_plan(model, adapter_of(model), NM(2, 4), Selection(only=("*.0.mlp.up_proj",)))
 
 
-def test_columns_of_a_weight_that_two_blocks_share_are_not_removed():
+def test_columns_of_a_shared_weight_are_not_removed():
     model, adapter = random_model("llama"), adapter_of(random_model("llama"))
     layers = model.model.layers
     layers[2].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
@@ -301,8 +301,8 @@ def test_columns_of_a_weight_that_two_blocks_share_are_not_removed():
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_a_token_whose_stream_is_zero_is_no_fault(pattern):
-    """As one of padding, in a model without biases: errors are relative to the token's size."""
+def test_token_with_a_zero_stream_is_tolerated(pattern):
+    """Padding has such a token in models without biases; errors are relative to its size."""
     model, tokens, events = random_model("llama"), random_tokens(samples=32), []
     model.model.embed_tokens.weight.data[5] = 0
     tokens[3, 0] = 5
@@ -313,13 +313,13 @@ def test_a_token_whose_stream_is_zero_is_no_fault(pattern):
     assert all(event.after < event.before for event in tuned)
 
 
-def test_a_solution_that_is_not_finite_is_not_written():
+def test_solution_that_is_not_finite_is_not_written():
     model = random_model("llama")
     dense = copy.deepcopy(model.state_dict())
 
     def overflowing(weight, gram, pattern, options):
-        found = ss(weight, gram, pattern, options)
-        return Solution(found.weight / 0, found.mask)
+        result = ss(weight, gram, pattern, options)
+        return Solution(result.weight / 0, result.mask)
 
     plan = make_plan(model, adapter_of(model), NM(2, 4))
     with pytest.raises(AptError, match="method overflowing .*q_proj that is not finite"):
@@ -328,7 +328,7 @@ def test_a_solution_that_is_not_finite_is_not_written():
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_factors_are_gone_once_their_sites_are_solved(ordered, monkeypatch):
+def test_factors_are_freed_after_their_sites_are_solved(ordered, monkeypatch):
     made, alive = [], []
     original = DampedGram.__init__
 
@@ -347,8 +347,8 @@ def test_factors_are_gone_once_their_sites_are_solved(ordered, monkeypatch):
 
 
 @pytest.mark.parametrize("aware", [True, False])
-def test_a_block_leaves_nothing_in_memory_for_the_next(aware, monkeypatch):
-    """Nor does a layer-wise run copy dense weights, which only the drift of a stream needs."""
+def test_copies_of_dense_weights_are_freed_with_the_block(aware, monkeypatch):
+    """A layer-wise run makes no copies: only the drift of the stream needs dense weights."""
     copies, alive = [], []
 
     class Watched(CurrentBlock):

@@ -1,4 +1,4 @@
-"""Beyond the Linears: convolution, decays and skip of state-space mixers, on request."""
+"""Extras: the convolution, the decays and the skip of state-space mixers."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ pytestmark = EXTRAS
 
 @torch.no_grad()
 def first_block(model, adapter):
-    """The first block with extras, and what flows into it."""
+    """The first block with extras, its index, and the batch before it."""
     state, calls = adapter.enter(model, TOKENS)
     for index, (name, block) in enumerate(adapter.blocks(model)):
         if adapter.extras(block):
@@ -39,7 +39,7 @@ def first_block(model, adapter):
 
 @torch.no_grad()
 def read_by_out_proj(adapter, block, index, batch):
-    """What the mixer's last weight multiplies."""
+    """The inputs of the mixer's last weight."""
     seen = []
     site = next(
         s for s in adapter.sites(block) if s.name.endswith(("mixer.out_proj", "mamba.out_proj"))
@@ -52,16 +52,18 @@ def read_by_out_proj(adapter, block, index, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["A_log", "D"])
-def test_effects_are_what_removing_a_channel_changes(variant, kind):
+def test_effects_predict_the_change_by_a_removed_entry(variant, kind):
     model = random_model(variant)
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
     extra = next(e for e in adapter.extras(block) if e.kind == kind)
     extra.weight(block).data.normal_(0.5, 0.5)  # as made, the first decay is what a zero stands for
-    found = {}
-    with adapter.effects(block, [extra], lambda e, gram, energy: found.update({e: (gram, energy)})):
+    result = {}
+    with adapter.effects(
+        block, [extra], lambda e, gram, energy: result.update({e: (gram, energy)})
+    ):
         adapter.step(block, batch.state, batch.calls[index])
-    gram, energy = found[extra]
+    gram, energy = result[extra]
     dense = read_by_out_proj(adapter, block, index, batch)
     normed = variant == "mamba2"  # the norm's own size is taken as it is: a small change is needed
     gated = variant != "falcon-h1"
@@ -82,42 +84,42 @@ def test_effects_are_what_removing_a_channel_changes(variant, kind):
 
 
 @torch.no_grad()
-def test_several_entries_of_a_channel_change_what_their_gram_matrix_says():
+def test_gram_matrix_predicts_the_change_by_several_removed_entries():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
     extra = next(e for e in adapter.extras(block) if e.kind == "A_log")
-    found = []
-    with adapter.effects(block, [extra], lambda e, gram, energy: found.append(gram)):
+    result = []
+    with adapter.effects(block, [extra], lambda e, gram, energy: result.append(gram)):
         adapter.step(block, batch.state, batch.calls[index])
     dense = read_by_out_proj(adapter, block, index, batch)
     removed = torch.tensor([1, 4, 6])
     changed = copy.deepcopy(block)
     extra.weight(changed).data[5, removed] = 0
     change = read_by_out_proj(adapter, changed, index, batch) - dense
-    told = float(found[0][5][removed][:, removed].sum())
+    told = float(result[0][5][removed][:, removed].sum())
     assert told == pytest.approx(float(change.square().sum()), rel=1e-3)
 
 
 @torch.no_grad()
-def test_the_convolution_multiplies_its_last_inputs():
+def test_gram_matrix_of_the_convolution_is_that_of_its_windows():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
     extra = next(e for e in adapter.extras(block) if e.kind == "conv1d")
-    found = []
-    with adapter.effects(block, [extra], lambda e, gram, energy: found.append(gram)):
+    result = []
+    with adapter.effects(block, [extra], lambda e, gram, energy: result.append(gram)):
         adapter.step(block, batch.state, batch.calls[index])
     projected = block.mixer.in_proj(block.norm(batch.state)).transpose(1, 2)
     x = projected.chunk(2, 1)[0].double()
     width = block.mixer.conv1d.weight.shape[-1]
     rows = F.pad(x, (width - 1, 0)).unfold(2, width, 1)  # (batch, channels, length, width)
     rows = rows.transpose(0, 1).flatten(1, 2)
-    torch.testing.assert_close(found[0], rows.mT @ rows, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result[0], rows.mT @ rows, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_they_are_pruned_and_reported_beside_the_sites(variant):
+def test_extras_are_pruned_and_reported(variant):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
     module = __import__(type(model).__module__, fromlist=["_"])
@@ -141,7 +143,7 @@ def test_they_are_pruned_and_reported_beside_the_sites(variant):
         assert not torch.equal(parameter, before[name])
 
 
-def test_each_batch_of_their_run_is_told():
+def test_an_event_follows_each_batch_of_the_run_for_extras():
     events = []
     how = {"pattern": "0.5", "method": "wanda", "also": ["conv1d"], "observe": events.append}
     library.prune(random_model("mamba2"), TOKENS, **how)
@@ -150,7 +152,7 @@ def test_each_batch_of_their_run_is_told():
     assert [event.doing for event in events[1:first]] == ["running"]
 
 
-def test_the_convolution_takes_patterns_and_what_does_not_fit_is_told():
+def test_convolution_takes_n_m_and_misfits_are_refused():
     model = random_model("mamba")
     library.prune(model, TOKENS, pattern="2:4", also=["conv1d", "A_log"], method="sm")
     for _, parameter in model.named_parameters():
@@ -165,7 +167,7 @@ def test_the_convolution_takes_patterns_and_what_does_not_fit_is_told():
         library.prune(random_model("llama"), TOKENS, pattern="0.5", also=["conv1d"])
 
 
-def test_effects_that_are_not_handed_over_are_an_error():
+def test_missing_effects_are_an_error():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block, index, batch = first_block(model, adapter)
@@ -179,7 +181,7 @@ def test_effects_that_are_not_handed_over_are_an_error():
         )
 
 
-def test_half_of_the_decays_cost_less_than_by_magnitude_and_hardly_anything():
+def test_pruning_half_of_the_decays_costs_less_than_1_percent():
     model, tokens, held_out = zoo_model("mamba", 12, 64)
     dense, pruned, naive = model.module, copy.deepcopy(model.module), copy.deepcopy(model.module)
     every = Selection(overrides=(("*_proj", Unstructured(1e-12)),))
@@ -193,7 +195,7 @@ def test_half_of_the_decays_cost_less_than_by_magnitude_and_hardly_anything():
     assert scores[1] < 1.01 * scores[0] < scores[2]
 
 
-def test_from_the_shell(apt, checkpoint):
+def test_command_prunes_extras_and_verify_accepts_them(apt, checkpoint):
     result = apt(
         "prune", checkpoint("mamba"), "--sparsity", "0.5", "--also", "A_log", "--also", "conv1d",
         "--samples", 2, "--seqlen", 32, "--output", "out", "--effort", "fast", "--override",
@@ -210,7 +212,7 @@ def test_from_the_shell(apt, checkpoint):
     assert apt("prune", "zoo:llama", "--also", "conv1d", "--sparsity", "0.5").code == 2
 
 
-def test_more_removal_sets_than_can_be_tried_are_refused_before_the_run():
+def test_too_many_removal_sets_of_extras_are_refused():
     config = copy.deepcopy(CONFIGS["mamba"])
     config.state_size = 32
     model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""The stages of a block: it is run again for each, with the products of the runs before."""
+"""The stages of a block: each stage is a run with the stored products of earlier runs."""
 
 import warnings
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from tests.helpers.pruning import prune_blocks
 
 
 class NoProducts(MemoryStore):
-    """Leaves tensors in place, but has a run compute all products of a block again."""
+    """A store in memory with which a run computes all products of a block again."""
 
     with_model = False
 
@@ -36,7 +36,7 @@ def pruned(model, store=None, targets=None, selection=None, method=ss):
 
 
 def one_dense(model):
-    """Leaves a site dense whose product is added to the stream, if there is one."""
+    """A selection without one site of block 1, if possible one that writes to the stream."""
     adapter = adapter_of(model)
     name, block = adapter.blocks(model)[1]
     sites = adapter.sites(block)
@@ -45,7 +45,7 @@ def one_dense(model):
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_stored_products_give_the_same_bytes_as_computed_ones(variant, monkeypatch):
+def test_stored_products_give_the_same_bytes(variant, monkeypatch):
     monkeypatch.setattr(apt.pruning.pipeline, "TOKENS_PER_BATCH", 64)  # several batches
     stored, computed = (
         pruned(model, store, selection=one_dense(model))
@@ -56,7 +56,7 @@ def test_stored_products_give_the_same_bytes_as_computed_ones(variant, monkeypat
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
-def test_stored_products_give_the_same_targets_but_for_rounding(variant, monkeypatch):
+def test_stored_products_give_the_same_targets_up_to_rounding(variant, monkeypatch):
     monkeypatch.setattr(apt.pruning.pipeline, "TOKENS_PER_BATCH", 64)
     stored, computed = (
         pruned(model, store, Targets(), one_dense(model))
@@ -119,9 +119,9 @@ def with_a_warning(mlp, forward, state):
         under_autocast, with_gradients, with_a_warning,
     ],
 )  # fmt: skip
-def test_an_unusual_forward_gives_the_same_bytes_with_stored_products(unusual, monkeypatch):
+def test_unusual_forward_gives_the_same_bytes_with_stored_products(unusual, monkeypatch):
     monkeypatch.setattr(apt.pruning.pipeline, "TOKENS_PER_BATCH", 64)
-    found, settings = [], []
+    result, settings = [], []
 
     def solve(*args, **options):
         settings.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
@@ -132,9 +132,9 @@ def test_an_unusual_forward_gives_the_same_bytes_with_stored_products(unusual, m
         for layer in model.model.layers:
             mlp, own = layer.mlp, layer.mlp.forward
             mlp.forward = lambda state, mlp=mlp, own=own: unusual(mlp, own, state)
-        found.append(pruned(model, store, method=solve))
-    for name, value in found[1].items():
-        assert torch.equal(found[0][name], value), name
+        result.append(pruned(model, store, method=solve))
+    for name, value in result[1].items():
+        assert torch.equal(result[0][name], value), name
     assert set(settings) == {(False, False)}
 
 
@@ -151,7 +151,7 @@ class Computed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_product_of_a_solved_weight_is_computed_once():
+def test_products_of_solved_weights_are_computed_once():
     counts = {}
     for store in (None, NoProducts()):
         model = random_model("llama")
@@ -170,7 +170,7 @@ def test_the_product_of_a_solved_weight_is_computed_once():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_products_are_stored_but_no_matrices_of_attention(attention):
+def test_products_and_outputs_of_attention_are_stored_without_its_matrices(attention):
     model, tokens = random_model("llama"), random_tokens(samples=2)
     model.set_attn_implementation(attention)
     adapter, block = adapter_of(model), model.model.layers[0]
@@ -190,7 +190,7 @@ def test_products_are_stored_but_no_matrices_of_attention(attention):
     assert stored == tokens.numel() * (widths + attended)
 
 
-def test_dense_inputs_are_kept_until_their_sites_are_solved(monkeypatch):
+def test_dense_inputs_are_freed_after_their_sites_are_solved(monkeypatch):
     model, kept = random_model("llama"), []
 
     def solve(*args, **options):
@@ -201,10 +201,10 @@ def test_dense_inputs_are_kept_until_their_sites_are_solved(monkeypatch):
 
     keep = Inputs.keep
 
-    def watched(found, names):
+    def watched(result, names):
         nonlocal inputs
-        inputs = found
-        keep(found, names)
+        inputs = result
+        keep(result, names)
 
     inputs = None
     monkeypatch.setattr(Inputs, "keep", watched)
@@ -212,7 +212,7 @@ def test_dense_inputs_are_kept_until_their_sites_are_solved(monkeypatch):
     assert [len(names) for names in kept[:7]] == [4, 4, 4, 3, 2, 2, 1]
 
 
-def test_how_much_attention_holds():
+def test_held_counts_the_elements_of_attention_matrices():
     for variant, matrices in (("bloom", 3), ("llama", 0), ("opt", 0), ("mamba", 0)):
         model = random_model(variant)
         held = adapter_of(model).held(model.config, 50)
@@ -223,7 +223,7 @@ def test_how_much_attention_holds():
     assert adapter_of(model).held(model.config, 50) == heads * 50
 
 
-def test_what_shares_no_input_and_what_is_never_reached_are_named():
+def test_error_names_sites_with_another_input_or_no_tokens():
     model = random_model("llama")
     adapter, whole = adapter_of(model), type(adapter_of(model)).capture
 
@@ -250,7 +250,7 @@ def test_what_shares_no_input_and_what_is_never_reached_are_named():
             prune_blocks(model, adapter, plan, random_tokens(), ss, Recipe(ordered=True))
 
 
-def test_a_block_that_is_left_dense_is_only_run():
+def test_block_without_selected_sites_has_no_records():
     model = random_model("llama")
     plan = make_plan(model, adapter_of(model), NM(2, 4), Selection(skip=("model.layers.1.*",)))
     done = prune_blocks(

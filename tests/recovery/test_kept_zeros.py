@@ -26,7 +26,7 @@ def zeros(model):
 
 
 def lost(before, model):
-    """The number of zeros that are none any more."""
+    """The number of zeros of ``before`` that are no longer zero."""
     return sum(int((mask & (model.get_parameter(n) != 0)).sum()) for n, mask in before.items())
 
 
@@ -41,7 +41,7 @@ def train(model, optimizer, steps=3):
     ("kind", "options"),
     [(torch.optim.AdamW, {"weight_decay": 0.1}), (torch.optim.SGD, {"momentum": 0.9})],
 )
-def test_every_zero_stays_and_all_else_is_trained(pruned, kind, options):
+def test_keep_zeros_keeps_zeros_and_trains_other_weights(pruned, kind, options):
     before, start = zeros(pruned), pruned.state_dict()
     start = {name: value.clone() for name, value in start.items()}
     kept = apt.keep_zeros(pruned)
@@ -64,7 +64,7 @@ class Noisy(torch.optim.SGD):
                 parameter.add_(1e-3)
 
 
-def test_an_optimizer_that_moves_every_weight_needs_to_be_named(pruned):
+def test_optimizer_that_moves_all_weights_must_be_given(pruned):
     before, noisy = zeros(pruned), Noisy(pruned.parameters(), lr=1e-2)
     kept = apt.keep_zeros(pruned, noisy)
     train(pruned, noisy)
@@ -75,7 +75,7 @@ def test_an_optimizer_that_moves_every_weight_needs_to_be_named(pruned):
     assert lost(before, pruned) > 0
 
 
-def test_a_parameter_that_is_frozen_at_the_call_keeps_its_zeros_when_it_is_trained(pruned):
+def test_frozen_parameter_keeps_its_zeros_when_trained_later(pruned):
     before = zeros(pruned)
     pruned.requires_grad_(False)
     kept = apt.keep_zeros(pruned)
@@ -88,7 +88,7 @@ def test_a_parameter_that_is_frozen_at_the_call_keeps_its_zeros_when_it_is_train
     assert lost(before, pruned) > 0
 
 
-def test_an_exception_in_a_with_statement_lets_the_zeros_go(pruned):
+def test_exception_in_a_with_statement_removes_the_hooks(pruned):
     before = zeros(pruned)
     with pytest.raises(KeyError), apt.keep_zeros(pruned):
         raise KeyError
@@ -105,7 +105,7 @@ class Samples(Dataset):
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_the_callback_of_a_trainer(pruned, tmp_path, keeps):
+def test_callback_keeps_zeros_during_training_only(pruned, tmp_path, keeps):
     before = zeros(pruned)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True,
@@ -119,7 +119,7 @@ def test_the_callback_of_a_trainer(pruned, tmp_path, keeps):
 
 
 class Full(TrainerCallback):
-    """A disk that is full after a step."""
+    """A callback that fails after a step as if the disk were full."""
 
     def on_step_end(self, *given, **named):
         raise OSError("disk is full")
@@ -131,7 +131,7 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("how", ["with", "again", "collected"])
-def test_no_hook_of_the_callback_stays_after_an_exception(pruned, tmp_path, how):
+def test_callback_removes_its_hooks_after_an_exception(pruned, tmp_path, how):
     before, keep = zeros(pruned), apt.KeepZeros()
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True,
@@ -152,6 +152,6 @@ def test_no_hook_of_the_callback_stays_after_an_exception(pruned, tmp_path, how)
     assert lost(before, pruned) > 0
 
 
-def test_a_dense_model_is_refused():
+def test_keep_zeros_refuses_a_dense_model():
     with pytest.raises(apt.AptError, match="the model has no zeros"):
         apt.keep_zeros(random_model("llama"))

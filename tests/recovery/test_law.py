@@ -1,10 +1,10 @@
-"""The law of a training's own curve: how many tokens are enough."""
+"""The rule that ends a training by the law of its curve."""
 
 from apt.recovery.law import enough_tokens
 from apt.recovery.record import Training
 
 
-def test_a_training_ends_once_its_tokens_are_enough():
+def test_enough_tokens_gives_a_reason_if_more_tokens_hardly_help():
     def curve(checks, power):
         steps = [100 * k for k in range(1, checks + 1)]
         losses = {0: 4.0} | {s: 3 + 0.4 * (s * 1000 / 1e6) ** -power for s in steps}

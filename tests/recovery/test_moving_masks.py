@@ -26,13 +26,13 @@ def moved(rank, size):
     order = [name for name in masks if name != NEVER and not (rank and name == ONCE)]
     for name in reversed(order) if rank else order:
         draw = torch.Generator().manual_seed(rank)
-        moving.see(name, torch.randn(masks[name].shape, generator=draw) / size)
+        moving.add_gradient(name, torch.randn(masks[name].shape, generator=draw) / size)
     number = moving.move(1, torch.optim.SGD(model.parameters(), lr=0.1))
     return masks, number
 
 
 def as_a_rank(rank, size, folder):
-    """What each process does."""
+    """The program of each process."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size
@@ -41,7 +41,7 @@ def as_a_rank(rank, size, folder):
     dist.destroy_process_group()
 
 
-def test_ranks_that_saw_gradients_in_another_order_or_lack_one_move_the_same_masks(tmp_path):
+def test_ranks_with_different_gradients_move_the_same_masks(tmp_path):
     multiprocessing.start_processes(
         as_a_rank, (2, str(tmp_path)), 2, start_method=forked.get_start_method()
     )

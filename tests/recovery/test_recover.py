@@ -1,4 +1,4 @@
-"""Recovery: every kind keeps every zero, lowers the loss, and can be undone and resumed."""
+"""Recovery: all kinds keep every zero, lower the loss, and can be undone and resumed."""
 
 import copy
 import itertools
@@ -24,7 +24,7 @@ import apt as library
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import masks_of
 from apt.engine import api
-from apt.engine.given import find_adapter
+from apt.engine.caller_model import find_adapter
 from apt.errors import AptError
 from apt.events import HeldBack, TrainingStep
 from apt.options import RecoverOptions
@@ -49,7 +49,7 @@ LIGHT = {"distill": {"hidden": 0.1}}  # the options of a kind that no other one 
 
 @cache
 def once_pruned(name, pattern, dtype):
-    """A pruned random model and its dense original, which nobody may change."""
+    """A pruned random model and its dense original, which callers must not change."""
     model = random_model(name).to(dtype)
     dense = copy.deepcopy(model)
     library.prune(model, random_tokens(), pattern=pattern, method="wanda")
@@ -79,7 +79,7 @@ def loss(model, tokens):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", ["0.6", "2:4"])
-def test_every_kind_lowers_the_loss_and_keeps_every_zero(kind, pattern):
+def test_kinds_lower_the_loss_and_keep_every_zero(kind, pattern):
     model, dense, tokens = pruned(pattern=pattern)
     before, start = zeros(model), loss(model, tokens)
     if kind == "distill":  # towards a dense model that knows the text
@@ -96,7 +96,7 @@ def test_every_kind_lowers_the_loss_and_keeps_every_zero(kind, pattern):
 @pytest.mark.parametrize(
     ("kind", "family"), [*product(KINDS, FAMILIES.values()), ("lora", "falcon-h1")]
 )
-def test_every_family_is_recovered_in_its_own_dtype(kind, family):
+def test_families_are_recovered_with_unchanged_dtypes_and_flags(kind, family):
     model, dense, tokens = pruned(family, "0.5", torch.bfloat16)
     before = zeros(model)
     names = [name for name, _ in model.named_modules()]
@@ -116,7 +116,7 @@ NORMS = {"llama": "model.norm", "opt": "model.decoder.final_layer_norm",
 
 
 @pytest.mark.parametrize("family", NORMS)
-def test_layers_trains_the_last_blocks_the_final_norm_and_the_head(family):
+def test_layers_trains_last_blocks_final_norm_and_head(family):
     model = random_model(family).requires_grad_(False)
     adapter = find_adapter(None, model, registry())[1]
     layers(Unrecovered(model, adapter, {}, RecoverOptions(blocks=1)))
@@ -128,7 +128,7 @@ def test_layers_trains_the_last_blocks_the_final_norm_and_the_head(family):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_dropout_of_spp_is_an_option():
+def test_option_dropout_sets_the_dropout_of_spp():
     model, _, _ = pruned()
     given = Unrecovered(model, find_adapter(None, model, registry())[1], {}, RecoverOptions())
     for wish in (0.0, 0.05):
@@ -138,7 +138,7 @@ def test_the_dropout_of_spp_is_an_option():
 
 
 @pytest.mark.parametrize("kind", ["spp", "layers"])
-def test_a_training_that_does_not_help_leaves_the_model_as_it_was(kind):
+def test_unsuccessful_training_restores_the_model(kind):
     model, _, tokens = pruned()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = RecoverOptions(steps=6, checks=3, batch=4, rate=1e20)
@@ -150,7 +150,7 @@ def test_a_training_that_does_not_help_leaves_the_model_as_it_was(kind):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_zeros_of_a_kind_that_fills_them_are_an_error():
+def test_kind_that_fills_zeros_is_refused():
     def filling(given):
         tuned = get_peft_model(given.model, LoraConfig(target_modules=given.linears(), r=2))
         return Trainable(tuned, merge=tuned.merge_and_unload)
@@ -160,7 +160,7 @@ def test_the_zeros_of_a_kind_that_fills_them_are_an_error():
         library.recover(model, tokens, kind=filling, options=FEW)
 
 
-def test_a_function_is_a_kind_and_chooses_what_is_trained():
+def test_function_as_kind_chooses_the_trained_parameters():
     def norms(given):
         train_only(given.model, (p for n, p in given.model.named_parameters() if "norm" in n))
         return Trainable(given.model)
@@ -174,7 +174,7 @@ def test_a_function_is_a_kind_and_chooses_what_is_trained():
 
 
 @pytest.mark.parametrize("pattern", ["0.6", "2:4", "4:8"])
-def test_masks_that_move_keep_every_count(pattern):
+def test_moving_masks_keep_all_counts(pattern):
     model, _, tokens = pruned(pattern=pattern)
     before = zeros(model)
     options = RecoverOptions(steps=12, checks=4, batch=8, rate=1e-2, blocks=3, move_masks=True)
@@ -198,7 +198,7 @@ def test_masks_that_move_keep_every_count(pattern):
         library.recover(model, tokens, kind=adapters, options=moving)
 
 
-def test_a_group_without_kept_weights_keeps_its_zeros():
+def test_group_without_kept_weights_is_not_exchanged():
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1]], dtype=torch.bool)
     weight = torch.arange(1.0, 9).view(1, 8).masked_fill(mask, 0)
     before = mask.clone()
@@ -207,7 +207,7 @@ def test_a_group_without_kept_weights_keeps_its_zeros():
     assert int(mask.sum()) == int(before.sum())
 
 
-def test_masks_that_move_are_in_the_checkpoints(tmp_path):
+def test_resumed_training_restores_moving_masks(tmp_path):
     options = RecoverOptions(steps=8, checks=4, batch=4, rate=3e-3, blocks=3, move_masks=True)
     given = {"kind": "layers", "options": options}
     model, _, tokens = pruned()
@@ -226,7 +226,7 @@ def test_masks_that_move_are_in_the_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_are_trained_in_turn(kind):
+def test_option_window_trains_blocks_in_turn(kind):
     model, dense, tokens = pruned()
     before, blocks, trained = zeros(model), model.model.layers, []
     start = copy.deepcopy(blocks.state_dict())
@@ -250,7 +250,7 @@ def test_blocks_are_trained_in_turn(kind):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_moments_exist_for_the_window_alone():
+def test_only_the_current_window_has_moments():
     model, _, _ = pruned()
     _, adapter = find_adapter(None, model, registry())
     windows = BlockWindows(model, adapter, 2, steps=4)
@@ -260,11 +260,11 @@ def test_moments_exist_for_the_window_alone():
         loss_of = next_token_loss(model, {"input_ids": random_tokens()})
         loss_of.backward()
         optimizer.step()
-        found = {n for n, p in model.model.layers.named_parameters() if p in optimizer.state}
-        assert "".join(sorted({name.partition(".")[0] for name in found})) == expected
+        result = {n for n, p in model.model.layers.named_parameters() if p in optimizer.state}
+        assert "".join(sorted({name.partition(".")[0] for name in result})) == expected
 
 
-def test_a_training_of_blocks_in_turn_continues_with_the_same_losses(tmp_path):
+def test_resumed_training_of_windows_has_the_same_losses(tmp_path):
     options = RecoverOptions(steps=9, checks=9, batch=4, rate=1e-2, window=1, blocks=3)
     given = {"kind": "layers", "options": options}
     model, dense, tokens = pruned()
@@ -286,7 +286,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kind", ["spp", "lora", "distill"])
-def test_a_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
+def test_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
     options = RecoverOptions(steps=6, checks=3, batch=4, rate=3e-3, **LIGHT.get(kind, {}))
     model, dense, tokens = pruned()
     whole = library.recover(model, tokens, kind=kind, options=options, dense=dense)
@@ -311,7 +311,7 @@ def test_a_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ends", [False, True])
-def test_the_callers_model_and_random_state_are_as_before(kind, ends):
+def test_recover_restores_model_state_and_random_state(kind, ends):
     """transformers' Trainer sets use_cache, the mode and the seeds, and wraps forward for bf16."""
     model, dense, tokens = pruned()
     model.config.use_cache = True
@@ -342,7 +342,7 @@ def test_the_callers_model_and_random_state_are_as_before(kind, ends):
     assert random.random() == expected[1]
 
 
-def test_a_step_has_all_its_samples():
+def test_step_is_divided_into_equal_micro_batches():
     model, _, tokens = pruned()
     options = RecoverOptions(steps=2, checks=1, batch=6, micro_batch=4, rate=1e-2)
     seen = []
@@ -359,7 +359,7 @@ def test_a_step_has_all_its_samples():
     assert seen == [3, 3, 3, 3]
 
 
-def test_a_loss_that_is_no_number_ends_the_training_and_is_recorded():
+def test_nan_loss_ends_the_training_and_is_recorded():
     model, _, tokens = pruned()
     events = []
 
@@ -372,7 +372,7 @@ def test_a_loss_that_is_no_number_ends_the_training_and_is_recorded():
     assert math.isnan(next(event.loss for event in events if isinstance(event, TrainingStep)))
 
 
-def test_a_training_of_an_earlier_version_is_not_continued(tmp_path):
+def test_training_of_an_earlier_version_is_not_resumed(tmp_path):
     model, dense, tokens = pruned()
     (tmp_path / "training.json").write_text('{"setting": {}}')
     given = {"options": FEW, "dense": dense, "folder": tmp_path}
@@ -380,7 +380,7 @@ def test_a_training_of_an_earlier_version_is_not_continued(tmp_path):
         library.recover(model, tokens, resume=True, **given)
 
 
-def test_a_folder_serves_one_training(tmp_path):
+def test_folder_of_another_training_is_refused_or_replaced(tmp_path):
     model, dense, tokens = pruned()
     given = {"options": FEW, "dense": dense, "folder": tmp_path}
     library.recover(model, tokens, **given)
@@ -394,7 +394,7 @@ def test_a_folder_serves_one_training(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["spp", "lora", "layers"])
-def test_training_ends_where_the_loss_no_longer_falls_and_takes_the_best_weights(kind):
+def test_early_stopping_takes_the_best_weights(kind):
     model, _, tokens = pruned()
     options = RecoverOptions(steps=60, checks=30, batch=8, rate=1e-1, patience=2, blocks=3)
     events = []
@@ -408,7 +408,7 @@ def test_training_ends_where_the_loss_no_longer_falls_and_takes_the_best_weights
     )  # bf16 in training
 
 
-def test_automatic_tokens_use_the_text_once_at_most():
+def test_automatic_tokens_are_at_most_one_epoch():
     model, _, tokens = pruned()
     options = RecoverOptions(tokens="auto", batch=2, checks=11, rate=1e-3, blocks=3)
     training = library.recover(model, tokens, kind="layers", options=options)
@@ -427,8 +427,8 @@ def set_clock(monkeypatch, seconds):
 
 @pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
-    """Of 8 samples a forward and backward pass, and a forward, take a second here.
+def test_minutes_determine_the_number_of_steps(kind, window, monkeypatch):
+    """Of 8 samples a forward and backward pass, and a forward, take a second each.
 
     So does a step of the optimizer.
     """
@@ -451,8 +451,8 @@ def test_a_time_decides_the_number_of_steps(kind, window, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["distill", "layers"])
-def test_the_rate_falls_to_zero_within_the_time(kind, monkeypatch):
-    """Although a step takes far more time than was expected: some seconds here."""
+def test_rate_decays_to_zero_within_the_time(kind, monkeypatch):
+    """Steps take several seconds, far more than the measured pace."""
     monkeypatch.setattr(recovery, "_pace", lambda *_: recovery._Pace(0.1, 0.0, 0.1))
     clock = itertools.count()
     set_clock(monkeypatch, lambda: float(next(clock)))
@@ -471,7 +471,7 @@ def test_the_rate_falls_to_zero_within_the_time(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("minutes", [None, 0.001])
-def test_a_kind_with_a_teacher_chooses_among_all_parameters(minutes, monkeypatch):
+def test_kind_with_a_teacher_gets_all_parameters_trainable(minutes, monkeypatch):
     model, dense, tokens = pruned()
     seen = []
 
@@ -491,7 +491,7 @@ def test_a_kind_with_a_teacher_chooses_among_all_parameters(minutes, monkeypatch
     assert all(seen)
 
 
-def test_the_step_that_is_timed_is_that_of_the_kind():
+def test_timed_step_trains_the_parameters_of_the_kind():
     model, _, tokens = pruned()
     trained = []
 
@@ -509,8 +509,8 @@ def test_the_step_that_is_timed_is_that_of_the_kind():
     assert trained[0] == ["lm_head.weight"]
 
 
-def test_a_timed_training_that_is_resumed_has_the_same_steps(monkeypatch, tmp_path):
-    """Although the time is another one by then, and a step takes another time."""
+def test_resumed_timed_training_has_the_same_steps(monkeypatch, tmp_path):
+    """The pace and the remaining time differ after the resumption."""
     model, _, tokens = pruned()
     spec = registry().recoveries.get("distill")
     options = RecoverOptions(minutes=1, batch=2)
@@ -528,21 +528,21 @@ def test_a_timed_training_that_is_resumed_has_the_same_steps(monkeypatch, tmp_pa
     ("minutes", "given", "processes", "batch"),
     [(60, None, 1, 8), (30, None, 1, 4), (10, None, 1, 1), (10, None, 2, 2), (10, 8, 1, 8)],
 )
-def test_in_a_short_time_a_step_has_fewer_samples(tmp_path, minutes, given, processes, batch):
-    """A sample takes a second on each process, and nothing else takes any time."""
+def test_short_time_gives_fewer_samples_per_step(tmp_path, minutes, given, processes, batch):
+    """A sample takes one second on each process; the optimizer and the forward take none."""
     spec = registry().recoveries.get("lora")
     job = RecoveryJob(
         None, spec, None, RecoverOptions(minutes=minutes, batch=given), tmp_path,
         ranks=SimpleNamespace(size=processes),
     )  # fmt: skip
     pace = recovery._Pace(1.0, 0.0, 1e-9)
-    steps, _, found = recovery._steps_in(60 * minutes, pace, 4, job)
-    assert found == batch
+    steps, _, result = recovery._steps_in(60 * minutes, pace, 4, job)
+    assert result == batch
     assert steps == pytest.approx(60 * minutes * processes / batch, abs=1.1)
 
 
-def test_timing_a_step_moves_no_weight(monkeypatch):
-    """Even where the gradients are not finite."""
+def test_timing_a_step_changes_no_weight(monkeypatch):
+    """The gradients are not finite."""
     model, dense, tokens = pruned()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.inf
@@ -553,7 +553,7 @@ def test_timing_a_step_moves_no_weight(monkeypatch):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-def test_plain_lora_fills_zeros_where_spp_and_masked_lora_keep_them():
+def test_spp_and_masked_lora_keep_zeros_that_plain_lora_fills():
     model, _, tokens = pruned()
     before = zeros(model)
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -573,14 +573,14 @@ def test_plain_lora_fills_zeros_where_spp_and_masked_lora_keep_them():
 
 
 @pytest.mark.parametrize("option", ["lora_dropout", "use_dora", "lora_bias"])
-def test_masked_lora_refuses_what_it_does_not_mask(option):
+def test_masked_lora_refuses_unmasked_options_and_modules(option):
     with pytest.raises(ValueError, match=f"does not serve {option}"):
         masked_lora(target_modules=["up_proj"], **{option: 0.5 if "dropout" in option else True})
     with pytest.raises(ValueError, match=r"serves torch\.nn\.Linear, not Embedding"):
         get_peft_model(random_model("llama"), masked_lora(target_modules=["embed_tokens"]))
 
 
-def test_spp_multiplies_and_peft_saves_loads_and_merges_it(tmp_path):
+def test_spp_adapter_is_saved_loaded_and_merged_by_peft(tmp_path):
     model, _, tokens = pruned()
     config = SppConfig(target_modules="all-linear", r=4, scale=0.5, task_type="CAUSAL_LM")
     dense_logits = model(tokens).logits
@@ -613,8 +613,8 @@ def test_spp_multiplies_and_peft_saves_loads_and_merges_it(tmp_path):
     assert type(merged) is type(model)
 
 
-def test_the_lines_for_users_of_peft_train_and_keep_every_zero(tmp_path):
-    """The example of docs/recovery.md, as it stands there."""
+def test_example_for_peft_trains_and_keeps_every_zero(tmp_path):
+    """The unchanged example of docs/recovery.md."""
     page = (ROOT / "docs/recovery.md").read_text()
     (source,) = re.findall(r"```python\n(from peft import get_peft_model.*?)```", page, re.DOTALL)
     model, _, tokens = pruned()
@@ -633,7 +633,7 @@ def test_the_lines_for_users_of_peft_train_and_keep_every_zero(tmp_path):
     assert loss(scope["merged"], tokens) < start
 
 
-def test_spp_with_several_adapters_and_rows_that_its_rank_does_not_divide():
+def test_spp_merges_several_adapters_with_uneven_ranks():
     model, _, tokens = pruned()
     tuned = get_peft_model(model, SppConfig(target_modules=["up_proj"], r=7))
     tuned.add_adapter("other", SppConfig(target_modules=["up_proj"], r=100, dropout=0.5))
@@ -652,7 +652,7 @@ def test_spp_with_several_adapters_and_rows_that_its_rank_does_not_divide():
         get_peft_model(random_model("llama"), SppConfig(target_modules=["up_proj"], r=0))
 
 
-def test_the_divergence_is_that_of_the_full_vocabulary_and_merges_the_rest():
+def test_divergence_merges_all_tokens_without_a_logit():
     draw = torch.Generator().manual_seed(0)
     logits, dense = (torch.randn(2, 3, 20, generator=draw) for _ in range(2))
     logs = dense.log_softmax(-1)
@@ -670,7 +670,7 @@ def test_the_divergence_is_that_of_the_full_vocabulary_and_merges_the_rest():
     assert relative_error(2 * dense, dense) == pytest.approx(1)
 
 
-def test_options_out_of_range_are_errors_that_name_the_option():
+def test_options_out_of_range_are_refused_by_name():
     wrong = {
         "steps": 0, "tokens": 0, "minutes": math.inf, "rate": 0, "batch": 0, "checks": 0,
         "validation_share": 1.0, "patience": 0, "rank": 0, "blocks": 0, "hidden": -1.0, "top": 0,
@@ -686,7 +686,7 @@ def test_options_out_of_range_are_errors_that_name_the_option():
         RecoverOptions(tokens="many").check()
 
 
-def test_an_option_of_another_kind_is_an_error_that_names_its_kinds():
+def test_options_of_another_kind_are_refused_by_name():
     known = registry().recoveries.specs
     every = {"rank": 4, "dropout": 0.1, "blocks": 1, "move_masks": True, "hidden": 0.5, "top": 8}
     for kind in KINDS:
@@ -703,7 +703,7 @@ def test_an_option_of_another_kind_is_an_error_that_names_its_kinds():
     RecoverOptions(**every).check_used(spec, known.values(), "recovery")
 
 
-def test_what_a_recovery_lacks_is_an_error():
+def test_missing_inputs_of_a_recovery_are_refused():
     model, _, tokens = pruned()
     with pytest.raises(AptError, match="needs the dense model"):
         library.recover(model, tokens, kind="distill", options=FEW)

@@ -1,4 +1,4 @@
-"""Blocks that run a token in one call of ``apt-kernels``: the outputs of the blocks themselves."""
+"""Blocks that run a token in one call of ``apt-kernels`` give the outputs of the blocks."""
 
 import copy
 import functools
@@ -88,20 +88,20 @@ def generated(model, new=12, **options):
 
 
 def itself(model, monkeypatch, **options):
-    """What the blocks generate themselves."""
+    """The output that the blocks generate without the call."""
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "_cached", lambda *_: None)
         return generated(model, **options)
 
 
-def test_a_block_without_kernels_is_left_alone(packed, monkeypatch):
+def test_blocks_are_unchanged_without_kernels(packed, monkeypatch):
     monkeypatch.setattr(decoding, "kernels", lambda: None)
     assert not any(isinstance(m, DecodingLayer) for m in packed().modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_generates_what_its_blocks_generate(packed, monkeypatch, runs, name, dtype):
+def test_decoded_tokens_equal_those_of_the_blocks(packed, monkeypatch, runs, name, dtype):
     model = packed(name, dtype)
     found, expected = generated(model), itself(model, monkeypatch)
     # In each layer the first token of the decoding is run in both ways.
@@ -115,7 +115,7 @@ def test_a_model_generates_what_its_blocks_generate(packed, monkeypatch, runs, n
     assert runs[0] == 4 * 11
 
 
-def test_what_the_call_does_not_serve_runs_as_before(packed, monkeypatch, runs):
+def test_unsupported_inputs_run_the_block_itself(packed, monkeypatch, runs):
     model = packed()
     generated(model)
     runs[0] = 0
@@ -130,7 +130,7 @@ def test_what_the_call_does_not_serve_runs_as_before(packed, monkeypatch, runs):
     assert runs[0] == 0
 
 
-def test_a_hook_sees_every_token(packed):
+def test_hook_is_called_for_every_token(packed):
     model, seen = packed(), []
     generated(model)
     model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
@@ -138,7 +138,7 @@ def test_a_hook_sees_every_token(packed):
     assert len(seen) == 12
 
 
-def test_attentions_are_those_of_every_token(packed, runs):
+def test_output_attentions_has_every_token(packed, runs):
     model = packed()
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_attentions_are_those_of_every_token(packed, runs):
     assert [part[0].shape[-1] for part in found.attentions] == [7, 8, 9, 10, 11]
 
 
-def test_a_block_that_computes_something_else_is_refused(packed, monkeypatch, runs):
+def test_decoder_is_refused_for_a_changed_block(packed, monkeypatch, runs):
     model = packed()
     kind = type(model.model.layers[0]).__mro__[2]
     own = kind.forward
@@ -165,7 +165,7 @@ def test_a_block_that_computes_something_else_is_refused(packed, monkeypatch, ru
     assert torch.equal(found, itself(model, monkeypatch))
 
 
-def test_a_cache_that_is_cropped_or_copied_continues_as_it_should(packed):
+def test_cropped_and_copied_caches_continue_correctly(packed):
     model = packed(dtype=torch.float32)
     tokens = torch.arange(2, 12)[None]
 
@@ -188,13 +188,13 @@ def test_a_cache_that_is_cropped_or_copied_continues_as_it_should(packed):
         torch.testing.assert_close(step(cache, 30), step(other, 30))
 
 
-def test_a_long_text_outgrows_the_room_of_the_cache(packed, monkeypatch):
+def test_text_longer_than_the_reserve_is_decoded(packed, monkeypatch):
     model = packed(dtype=torch.float32)
     found, expected = generated(model, new=150), itself(model, monkeypatch, new=150)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_copies_and_casts_decode_by_matrices_of_their_own(packed, runs):
+def test_copies_and_casts_get_decoders_of_their_own(packed, runs):
     model = packed()
     expected = generated(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -209,7 +209,7 @@ def test_copies_and_casts_decode_by_matrices_of_their_own(packed, runs):
     assert torch.allclose(wide, expected, atol=0.1 * float(expected.abs().max()))
 
 
-def test_what_is_changed_after_a_token_is_noticed(packed, monkeypatch):
+def test_changes_between_tokens_are_detected(packed, monkeypatch):
     model = packed("llama-biases", torch.float32)
     generated(model)
     for layer in model.model.layers:  # each change is one that the memory alone does not show
@@ -222,8 +222,8 @@ def test_what_is_changed_after_a_token_is_noticed(packed, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_model_that_is_offloaded_to_the_processor_generates_the_same(packed, runs):
-    """The norms are without memory when a block begins; this was the end of the process."""
+def test_offloaded_model_generates_the_same_tokens(packed, runs):
+    """The norms have no memory when a block begins. A former version crashed the process."""
     accelerate = pytest.importorskip("accelerate")
     model = packed(dtype=torch.float32)
     expected, runs[0] = generated(model), 0

@@ -779,7 +779,7 @@ def models(tmp_path_factory):
 
 
 def outputs(model, function, before, served):
-    """The outputs of the calls after a change, what its hooks saw, and the blocks in one call.
+    """The outputs of the calls after a change, the records of hooks, and the blocks in one call.
 
     Args:
         model: the model, which is copied.
@@ -804,7 +804,7 @@ def outputs(model, function, before, served):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_model_computes_what_the_dense_one_does(models, name, stage, monkeypatch):
+def test_changed_packed_model_equals_the_changed_dense_model(models, name, stage, monkeypatch):
     (blocks, function), before = CHANGES[name], STAGES[stage]
     served, run = [], Decoder.run
     monkeypatch.setattr(Decoder, "run", lambda *given: served.append(1) or run(*given))

@@ -1,4 +1,4 @@
-"""Packed experts: the model computes what the dense one does, with fewer bytes in memory."""
+"""Packed experts: the model gives the results of the dense one with fewer bytes in memory."""
 
 import copy
 
@@ -61,7 +61,7 @@ def in_memory(model):
 
 
 @torch.no_grad()
-def test_a_model_computes_the_same_with_fewer_bytes(pruned, tmp_path):
+def test_packed_experts_give_the_same_logits_with_fewer_bytes(pruned, tmp_path):
     dense, folder, names = pruned
     (tmp_path / "packed").mkdir()
     pack(folder, [name for name in names if "experts" in name], tmp_path / "packed")
@@ -87,7 +87,7 @@ def test_a_model_computes_the_same_with_fewer_bytes(pruned, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pruned", ["one by one, renamed", "a stack (in, out)"], indirect=True)
-def test_experts_that_are_not_packed_stay_dense(pruned, tmp_path):
+def test_experts_without_zeros_stay_dense(pruned, tmp_path):
     """A matrix without zeros would need more bytes."""
     _, folder, names = pruned
     experts = [name for name in names if "experts" in name]
@@ -104,7 +104,7 @@ def test_experts_that_are_not_packed_stay_dense(pruned, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pruned", ["one by one, renamed", "a stack (in, out)"], indirect=True)
-def test_experts_are_rounded(pruned, tmp_path):
+def test_experts_are_packed_as_integers(pruned, tmp_path):
     dense, folder, names = pruned
     experts = [name for name in names if "experts" in name]
     (tmp_path / "packed").mkdir()
@@ -140,7 +140,7 @@ def stacked():
     return whole, stack
 
 
-def test_a_stack_is_a_tensor_to_the_code_of_a_model():
+def test_packed_stack_behaves_like_a_tensor():
     whole, stack = stacked()
     assert (stack.shape, stack.dtype, stack.ndim) == (whole.shape, whole.dtype, whole.ndim)
     assert len(stack) == 2
@@ -169,7 +169,7 @@ def test_a_stack_is_a_tensor_to_the_code_of_a_model():
         stack[2]
 
 
-def test_a_turned_stack_is_turned_back():
+def test_transposed_stack_is_transposed_back():
     stored = torch.randn(2, 6, 20).relu()
     piece = Piece("it", order=(0, 2, 1))
     assert are_matrices([piece])

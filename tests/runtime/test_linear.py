@@ -37,7 +37,7 @@ def prepared(entry, parts):
 
 @pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
-def test_a_module_multiplies_by_the_tensors_that_it_was_given_last(native, kind, monkeypatch):
+def test_load_state_dict_replaces_the_matrix(native, kind, monkeypatch):
     if native and kernels() is None:
         pytest.skip("apt_kernels is not installed, or was without a compiler")
     if not native:
@@ -50,14 +50,14 @@ def test_a_module_multiplies_by_the_tensors_that_it_was_given_last(native, kind,
     assert torch.equal(one.weight, other.weight)
 
 
-def test_tensors_of_another_matrix_are_refused():
+def test_tensors_that_do_not_fit_the_description_are_refused():
     module, state = prepared(*encoded("float32", 0)), prepared(*encoded("float32", 1)).state_dict()
     state["weight_mask"][0, 0] ^= 1  # one weight more or less
     with pytest.raises(RuntimeError, match="weight does not fit its description: the mask keeps"):
         module.load_state_dict(state)
 
 
-def test_a_move_that_fails_leaves_the_module_as_it_was():
+def test_failed_move_leaves_the_module_unchanged():
     module, x = prepared(*encoded("int8", 0)), torch.randn(3, 300)
     expected = module(x)
 
@@ -72,7 +72,7 @@ def test_a_move_that_fails_leaves_the_module_as_it_was():
     assert f"weight_{SCALES}" in module.state_dict()
 
 
-def test_a_module_whose_tensors_moved_one_by_one_makes_another_matrix():
+def test_replaced_buffers_give_a_new_matrix():
     module, x = prepared(*encoded("float32", 0)), torch.randn(3, 300)
     expected = module(x)
     for name, tensor in list(module._buffers.items()):
@@ -83,7 +83,7 @@ def test_a_module_whose_tensors_moved_one_by_one_makes_another_matrix():
 
 
 @pytest.mark.parametrize("change", [{"group": 2**31}, {"shape": [1, 2**31]}, {"group": 2**63}])
-def test_numbers_that_no_matrix_has_are_refused(change):
+def test_impossible_numbers_in_a_description_are_refused(change):
     record = encoded("int8", 0)[0].record()
     with pytest.raises(ValueError, match="with groups of"):
         Entry.read({**record, **change})
@@ -98,14 +98,14 @@ def multiplied(monkeypatch):
         found.append((x.dtype, weight.dtype, weight.numel()))
         return own(x, weight, bias)
 
-    monkeypatch.setattr("apt.devices._is_faster_here", lambda dtype: False)
+    monkeypatch.setattr("apt.devices._cpu_multiplies_faster", lambda dtype: False)
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["packed", "dense", "expert"])
-def test_many_vectors_multiply_in_fp32_where_half_precision_is_slow(
+def test_many_vectors_multiply_in_fp32_if_half_precision_is_slow(
     kind, dtype, multiplied, monkeypatch
 ):
     matrix = sparse(0).to(dtype)
@@ -132,7 +132,7 @@ def test_many_vectors_multiply_in_fp32_where_half_precision_is_slow(
         assert multiplied[1:] == [(dtype, dtype, 1800)]
 
 
-def test_the_matrix_is_dense_a_part_at_a_time_where_half_precision_is_slow(multiplied, monkeypatch):
+def test_matrix_is_expanded_in_tiles_if_half_precision_is_slow(multiplied, monkeypatch):
     monkeypatch.setattr("apt.runtime.linear._TILE", 600)
     matrix = sparse(0).bfloat16()
     packed, x = prepared(*encode(matrix)), torch.randn(20, 300).bfloat16()
@@ -142,7 +142,7 @@ def test_the_matrix_is_dense_a_part_at_a_time_where_half_precision_is_slow(multi
     assert multiplied == [(torch.float32, torch.float32, 600)] * 3
 
 
-def test_a_dense_head_follows_a_weight_of_another_shape():
+def test_dense_head_uses_a_replaced_weight():
     if kernels() is None:
         pytest.skip("apt_kernels is not installed, or was without a compiler")
     model = torch.nn.Sequential(torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))

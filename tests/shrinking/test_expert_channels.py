@@ -1,4 +1,4 @@
-"""Narrower experts, from the command line and in programs: choices, streams, counts, bad input."""
+"""Narrower experts, by command and library: choices, streamed runs, counts, invalid options."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ THIRD = ShrinkOptions(sizes={"expert-channels": 0.33})
 
 
 @torch.no_grad()
-def test_every_expert_loses_its_own_channels_of_least_magnitude():
+def test_each_expert_loses_its_channels_of_least_magnitude():
     model = mixture("qwen3_moe")
     size = ShrinkOptions(sizes={"expert-channels": 8}, compensate=False)
     small, _ = library.shrink(model, TOKENS, size=size, method="group-magnitude")
@@ -48,8 +48,8 @@ SCORES = ["flap", "llm-pruner", "llm-pruner-vector"]
 
 
 @pytest.mark.parametrize("method", SCORES)
-def test_scores_of_whole_models_choose_channels_of_each_expert(method):
-    """Random weights in eight channels of each expert, and small ones in the others."""
+def test_scores_of_methods_choose_the_small_channels_of_each_expert(method):
+    """Eight channels of each expert have random weights, and the others have small weights."""
     model = mixture("gpt_oss", num_hidden_layers=1, intermediate_size=16, moe_intermediate_size=1)
     owner, draw = model.model.layers[0].mlp.experts, torch.Generator().manual_seed(0)
     large = [torch.randperm(16, generator=draw)[:8].sort().values for _ in range(8)]
@@ -59,10 +59,10 @@ def test_scores_of_whole_models_choose_channels_of_each_expert(method):
             owner.down_proj[expert, others] *= 1e-3
     size = ShrinkOptions(sizes={"expert-channels": 8}, compensate=False)
     small, _ = library.shrink(model, TOKENS, size=size, method=method, adapter="auto")
-    narrow, found = small.model.layers[0].mlp.experts, []
-    with torch.no_grad(), routings(owner, found.append):
+    narrow, result = small.model.layers[0].mlp.experts, []
+    with torch.no_grad(), routings(owner, result.append):
         model(TOKENS)
-    with_tokens = found[0].index.unique()
+    with_tokens = result[0].index.unique()
     assert len(with_tokens) > 2
     for expert in with_tokens:
         kept = large[expert]
@@ -73,7 +73,7 @@ def test_scores_of_whole_models_choose_channels_of_each_expert(method):
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 @torch.no_grad()
-def test_compensation_brings_the_model_nearer_to_the_dense_one(family):
+def test_compensation_reduces_the_distance_to_the_dense_model(family):
     model, distances = mixture(family), []
     for exact in (True, False):
         size = ShrinkOptions(sizes=THIRD.sizes, compensate=exact)
@@ -82,7 +82,7 @@ def test_compensation_brings_the_model_nearer_to_the_dense_one(family):
     assert distances[0] < distances[1]
 
 
-def test_fewer_experts_that_are_narrower_too():
+def test_experts_are_removed_and_narrowed_together():
     size = ShrinkOptions(sizes={"experts": 6, "expert-channels": 0.7})
     small, report = library.shrink(mixture("qwen2_moe"), TOKENS, size=size)
     assert {k: v["kept"] for k, v in report.structure["groups"].items()} == {
@@ -93,7 +93,7 @@ def test_fewer_experts_that_are_narrower_too():
 
 
 def streamed(apt, monkeypatch, words):
-    """The tensors of a run in memory, and of a streamed one that is killed and resumed."""
+    """The tensors of a run in memory, and of a streamed run that is killed and resumed."""
     assert apt(*words, "-o", "whole").code == 0
     with monkeypatch.context() as patch:
         cut(patch, PLACES["journal"], 4, KilledError())
@@ -109,13 +109,13 @@ def check_equal(whole, other):
     assert all(torch.equal(tensor, other[name]) for name, tensor in whole.items())
 
 
-def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, monkeypatch, capsys):
-    """The checkpoint has every weight of every expert in a tensor of its own."""
+def test_killed_streamed_run_resumes_to_the_same_bytes(apt, monkeypatch, capsys):
+    """The checkpoint has a separate tensor for every weight of every expert."""
     sizes = ("--size", "expert-channels=0.75", "--size", "experts=12")
     check_equal(*streamed(apt, monkeypatch, ("shrink", "zoo:moe", *sizes, *SMALL)))
     assert apt("verify", "streamed").code == 0
-    found = json.loads(apt("inspect", "streamed", "--json").out)
-    assert (found["groups"]["experts"], found["groups"]["expert-channels"]) == (12, 48)
+    result = json.loads(apt("inspect", "streamed", "--json").out)
+    assert (result["groups"]["experts"], result["groups"]["expert-channels"]) == (12, 48)
     model = AutoModelForCausalLM.from_pretrained("streamed")
     assert not capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained("streamed")
@@ -123,7 +123,7 @@ def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, mon
     assert model.generate(**given, max_new_tokens=4, do_sample=False).shape[1] > 4
 
 
-def test_stacks_in_pairs_are_streamed_too(apt):
+def test_streamed_run_narrows_interleaved_stacks(apt):
     model = mixture("gpt_oss", vocab_size=2048, num_attention_heads=2)
     model.save_pretrained("dense")
     AutoTokenizer.from_pretrained(ZOO).save_pretrained("dense")
@@ -133,7 +133,7 @@ def test_stacks_in_pairs_are_streamed_too(apt):
     check_equal(tensors("whole"), tensors("streamed"))
 
 
-def test_a_share_of_the_parameters_narrows_experts(apt):
+def test_keep_narrows_experts_to_a_share_of_the_parameters(apt):
     result = apt("shrink", "zoo:moe", "--width-only", "--keep", "0.75", *SMALL, "-o", "o")
     assert result.code == 0, result.err
     structure = json.loads(Path("o/apt_report.json").read_text())["structure"]
@@ -143,7 +143,7 @@ def test_a_share_of_the_parameters_narrows_experts(apt):
 
 
 @torch.no_grad()
-def test_an_approximation_of_a_block_is_what_a_run_makes_of_it():
+def test_proxy_loss_equals_the_loss_after_a_run():
     model = mixture("qwen3_moe", num_hidden_layers=1)
     spec = registry().adapter_for("qwen3_moe") if "qwen3_moe" in CONFIG_MAPPING else None
     adapter = spec.load()()
@@ -162,9 +162,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_bad_input_is_refused_in_one_line(said, apt):
-    result = apt("shrink", "zoo:moe", "--size", BAD[said], *SMALL, "-o", "out")
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_in_one_line(message, apt):
+    result = apt("shrink", "zoo:moe", "--size", BAD[message], *SMALL, "-o", "out")
     assert result.code == 2
-    assert said in result.err.splitlines()[-1]
+    assert message in result.err.splitlines()[-1]
     assert not Path("out").exists()

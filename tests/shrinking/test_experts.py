@@ -1,4 +1,4 @@
-"""Fewer experts, from the command line: exact counts, plain transformers, streams, bad input."""
+"""Fewer experts: exact counts, plain transformers, streamed runs, invalid options."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_removes_experts_and_leaves_all_else_as_it_is(method, tmp_path):
+def test_methods_of_experts_change_only_experts_and_routers(method, tmp_path):
     model, size = mixture("qwen2_moe"), ShrinkOptions(sizes={"experts": 5})
     small, report = apt_package.shrink(model, TOKENS, size=size, method=method)
     assert report.structure["groups"]["experts"] == {"kept": 5, "of": 8}
@@ -45,7 +45,7 @@ def test_every_method_removes_experts_and_leaves_all_else_as_it_is(method, tmp_p
             assert all(row.tolist() in rows for row in tensor)
 
 
-def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, monkeypatch):
+def test_killed_streamed_run_resumes_to_the_same_bytes(apt, monkeypatch):
     words = ("shrink", "zoo:moe", "--size", "experts=6", "--method", "expert-merge", *SMALL)
     assert apt(*words, "-o", "whole").code == 0
     with monkeypatch.context() as patch:
@@ -61,15 +61,15 @@ def test_a_streamed_run_writes_the_same_bytes_and_goes_on_after_its_end(apt, mon
 
 
 def check_record(apt):
-    """The reports and the page have the experts of each block that were merged, by their rows."""
-    found, other = (
+    """Check that the reports and the page have the removed and merged experts of each block."""
+    result, other = (
         json.loads(Path(f"{name}/apt_report.json").read_text())["structure"]["experts"]
         for name in ("whole", "streamed")
     )
-    assert found == other
+    assert result == other
     assert apt("report", "streamed", "-o", "page.html").code == 0
     page, small = Path("page.html").read_text(), tensors("streamed")
-    for block, entry in found.items():
+    for block, entry in result.items():
         dense = tensors(ZOO)[f"{block}.mlp.gate.weight"]
         left = [e for e in range(16) if e not in entry["removed"]]
         assert torch.equal(small[f"{block}.mlp.gate.weight"], dense[left])
@@ -87,12 +87,12 @@ def distance(model, **options):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
-def test_compensation_brings_the_model_nearer_to_the_dense_one(family):
+def test_compensation_reduces_the_distance_to_the_dense_model(family):
     model = mixture(family)
     assert distance(model) < 0.95 * distance(model, compensate=False)
 
 
-def test_groups_of_a_router_lose_the_same_number_each():
+def test_each_group_of_a_router_loses_the_same_number():
     size = ShrinkOptions(sizes={"experts": 6})
     small, _ = apt_package.shrink(mixture("deepseek_v3"), TOKENS, adapter="auto", size=size)
     assert small.config.n_routed_experts == 6
@@ -102,7 +102,7 @@ def test_groups_of_a_router_lose_the_same_number_each():
         apt_package.shrink(mixture("deepseek_v3"), TOKENS, adapter="auto", size=odd)
 
 
-def test_experts_whose_router_cannot_be_read_are_chosen_by_their_effect():
+def test_experts_with_an_unreadable_router_are_chosen_by_effect():
     model = mixture("llama4_text")
     assert distance(model) > 0
     with pytest.raises(AptError, match="Llama4TextExperts does not get the indices .* leave the m"):
@@ -113,7 +113,7 @@ def the_first(experts, groups):
     return groups.mask(tuple(range(groups.removed)))
 
 
-def test_a_function_of_two_arguments_chooses_experts():
+def test_function_of_two_arguments_chooses_experts():
     model = mixture("qwen2_moe")
     size = ShrinkOptions(sizes={"experts": 6}, compensate=False)
     small, _ = apt_package.shrink(model, TOKENS, size=size, method=the_first)
@@ -129,21 +129,21 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_a_choice_that_removes_too_few_experts_is_refused(said):
-    choose, size = WRONG[said], ShrinkOptions(sizes={"experts": 6})
+@pytest.mark.parametrize("message", WRONG)
+def test_invalid_choice_of_experts_is_refused(message):
+    choose, size = WRONG[message], ShrinkOptions(sizes={"experts": 6})
     choose.__name__ = "none_of_them"
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=message):
         apt_package.shrink(mixture("qwen2_moe"), TOKENS, size=size, method=choose)
 
 
-def test_a_share_of_the_experts_is_as_many_of_each_bin():
+def test_share_of_the_experts_is_rounded_to_full_bins():
     size = ShrinkOptions(sizes={"experts": 0.7}, compensate=False)
     small, _ = apt_package.shrink(mixture("deepseek_v3"), TOKENS, adapter="auto", size=size)
     assert small.config.n_routed_experts == 6
 
 
-def test_a_method_of_experts_removes_as_many_as_the_share_says(apt):
+def test_method_of_experts_keeps_the_share_of_the_parameters(apt):
     result = apt("shrink", "zoo:moe", "--method", "reap", "--keep", "0.65", *SMALL, "-o", "o")
     assert result.code == 0, result.err
     report = json.loads(Path("o/apt_report.json").read_text())
@@ -152,7 +152,7 @@ def test_a_method_of_experts_removes_as_many_as_the_share_says(apt):
     assert "mean relative layer error" not in result.out + result.err  # no matrix lost columns
 
 
-def test_inspect_says_how_many_parameters_a_token_uses(apt):
+def test_inspect_gives_the_number_of_active_parameters(apt):
     result = apt("inspect", "zoo:moe", "--json")
     found = json.loads(result.out)
     model = AutoModelForCausalLM.from_pretrained(ZOO)
@@ -179,9 +179,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_bad_input_is_refused_in_one_line(said, apt):
-    result = apt("shrink", *BAD[said], *SMALL, "-o", "out")
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_in_one_line(message, apt):
+    result = apt("shrink", *BAD[message], *SMALL, "-o", "out")
     assert result.code == 2
-    assert said in result.err.splitlines()[-1]
+    assert message in result.err.splitlines()[-1]
     assert not Path("out").exists()

@@ -1,4 +1,4 @@
-"""Experts in a list, as transformers 4 and code beside a checkpoint have them: fewer, narrower."""
+"""Experts in a list, as in transformers 4 and in custom code: fewer and narrower experts."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ VARIANTS = [*ADAPTERS, *(() if STACKED else ("qwen2-moe", "mixtral", "olmoe"))]
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_without_members_a_model_equals_one_whose_router_does_not_choose_them(variant):
+def test_removed_experts_equal_experts_that_are_not_routed(variant):
     model, adapter = opened(variant)
     removed, routers = {}, {}
     for index, (name, block) in enumerate(adapter.blocks(model)):
@@ -76,8 +76,8 @@ def test_without_members_a_model_equals_one_whose_router_does_not_choose_them(va
 
 
 @torch.no_grad()
-def test_experts_are_removed_by_their_effect_and_the_others_move_up():
-    """The second expert of each block does nothing, so it is the one that goes."""
+def test_experts_without_effect_are_removed_and_later_ones_move_up():
+    """The second expert of each block has no effect, so it is removed."""
     model = listed()
     for layer in model.model.layers:
         for parameter in layer.mlp.experts[1].w2.parameters():
@@ -93,7 +93,7 @@ def test_experts_are_removed_by_their_effect_and_the_others_move_up():
 
 
 @torch.no_grad()
-def test_channels_of_experts_in_a_list():
+def test_listed_experts_are_narrowed():
     model, distances = listed(), []
     for exact in (True, False):
         size = ShrinkOptions(sizes={"expert-channels": 8}, compensate=exact)
@@ -105,7 +105,7 @@ def test_channels_of_experts_in_a_list():
     assert 0 < distances[0] < distances[1]
 
 
-def test_a_method_that_needs_what_the_router_chooses_is_refused():
+def test_method_that_reads_the_router_is_refused_for_listed_experts():
     size = ShrinkOptions(sizes={"experts": 3})
     with pytest.raises(AptError, match="ModuleList does not get the indices .* leave the method"):
         library.shrink(listed(), TOKENS, size=size, adapter=Declared(), method="reap")
@@ -115,7 +115,7 @@ def tensors(folder):
     return {k: v for f in Path(folder).glob("*.safetensors") for k, v in load_file(f).items()}
 
 
-def test_code_beside_a_checkpoint_streamed_and_resumed(apt, monkeypatch):
+def test_custom_code_model_is_streamed_and_resumed(apt, monkeypatch):
     listed().save_pretrained("dense")
     shutil.copy(listed_mixture.__file__, "dense")
     config = json.loads(Path("dense/config.json").read_text())

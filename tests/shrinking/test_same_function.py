@@ -1,4 +1,4 @@
-"""A smaller model computes what the model computes that was fitted, or it is refused."""
+"""A smaller model computes the function of the fitted model, or it is refused."""
 
 from importlib import import_module
 
@@ -29,13 +29,13 @@ def without_second(tiny, kind):
 @pytest.mark.parametrize(
     ("kind", "config"), [("minicpm3", "MiniCPM3Config"), ("diffllama", "DiffLlamaConfig")]
 )
-def test_families_that_depend_on_the_number_or_place_of_blocks_are_refused(tiny, kind, config):
+def test_families_that_depend_on_the_position_of_blocks_are_refused(tiny, kind, config):
     with pytest.raises(AptError, match=rf"differ by \d+\.\d+%; {config} may scale by the number"):
         without_second(tiny, kind)
 
 
-def test_fields_of_the_configuration_that_go_by_layer_follow(tiny):
-    """LFM2 has a list of the kinds of its layers, Qwen2-MoE one of the dense ones by index."""
+def test_per_layer_fields_of_the_configuration_are_resized(tiny):
+    """LFM2 lists the kinds of its layers, and Qwen2-MoE lists the indices of its dense layers."""
     small, _ = without_second(tiny, "lfm2")
     kinds = tiny.config("lfm2").layer_types
     assert small.config.layer_types == [kinds[0], *kinds[2:]]
@@ -45,8 +45,8 @@ def test_fields_of_the_configuration_that_go_by_layer_follow(tiny):
     assert resized(deep, (), [1, 2, 3], 4).first_k_dense_replace == 1
 
 
-def test_kinds_that_repeat_and_sizes_by_layer_follow(tiny):
-    """Recurrent Gemma begins its list of kinds again; Gemma 4 has a mapping by index.
+def test_cyclic_kinds_and_per_layer_sizes_are_resized(tiny):
+    """Recurrent Gemma repeats its list of kinds; Gemma 4 has a mapping by index.
 
     A block of Recurrent Gemma keeps the state of a batch in an attribute.
     """
@@ -58,11 +58,11 @@ def test_kinds_that_repeat_and_sizes_by_layer_follow(tiny):
     assert kinds == ["recurrent", "attention", "recurrent", "recurrent"]
     sizes = {1: {"head_dim": 16}, 3: {"head_dim": 32}}
     mapped = tiny.config("gemma4_text", per_layer_config=sizes)
-    found = resized(mapped, (), [0, 2, 3], 4).to_dict()["per_layer_config"]
-    assert {int(index): each for index, each in found.items()} == {2: sizes[3]}
+    result = resized(mapped, (), [0, 2, 3], 4).to_dict()["per_layer_config"]
+    assert {int(index): each for index, each in result.items()} == {2: sizes[3]}
 
 
-def test_the_text_part_of_a_multimodal_configuration_is_changed(tiny):
+def test_text_part_of_a_multimodal_configuration_is_resized(tiny):
     whole = tiny.config("gemma3")
     small = resized(whole, (), [0, 1, 3], 4)
     assert small.get_text_config().num_hidden_layers == 3

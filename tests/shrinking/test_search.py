@@ -1,4 +1,4 @@
-"""Sizes, the search for a smaller model, and the baselines that it is compared with."""
+"""Sizes, the search for a smaller model, and its baselines."""
 
 import json
 import math
@@ -45,34 +45,34 @@ def sizes_of(variant, multiple=8, seconds=None):
 @pytest.mark.parametrize("variant", ["llama-grouped-tied", "opt", "mamba"])
 @settings(deadline=None, max_examples=15)
 @given(keep=st.floats(0.3, 0.95))
-def test_the_nearest_size_is_found(variant, keep):
+def test_nearest_sizes_are_sorted_by_distance(variant, keep):
     sizes = sizes_of(variant, 1)
-    found = sizes.near(keep, range(1, sizes.blocks + 1), width=True)
-    assert [abs(s.cost - keep) for s in found] == pytest.approx(
-        sorted(abs(s.cost - keep) for s in found), abs=1e-6
+    result = sizes.nearest_sizes(keep, range(1, sizes.blocks + 1), width=True)
+    assert [abs(s.cost - keep) for s in result] == pytest.approx(
+        sorted(abs(s.cost - keep) for s in result), abs=1e-6
     )
-    for size in found[:3]:
+    for size in result[:3]:
         assert sizes.size(size.kept, size.blocks).share == pytest.approx(size.share)
-    costs = [size.cost for size in sizes.every(range(1, sizes.blocks + 1), width=True)]
+    costs = [size.cost for size in sizes.smaller_sizes(range(1, sizes.blocks + 1), width=True)]
     assert costs == sorted(costs)
-    assert costs[0] <= found[0].cost <= costs[-1] < 1
+    assert costs[0] <= result[0].cost <= costs[-1] < 1
 
 
-def test_a_latency_budget_counts_time():
+def test_cost_of_a_latency_budget_is_time():
     times = {(): 4.0, (("channels", 32),): 3.0}
 
     def seconds(kept):
         return times.get(tuple(kept.items()), 4.0)
 
     sizes = sizes_of("opt", 32, seconds)
-    found = sizes.near(0.75, [sizes.blocks], width=True)
-    assert [dict(size.kept) for size in found] == [{"channels": 32}]
-    assert found[0].cost == 0.75
-    assert found[0].share != 0.75
+    result = sizes.nearest_sizes(0.75, [sizes.blocks], width=True)
+    assert [dict(size.kept) for size in result] == [{"channels": 32}]
+    assert result[0].cost == 0.75
+    assert result[0].share != 0.75
 
 
-def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monkeypatch):
-    """The times that groups of two kinds save add up."""
+def test_latencies_of_kinds_add_up_and_keep_the_random_state(monkeypatch):
+    """The saved times of groups of two kinds add up."""
     made = []
 
     def timed(small, adapter, seqlen, device):
@@ -83,7 +83,7 @@ def test_latencies_are_measured_for_each_kind_and_draw_from_no_random_state(monk
     model, state = random_model("llama"), torch.get_rng_state()
     adapter = registry().adapters.get("llama").load()()
     seconds = latency.block_times(model, adapter, model.config, "cpu", 16)
-    Sizes(model, adapter, model.config, 8, seconds).near(0.5, [1, 2, 3], width=True)
+    Sizes(model, adapter, model.config, 8, seconds).nearest_sizes(0.5, [1, 2, 3], width=True)
     heads = (1, 2) if since("transformers", "5") else (1, 2, 3)  # those that it can express
     assert sorted(made) == [(n, 64) for n in heads] + [(4, n) for n in range(1, 65)]
     assert seconds({"heads": 2, "channels": 16}) == 1 + 2 + 16 / 8
@@ -101,23 +101,23 @@ def llama_sizes(**fields):
     return lambda multiple: Sizes(model, adapter, config, multiple)
 
 
-def test_a_smaller_multiple_is_used_only_where_none_comes_near():
-    skeleton, said = open_skeleton(find("zoo:opt", registry()), registry()), []
+def test_smaller_multiple_is_used_only_if_needed():
+    skeleton, messages = open_skeleton(find("zoo:opt", registry()), registry()), []
 
     def sizes(multiple):
         return Sizes(skeleton.module, skeleton.adapter, skeleton.config, multiple)
 
     wish = ShrinkOptions(keep=0.8)
-    mode, found = wanted_sizes(sizes, wish, said.append)
+    mode, result = wanted_sizes(sizes, wish, messages.append)
     assert mode == "width"
-    assert abs(found[0].cost - 0.8) <= TOLERANCE
-    assert "multiple of channels: 8, since no multiple of 64 comes near" in said
-    assert "mode: width (default)" in said
-    assert found[0].kept["channels"] % 8 == 0
-    wanted_sizes(sizes, replace(wish, multiple_of=128, mode="width"), said.append)
-    assert said[-1].startswith("keep: ")
+    assert abs(result[0].cost - 0.8) <= TOLERANCE
+    assert "multiple of channels: 8, since no multiple of 64 comes near" in messages
+    assert "mode: width (default)" in messages
+    assert result[0].kept["channels"] % 8 == 0
+    wanted_sizes(sizes, replace(wish, multiple_of=128, mode="width"), messages.append)
+    assert messages[-1].startswith("keep: ")
     with pytest.raises(AptError, match="no model keeps 90.00%"):
-        wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), said.append)
+        wanted_sizes(sizes, ShrinkOptions(keep=0.9, mode="depth"), messages.append)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_a_smaller_multiple_is_used_only_where_none_comes_near():
         (4, {"keep": 0.7}, "blocks", "blocks-first", 3),
     ],
 )
-def test_blocks_are_dropped_first_in_a_deep_model(layers, wish, chooses, mode, blocks):
+def test_default_mode_depends_on_depth_share_and_method(layers, wish, chooses, mode, blocks):
     sizes = llama_sizes(hidden_size=64, intermediate_size=256, num_hidden_layers=layers,
                         num_attention_heads=4)  # fmt: skip
     wish = ShrinkOptions(multiple_of=8, **wish)
-    found, near = wanted_sizes(sizes, wish, lambda line: None, chooses)
-    assert found == mode
+    result, near = wanted_sizes(sizes, wish, lambda line: None, chooses)
+    assert result == mode
     assert {size.blocks for size in near} == {blocks}
     whole = {"width": False, "blocks-first": False, "depth": True}[mode]
     assert {not size.kept for size in near} == {whole}
@@ -149,20 +149,20 @@ def test_blocks_are_dropped_first_in_a_deep_model(layers, wish, chooses, mode, b
         assert all(abs(size.cost - wish.keep) <= TOLERANCE for size in near)
 
 
-def test_the_sizes_of_smollm2_are_those_of_the_wish():
+def test_sizes_of_smollm2_meet_the_share():
     """SmolLM2-135M: 22.5 blocks of 30 are three quarters."""
-    sizes, said = (
+    sizes, messages = (
         llama_sizes(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                     num_attention_heads=9, num_key_value_heads=3),
         [],
     )  # fmt: skip
-    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75), said.append)
+    mode, result = wanted_sizes(sizes, ShrinkOptions(keep=0.75), messages.append)
     assert mode == "blocks-first"
-    kept = [(size.blocks, dict(size.kept), round(size.share, 4)) for size in found]
+    kept = [(size.blocks, dict(size.kept), round(size.share, 4)) for size in result]
     assert kept == [(24, {"channels": 1408}, 0.75)]  # and not 6 heads, whose share is the same
-    mode, found = wanted_sizes(sizes, ShrinkOptions(keep=0.75, mode="depth"), said.append)
-    assert [(size.blocks, dict(size.kept)) for size in found] == [(23, {})]
-    assert said[-1] == "keep: 76.67%, the nearest to 75.00%: 23 blocks"
+    mode, result = wanted_sizes(sizes, ShrinkOptions(keep=0.75, mode="depth"), messages.append)
+    assert [(size.blocks, dict(size.kept)) for size in result] == [(23, {})]
+    assert messages[-1] == "keep: 76.67%, the nearest to 75.00%: 23 blocks"
 
 
 def a_size(blocks, kept=()):
@@ -173,30 +173,30 @@ SIZES = [a_size(8), a_size(7, {"channels": 60}.items()), a_size(7, {"heads": 4}.
 
 
 def bowl(candidate):
-    """The lower, the more of blocks 2 and 5 are dropped; seven blocks are best with 4 heads."""
+    """A loss with its minimum at 7 blocks and 4 heads, without blocks 2 and 5."""
     missing = len({2, 5} - candidate.dropped)
     return 1 + missing + len(candidate.dropped - {2, 5, 9}) + (candidate.size.kept != {"heads": 4})
 
 
-def test_the_search_finds_what_the_ranking_does_not_know():
+def test_search_finds_the_best_candidate_despite_the_ranking():
     best = min(
         bowl(Candidate(size, frozenset(dropped)))
         for size in SIZES
         for dropped in combinations(range(10), 10 - size.blocks)
     )
     search = Search(SIZES, range(10), bowl, SearchOptions(evaluations=150), seed=1)
-    found = search.run()
-    assert bowl(found[0].candidate) == best == 1
-    assert [scored.loss for scored in found] == sorted(scored.loss for scored in found)
-    keys = [scored.candidate.key for scored in found]
+    result = search.run()
+    assert bowl(result[0].candidate) == best == 1
+    assert [scored.loss for scored in result] == sorted(scored.loss for scored in result)
+    keys = [scored.candidate.key for scored in result]
     assert len(set(keys)) == len(keys) <= 150
-    for scored in found:
+    for scored in result:
         assert len(scored.candidate.dropped) == 10 - scored.candidate.size.blocks
     first = [Candidate(size, frozenset(range(10 - size.blocks))).key for size in SIZES]
     assert set(first) <= set(keys)
 
 
-def test_a_killed_search_continues_with_the_same_result(tmp_path):
+def test_killed_search_resumes_with_the_same_result(tmp_path):
     path, options = tmp_path / "losses.jsonl", SearchOptions(evaluations=40)
     whole = Search(SIZES, range(10), bowl, options, seed=3).run()
 
@@ -228,25 +228,25 @@ def test_a_killed_search_continues_with_the_same_result(tmp_path):
     assert len(computed) == len(whole) - 17
 
 
-def test_the_given_candidates_are_evaluated_first():
+def test_given_candidates_are_evaluated_first():
     first, seen = [Candidate(SIZES[0], frozenset(range(10 - SIZES[0].blocks, 0, -1)))], []
     options = SearchOptions(evaluations=5)
     Search(SIZES, range(10), lambda c: seen.append(c) or bowl(c), options, first=first).run()
     assert seen[: len(first)] == first
 
 
-def test_a_time_budget_ends_the_search_after_one_candidate():
+def test_exhausted_time_budget_allows_one_candidate():
     options = SearchOptions(evaluations=100, minutes=1e-9)
     assert len(Search(SIZES, range(10), bowl, options).run()) == 1
 
 
-def test_a_time_budget_includes_what_came_before_the_search():
+def test_time_budget_includes_the_time_before_the_search():
     options = SearchOptions(evaluations=100, minutes=1)
     late = Search(SIZES, range(10), bowl, options, started=time.monotonic() - 61)
     assert len(late.run()) == 1
 
 
-def test_the_time_of_the_ranking_counts(monkeypatch):
+def test_time_budget_includes_the_ranking_of_blocks(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
@@ -261,27 +261,27 @@ def test_the_time_of_the_ranking_counts(monkeypatch):
     assert len(report.structure["candidates"]) == 1
 
 
-def test_generations_of_known_candidates_do_not_end_the_search():
-    """One of 24 blocks is to be dropped; the best one is the last that the ranking suggests."""
+def test_search_reaches_the_last_block_of_the_ranking():
+    """One of 24 blocks is dropped; the best one is the last block of the ranking."""
     for seed in range(6):
         search = Search([a_size(23)], range(24), lambda c: -sum(c.dropped), seed=seed)
         assert search.run()[0].candidate.dropped == {23}
 
 
 @torch.no_grad()
-def test_a_loss_that_is_no_number_is_the_highest():
+def test_nan_loss_counts_as_infinite():
     model = random_model("llama")
     adapter = adapter_of(model)
     model.lm_head.weight.fill_(torch.nan)
     assert loss_without(model, adapter, TOKENS) == math.inf
 
 
-def test_without_sizes_there_is_nothing_to_search():
+def test_search_without_sizes_is_refused():
     with pytest.raises(AptError, match="no size meets the budget"):
         Search([], range(10), bowl).run()
 
 
-def test_the_pareto_front_has_no_candidate_that_another_one_beats():
+def test_pareto_front_has_no_dominated_candidate():
     scored = [
         Scored(Candidate(Size({}, n, cost, cost), frozenset()), loss)
         for n, (cost, loss) in enumerate([(0.5, 3), (0.6, 2), (0.55, 4), (0.7, 2), (0.8, 1)])
@@ -291,7 +291,7 @@ def test_the_pareto_front_has_no_candidate_that_another_one_beats():
 
 
 @torch.no_grad()
-def test_an_approximation_leaves_the_model_as_it_was():
+def test_proxy_restores_the_weights():
     model = random_model("llama-grouped-tied")
     adapter = adapter_of(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -306,8 +306,8 @@ def test_an_approximation_leaves_the_model_as_it_was():
 
 
 @torch.no_grad()
-def test_the_block_before_a_gap_takes_over_the_dropped_blocks():
-    """Its writer's weight is the weighted least-squares fit of what they add to the stream."""
+def test_gap_fit_is_the_weighted_least_squares_solution():
+    """The weight of the writer is fitted to the sum that the dropped blocks add to the stream."""
     model = random_model("llama")
     adapter, tokens = adapter_of(model), random_tokens(40, 24)
     blocks = [block for _, block in adapter.blocks(model)]
@@ -351,7 +351,7 @@ def chosen(name, weight, inputs, kept=4):
     )
 
 
-def test_scores_of_columns_are_those_of_their_papers():
+def test_scores_of_columns_equal_their_definitions():
     weight, inputs = layer()
     squares = weight.square().sum(0).view(6, 2).sum(1)
     assert sorted(squares.argsort()[:2].tolist()) == chosen("group-magnitude", weight, inputs)
@@ -359,8 +359,8 @@ def test_scores_of_columns_are_those_of_their_papers():
     assert sorted(energy.argsort()[:2].tolist()) == chosen("group-wanda", weight, inputs)
 
 
-def test_llm_pruner_scores_channels_by_its_formulas():
-    """From the gradients of plain backward passes, one for each sample of equal length."""
+def test_llm_pruner_scores_equal_the_formulas_of_its_paper():
+    """The reference uses the gradients of one backward pass for each sample."""
     model = random_model("llama")
     adapter = adapter_of(model)
     name, block = adapter.blocks(model)[1]
@@ -380,14 +380,14 @@ def test_llm_pruner_scores_channels_by_its_formulas():
         expected["-mix"] += (first - second / 2).abs().sum(across)
     for variant, scores in expected.items():
         choice = registry().shrink_methods.get(f"llm-pruner{variant}").load()
-        found = choice(model, adapter, TOKENS)[name]["channels"]
-        assert torch.allclose(found, scores, rtol=1e-4, atol=1e-8), variant
+        result = choice(model, adapter, TOKENS)[name]["channels"]
+        assert torch.allclose(result, scores, rtol=1e-4, atol=1e-8), variant
     assert len({tuple(scores.argsort().tolist()) for scores in expected.values()}) >= 3
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_llm_pruner_takes_parameters_that_the_loss_does_not_use():
-    """As of an expert that sees no token."""
+def test_llm_pruner_ignores_unused_parameters():
+    """An expert without tokens has such parameters."""
     model = random_model("llama")
     adapter = adapter_of(model)
     score = registry().shrink_methods.get("llm-pruner-mix").load()
@@ -399,7 +399,7 @@ def test_llm_pruner_takes_parameters_that_the_loss_does_not_use():
 
 @pytest.mark.parametrize("variant", FAMILIES.values())
 def test_llm_pruner_scores_the_groups_of_every_family(variant):
-    """A magnitude of a sum is at most the sum of the magnitudes."""
+    """The magnitude of a sum is at most the sum of the magnitudes."""
     model = random_model(variant)
     adapter = adapter_of(model)
     elements, vectors = (
@@ -416,7 +416,7 @@ def test_llm_pruner_scores_the_groups_of_every_family(variant):
 
 
 @torch.no_grad()
-def test_flap_scores_a_constant_input_as_nothing():
+def test_flap_scores_a_constant_input_as_zero():
     model = random_model("opt")
     adapter = adapter_of(model)
     _, block = adapter.blocks(model)[0]
@@ -428,7 +428,7 @@ def test_flap_scores_a_constant_input_as_nothing():
     assert math.isfinite(float(first.sum()))
 
 
-def test_a_search_at_the_shell_reports_and_draws_its_candidates(apt, checkpoint, tmp_path):
+def test_search_command_reports_and_plots_candidates(apt, checkpoint, tmp_path):
     text = ("--samples", 4, "--seqlen", 32)
     result = apt("shrink", checkpoint("llama"), "--search", "--evaluations", 6, *text,
                  "--plot", "search.png", "--effort", "fast", "-o", "out")  # fmt: skip
@@ -444,14 +444,14 @@ def test_a_search_at_the_shell_reports_and_draws_its_candidates(apt, checkpoint,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--plot", "x.png"), "plot draws the candidates of a search"),
         (("--search", "--plot", "x.gif"), "is not a .png, .svg or .pdf file"),
         (("--search", "--plot", "none/x.png"), "its folder does not exist"),
     ],
 )
-def test_a_plot_that_cannot_be_drawn_is_refused_first(arguments, said, apt):
+def test_invalid_plot_options_are_refused(arguments, message, apt):
     result = apt("shrink", "--adapter", "llama", *arguments, "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err

@@ -48,7 +48,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("variant", SIZES)
-def test_a_smaller_model_opens_in_plain_transformers(variant, tmp_path):
+def test_smaller_model_opens_in_plain_transformers(variant, tmp_path):
     model = random_model(variant)
     before = copy.deepcopy(model.state_dict())
     blocks = None if variant in {"jamba", "qwen2-moe"} else 2
@@ -80,8 +80,8 @@ def test_a_smaller_model_opens_in_plain_transformers(variant, tmp_path):
     ],
 )
 @torch.no_grad()
-def test_the_model_of_zeros_equals_the_smaller_one(variant, kept, dropped):
-    """What the loop over blocks leaves behind, with dropped blocks skipped."""
+def test_model_with_removed_groups_equals_the_smaller_model(variant, kept, dropped):
+    """The loop over blocks leaves zeros in removed groups; dropped blocks are skipped."""
     model = random_model(variant)
     adapter = adapter_of(model)
     names = [name for name, _ in adapter.blocks(model)]
@@ -94,7 +94,7 @@ def test_the_model_of_zeros_equals_the_smaller_one(variant, kept, dropped):
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
-def test_exact_weights_and_tuning_come_nearer_to_the_dense_model(effort):
+def test_compensation_and_targets_reduce_the_distance_to_the_dense_model(effort):
     model = random_model("llama")
     wish = {"sizes": {"channels": 32}}
 
@@ -112,7 +112,7 @@ def test_exact_weights_and_tuning_come_nearer_to_the_dense_model(effort):
 
 
 @torch.no_grad()
-def test_the_block_before_a_gap_is_fitted_to_the_stream_behind_it():
+def test_fit_of_the_block_before_a_gap_reduces_the_distance():
     model = random_model("llama")
     names = [name for name, _ in adapter_of(model).blocks(model)]
     wish = ShrinkOptions(blocks=2, mode="depth")
@@ -131,7 +131,7 @@ def test_the_block_before_a_gap_is_fitted_to_the_stream_behind_it():
 
 
 @pytest.mark.parametrize("method", ["block-influence", "angular"])
-def test_a_block_that_changes_nothing_is_dropped(method):
+def test_block_without_effect_is_dropped(method):
     model = random_model("llama")
     adapter = adapter_of(model)
     _, block = adapter.blocks(model)[1]
@@ -144,7 +144,7 @@ def test_a_block_that_changes_nothing_is_dropped(method):
     torch.testing.assert_close(small(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_the_block_without_which_the_loss_is_lowest_is_dropped():
+def test_method_loss_drops_the_block_with_the_lowest_loss_without_it():
     model = random_model("llama")
     names = [name for name, _ in adapter_of(model).blocks(model)]
     losses = {name: loss_without(model, adapter_of(model), TOKENS, [name]) for name in names}
@@ -153,7 +153,7 @@ def test_the_block_without_which_the_loss_is_lowest_is_dropped():
     assert report.structure["blocks"]["dropped"] == [min(losses, key=losses.get)]
 
 
-def test_named_blocks_are_dropped():
+def test_blocks_of_option_drop_are_dropped():
     wish = ShrinkOptions(drop=(2, 0), sizes={"channels": 48})
     small, report = apt_package.shrink(random_model("llama"), TOKENS, size=wish)
     dropped = report.structure["blocks"]["dropped"]
@@ -180,7 +180,7 @@ def test_zoo_models_shrink_generate_and_are_pruned_after(apt, family):
     assert apt("verify", "sparse").code == 0
 
 
-def test_a_smaller_model_is_verified_with_the_given_adapter_and_without_selection(apt, checkpoint):
+def test_verify_of_a_smaller_model_takes_an_adapter_but_no_selection(apt, checkpoint):
     given = (checkpoint("llama"), *SMALL, "--drop", 1, "--layer-wise", "--effort", "fast")
     assert apt("shrink", *given, "-o", "small").code == 0
     assert apt("verify", "small", "--adapter", "llama").code == 0
@@ -191,7 +191,7 @@ def test_a_smaller_model_is_verified_with_the_given_adapter_and_without_selectio
         assert "its sites have no pattern; leave these options out" in run.err
 
 
-def test_own_text_alone_is_enough(apt, checkpoint):
+def test_shrink_works_with_own_text_alone(apt, checkpoint):
     given = ("--samples", 0, "--own-samples", 4, "--seqlen", 16, "--drop", 1, "--effort", "fast")
     run = apt("shrink", checkpoint("llama"), *given, "-o", "small")
     assert run.code == 0, run.err
@@ -208,7 +208,7 @@ STREAMED = {
 
 
 @pytest.mark.parametrize("variant", STREAMED)
-def test_a_streamed_run_gives_the_model_of_one_in_memory(variant, checkpoint, apt):
+def test_streamed_run_gives_the_model_of_a_run_in_memory(variant, checkpoint, apt):
     for name, options in (("memory", []), ("disk", ["--stream"])):
         given = (checkpoint(variant), *SMALL, *STREAMED[variant], "--eval", TEXT)
         result = apt("shrink", *given, "-o", name, *options)
@@ -223,7 +223,7 @@ def test_a_streamed_run_gives_the_model_of_one_in_memory(variant, checkpoint, ap
     assert not list(Path().glob(".disk*"))
 
 
-def test_a_streamed_run_writes_the_blocks_behind_a_dropped_one(tokenizer, apt):
+def test_streamed_run_writes_the_blocks_behind_a_dropped_block(tokenizer, apt):
     model = random_model("llama")
     with torch.no_grad():
         for path in ("self_attn.o_proj", "mlp.down_proj"):
@@ -244,7 +244,7 @@ def test_a_streamed_run_writes_the_blocks_behind_a_dropped_one(tokenizer, apt):
 @pytest.mark.parametrize(
     ("place", "count"), [("write", 2), ("journal", 5), ("small", 1), ("appear", 1)]
 )
-def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
+def test_interrupted_streamed_run_resumes_to_the_same_bytes(
     place, count, checkpoint, apt, output_of, monkeypatch
 ):
     sizes = ("--size", "channels=32", "--size", "heads=2", "--blocks", 2)
@@ -263,12 +263,12 @@ def test_a_streamed_run_that_is_cut_short_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("variant", ["llama-grouped-tied", "mamba"])
-def test_ranks_make_the_model_that_one_process_makes(variant, checkpoint, tmp_path, apt):
+def test_two_ranks_give_about_the_model_of_one_process(variant, checkpoint, tmp_path, apt):
     sizes = {"llama-grouped-tied": ("heads=2", "channels=32"), "mamba": ("channels=32", "states=4")}
     given = [word for size in sizes[variant] for word in ("--size", size)]
     command = ("shrink", checkpoint(variant), *SMALL, *given, "--effort", "fast", "--blocks", 2)
-    codes, said = on_ranks(2, tmp_path, *command, "-o", "together")
-    assert codes == [0, 0], said
+    codes, output = on_ranks(2, tmp_path, *command, "-o", "together")
+    assert codes == [0, 0], output
     assert apt(*command, "-o", "alone").code == 0
     together, alone = Shards(tmp_path / "together"), Shards(tmp_path / "alone")
     shapes = [{n: e.shape for n, e in shards.entries.items()} for shards in (together, alone)]
@@ -312,16 +312,16 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_bad_input_is_refused_in_one_line(said, apt):
-    result = apt("shrink", "--adapter", "llama", *BAD[said], *SMALL, "-o", "out")
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_in_one_line(message, apt):
+    result = apt("shrink", "--adapter", "llama", *BAD[message], *SMALL, "-o", "out")
     assert result.code == 2
-    assert said in result.err.splitlines()[-1]
+    assert message in result.err.splitlines()[-1]
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("method", ["group-wanda", "joint"])
-def test_a_method_for_columns_is_refused_where_only_experts_are_removed(method, apt):
+def test_method_for_columns_is_refused_if_only_experts_are_removed(method, apt):
     sizes = ("--size", "experts=4", "--method", method)
     result = apt("shrink", "--adapter", "moe", *sizes, *SMALL, "-o", "out")
     assert result.code == 2
@@ -331,7 +331,7 @@ def test_a_method_for_columns_is_refused_where_only_experts_are_removed(method, 
     assert result.code == 0, result.err
 
 
-def test_scores_that_lack_all_kinds_that_are_removed_are_refused():
+def test_scores_without_the_removed_kinds_are_refused():
     def unscored(model, adapter, tokens):
         return {name: {} for name, _ in adapter.blocks(model)}
 
@@ -340,13 +340,13 @@ def test_scores_that_lack_all_kinds_that_are_removed_are_refused():
         apt_package.shrink(random_model("qwen2-moe"), TOKENS, size=wish, method=unscored)
 
 
-def test_families_without_widths_say_so(apt):
+def test_width_mode_is_refused_for_families_without_widths(apt):
     result = apt("shrink", "--adapter", "bloom", "--width-only", *SMALL, "-o", "out")
     assert result.code == 2
     assert "no widths that could be smaller; drop blocks instead (--depth-only)" in result.err
 
 
-def test_a_search_among_groups_that_no_site_reads_is_refused(apt):
+def test_search_among_groups_without_readers_is_refused(apt):
     result = apt("shrink", "--adapter", "mamba2", "--search", *SMALL, "-o", "out")
     assert result.code == 2
     assert "a search cannot compare numbers of states" in result.err
@@ -359,7 +359,7 @@ def test_widths_that_the_configuration_cannot_express_are_refused():
         apt_package.shrink(random_model("llama"), TOKENS, size=ShrinkOptions(sizes={"heads": 3}))
 
 
-def test_the_plan_is_shown_without_writing(apt):
+def test_dry_run_shows_the_plan_and_writes_nothing(apt):
     result = apt("shrink", "--adapter", "llama", "--dry-run", *SMALL, "-o", "out")
     assert result.code == 0
     assert "4 of 6 groups" in result.out
@@ -367,9 +367,7 @@ def test_the_plan_is_shown_without_writing(apt):
 
 
 @pytest.mark.skipif("jamba" not in CONFIGS, reason="its experts are modules there")
-def test_blocks_that_the_configuration_cannot_do_without_are_refused_first(
-    apt, checkpoint, monkeypatch
-):
+def test_drops_that_the_configuration_cannot_express_are_refused(apt, checkpoint, monkeypatch):
     """The kinds of Jamba's blocks follow from their indices."""
     monkeypatch.setattr("apt.engine.prune_model.prune_blocks", None)
     with pytest.raises(AptError, match="JambaForCausalLM cannot express these sizes"):
@@ -380,25 +378,25 @@ def test_blocks_that_the_configuration_cannot_do_without_are_refused_first(
 
 
 @pytest.mark.parametrize("options", [(), ("--stream",)], ids=str)
-def test_a_streamed_run_names_the_width_that_it_takes(options, apt):
+def test_streamed_run_names_its_width(options, apt):
     wish = ("--width-only", "--keep", "0.5", "--multiple-of", "8")
     result = apt("shrink", "--adapter", "llama", *wish, *SMALL, "--dry-run", *options)
     assert result.code == 0, result.err
-    said = "size: 4 blocks, 168 channels; a streamed run does not compare the 4 possible widths"
-    assert (said in result.err) == bool(options)
+    message = "size: 4 blocks, 168 channels; a streamed run does not compare the 4 possible widths"
+    assert (message in result.err) == bool(options)
 
 
-def test_entries_of_two_kinds_go_once():
+def test_parameter_of_two_kinds_loses_groups_of_both():
     model = random_model("mamba")
     adapter = adapter_of(model)
     _, block = adapter.blocks(model)[0]
     channels, states = adapter.groups(block, model.config)
-    found = without(dict(block.named_parameters()), [(channels, [0]), (states, [1, 2])])
+    result = without(dict(block.named_parameters()), [(channels, [0]), (states, [1, 2])])
     whole = block.get_parameter("mixer.A_log").shape
-    assert found["mixer.A_log"].shape == (whole[0] - 1, whole[1] - 2)
+    assert result["mixer.A_log"].shape == (whole[0] - 1, whole[1] - 2)
 
 
-def test_a_site_loses_groups_of_one_kind_only():
+def test_site_with_groups_of_two_kinds_is_refused():
     model = random_model("llama-grouped-tied")
     structure = Structure({"heads": 2, "key-value-heads": 1})
     with pytest.raises(AptError, match="o_proj cannot lose groups of two kinds"):

@@ -1,4 +1,4 @@
-"""Channel by channel: the best sets, held against trying everything."""
+"""`prune_channels` against the enumeration of all removal sets."""
 
 from itertools import combinations, product
 
@@ -21,7 +21,7 @@ def problem(seed, channels, width):
 
 
 def loss_of(weight, gram, removed, compensated):
-    """What is lost in one channel, from first principles."""
+    """The loss and the weights of one channel without ``removed``, by direct solution."""
     pruned = weight.clone()
     pruned[removed] = 0
     kept = [j for j in range(len(weight)) if j not in removed]
@@ -37,21 +37,21 @@ def total(weight, gram, solution):
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([NM(2, 4), NM(1, 4), NM(1, 2)]))
-def test_groups_are_the_best_there_are(seed, compensated, pattern):
+def test_n_m_mask_of_channels_has_the_least_loss(seed, compensated, pattern):
     weight, gram = problem(seed, 3, pattern.m)
-    found = prune_channels(weight, gram, pattern, compensated=compensated, damping=0.0)
-    assert meets(found.weight, pattern)
+    result = prune_channels(weight, gram, pattern, compensated=compensated, damping=0.0)
+    assert meets(result.weight, pattern)
     for channel in range(3):
         losses = [
             loss_of(weight[channel], gram[channel], list(removed), compensated)
             for removed in combinations(range(pattern.m), pattern.m - pattern.n)
         ]
         pruned = min(losses, key=lambda pair: pair[0])[1]
-        torch.testing.assert_close(found.weight[channel], pruned, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.weight[channel], pruned, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-def test_a_few_channels_at_a_time_give_the_same(compensated, monkeypatch):
+def test_chunks_of_channels_give_the_same_solution(compensated, monkeypatch):
     weight, gram = problem(4, 5, 8)
     whole = prune_channels(weight, gram, NM(2, 4), compensated=compensated)
     monkeypatch.setattr(channels, "_CHUNK", 1)
@@ -62,10 +62,10 @@ def test_a_few_channels_at_a_time_give_the_same(compensated, monkeypatch):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
-def test_sizes_are_shared_out_as_well_as_can_be_where_losses_are_convex(seed, compensated):
+def test_set_sizes_are_optimal_for_convex_losses(seed, compensated):
     weight, gram = problem(seed, 3, 3)
-    found = prune_channels(weight, gram, Unstructured(4 / 9), compensated=compensated, damping=0.0)
-    assert int(found.mask.sum()) == 4
+    result = prune_channels(weight, gram, Unstructured(4 / 9), compensated=compensated, damping=0.0)
+    assert int(result.mask.sum()) == 4
     subsets = [s for size in range(4) for s in combinations(range(3), size)]
     losses = [
         {s: loss_of(weight[c], gram[c], list(s), compensated)[0] for s in subsets} for c in range(3)
@@ -80,40 +80,40 @@ def test_sizes_are_shared_out_as_well_as_can_be_where_losses_are_convex(seed, co
     )
     convex = all(c[0] - 2 * c[1] + c[2] >= 0 and c[1] - 2 * c[2] + c[3] >= 0 for c in curves)
     if convex:
-        assert total(weight, gram, found) == pytest.approx(best, rel=1e-5)
-    assert total(weight, gram, found) >= best * (1 - 1e-6)
+        assert total(weight, gram, result) == pytest.approx(best, rel=1e-5)
+    assert total(weight, gram, result) >= best * (1 - 1e-6)
 
 
-def test_every_row_may_be_asked_for_the_same():
+def test_share_per_row_prunes_the_same_number_in_each_channel():
     weight, gram = problem(0, 5, 4)
-    found = prune_channels(weight, gram, Unstructured(0.5, "row"))
-    assert found.mask.sum(1).tolist() == [2] * 5
+    result = prune_channels(weight, gram, Unstructured(0.5, "row"))
+    assert result.mask.sum(1).tolist() == [2] * 5
 
 
-def test_long_channels_grow_their_sets_better_than_by_magnitude():
+def test_greedy_sets_of_long_channels_lose_less_than_diagonal_scores():
     weight, gram = problem(1, 6, 16)
-    found = prune_channels(weight, gram, Unstructured(0.5), compensated=False)
-    assert int(found.mask.sum()) == 48
-    assert torch.equal(found.weight, weight.masked_fill(found.mask, 0))
+    result = prune_channels(weight, gram, Unstructured(0.5), compensated=False)
+    assert int(result.mask.sum()) == 48
+    assert torch.equal(result.weight, weight.masked_fill(result.mask, 0))
     own = weight.square() * gram.diagonal(dim1=1, dim2=2)
-    naive = torch.zeros_like(found.mask).view(-1)
+    naive = torch.zeros_like(result.mask).view(-1)
     naive[own.view(-1).topk(48, largest=False).indices] = True
     lost = weight * naive.view_as(weight)
-    assert total(weight, gram, found) < float(torch.einsum("ck,ckl,cl->", lost, gram, lost))
+    assert total(weight, gram, result) < float(torch.einsum("ck,ckl,cl->", lost, gram, lost))
 
 
-def test_dead_channels_are_pruned_first_and_nothing_breaks():
+def test_dead_channels_are_pruned_first_with_finite_weights():
     weight, gram = problem(2, 4, 4)
     gram[1] = 0
-    found = prune_channels(weight, gram, Unstructured(0.25))
-    assert found.mask[1].all()
-    assert found.weight.isfinite().all()
+    result = prune_channels(weight, gram, Unstructured(0.25))
+    assert result.mask[1].all()
+    assert result.weight.isfinite().all()
 
 
-def test_one_weight_a_channel_is_a_ranking():
+def test_channels_of_one_weight_are_ranked_by_loss():
     weight, gram = problem(3, 10, 1)
-    found = prune_channels(weight, gram, Unstructured(0.3))
+    result = prune_channels(weight, gram, Unstructured(0.3))
     losses = (weight.square() * gram[:, :, 0]).view(-1)
-    assert set(found.mask.view(-1).nonzero().view(-1).tolist()) == set(
+    assert set(result.mask.view(-1).nonzero().view(-1).tolist()) == set(
         losses.topk(3, largest=False).indices.tolist()
     )

@@ -1,4 +1,4 @@
-"""Weights of inputs that were always zero go first, whatever the method; counts stay exact."""
+"""Weights of dead inputs are pruned first by every method, with exact counts."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ DEAD = [0, 1, 2, 8, 9, 17, 24, 25, 26, 27]  # of 32: groups of four with 0 to 4 
 
 
 def layer(dead=DEAD, rows=12, width=32):
-    """A weight, and the Gram matrix of inputs of which some are always zero."""
+    """A weight, and a Gram matrix with dead inputs."""
     draw = torch.Generator().manual_seed(0)
     mixing = torch.randn(width, width, generator=draw) * 0.3 + torch.eye(width)
     inputs = torch.randn(6, 30, width, generator=draw) @ mixing + 0.2
@@ -31,44 +31,44 @@ def method(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_no_dead_weight_is_kept_in_place_of_a_live_one(name, pattern):
+def test_weights_of_dead_inputs_are_pruned_before_live_ones(name, pattern):
     weight, gram = layer()
-    found = solve_live(method(name), weight, gram, pattern, SolverOptions())
-    counts, needed = pattern.zero_counts(found.mask)
+    result = solve_live(method(name), weight, gram, pattern, SolverOptions())
+    counts, needed = pattern.zero_counts(result.mask)
     assert (counts == needed).all()
-    assert not pattern.surplus(found.weight, weight)
-    assert not found.weight[found.mask].any()
+    assert not pattern.surplus(result.weight, weight)
+    assert not result.weight[result.mask].any()
     dead = gram.dead.expand_as(weight)
     there, _ = pattern.zero_counts(dead)
-    gone, _ = pattern.zero_counts(found.mask & dead)
+    gone, _ = pattern.zero_counts(result.mask & dead)
     assert torch.equal(gone, there.clamp_max(needed))
-    spared = dead & ~found.mask
-    torch.testing.assert_close(found.weight[spared], weight[spared])
+    spared = dead & ~result.mask
+    torch.testing.assert_close(result.weight[spared], weight[spared])
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_live_inputs_are_solved_as_if_the_dead_ones_were_not_there(name):
+def test_live_inputs_are_solved_without_the_dead_inputs(name):
     weight, gram = layer()
     live = ~gram.dead
     for per, left in (("row", 16 - len(DEAD)), ("layer", 12 * (16 - len(DEAD)))):
         size = int(live.sum()) * (1 if per == "row" else 12)
         rest = Unstructured(left / size, per)
         alone = method(name)(weight[:, live], gram.live, rest, SolverOptions())
-        found = solve_live(method(name), weight, gram, Unstructured(0.5, per), SolverOptions())
-        assert torch.equal(found.weight[:, live], alone.weight)
-        assert (found.damping, found.residual) == (alone.damping, alone.residual)
+        result = solve_live(method(name), weight, gram, Unstructured(0.5, per), SolverOptions())
+        assert torch.equal(result.weight[:, live], alone.weight)
+        assert (result.damping, result.residual) == (alone.damping, alone.residual)
 
 
-def test_of_too_many_dead_weights_the_smallest_go_and_the_method_is_not_asked():
+def test_smallest_dead_weights_are_pruned_without_a_call_of_the_method():
     weight, gram = layer()
     for pattern in (Unstructured(0.1, "layer"), Unstructured(0.1, "row")):
-        found = solve_live(None, weight, gram, pattern, SolverOptions())
+        result = solve_live(None, weight, gram, pattern, SolverOptions())
         expected = lowest(weight.abs() + 100 * ~gram.dead, pattern)
-        assert torch.equal(found.mask, expected)
-        assert torch.equal(found.weight, weight.masked_fill(expected, 0))
+        assert torch.equal(result.mask, expected)
+        assert torch.equal(result.weight, weight.masked_fill(expected, 0))
 
 
-def test_a_layer_without_dead_inputs_and_one_of_dead_inputs_alone_reach_the_method_as_they_are():
+def test_layers_with_no_or_only_dead_inputs_reach_the_method_unchanged():
     seen = []
 
     def spy(*given):
@@ -82,25 +82,25 @@ def test_a_layer_without_dead_inputs_and_one_of_dead_inputs_alone_reach_the_meth
         assert all(a is b for a, b in zip(seen.pop(), given, strict=True))
 
 
-def test_a_method_that_does_not_look_at_weights_is_put_right_for_n_m():
-    """It prunes the last two of each group, and doubles the others."""
+def test_n_m_mask_that_ignores_the_weights_is_corrected():
+    """The method prunes the last two weights of each group, and doubles the others."""
     weight, gram = layer()
     last = torch.tensor([False, False, True, True]).repeat(8).expand_as(weight)
 
     def careless(weight, gram, pattern, options):
         return Solution((weight * 2).masked_fill(last, 0), last.clone())
 
-    found = solve_live(careless, weight, gram, NM(2, 4), SolverOptions())
-    first = found.mask[:, :4]  # three dead inputs
+    result = solve_live(careless, weight, gram, NM(2, 4), SolverOptions())
+    first = result.mask[:, :4]  # three dead inputs
     assert torch.equal(first, lowest(weight[:, :4].abs() + 100 * ~gram.dead[:4], NM(2, 4)))
-    assert found.mask[:, 8:10].all()
-    assert torch.equal(found.weight[:, 10:12], weight[:, 10:12])  # kept instead, as they were
-    assert torch.equal(found.weight[:, 4:8], 2 * weight[:, 4:8].masked_fill(last[:, 4:8], 0))
+    assert result.mask[:, 8:10].all()
+    assert torch.equal(result.weight[:, 10:12], weight[:, 10:12])  # kept instead, as they were
+    assert torch.equal(result.weight[:, 4:8], 2 * weight[:, 4:8].masked_fill(last[:, 4:8], 0))
 
 
 @pytest.mark.parametrize("name", ["admm", "ss", "magnitude"])
 @pytest.mark.parametrize("aware", [False, True])
-def test_a_pruned_model_has_no_weight_of_a_dead_input_left(name, aware):
+def test_pruned_model_keeps_no_weight_of_a_dead_input(name, aware):
     model = random_model("opt")
     block = model.model.decoder.layers[1]
     block.fc1.bias.data[:20] = -1e3  # ReLU gives zeros

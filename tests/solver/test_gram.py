@@ -13,7 +13,7 @@ from tests.helpers.problems import problem, seeds
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.integers(1, 12))
-def test_the_factor_inverts_every_trailing_submatrix(seed, width):
+def test_factor_inverts_every_trailing_submatrix(seed, width):
     damped = problem(seed, 1, width)[1].damped(0.01)
     matrix, factor = damped.matrix, damped.factor
     for start in range(width):
@@ -34,7 +34,7 @@ def test_batch_composition_does_not_change_the_sum(sizes, width):
     torch.testing.assert_close(gram.matrix, inputs.T @ inputs)
 
 
-def test_half_precision_inputs_are_summed_in_fp32():
+def test_bf16_inputs_are_summed_in_fp32():
     inputs = torch.randn(512, 8).bfloat16()
     gram = Gram.of(inputs)
     assert gram.matrix.dtype == torch.float32
@@ -43,26 +43,26 @@ def test_half_precision_inputs_are_summed_in_fp32():
 
 def test_damping_is_a_share_of_the_mean_diagonal():
     inputs = torch.randn(100, 5, dtype=torch.float64)
-    found = Gram.of(inputs).damped(0.1).matrix
+    result = Gram.of(inputs).damped(0.1).matrix
     mean = inputs.T @ inputs / 100
     expected = mean + 0.1 * mean.diagonal().mean() * torch.eye(5, dtype=torch.float64)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
-def test_damping_escalates_until_the_factorisation_holds():
+def test_damping_increases_until_the_factorisation_succeeds():
     gram = Gram.from_sum(torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05])), 1)
     damped = gram.damped(0.01)
     assert damped.damping == pytest.approx(0.1)
     assert torch.linalg.eigvalsh(damped.matrix).min() > 0
 
 
-def test_what_no_damping_mends_fails():
+def test_indefinite_gram_matrix_raises_solver_error():
     gram = Gram.from_sum(torch.tensor([[1.0, 50.0], [50.0, 1.0]]), 1)
     with pytest.raises(SolverError, match="not positive definite, even with damping 10 in fp64"):
         gram.damped(0.01)
 
 
-def test_fp64_is_the_last_resort(monkeypatch):
+def test_fp64_is_tried_after_all_dampings_in_fp32(monkeypatch):
     attempts = []
 
     def refuse_fp32(matrix):
@@ -75,7 +75,7 @@ def test_fp64_is_the_last_resort(monkeypatch):
     assert (damped.matrix.dtype, damped.damping) == (torch.float64, 0.01)
 
 
-def test_dead_inputs_are_not_singular():
+def test_dead_inputs_need_no_more_damping():
     inputs = torch.randn(64, 6)
     inputs[:, 2] = 0
     damped = Gram.of(inputs).damped(0.01)
@@ -84,41 +84,41 @@ def test_dead_inputs_are_not_singular():
 
 
 @pytest.mark.parametrize("gram", [Gram(4), Gram.of(torch.zeros(8, 4))], ids=["empty", "zero"])
-def test_no_signal_is_an_error_never_a_zeroed_matrix(gram):
+def test_zero_inputs_raise_solver_error(gram):
     with pytest.raises(SolverError, match="zero on all calibration tokens"):
         gram.damped(0.01)
 
 
-def test_inputs_that_are_not_finite_are_an_error():
+def test_inputs_that_are_not_finite_raise_solver_error():
     inputs = torch.randn(8, 4)
     inputs[3, 1] = float("nan")
     with pytest.raises(SolverError, match="not finite"):
         Gram.of(inputs).damped(0.01)
 
 
-def test_low_precision_products_do_not_reach_the_solver():
-    """Where fp32 products may be taken in bf16, the result is the same and so is the setting."""
+def test_matmul_precision_medium_does_not_change_the_solution():
+    """With bf16 allowed for fp32 products, the result is the same, and the setting is restored."""
     weight, inputs = torch.randn(64, 256), torch.randn(512, 256)
     plain = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
     torch.set_float32_matmul_precision("medium")
     try:
-        found = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+        result = sm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert torch.equal(plain.weight, found.weight)
+    assert torch.equal(plain.weight, result.weight)
 
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.integers(1, 20), st.integers(1, 5))
-def test_solve_is_multiplication_by_the_inverse(seed, width, rows):
+def test_solve_multiplies_by_the_inverse(seed, width, rows):
     damped = problem(seed, 1, width)[1].damped(0.01)
     right = torch.randn(rows, width, dtype=torch.float64)
     torch.testing.assert_close(damped.solve(right) @ damped.matrix, right, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("which", ["unit", "balanced"])
-def test_scaling_leaves_the_problem_as_it_is(which):
+def test_scaled_matrix_gives_the_same_loss(which):
     weight, gram = problem(3, 4, 30)
     damped = gram.damped(0.01)
     scaled = getattr(damped, which)
@@ -135,20 +135,20 @@ def test_scaling_leaves_the_problem_as_it_is(which):
 
 
 @pytest.mark.parametrize("penalty", [0.5, 0.6, 0.61, 0.86, 1.19, 1.2, 1.25, 1.4])
-def test_the_operators_of_all_penalties_come_from_two_inverses(penalty):
+def test_two_inverses_give_the_operators_of_all_penalties(penalty):
     values = torch.cat([torch.zeros(1), torch.logspace(-6, 6, 299)]).double()
     rotation = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64)).Q
     scaled = Scaled(torch.ones(300), (rotation * values) @ rotation.T)
     for _ in range(2):  # of the second pass no matrix is inverted
         *_, operator = scaled.proximals([0.6, 1.2, penalty])
-        found = ((rotation.T @ operator) * rotation.T).sum(1)
+        result = ((rotation.T @ operator) * rotation.T).sum(1)
         exact = penalty / (values + penalty)
         least = 1e-6 if penalty in NODES else 0.007
-        assert float((found - exact).abs().max()) < least
+        assert float((result - exact).abs().max()) < least
         scaled.matrix.fill_(torch.nan)
 
 
-def test_the_sum_of_the_tokens_is_kept():
+def test_total_is_the_sum_of_the_tokens():
     inputs = torch.randn(3, 40, 12, dtype=torch.float64)
     gram = Gram(12, dtype=torch.float64)
     for part in inputs:
@@ -162,7 +162,7 @@ def test_the_sum_of_the_tokens_is_kept():
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 9), st.sampled_from([None, 4]))
-def test_the_variance_is_the_mean_of_the_variances_of_the_samples(samples, length, given):
+def test_variance_is_the_mean_of_the_variances_of_the_samples(samples, length, given):
     """By default each (tokens, in) is a sample; the last one may be shorter."""
     inputs = torch.randn(samples, length, 6, dtype=torch.float64)
     inputs += 3 * torch.randn(samples, 1, 6, dtype=torch.float64)
@@ -177,13 +177,15 @@ def test_the_variance_is_the_mean_of_the_variances_of_the_samples(samples, lengt
     torch.testing.assert_close(several.variance * several.tokens, gram.variance * gram.tokens)
 
 
-def test_the_sums_of_two_processes_are_those_of_one():
+def test_sums_of_two_processes_add_up_to_the_sums_of_one():
     inputs = torch.randn(2, 5, 3, 7, dtype=torch.float64)
     here, there = (Gram.of(part) for part in inputs)
     there.damped(), here.damped()
 
     def add(*tensors):
-        for tensor, other in zip(tensors, (there.matrix, there.total, there._within), strict=True):
+        for tensor, other in zip(
+            tensors, (there.matrix, there.total, there._deviations), strict=True
+        ):
             tensor += other
 
     here.add_up(add, 30)
@@ -194,23 +196,23 @@ def test_the_sums_of_two_processes_are_those_of_one():
     torch.testing.assert_close(here.variance, whole.variance)
 
 
-def test_the_live_part_is_the_gram_matrix_of_the_other_inputs():
+def test_live_is_the_gram_matrix_of_the_live_inputs():
     inputs = torch.randn(4, 6, 8, dtype=torch.float64)
     inputs[..., [1, 5]] = 0
     gram = Gram.of(inputs)
     live = ~gram.dead
     assert live.logical_not().nonzero().flatten().tolist() == [1, 5]
-    others, found = Gram.of(inputs[..., live]), gram.live
-    assert gram.live is found  # sites that share an input factorise it once
+    others, result = Gram.of(inputs[..., live]), gram.live
+    assert gram.live is result  # sites that share an input factorise it once
     for name in ("matrix", "total", "variance"):
-        torch.testing.assert_close(getattr(found, name), getattr(others, name))
-    assert (found.tokens, found.sample) == (24, 6)
+        torch.testing.assert_close(getattr(result, name), getattr(others, name))
+    assert (result.tokens, result.sample) == (24, 6)
     gram.add(torch.ones(1, 8, dtype=torch.float64))
     assert gram.live.width == 8
 
 
 @pytest.mark.parametrize("share", [0.001, 0.3])
-def test_inverses_survive_inputs_that_share_a_large_direction(share):
+def test_inverses_are_accurate_for_inputs_with_a_large_common_direction(share):
     draw = torch.Generator().manual_seed(0)
     common = torch.randn(1, 768, generator=draw).abs()
     gram = Gram(768)
@@ -221,7 +223,7 @@ def test_inverses_survive_inputs_that_share_a_large_direction(share):
         assert (inverse.double() - expected).norm() / expected.norm() < least
 
 
-def test_a_shift_of_the_diagonal_is_taken_back():
+def test_shift_of_the_diagonal_is_undone():
     matrix = problem(3, 1, 12)[1].damped(0.01).balanced.matrix
     shifted = matrix + 0.6 * torch.eye(12)
     scaled = Scaled(torch.ones(12), matrix.clone())

@@ -1,4 +1,4 @@
-"""Rounding to integers: the grid, the zeros, and that later columns make up for earlier ones."""
+"""Rounding to integers: the grid, the zeros, and the compensation by later columns."""
 
 from itertools import pairwise
 
@@ -22,9 +22,9 @@ def pruned_problem(seed, out, width, share=0.5):
     return weight.float() * (torch.rand(out, width, generator=draw) >= share), matrix
 
 
-def to_nearest(weight, found, grid):
-    """Each weight rounded to the nearest multiple of the scale that was found."""
-    _, parts = encode_integers(found, f"int{grid.bits}", grid.group)
+def to_nearest(weight, result, grid):
+    """Each weight rounded to the nearest multiple of the scale of ``result``."""
+    _, parts = encode_integers(result, f"int{grid.bits}", grid.group)
     spread = parts["scales"].repeat_interleave(grid.group, 1)[:, : weight.shape[1]]
     return (weight / spread).round().clamp(-grid.most, grid.most) * spread
 
@@ -35,19 +35,21 @@ def to_nearest(weight, found, grid):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     share=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
 )  # fmt: skip
-def test_the_result_is_integers_times_scales_and_keeps_zeros(seed, out, width, grid, dtype, share):
+def test_rounded_weights_are_integers_times_scales_and_keep_zeros(
+    seed, out, width, grid, dtype, share
+):
     weight, matrix = pruned_problem(seed, out, width, share)
-    found = rounded(weight.to(dtype).float(), matrix, grid, dtype)
-    assert torch.equal(found.to(dtype).float(), found)
-    assert (found[weight == 0] == 0).all()
-    again = encode_integers(found.to(dtype), f"int{grid.bits}", grid.group)
+    result = rounded(weight.to(dtype).float(), matrix, grid, dtype)
+    assert torch.equal(result.to(dtype).float(), result)
+    assert (result[weight == 0] == 0).all()
+    again = encode_integers(result.to(dtype), f"int{grid.bits}", grid.group)
     assert again is not None  # packing finds the integers again, without being told the scales
-    assert torch.equal(decode(*again), found.to(dtype) + 0)
+    assert torch.equal(decode(*again), result.to(dtype) + 0)
 
 
 @settings(deadline=None, max_examples=12)
 @given(seed=seeds, bits=st.sampled_from([4, 8]))
-def test_a_further_pass_makes_no_row_worse(seed, bits):
+def test_further_passes_never_increase_the_loss_of_a_row(seed, bits):
     weight, matrix = pruned_problem(seed, 6, 150)
     losses = [
         quadratic_loss(weight, rounded(weight, matrix, IntegerGrid(bits), passes=n), matrix)
@@ -58,21 +60,21 @@ def test_a_further_pass_makes_no_row_worse(seed, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_it_is_better_than_the_nearest_integers(bits):
+def test_rounded_weights_lose_less_than_nearest_integers(bits):
     weight, matrix = pruned_problem(3, 64, 256)
     grid = IntegerGrid(bits)
-    found = rounded(weight, matrix, grid)
-    nearest = to_nearest(weight, found, grid)
-    joint, plain = (float(quadratic_loss(weight, each, matrix).sum()) for each in (found, nearest))
+    result = rounded(weight, matrix, grid)
+    nearest = to_nearest(weight, result, grid)
+    joint, plain = (float(quadratic_loss(weight, each, matrix).sum()) for each in (result, nearest))
     assert joint < 0.75 * plain
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_small_weights_are_rounded_as_finely_as_large_ones(dtype):
+def test_relative_rounding_error_does_not_depend_on_the_size(dtype):
     weight, matrix = pruned_problem(3, 8, 128)
     errors = []
     for size in (1e-2, 1e-4):
         small = (weight * size).to(dtype).float()
-        found = rounded(small, matrix, IntegerGrid(8), dtype)
-        errors.append(float(quadratic_loss(small, found, matrix).sum()) / size**2)
+        result = rounded(small, matrix, IntegerGrid(8), dtype)
+        errors.append(float(quadratic_loss(small, result, matrix).sum()) / size**2)
     assert errors[1] < 1.5 * errors[0]

@@ -1,4 +1,4 @@
-"""Every registered method: what it does with the weight it is given, and how."""
+"""All registered methods: independence of layout, dtype, device and size of the inputs."""
 
 import pytest
 import torch
@@ -24,55 +24,55 @@ def solved(name, weight, gram, pattern, options):
     return registry().methods.get(name).load()(weight, gram, pattern, options)
 
 
-def same(found, expected):
-    return torch.equal(found.weight, expected.weight) and torch.equal(found.mask, expected.mask)
+def same(result, expected):
+    return torch.equal(result.weight, expected.weight) and torch.equal(result.mask, expected.mask)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("out", [1, 5])
-def test_the_layout_of_a_weight_changes_nothing_and_the_weight_stays(name, pattern, out):
+def test_transposed_layout_gives_the_same_solution_and_no_write(name, pattern, out):
     weight, inputs = problem(out)
     gram = Gram.of(inputs)
     for options in OPTIONS:
         expected = solved(name, weight.clone(), gram, pattern, options)
         given = weight.T.contiguous().T  # as the weight of a Conv1D is stored
         before = gram.matrix.clone()
-        found = solved(name, given, gram, pattern, options)
+        result = solved(name, given, gram, pattern, options)
         assert torch.equal(given, weight)
         assert torch.equal(gram.matrix, before)
-        torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.weight, expected.weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("exponent", [-53, -40, 31, 50])  # 1e-16, 1e-12, 2e9, 1e15
-def test_inputs_of_any_size_are_solved_alike(name, exponent):
+def test_relative_error_does_not_depend_on_the_size_of_inputs(name, exponent):
     weight, inputs = problem(6)
     loss = [
-        relative_layer_error(weight, found.weight, gram.matrix)
+        relative_layer_error(weight, result.weight, gram.matrix)
         for gram in (Gram.of(inputs), Gram.of(inputs * 2.0**exponent))
-        if (found := solved(name, weight, gram, NM(2, 4), SolverOptions()))
+        if (result := solved(name, weight, gram, NM(2, 4), SolverOptions()))
     ]
     assert loss[1] == pytest.approx(loss[0], rel=0.1)  # dsnot's thresholds are not relative
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_gradients_and_autocast_change_nothing(name, pattern):
+def test_gradients_and_autocast_do_not_change_the_solution(name, pattern):
     weight, inputs = problem(6)
     expected = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
     parameter = nn.Parameter(weight.clone())
     with torch.autocast("cpu", torch.bfloat16):
         gram = Gram.of(inputs.requires_grad_())
-        found = solved(name, parameter, gram, pattern, SolverOptions())
-    assert same(found, expected)
-    assert not found.weight.requires_grad
+        result = solved(name, parameter, gram, pattern, SolverOptions())
+    assert same(result, expected)
+    assert not result.weight.requires_grad
     assert not gram.matrix.requires_grad
     assert torch.equal(parameter, weight)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "magnitude"])
-def test_inputs_that_are_not_finite_are_an_error(name):
+def test_inputs_that_are_not_finite_raise_solver_error(name):
     weight, inputs = problem(4)
     inputs[3, 5] = torch.nan
     with pytest.raises(SolverError, match="not finite"):
@@ -80,23 +80,23 @@ def test_inputs_that_are_not_finite_are_an_error(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_default_device_changes_nothing(name):
+def test_default_device_does_not_change_the_solution(name):
     weight, inputs = problem(4)
     gram = Gram.of(inputs)
     expected = solved(name, weight, gram, NM(2, 4), SolverOptions())
     with torch.device("meta"):
-        found = solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
-    assert same(found, expected)
+        result = solved(name, weight, Gram.of(inputs), NM(2, 4), SolverOptions())
+    assert same(result, expected)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_a_default_dtype_changes_nothing(name, pattern):
+def test_default_dtype_does_not_change_the_solution(name, pattern):
     weight, inputs = problem(4)
     expected = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
     torch.set_default_dtype(torch.float64)
     try:
-        found = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
+        result = solved(name, weight, Gram.of(inputs), pattern, SolverOptions())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert same(found, expected)
+    assert same(result, expected)

@@ -1,4 +1,4 @@
-"""What torch allows fp32 products to be made of: full inside the solver, afterwards as before."""
+"""The precision of fp32 products: full inside the solver, restored afterwards."""
 
 import threading
 
@@ -28,15 +28,15 @@ def forget():
 
 @pytest.fixture(autouse=True)
 def as_at_the_start():
-    """Every setting as torch comes."""
+    """All settings have the defaults of torch."""
     forget()
     yield
     forget()
 
 
 def knobs():
-    """Every setting, as torch tells it, in either way; an error where the two disagree."""
-    found = {place: get(*place) for place in PLACES} if get else {}
+    """All settings as read from torch; "an error" if the older and the newer setting disagree."""
+    result = {place: get(*place) for place in PLACES} if get else {}
     readings = {
         "older": torch.get_float32_matmul_precision,
         "cuda": lambda: torch.backends.cuda.matmul.allow_tf32,
@@ -44,26 +44,26 @@ def knobs():
     }
     for name, read in readings.items():
         try:
-            found[name] = read()
+            result[name] = read()
         except RuntimeError:
-            found[name] = "an error"
-    return found
+            result[name] = "an error"
+    return result
 
 
 def everything():
-    """Every setting, and what each becomes where one that others inherit is changed."""
-    found = [knobs()]
+    """All settings, and their values after changes of the settings that others inherit."""
+    result = [knobs()]
     for backend in BACKENDS if get else ():
         for value in ("tf32", "ieee"):
             before = _own_of(backend)
             put(backend, "all", value)
-            found.append(knobs())
+            result.append(knobs())
             put(backend, "all", before)
-    return found
+    return result
 
 
 def _own_of(backend):
-    """What a test has set for all of a backend's operations: what it tells, unless inherited."""
+    """The setting for all operations of a backend; "none" if it is inherited."""
     value = get(backend, "all")
     return value if backend == "generic" or value != get("generic", "all") else "none"
 
@@ -100,7 +100,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("setting", CASES)
-def test_products_are_full_inside_and_every_setting_stays(setting):
+def test_products_are_full_inside_and_settings_are_restored(setting):
     for one in setting:
         one()
     before = everything()
@@ -113,7 +113,7 @@ def test_products_are_full_inside_and_every_setting_stays(setting):
 
 
 @newer
-def test_a_run_under_the_newer_setting_leaves_it():
+def test_prune_restores_the_newer_setting():
     torch.backends.fp32_precision = "tf32"
     before = everything()
     report = apt.prune(random_model("llama"), random_tokens(), pattern="2:4")
@@ -122,13 +122,13 @@ def test_a_run_under_the_newer_setting_leaves_it():
 
 
 @newer
-def test_where_products_are_full_already_nothing_is_touched():
+def test_settings_of_full_products_are_not_changed():
     with full_precision():
         assert {get(*place) for place in PRODUCTS} == {"none"}
 
 
 @newer
-def test_the_last_of_several_threads_restores():
+def test_last_thread_restores_the_settings():
     torch.backends.fp32_precision = "tf32"
     before, entered, leave = everything(), threading.Event(), threading.Event()
 

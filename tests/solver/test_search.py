@@ -1,4 +1,4 @@
-"""The mask search: patterns met, better than what it is measured against, monotone in effort."""
+"""The mask search: exact patterns, lower errors than SM, monotone in effort."""
 
 from itertools import pairwise
 
@@ -37,7 +37,7 @@ def error(weight, gram, solution):
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, group_patterns, st.integers(1, 5), st.sampled_from(EFFORTS))
-def test_groups_are_met_exactly(seed, pattern, groups, effort):
+def test_admm_meets_n_m_exactly(seed, pattern, groups, effort):
     n, m = pattern
     weight, gram = problem(seed, 3, groups * m)
     solution = admm(weight, gram, NM(n, m), SolverOptions(effort=effort))
@@ -47,7 +47,7 @@ def test_groups_are_met_exactly(seed, pattern, groups, effort):
 
 @settings(deadline=None, max_examples=20)
 @given(seeds, st.floats(0.05, 0.95), st.sampled_from(["row", "layer"]))
-def test_counts_are_met_exactly(seed, sparsity, per):
+def test_admm_meets_unstructured_counts_exactly(seed, sparsity, per):
     weight, gram = problem(seed, 5, 24)
     pattern = Unstructured(sparsity, per)
     solution = admm(weight, gram, pattern, SolverOptions())
@@ -58,17 +58,17 @@ def test_counts_are_met_exactly(seed, sparsity, per):
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "0.7", "2:4", "1:4"])
-def test_even_the_least_effort_beats_the_sequential_mask(pattern):
+def test_effort_fast_has_a_lower_error_than_sm(pattern):
     weight, gram = problem(11, 96, 128, tokens=1024)
     wanted = parse_pattern(pattern)
     options = SolverOptions(effort="fast")
-    found = error(weight, gram, admm(weight, gram, wanted, options))
-    assert found < 0.97 * error(weight, gram, sm(weight, gram, wanted, options))
+    result = error(weight, gram, admm(weight, gram, wanted, options))
+    assert result < 0.97 * error(weight, gram, sm(weight, gram, wanted, options))
 
 
 @settings(deadline=None, max_examples=10)
 @given(seeds, st.sampled_from(["0.5", "0.7", "2:4", "3:4"]))
-def test_more_effort_never_gives_a_worse_layer(seed, pattern):
+def test_more_effort_never_increases_the_loss(seed, pattern):
     weight, gram = problem(seed, 24, 48)
     matrix = gram.damped(0.01).matrix
     losses = [
@@ -88,10 +88,10 @@ def test_more_effort_never_gives_a_worse_layer(seed, pattern):
 @pytest.mark.parametrize(
     ("pattern", "effort"), [("0.5", "fast"), ("2:4", "default"), ("0.7", "best"), ("2:4", "best")]
 )
-def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
-    """On average: on one layer either of them is better by up to a percent."""
+def test_bf16_products_give_the_same_error(pattern, effort, monkeypatch):
+    """The mean error over several layers: on one layer the errors differ by up to a percent."""
     errors, options = torch.zeros(2), SolverOptions(effort=effort)
-    monkeypatch.setattr("apt.solver.scaled._BF16_WIDTH", 256)
+    monkeypatch.setattr("apt.solver.scaled.BF16_WIDTH", 256)
     for seed in range(13, 17):
         weight, exact = problem(seed, 96, 256, tokens=1024)
         for few in (False, True):
@@ -108,7 +108,7 @@ def test_products_of_few_bits_find_as_good_a_mask(pattern, effort, monkeypatch):
 
 @settings(deadline=None, max_examples=10)
 @given(seeds, st.sampled_from(["0.6", "2:4"]))
-def test_a_warm_start_is_never_made_worse(seed, pattern):
+def test_search_from_a_mask_never_increases_its_loss(seed, pattern):
     weight, gram = problem(seed, 12, 40)
     wanted, options = parse_pattern(pattern), SolverOptions(effort="fast")
     matrix = gram.damped(0.01).matrix
@@ -120,12 +120,12 @@ def test_a_warm_start_is_never_made_worse(seed, pattern):
     assert meets(solution.weight, wanted)
 
 
-def test_it_comes_near_the_best_of_all_masks():
-    """Every mask of every row tried, at 2:4 with three groups: most of the way from SM's there."""
+def test_effort_best_halves_the_excess_loss_of_sm():
+    """The optimum is known from all 216 masks of a row with three groups of 2:4."""
     weight, gram = problem(12, 40, 12)
     matrix = gram.damped(0.01).matrix
     solution = admm(weight, gram, NM(2, 4), SolverOptions(effort="best"))
-    found = quadratic_loss(weight, solution.weight, matrix)
+    result = quadratic_loss(weight, solution.weight, matrix)
     groups = removal_sets(4, 2)
     masks = torch.stack(
         [torch.cat([a, b, c]) for a in groups for b in groups for c in groups]
@@ -136,34 +136,34 @@ def test_it_comes_near_the_best_of_all_masks():
         pruned = weight[:, mask]
         joint = torch.linalg.inv(inverse[mask][:, mask])
         best = torch.minimum(best, 0.5 * ((pruned @ joint) * pruned).sum(1))
-    assert (found >= best * (1 - 1e-9)).all()
+    assert (result >= best * (1 - 1e-9)).all()
     sequential = quadratic_loss(weight, sm(weight, gram, NM(2, 4), SolverOptions()).weight, matrix)
-    excess, reference = (float((loss - best).sum()) for loss in (found, sequential))
+    excess, reference = (float((loss - best).sum()) for loss in (result, sequential))
     assert excess < 0.5 * reference
 
 
-def test_half_precision_weights_come_back_as_they_were():
+def test_admm_keeps_the_dtype_of_bf16_weights():
     weight, inputs = torch.randn(8, 32).bfloat16(), torch.randn(256, 32)
     solution = admm(weight, Gram.of(inputs), NM(2, 4), SolverOptions())
     assert solution.weight.dtype == torch.bfloat16
     assert not solution.weight[solution.mask].any()
 
 
-def test_a_width_that_groups_do_not_divide_is_an_error():
+def test_admm_refuses_a_width_not_divisible_by_m():
     weight, gram = problem(1, 2, 6)
     with pytest.raises(SolverError, match="not a multiple of 4"):
         admm(weight, gram, NM(2, 4), SolverOptions())
 
 
-def test_an_unknown_effort_is_an_error():
+def test_unknown_effort_raises_solver_error():
     weight, gram = problem(1, 2, 8)
     with pytest.raises(SolverError, match="'most' is none of fast, default, best"):
         admm(weight, gram, NM(2, 4), SolverOptions(effort="most"))
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
-def test_the_tolerance_holds_for_every_effort(effort):
+def test_tolerance_applies_to_every_effort(effort):
     weight, gram = problem(5, 6, 128)
-    found = admm(weight, gram, NM(2, 4), SolverOptions(effort=effort, tolerance=1e-12))
-    exact = least_squares(weight, gram.damped(0.01).matrix, found.mask)
-    torch.testing.assert_close(found.weight, exact, rtol=1e-4, atol=1e-4)
+    result = admm(weight, gram, NM(2, 4), SolverOptions(effort=effort, tolerance=1e-12))
+    exact = least_squares(weight, gram.damped(0.01).matrix, result.mask)
+    torch.testing.assert_close(result.weight, exact, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Text in, tokens out."""
+"""Data sets, tokenization, and windows of tokens."""
 
 import gzip
 import json
@@ -38,17 +38,17 @@ def write(path, rows):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 @pytest.mark.parametrize("extra", [{}, {"url": "x"}], ids=["text", "text-and-more"])
-def test_rows_become_documents(tmp_path, name, extra):
+def test_each_row_is_a_document(tmp_path, name, extra):
     path = write(tmp_path / name, [{"text": text, **extra} for text in TEXTS])
     assert list(documents(str(path), "calibration", registry())) == TEXTS
 
 
-def test_the_only_text_column_is_the_text(tmp_path):
+def test_only_string_column_is_the_text(tmp_path):
     path = write(tmp_path / "a.parquet", [{"sentence": text, "n": 1} for text in TEXTS])
     assert list(read_file(path)) == TEXTS
 
 
-def test_a_text_file_is_one_document(tmp_path):
+def test_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text(TEXTS[1], encoding="utf-8")
     assert list(read_file(tmp_path / "a.txt")) == [TEXTS[1]]
 
@@ -65,7 +65,7 @@ def test_a_text_file_is_one_document(tmp_path):
         ("a.txt.gz", b"no gzip", "cannot be read"),
     ],
 )
-def test_damaged_files_are_one_line(tmp_path, name, content, message):
+def test_damaged_files_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AptError, match=message) as caught:
         list(documents(str(tmp_path / name), "calibration", registry()))
@@ -81,24 +81,24 @@ def test_damaged_files_are_one_line(tmp_path, name, content, message):
         ("./nowhere", "is no file"),
     ],
 )
-def test_unknown_sources_are_named(source, message):
+def test_unknown_sources_are_refused_by_name(source, message):
     with pytest.raises(AptError, match=message):
         documents(source, "calibration", registry())
 
 
 @pytest.mark.parametrize("name", ["abisee/cnn_dailymail:3.0.0", "someone/text-v1.5"])
-def test_data_sets_of_the_hub_may_have_dots(name, monkeypatch):
-    def found(name, config, split):
+def test_names_of_hub_data_sets_may_have_dots(name, monkeypatch):
+    def result(name, config, split):
         return iter([f"{name} {config}"])
 
-    monkeypatch.setattr("apt.text.datasets.hub_documents", found)
+    monkeypatch.setattr("apt.text.datasets.hub_documents", result)
     repository, _, config = name.partition(":")
     expected = [f"{repository} {config or None}"]
     assert list(documents(name, "calibration", registry())) == expected
 
 
-def test_data_sets_are_read_through_datasets_by_split(tmp_path):
-    """The loader of hub data sets on local files in the same formats."""
+def test_hub_documents_reads_the_split_for_each_use(tmp_path):
+    """Local files in the same formats replace the data sets of the hub."""
     for kind, name in (("parquet", "x.parquet"), ("json", "x.json.gz")):
         files = {}
         for split in ("train", "validation"):
@@ -106,17 +106,17 @@ def test_data_sets_are_read_through_datasets_by_split(tmp_path):
             rows = [{"text": f"{split} {text}", "url": "x"} for text in TEXTS]
             files[split] = str(write(tmp_path / split / name, rows))
         for split, part in (("calibration", "train"), ("evaluation", "validation")):
-            found = list(hub_documents(kind, None, split, files=files))
-            assert found == [f"{part} {text}" for text in TEXTS]
+            result = list(hub_documents(kind, None, split, files=files))
+            assert result == [f"{part} {text}" for text in TEXTS]
 
 
-def test_a_data_set_without_the_split_is_an_error(tmp_path):
+def test_data_set_without_the_split_is_refused(tmp_path):
     path = write(tmp_path / "x.parquet", [{"text": "x"}])
     with pytest.raises(AptError, match="no split test or validation"):
         list(hub_documents("parquet", None, "evaluation", files={"train": str(path)}))
 
 
-def test_the_builtin_parts_share_no_article():
+def test_builtin_splits_share_no_article():
     calibration, evaluation = (
         set("\n\n".join(documents("builtin", split, registry())).split("\n\n"))
         for split in ("calibration", "evaluation")
@@ -131,7 +131,7 @@ def test_documents_are_joined_by_blank_lines(tokenizer):
     assert tokenizer.decode(ids) == "\n\n".join(TEXTS)
 
 
-def test_reading_stops_when_there_is_enough(tokenizer):
+def test_tokenize_stops_reading_at_the_limit(tokenizer):
     def endless():
         while True:
             yield TEXTS[0]
@@ -139,18 +139,18 @@ def test_reading_stops_when_there_is_enough(tokenizer):
     assert len(tokenize(tokenizer, endless(), limit=500)) >= 500
 
 
-def test_windows_are_consecutive_and_whole():
+def test_windows_are_consecutive_and_complete():
     cut = windows(torch.arange(25), 2, 10, "x")
     assert cut.tolist() == [list(range(10)), list(range(10, 20))]
 
 
 @pytest.mark.parametrize(("tokens", "message"), [(25, "use 2 samples"), (5, "smaller seqlen")])
-def test_too_little_text_says_how_much_there_is(tokens, message):
+def test_error_of_too_little_text_gives_its_length(tokens, message):
     with pytest.raises(AptError, match=f"too little text: x gives {tokens} tokens.*{message}"):
         windows(torch.arange(tokens), 3, 10, "x")
 
 
-def test_calibration_samples_are_drawn_by_seed_without_overlap(tokenizer):
+def test_calibration_samples_depend_on_the_seed_and_do_not_overlap(tokenizer):
     texts = [builtin("calibration")]
     drawn = [calibration_tokens(tokenizer, texts, 8, 32, seed, "builtin") for seed in (0, 0, 1)]
     assert drawn[0].shape == (8, 32)
@@ -160,19 +160,19 @@ def test_calibration_samples_are_drawn_by_seed_without_overlap(tokenizer):
 
 @pytest.mark.parametrize("read", [library.calibration_tokens, library.evaluation_tokens])
 @pytest.mark.parametrize("amount", [{"samples": -3}, {"samples": 0}, {"samples": 2, "seqlen": 0}])
-def test_amounts_that_give_no_text_are_refused(read, amount, tokenizer):
+def test_amounts_without_text_are_refused(read, amount, tokenizer):
     with pytest.raises(AptError, match="samples must be at least 1 and seqlen at least 2"):
         read(tokenizer, **amount)
 
 
-def test_fewer_windows_will_do_only_where_that_is_said(tokenizer):
+def test_fewer_windows_are_an_error_unless_allowed(tokenizer):
     texts = TEXTS * 20
     assert 0 < len(evaluation_tokens(tokenizer, texts, 1000, 16, "x", fewer=True)) < 1000
     with pytest.raises(AptError, match="too little text"):
         evaluation_tokens(tokenizer, texts, 1000, 16, "x")
 
 
-def test_evaluation_reads_no_more_text_than_it_needs(tokenizer):
+def test_evaluation_tokens_stops_reading_at_the_needed_text(tokenizer):
     def endless():
         while True:
             yield TEXTS[0]
@@ -180,7 +180,7 @@ def test_evaluation_reads_no_more_text_than_it_needs(tokenizer):
     assert evaluation_tokens(tokenizer, endless(), 3, 16, "x", fewer=True).shape == (3, 16)
 
 
-def test_evaluation_takes_the_first_windows(tokenizer):
+def test_evaluation_tokens_are_the_first_windows(tokenizer):
     texts = [builtin("evaluation")]
     ids = tokenize(tokenizer, texts)
     assert torch.equal(evaluation_tokens(tokenizer, texts, 2, 16, "x").flatten(), ids[:32])

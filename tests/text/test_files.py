@@ -1,4 +1,4 @@
-"""Text files of any content: whole when they are sound, one line when they are not."""
+"""Text files of any content: complete texts of valid files, one-line errors for others."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ anything = settings(
 
 @anything
 @given(suffix=st.sampled_from(SUFFIXES), raw=st.binary(max_size=200), packed=st.booleans())
-def test_no_bytes_break_the_reader(tmp_path, suffix, raw, packed):
+def test_reader_handles_any_bytes(tmp_path, suffix, raw, packed):
     path = tmp_path / f"any{suffix}"
     path.write_bytes(gzip.compress(raw) if packed else raw)
     with suppress(AptError):
@@ -32,7 +32,7 @@ def test_no_bytes_break_the_reader(tmp_path, suffix, raw, packed):
 @anything
 @given(cut=st.integers(0, 400), at=st.integers(0, 400), byte=st.integers(0, 255))
 @pytest.mark.parametrize("suffix", [".txt.gz", ".parquet"])
-def test_no_damage_breaks_the_reader(tmp_path, suffix, cut, at, byte):
+def test_reader_handles_damaged_files(tmp_path, suffix, cut, at, byte):
     path = tmp_path / f"sound{suffix}"
     if suffix == ".parquet":
         parquet.write_table(pyarrow.table({"text": ["one", "two"] * 20}), path)
@@ -54,7 +54,7 @@ json_values = st.recursive(
 
 @anything
 @given(values=st.lists(json_values, max_size=4))
-def test_no_rows_break_the_reader(tmp_path, values):
+def test_reader_handles_any_json_rows(tmp_path, values):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, values)))
     with suppress(AptError):
@@ -63,14 +63,14 @@ def test_no_rows_break_the_reader(tmp_path, values):
 
 @anything
 @given(text=st.text(alphabet="ab\n", max_size=80))
-def test_a_text_in_pieces_is_the_text(tmp_path, text):
+def test_joined_pieces_are_the_text(tmp_path, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(textfiles, "_PIECE", 7)
         (tmp_path / "a.txt").write_text(text)
         assert "\n\n".join(read_file(tmp_path / "a.txt")) == text
 
 
-def test_a_long_text_comes_in_pieces(tmp_path):
+def test_long_text_is_read_in_pieces(tmp_path):
     text = "\n\n".join(f"paragraph {n} " * 50 for n in range(5000))
     (tmp_path / "a.txt").write_text(text)
     pieces = list(read_file(tmp_path / "a.txt"))
@@ -79,7 +79,7 @@ def test_a_long_text_comes_in_pieces(tmp_path):
 
 
 def _bomb(path, suffix):
-    """A small file that unpacks to far more than any text has."""
+    """Write a small file that unpacks to one very long text."""
     size = 2**22
     if suffix == ".parquet":
         dictionary = pyarrow.DictionaryArray.from_arrays([0] * 4, ["a" * size])
@@ -91,28 +91,28 @@ def _bomb(path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "said"),
+    ("suffix", "message"),
     [
         (".txt.gz", "a paragraph has more than 2,097,152 characters"),
         (".jsonl.gz", "line 1 has more than 2,097,152 characters"),
         (".parquet", "row 1 has more than 2,097,152 characters"),
     ],
 )
-def test_what_unpacks_to_far_more_is_refused(tmp_path, monkeypatch, suffix, said):
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix, message):
     monkeypatch.setattr(textfiles, "_LONGEST", 2**21)  # of 2**26
     path = tmp_path / f"bomb{suffix}"
     _bomb(path, suffix)
-    with pytest.raises(AptError, match=said):
+    with pytest.raises(AptError, match=message):
         list(read_file(path))
 
 
-def test_deep_json_is_refused(tmp_path):
+def test_truncated_deep_json_is_refused(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     with pytest.raises(AptError, match="cannot be read"):
         list(read_file(tmp_path / "deep.jsonl"))
 
 
-def test_half_a_character_is_named_by_its_line(tmp_path):
+def test_unpaired_surrogate_is_refused_with_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "sound"}\n{"text": "a \\ud800 b"}\n')
     with pytest.raises(AptError, match=r"line 2 has half of a surrogate pair, '\\ud800'"):
@@ -120,7 +120,7 @@ def test_half_a_character_is_named_by_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_a_row_without_text_is_named_by_its_number(tmp_path, suffix):
+def test_row_without_text_is_refused_with_its_number(tmp_path, suffix):
     path, texts = tmp_path / f"a{suffix}", ["word"] * 50 + [None, "word"]
     if suffix == ".jsonl":
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -131,7 +131,7 @@ def test_a_row_without_text_is_named_by_its_number(tmp_path, suffix):
         list(read_file(path))
 
 
-def test_json_that_is_nested_too_deeply_is_one_line(tmp_path):
+def test_deeply_nested_json_is_refused_in_one_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("[" * 100_000 + "\n")
     with pytest.raises(AptError, match="its JSON is nested too deeply"):
@@ -139,7 +139,7 @@ def test_json_that_is_nested_too_deeply_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz"])
-def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+def test_byte_order_mark_is_not_part_of_the_text(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     raw = b"\xef\xbb\xbf" + (b'{"text": "word"}' if "jsonl" in suffix else b"word")
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)

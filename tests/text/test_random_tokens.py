@@ -1,4 +1,4 @@
-"""Samples with random tokens in place of some: how many, what they are, and who gets them."""
+"""Copies of samples with random tokens: their number, their content, and the default runs."""
 
 import pytest
 import torch
@@ -16,18 +16,18 @@ SEQLEN, VOCABULARY = 16, 1000
 
 
 def samples(count):
-    """Tokens that tell which sample and which place they are of."""
+    """Tokens from which the sample and the position follow."""
     return torch.arange(count * SEQLEN).view(count, SEQLEN) % VOCABULARY
 
 
 @given(given=st.integers(1, 200), seqlen=st.integers(1, 9000))
-def test_a_fourth_as_many_and_about_4096_tokens_at_most(given, seqlen):
+def test_number_of_copies_is_a_fourth_up_to_4096_tokens(given, seqlen):
     count = RandomTokens().samples(given, seqlen)
     assert 1 <= count <= max(1, given / 4 + 1)
     assert count == 1 or count * seqlen <= 4096
 
 
-def test_they_are_copies_with_a_share_of_the_tokens_replaced():
+def test_copies_have_a_share_of_random_tokens():
     tokens = samples(40)
     both = RandomTokens(share=0.5).beside(tokens, VOCABULARY)
     assert both.shape == (50, SEQLEN)
@@ -41,20 +41,20 @@ def test_they_are_copies_with_a_share_of_the_tokens_replaced():
     assert int(both.max()) < VOCABULARY
 
 
-def test_the_same_seed_draws_the_same():
+def test_equal_seeds_give_equal_copies():
     first, again = (RandomTokens().beside(samples(8), VOCABULARY) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, RandomTokens().beside(samples(8), VOCABULARY, seed=1))
 
 
-def test_nothing_replaced_is_a_copy():
+def test_share_0_gives_unchanged_copies():
     both = RandomTokens(share=0.0).beside(samples(4), VOCABULARY)
     assert len(both) == 5
     assert len(both.unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_a_default_run_of_every_family_sees_them(variant):
+def test_default_run_of_every_family_uses_random_tokens(variant):
     report = library.prune(random_model(variant), random_tokens(6, 32), pattern="2:4")
     assert {site.tokens for site in report.sites if ".experts." not in site.name} == {8 * 32}
     assert report.options["random_tokens"] == 0.25
@@ -71,6 +71,6 @@ def test_a_default_run_of_every_family_sees_them(variant):
         ("ss", "default", True, None),
     ],
 )
-def test_who_gets_them(method, effort, aware, expected):
+def test_random_tokens_are_the_default_of_error_aware_admm_runs(method, effort, aware, expected):
     spec, options = registry().methods.get(method), PruneOptions(effort=effort, error_aware=aware)
     assert augmentation_of(options, spec, 6).random_tokens == expected

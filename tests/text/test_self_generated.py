@@ -1,4 +1,4 @@
-"""Text that a model writes itself: what it is, that it serves, and what the command line does."""
+"""Text that a model generates: its properties, its use in pruning, and the command line."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def command(checkpoint):
 
 
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_the_same_seed_writes_the_same_text(variant):
+def test_equal_seeds_generate_equal_text(variant):
     module = random_model(variant).train()
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -35,7 +35,7 @@ def test_the_same_seed_writes_the_same_text(variant):
     assert 0 <= int(first.min()) <= int(first.max()) < module.config.vocab_size
 
 
-def test_a_penalty_of_the_model_does_not_change_its_text():
+def test_repetition_penalty_of_the_model_does_not_change_own_text():
     model = random_model("llama")
     plain = library.own_text(model, 3, 40)
     own = model.generation_config
@@ -44,7 +44,7 @@ def test_a_penalty_of_the_model_does_not_change_its_text():
     assert model.generation_config is own
 
 
-def test_a_long_sample_is_several_pieces(monkeypatch):
+def test_long_sample_consists_of_several_sequences(monkeypatch):
     monkeypatch.setattr("apt.text.self_generated._PIECE", 16)
     monkeypatch.setattr("apt.text.self_generated._AT_ONCE", 2)
     tokens = library.own_text(random_model("llama"), 2, 40)
@@ -53,7 +53,7 @@ def test_a_long_sample_is_several_pieces(monkeypatch):
     assert torch.equal(tokens.flatten()[::16], starts.flatten())
 
 
-def test_what_a_model_writes_is_likely_to_it():
+def test_own_text_has_a_low_perplexity():
     model, text, _ = zoo_model("llama", samples=8, seqlen=64)
     own = library.own_text(model.module, 8, 64)
     noise = torch.randint(2048, (8, 64), generator=torch.Generator().manual_seed(0))
@@ -62,15 +62,15 @@ def test_what_a_model_writes_is_likely_to_it():
     assert not torch.equal(own, text)
 
 
-def test_pruning_on_it_is_far_better_than_on_any_tokens():
+def test_pruning_on_own_text_beats_pruning_on_noise():
     dense, _, held_out = zoo_model("llama", samples=32, seqlen=128)
     own = library.own_text(dense.module, 32, 128)
     noise = torch.randint(2048, (32, 128), generator=torch.Generator().manual_seed(0))
-    found = []
+    result = []
     for tokens in (own, noise):
         pruned, _ = library.prune_copy(dense.module, tokens, pattern="1:4", method="ss")
-        found.append(perplexity(pruned, held_out))
-    assert perplexity(dense.module, held_out) < found[0] < 0.9 * found[1]
+        result.append(perplexity(pruned, held_out))
+    assert perplexity(dense.module, held_out) < result[0] < 0.9 * result[1]
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_pruning_on_it_is_far_better_than_on_any_tokens():
         (("--samples", 0, "--own-samples", 3, "--method", "ss", "--eval", TEXT), 3, [3, 32]),
     ],
 )
-def test_the_command_line_has_the_model_write(options, own, shape, apt, command):
+def test_command_adds_own_samples(options, own, shape, apt, command):
     result = apt(*command, *options, "-o", "out")
     assert result.code == 0, result.err
     calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]
     assert (calibration["own_samples"], calibration["shape"]) == (own, shape)
 
 
-def test_given_text_stays_whole(apt, command, monkeypatch):
+def test_given_samples_stay_among_the_mixed_samples(apt, command, monkeypatch):
     seen = []
 
     def watched(given, own, seed):
@@ -107,7 +107,7 @@ def test_given_text_stays_whole(apt, command, monkeypatch):
     assert rows[:6] != given.tolist()
 
 
-def test_added_samples_have_the_device_and_dtype_of_the_given_ones():
+def test_mixed_samples_have_the_device_and_dtype_of_the_given_samples():
     given, own = torch.ones(2, 3, dtype=torch.int32), torch.full((1, 3), 2)
     both = mixed(given, own)
     assert both.dtype == torch.int32
@@ -116,20 +116,20 @@ def test_added_samples_have_the_device_and_dtype_of_the_given_ones():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--own-samples", -1), "own samples is -1; it must be at least 0"),
         (("--samples", 0), "use at least one sample or one own sample (--samples, --own-samples)"),
     ],
 )
-def test_what_cannot_be_is_told_first(options, said, apt, command):
+def test_invalid_numbers_of_samples_are_refused(options, message, apt, command):
     result = apt(*command, *options, "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path("out").exists()
 
 
-def test_a_model_that_cannot_write_does_without_unless_asked(apt, command, monkeypatch):
+def test_own_text_is_omitted_by_default_if_the_model_cannot_generate(apt, command, monkeypatch):
     monkeypatch.setattr("apt.engine.pruning_plan.writes", lambda module: False)
     result = apt(*command, "--samples", 6, "--effort", "best", "-o", "out")
     assert result.code == 0, result.err
@@ -139,13 +139,13 @@ def test_a_model_that_cannot_write_does_without_unless_asked(apt, command, monke
     assert raised.value.options == ("own_samples",)
 
 
-def test_logits_that_are_no_numbers_are_left_to_the_pruning_to_tell():
+def test_own_text_tolerates_nan_logits():
     model = random_model("llama")
     model.get_output_embeddings().weight.data[3] = torch.nan
     assert library.own_text(model, 2, 16).shape == (2, 16)
 
 
-def test_a_streamed_run_writes_as_much(apt, command):
+def test_streamed_run_adds_own_samples(apt, command):
     result = apt(*command, "--samples", 6, "--effort", "best", "--stream", "-o", "out")
     assert result.code == 0, result.err
     calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]

@@ -1,4 +1,4 @@
-"""Where a tokenizer begins a text with a token of its own, so do samples and windows."""
+"""Samples and windows begin with the BOS token if the tokenizer adds one."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ COMMAND = ("--calibration", TEXT, "--eval", TEXT, "--samples", 4, "--seqlen", SE
 
 @pytest.fixture
 def beginning(tokenizer):
-    """A function from what is put around each text to the zoo's tokenizer that does."""
+    """A function from a template of texts to the zoo's tokenizer with this template."""
 
     def make(around="</s> $A"):
         made = copy.deepcopy(tokenizer)
@@ -41,14 +41,14 @@ def beginning(tokenizer):
 
 @pytest.fixture
 def with_bos(checkpoint, beginning, tmp_path):
-    """A checkpoint whose tokenizer begins every text with a token of its own."""
+    """A checkpoint whose tokenizer begins every text with the BOS token."""
     model = load(open_skeleton(find(str(checkpoint("llama")), registry()), registry())).module
     model.save_pretrained(tmp_path / "llama")
     beginning().save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
 
-def test_a_tokenizer_is_known_by_what_it_does(tokenizer, beginning):
+def test_bos_of_is_the_token_that_the_tokenizer_adds(tokenizer, beginning):
     assert tokenizer.bos_token_id == BOS
     assert bos_of(tokenizer) is None  # as is SmolLM2's: it has one, and does not use it
     assert bos_of(beginning()) == BOS
@@ -57,14 +57,14 @@ def test_a_tokenizer_is_known_by_what_it_does(tokenizer, beginning):
 
 
 @pytest.mark.parametrize("around", ["</s> $A", "</s> $A <pad>"])
-def test_windows_are_that_token_and_consecutive_text(around, tokenizer, beginning):
+def test_windows_are_the_bos_token_and_consecutive_text(around, tokenizer, beginning):
     texts, reader = [TEXT.read_text()], beginning(around)
     text = tokenize(tokenizer, texts)
     assert torch.equal(tokenize(reader, texts), text)
-    found = evaluation_tokens(reader, texts, 5, SEQLEN, "x", bos_of(reader))
-    assert found.shape == (5, SEQLEN)
-    assert (found[:, 0] == BOS).all()
-    assert torch.equal(found[:, 1:].flatten(), text[: 5 * (SEQLEN - 1)])
+    result = evaluation_tokens(reader, texts, 5, SEQLEN, "x", bos_of(reader))
+    assert result.shape == (5, SEQLEN)
+    assert (result[:, 0] == BOS).all()
+    assert torch.equal(result[:, 1:].flatten(), text[: 5 * (SEQLEN - 1)])
     everything = evaluation_tokens(reader, texts, None, SEQLEN, "x", BOS)
     assert len(everything) == len(text) // (SEQLEN - 1)
     sampled = calibration_tokens(reader, texts, 4, SEQLEN, 0, "x", BOS)
@@ -72,7 +72,7 @@ def test_windows_are_that_token_and_consecutive_text(around, tokenizer, beginnin
     assert len({tuple(row) for row in sampled.tolist()} & set(map(tuple, rows))) == 4
 
 
-def test_one_that_adds_it_whatever_it_is_told_adds_it_once(tokenizer):
+def test_tokenize_removes_a_bos_token_that_is_always_added(tokenizer):
     class Stubborn:
         bos_token_id = BOS
 
@@ -82,24 +82,24 @@ def test_one_that_adds_it_whatever_it_is_told_adds_it_once(tokenizer):
     assert torch.equal(tokenize(Stubborn(), ["some text"]), tokenize(tokenizer, ["some text"]))
 
 
-def test_the_same_targets_are_predicted_and_its_own_loss_is_not_counted(tokenizer, beginning):
-    """Perplexity by hand, over the same text, each window after that token."""
+def test_perplexity_with_bos_counts_the_text_tokens_alone(tokenizer, beginning):
+    """The reference is the cross-entropy of the same text after the BOS token."""
     model = random_model("llama")
     reader, texts = beginning(), [TEXT.read_text()]
-    found = evaluation_tokens(reader, texts, 3, SEQLEN, "x", BOS)
+    result = evaluation_tokens(reader, texts, 3, SEQLEN, "x", BOS)
     targets = tokenize(tokenizer, texts)[: 3 * (SEQLEN - 1)].view(3, SEQLEN - 1)
     with torch.no_grad():
         logits = model(torch.cat([torch.full((3, 1), BOS), targets], 1)).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert perplexity(model, found) == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert perplexity(model, result) == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 def noting(seen):
-    """`digest` that keeps what it is given."""
+    """A substitute of `digest` that records its tokens."""
     return lambda tokens: seen.append(tokens) or "0" * 64
 
 
-def test_too_little_text_counts_it():
+def test_windows_with_bos_need_less_text():
     assert windows(torch.arange(18), 2, 10, "x", BOS).shape == (2, 10)
     with pytest.raises(library.AptError, match="use 1 samples"):
         windows(torch.arange(17), 2, 10, "x", BOS)
@@ -107,7 +107,7 @@ def test_too_little_text_counts_it():
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)], ids=str)
 @pytest.mark.parametrize(("given", "bos"), [((), BOS), (("--no-bos",), None)], ids=str)
-def test_a_run_begins_samples_and_windows_with_it_and_says_so(
+def test_run_begins_samples_and_windows_with_the_bos_token(
     stream, given, bos, with_bos, beginning, apt, monkeypatch
 ):
     seen = []
@@ -129,7 +129,7 @@ def test_a_run_begins_samples_and_windows_with_it_and_says_so(
     assert told["perplexity"] == pytest.approx(measured, rel=1e-4)
 
 
-def test_another_tokenizer_is_asked_instead(checkpoint, with_bos, apt):
+def test_eval_takes_the_bos_token_of_the_given_tokenizer(checkpoint, with_bos, apt):
     arguments = ("--data", TEXT, "--samples", 2, "--seqlen", SEQLEN)
     plain = apt("eval", checkpoint("llama"), *arguments)
     other = apt("eval", checkpoint("llama"), *arguments, "--tokenizer", with_bos)
@@ -137,7 +137,7 @@ def test_another_tokenizer_is_asked_instead(checkpoint, with_bos, apt):
     assert other.out.endswith("2 × 32 tokens, each with </s> first\n")
 
 
-def test_the_library_gives_what_the_shell_gives(with_bos, beginning, apt):
+def test_library_with_a_tokenizer_gives_the_weights_of_the_command(with_bos, beginning, apt):
     result = apt("prune", with_bos, "--pattern", "2:4", *COMMAND, "-o", "out")
     assert result.code == 0, result.err
     model = load(open_skeleton(find(str(with_bos), registry()), registry())).module
@@ -148,7 +148,7 @@ def test_the_library_gives_what_the_shell_gives(with_bos, beginning, apt):
 
 
 @pytest.mark.parametrize("seqlen", [12, 40])
-def test_own_text_begins_with_it(seqlen, monkeypatch):
+def test_own_text_begins_with_the_bos_token(seqlen, monkeypatch):
     monkeypatch.setattr("apt.text.self_generated._PIECE", 16)
     model = random_model("llama")
     special = range(1000)
@@ -159,7 +159,7 @@ def test_own_text_begins_with_it(seqlen, monkeypatch):
     assert (starts >= 1000).all()
 
 
-def test_own_samples_begin_with_it(with_bos, apt, monkeypatch):
+def test_own_samples_of_a_run_begin_with_the_bos_token(with_bos, apt, monkeypatch):
     seen = []
     monkeypatch.setattr("apt.engine.reports.digest", lambda tokens: seen.append(tokens) or "0" * 64)
     options = ("--own-samples", 2, "--method", "wanda", "-o", "out")
@@ -168,7 +168,7 @@ def test_own_samples_begin_with_it(with_bos, apt, monkeypatch):
     assert (seen[-1][:, 0] == BOS).all()
 
 
-def test_random_tokens_are_never_special_and_the_others_stay():
+def test_drawn_tokens_are_never_special():
     draws = [torch.Generator().manual_seed(7) for _ in range(2)]
     special = tuple(range(0, 50, 2))
     plain, spared = (
@@ -180,7 +180,7 @@ def test_random_tokens_are_never_special_and_the_others_stay():
     assert drawn(2, (3,), draws[0], (0, 1)).shape == (3,)
 
 
-def test_copies_keep_it_and_get_no_special_token():
+def test_copies_keep_the_bos_token_and_get_no_special_token():
     tokens = random_tokens(8, 64).clamp_min(3)
     tokens[:, 0] = BOS
     both = RandomTokens(share=1.0).beside(tokens, 64, (0, 1, 2))
@@ -190,7 +190,7 @@ def test_copies_keep_it_and_get_no_special_token():
 
 
 def spy(seen):
-    """`drawn` that notes which tokens are special."""
+    """A substitute of `drawn` that records the special tokens."""
 
     def watched(vocabulary, shape, draw, special=()):
         seen.append(tuple(special))
@@ -199,7 +199,7 @@ def spy(seen):
     return watched
 
 
-def test_programs_spare_what_the_configurations_name(monkeypatch):
+def test_library_runs_draw_no_token_of_the_configurations(monkeypatch):
     model = random_model("llama")
     model.generation_config.eos_token_id = [0, 7]
     assert named_ids(model) == (0, 7)

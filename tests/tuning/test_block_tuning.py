@@ -1,4 +1,4 @@
-"""Block tuning: zeros stay, the held-back error never rises, half precision is served."""
+"""Block tuning: zeros stay, and the error on batches held back never rises, in any dtype."""
 
 import copy
 from dataclasses import replace
@@ -28,7 +28,7 @@ BEST = PruneOptions(effort="best", own_samples=0)
 
 
 def pruned_block(adapter, model, batches):
-    """The first block with every fourth column zeroed, behind its dense reference."""
+    """The first block with zeros in every fourth column, behind the dense stream, and its sites."""
     block = adapter.blocks(model)[0][1]
     sites = adapter.sites(block)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def pruned_block(adapter, model, batches):
     [("llama", torch.float32), *((name, torch.bfloat16) for name in FAMILIES)],
     ids=str,
 )
-def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
+def test_tuning_lowers_the_error_on_batches_held_back(name, dtype):
     loaded, tokens, _ = zoo_model(name, samples=12, seqlen=48)
     model, adapter = loaded.module.to(dtype), loaded.adapter
     batches = enter(adapter, model, tokens, 48, with_dense=True)
@@ -64,8 +64,8 @@ def test_it_lowers_the_error_on_what_was_held_back(name, dtype):
             assert torch.equal(value, before[name])
 
 
-def test_a_token_far_from_the_dense_stream_does_not_outweigh_the_others():
-    """As where the dense block removes a massive activation: what is left is small beside it."""
+def test_outlier_token_does_not_outweigh_other_tokens():
+    """A dense block that removes a massive activation leaves a small stream with large errors."""
     loaded, tokens, _ = zoo_model("llama", samples=12, seqlen=48)
     model, adapter = loaded.module, loaded.adapter
     batches = enter(adapter, model, tokens, 48, with_dense=True)
@@ -74,14 +74,14 @@ def test_a_token_far_from_the_dense_stream_does_not_outweigh_the_others():
 
     @torch.no_grad()
     def error():
-        """The mean relative error of the tokens behind the first one."""
-        found = [
+        """The mean relative error of all tokens except the first."""
+        result = [
             (adapter.residual(opened.step(batch, batch.state)) - dense).square().sum(-1)
             / dense.square().sum(-1)
             for batch in batches
             for dense in [adapter.residual(batch.dense.state)]
         ]
-        return float(torch.cat(found)[:, 1:].mean())
+        return float(torch.cat(result)[:, 1:].mean())
 
     for batch in batches:
         state = batch.state.clone()
@@ -93,7 +93,7 @@ def test_a_token_far_from_the_dense_stream_does_not_outweigh_the_others():
     assert error() < 0.9 * before
 
 
-def test_where_nothing_is_gained_the_start_stays():
+def test_weights_stay_if_no_step_lowers_the_error():
     model = random_model("llama")
     adapter = adapter_of(model)
     batches = enter(adapter, model, random_tokens(samples=6), 24, with_dense=True)
@@ -106,7 +106,7 @@ def test_where_nothing_is_gained_the_start_stays():
         assert torch.equal(value, before[name])
 
 
-def test_one_batch_cannot_be_held_back():
+def test_single_batch_is_not_tuned():
     model = random_model("llama")
     adapter = adapter_of(model)
     batches = enter(adapter, model, random_tokens(), with_dense=True)
@@ -115,7 +115,7 @@ def test_one_batch_cannot_be_held_back():
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_two_samples_are_enough_to_hold_one_back(samples):
+def test_two_samples_are_enough_for_tuning(samples):
     events = []
     tokens = random_tokens(samples)
     options = replace(BEST, random_tokens=0)
@@ -135,7 +135,7 @@ class Experts(nn.Module):
         return stream + self.experts[0](stream)
 
 
-def test_an_expert_without_tokens_in_a_step_stays():
+def test_expert_without_tokens_is_not_changed():
     block = Experts()
     sites = [Site(f"experts.{i}", f"experts.{i}.weight", f"{i}", routed=True) for i in (0, 1)]
     before = copy.deepcopy(block.state_dict())
@@ -150,7 +150,7 @@ def test_an_expert_without_tokens_in_a_step_stays():
 
 
 class Stack(nn.Module):
-    """All tokens go to each of three experts, whose index is a number or a tensor."""
+    """Three experts that receive all tokens; an expert's index is a number or a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,12 +161,12 @@ class Stack(nn.Module):
         return state + sum(state @ expert.T for expert in experts)
 
 
-def test_the_slices_of_a_stack_have_one_gradient_together(monkeypatch):
+def test_slices_of_a_stack_share_one_gradient(monkeypatch):
     """A gradient of each slice would be as large as the stack."""
     block, state = Stack(), torch.randn(1, 16, 8)
     batch = Batch(state, [Call((), {})], 16)
     opened = OpenBlock(adapter_of(random_model("llama")), block, 0, [batch])
-    found = []
+    result = []
     for index in (block_forward._is_one, lambda index: False):
         monkeypatch.setattr(block_forward, "_is_one", index)
         stream = block_forward.stream_after(opened, {"weight": block.weight}, batch, state)
@@ -175,14 +175,14 @@ def test_the_slices_of_a_stack_have_one_gradient_together(monkeypatch):
             step = steps.pop()
             names.add(step.name())
             steps += [before for before, _ in step.next_functions if before]
-        found.append((torch.autograd.grad(stream.square().sum(), block.weight)[0], names))
-    assert torch.equal(found[0][0], found[1][0])
-    assert "UnbindBackward0" in found[0][1]
-    assert not {"SelectBackward0", "IndexBackward0"} & found[0][1]
-    assert {"SelectBackward0", "IndexBackward0"} & found[1][1]
+        result.append((torch.autograd.grad(stream.square().sum(), block.weight)[0], names))
+    assert torch.equal(result[0][0], result[1][0])
+    assert "UnbindBackward0" in result[0][1]
+    assert not {"SelectBackward0", "IndexBackward0"} & result[0][1]
+    assert {"SelectBackward0", "IndexBackward0"} & result[1][1]
 
 
-def test_best_effort_tunes_every_block_and_reports_what_was_written():
+def test_effort_best_tunes_every_block_and_keeps_the_pattern():
     model, events = random_model("llama"), []
     report = library.prune(
         model, random_tokens(samples=64), pattern="2:4", options=BEST, observe=events.append
@@ -195,7 +195,7 @@ def test_best_effort_tunes_every_block_and_reports_what_was_written():
         assert meets(model.get_parameter(f"{site.name}.weight"), NM(2, 4))
 
 
-def test_a_part_of_the_samples_is_spread_over_all():
+def test_chosen_samples_are_evenly_spaced():
     chosen = BlockTuning(0.025, 8, tokens=24 * 5).chosen(20, 24)
     assert chosen.nonzero().flatten().tolist() == [0, 4, 8, 12, 16]
     assert BlockTuning(0.025, 8, tokens=24 * 20).chosen(20, 24).all()
@@ -204,7 +204,7 @@ def test_a_part_of_the_samples_is_spread_over_all():
     assert BlockTuning(0.025, 8, tokens=10).chosen(1, 24).sum() == 1
 
 
-def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
+def test_run_tunes_on_chosen_samples_and_prunes_on_all(monkeypatch):
     seen = []
 
     def spy(block, *rest):
@@ -223,7 +223,7 @@ def test_a_run_tunes_on_the_chosen_samples_and_prunes_on_all(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba", "moe"])
-def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypatch):
+def test_mixed_precision_reaches_the_error_of_full_precision(name, monkeypatch):
     loaded, tokens, _ = zoo_model(name, samples=8, seqlen=48)
     after = []
     for native in (False, True):
@@ -253,7 +253,7 @@ def test_tuning_in_mixed_precision_ends_where_full_precision_does(name, monkeypa
         ("best", False, None),
     ],
 )
-def test_more_effort_tunes_longer(effort, aware, epochs):
+def test_effort_sets_the_number_of_tuning_epochs(effort, aware, epochs):
     options = PruneOptions(effort=effort, error_aware=aware)
     recipe = recipe_of(options, registry().methods.get("admm"))
     assert (recipe.tuning.epochs if recipe.tuning else None) == epochs
@@ -261,7 +261,7 @@ def test_more_effort_tunes_longer(effort, aware, epochs):
 
 
 @needs("transformers", "5.20", "tiny models of any type")
-def test_a_block_that_cannot_be_run_in_mixed_precision_is_tuned_without(monkeypatch):
+def test_block_without_mixed_precision_is_tuned_in_fp32(monkeypatch):
     """X-MOD writes products, which autocast makes bf16, into a tensor of fp32."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr("apt.compute.multiplies_bf16", lambda device: True)
@@ -271,7 +271,7 @@ def test_a_block_that_cannot_be_run_in_mixed_precision_is_tuned_without(monkeypa
     assert [event for event in events if isinstance(event, BlockTuned)]
 
 
-def test_a_weight_that_is_zero_stays_and_the_others_are_tuned():
+def test_zero_weight_stays_zero_and_others_are_tuned():
     loaded, tokens, _ = zoo_model("llama", samples=12, seqlen=48)
     model, adapter = loaded.module.float(), loaded.adapter
     torch.nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)

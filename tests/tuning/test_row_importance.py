@@ -1,4 +1,4 @@
-"""How much rows matter: against exact derivatives, and in the masks that come of it."""
+"""Row importance: against exact derivatives, and its effect on masks."""
 
 from dataclasses import replace
 
@@ -50,24 +50,24 @@ def exact(adapter, block, batches, starts, site):
 
 
 @pytest.mark.parametrize("variant", ["llama-grouped-tied", "mamba2"])
-def test_the_estimate_is_that_of_the_whole_jacobian(variant):
+def test_estimated_importance_equals_the_exact_jacobian(variant):
     model, adapter, block, batches, starts, sites = prepared(variant)
-    draws, told_apart = 300, 0
+    draws, varied_sites = 300, 0
     with adapter.running(model):
         opened = OpenBlock(adapter, block, 1, batches * draws)
-        found = RowImportance(power=2).scales(opened, starts * draws, sites)
+        result = RowImportance(power=2).scales(opened, starts * draws, sites)
         for site in sites:
             expected = exact(adapter, block, batches, starts, site)
             scale = (expected / expected.mean()).clamp_min(0.01)
-            torch.testing.assert_close(found[site], scale, rtol=0.25, atol=0.05)
+            torch.testing.assert_close(result[site], scale, rtol=0.25, atol=0.05)
             if scale.std() > 0.1:
-                told_apart += 1
-                assert torch.corrcoef(torch.cat([found[site], scale], 1).T)[0, 1] > 0.98
-    assert told_apart
+                varied_sites += 1
+                assert torch.corrcoef(torch.cat([result[site], scale], 1).T)[0, 1] > 0.98
+    assert varied_sites
 
 
 def masks(variant, importance, pattern="0.5", unread=None):
-    """Share of each row that is pruned, by site."""
+    """The pruned weights of the first block, by site."""
     model = random_model(variant)
     adapter = registry().adapter_for(model.config.model_type).load()()
     if unread is not None:
@@ -81,7 +81,7 @@ def masks(variant, importance, pattern="0.5", unread=None):
     return {s.name: s.weight(block).detach() for s in adapter.sites(block)}
 
 
-def test_rows_that_the_block_hardly_reads_are_pruned_first():
+def test_rows_of_low_importance_are_pruned_more():
     unread = torch.arange(0, 64, 4)
     with_it, without = (masks("llama", how, unread=unread) for how in (RowImportance(), None))
     for name in ("mlp.gate_proj", "mlp.up_proj"):
@@ -93,7 +93,7 @@ def test_rows_that_the_block_hardly_reads_are_pruned_first():
         assert abs(float((without[name] == 0).float()[unread].mean()) - 0.5) < 0.1
 
 
-def test_patterns_of_every_row_are_left_alone():
+def test_row_importance_does_not_apply_to_patterns_by_row():
     for pattern in ("2:4",):
         with_it, without = (masks("llama", how, pattern) for how in (RowImportance(), None))
         assert all(torch.equal(with_it[name], without[name]) for name in with_it)
@@ -104,7 +104,7 @@ def test_patterns_of_every_row_are_left_alone():
     assert RowImportance().serves(site, Unstructured(0.5, "layer"))
 
 
-def test_a_layer_wise_run_weighs_nothing():
+def test_layer_wise_run_has_no_row_importance():
     spec = registry().methods.get("admm")
     assert recipe_of(PruneOptions(error_aware=False), spec).row_importance is None
     assert recipe_of(PruneOptions(), spec).row_importance == RowImportance()

@@ -1,7 +1,7 @@
 """Conformance checks: functions that report each fault of an adapter in one line.
 
-A check takes a `Subject` and raises `Nonconformance`. Each one tests one promise of
-`apt.adapter.Adapter` without the help of the adapter: by the module tree, and by the operators that
+A check takes a `Subject` and raises `Nonconformance`. Each check tests one promise of
+`apt.adapter.Adapter` independently of the adapter: by the module tree, and by the operators that
 run (`apt.conformance.oracle`). A small random model is enough.
 """
 
@@ -29,7 +29,7 @@ from apt.conformance.checks.tidy import (
     check_untouched,
 )
 
-# The first call of each method is in a check for side effects: after it they would not be new.
+# The first call of each method is in a check for side effects, since later calls may have none.
 CHECKS: dict[str, Check] = {
     function.__name__.removeprefix("check_"): function
     for function in (

@@ -22,28 +22,28 @@ def check_blocks(subject: Subject) -> Faults:
 @promise("positions")
 def check_batches(subject: Subject) -> Faults:
     """The same holds on a second batch and on other lengths, entered after the first batch."""
-    if wrong := list(chained(subject, subject.tokens)):
-        yield from wrong  # the other batches would repeat it
+    if faults := list(chained(subject, subject.tokens)):
+        yield from faults  # the other batches would repeat it
         return
     limit, length = subject.positions(), subject.tokens.shape[1]
     config = text_config(getattr(subject.model, "config", None))
     configured = getattr(config, "max_position_embeddings", None)
-    if limit is not None and limit < length and limit != configured:  # rotary ones can go on
+    if limit is not None and limit < length and limit != configured:  # rotary ones are unlimited
         yield "", f"the model accepts {length} tokens, but positions() is {limit}"
-    for which, tokens in (subject.others() | subject.long()).items():
+    for description, tokens in (subject.others() | subject.long()).items():
         if not accepts(subject, tokens):
-            said = f"the model does not accept {tokens.shape[1]} tokens"
-            yield "", f"{said}, but positions() is {limit}"
+            message = f"the model does not accept {tokens.shape[1]} tokens"
+            yield "", f"{message}, but positions() is {limit}"
             continue
-        place = ""
+        block = ""
         try:
-            for place, fault in _compared(subject, tokens):
+            for block, fault in _compared(subject, tokens):
                 if fault is not None:
-                    yield Fault(place, f"{fault.said}, {which}", fault.method)
+                    yield Fault(block, f"{fault.message}, {description}", fault.method)
         except Exception as error:
             raised = f"{type(error).__name__}: {first_line(error)}"
-            said = f"{': ' if place else ''}{which}, {raised}"
-            yield Fault(place, said, "step" if place else "enter")
+            message = f"{': ' if block else ''}{description}, {raised}"
+            yield Fault(block, message, "step" if block else "enter")
 
 
 def accepts(subject: Subject, tokens: Tensor) -> bool:
@@ -62,29 +62,31 @@ def chained(subject: Subject, tokens: Tensor) -> Iterator[Fault]:
 
 @torch.no_grad()
 def _compared(subject: Subject, tokens: Tensor) -> Iterator[tuple[str, Fault | None]]:
-    """The name of each block before it runs; then its fault, if it has one, as the last item."""
+    """The name of each block, yielded before it runs; the last item has the first fault."""
     adapter, blocks = subject.adapter, subject.blocks()
-    seen = record(subject.model, [block for _, block, _ in blocks], tokens)
-    if len(seen.inputs) != len(blocks):
-        said = f"the model calls its {len(blocks)} blocks {len(seen.inputs)} times, not once each"
-        yield "", Fault("", said, "blocks")
+    recorded = record(subject.model, [block for _, block, _ in blocks], tokens)
+    if len(recorded.inputs) != len(blocks):
+        message = (
+            f"the model calls its {len(blocks)} blocks {len(recorded.inputs)} times, not once each"
+        )
+        yield "", Fault("", message, "blocks")
         return
     state, calls = adapter.enter(subject.model, tokens)
     for index, (name, block, _) in enumerate(blocks):
         yield name, None
-        if (wrong := _differs(first_tensor(state), seen.inputs[index])) is not None:
-            said = f": the state before it differs from its input in the model{wrong}"
-            yield name, Fault(name, said, "step" if index else "enter")
+        if (difference := _differs(first_tensor(state), recorded.inputs[index])) is not None:
+            message = f": the state before it differs from its input in the model{difference}"
+            yield name, Fault(name, message, "step" if index else "enter")
             return
         state = adapter.step(block, state, calls[index])
-        if (wrong := _differs(first_tensor(state), seen.outputs[index])) is not None:
-            said = f": the state after it differs from its output in the model{wrong}"
-            yield name, Fault(name, said, "step")
+        if (difference := _differs(first_tensor(state), recorded.outputs[index])) is not None:
+            message = f": the state after it differs from its output in the model{difference}"
+            yield name, Fault(name, message, "step")
             return
 
 
 def _differs(state: Tensor, expected: Passed) -> str | None:
-    """None if a state equals that of the model; else a description of the difference or ""."""
+    """None if a state equals the model's; else the difference of the shapes, or an empty text."""
     if expected.is_stream(state):
         return None
     if state.shape == expected.first.shape:
@@ -96,9 +98,9 @@ def _differs(state: Tensor, expected: Passed) -> str | None:
 def check_stream(subject: Subject) -> Faults:
     """residual() returns the input of the next block: (samples, seqlen, hidden)."""
     blocks = subject.blocks()
-    seen = record(subject.model, [block for _, block, _ in blocks], subject.tokens)
+    recorded = record(subject.model, [block for _, block, _ in blocks], subject.tokens)
     for step in subject.steps():
-        expected, stream = seen.inputs[step.index], subject.adapter.residual(step.state)
+        expected, stream = recorded.inputs[step.index], subject.adapter.residual(step.state)
         if stream.shape != expected.first.shape:
             shapes = f"of shape {tuple(stream.shape)}, not {tuple(expected.first.shape)}"
             yield step.name, f": residual() is {shapes}"

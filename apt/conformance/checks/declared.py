@@ -71,19 +71,19 @@ def check_model_types(subject: Subject) -> Faults:
             yield "", f"model_types of adapter '{spec.name}' is empty, its example is a '{kind}'"
         return
     if kind not in spec.model_types:
-        named = ", ".join(map(repr, spec.model_types))
-        yield "", f"model_types of adapter '{spec.name}' name {named}, its example is a '{kind}'"
+        names = ", ".join(map(repr, spec.model_types))
+        yield "", f"model_types of adapter '{spec.name}' name {names}, its example is a '{kind}'"
     yield from _unknown(spec, kind)
     yield from _claimed(spec)
 
 
 def _unknown(spec: AdapterSpec, kind: str) -> Faults:
-    """Types that transformers does not know and that are similar to a known one."""
+    """Types that transformers does not know, but that are similar to a type of transformers."""
     from transformers import CONFIG_MAPPING
 
-    known = set(CONFIG_MAPPING.keys())
-    for name in set(spec.model_types) - known - {kind}:
-        close = get_close_matches(name, known - set(spec.model_types), n=1, cutoff=0.8)
+    types = set(CONFIG_MAPPING.keys())
+    for name in set(spec.model_types) - types - {kind}:
+        close = get_close_matches(name, types - set(spec.model_types), n=1, cutoff=0.8)
         if close:
             yield "", f"no model of transformers is of type '{name}': did you mean '{close[0]}'?"
 
@@ -100,11 +100,13 @@ def check_kinds(subject: Subject) -> Faults:
     """The model has a layer of each kind in the default configuration of its class."""
     config: Any = getattr(subject.model, "config", None)
     text = text_config(config)
-    there = kinds(text)
+    present = kinds(text)
     for missing in default_kinds(type(text)):
-        if missing not in there:
-            said = f"the model has no layer of kind '{missing}', which {type(text).__name__} has by"
-            yield "", f"{said} default: mistakes in that kind would not show"
+        if missing not in present:
+            message = (
+                f"the model has no layer of kind '{missing}', which {type(text).__name__} has by"
+            )
+            yield "", f"{message} default: mistakes in that kind would not show"
 
 
 _WINDOW = 8
@@ -114,11 +116,11 @@ _LISTED = ("layer_types", "layers_block_type")
 def kinds(config: Any) -> list[str]:
     """The distinct kinds of layers that a configuration lists; empty if it lists none.
 
-    For a model of several parts, they are those of its language model.
+    The list of a multimodal configuration is that of its language model.
     """
     text = text_config(config)
-    listed = next((value for name in _LISTED if (value := getattr(text, name, None))), None)
-    return list(dict.fromkeys(listed)) if isinstance(listed, list | tuple) else []
+    layers = next((value for name in _LISTED if (value := getattr(text, name, None))), None)
+    return list(dict.fromkeys(layers)) if isinstance(layers, list | tuple) else []
 
 
 def default_kinds(config_class: Any) -> list[str]:

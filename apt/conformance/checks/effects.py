@@ -16,7 +16,7 @@ from apt.conformance.snapshot import changes, snapshot
 from apt.errors import AptError
 
 _ROUNDING = 1e-4  # of the largest eigenvalue
-_CHANNELS = 32  # of each kind, that are compared with the effects of removals
+_CHANNELS = 32  # of each kind, compared with the effects of removals
 
 
 @promise("effects")
@@ -28,7 +28,7 @@ def check_effects(subject: Subject) -> Faults:
         extras = subject.adapter.extras(step.block)
         try:
             faults += _faults(subject, step, extras) if extras else ()
-        except AptError:  # it refuses, for instance an older transformers, as it would in a run
+        except AptError:  # the adapter refuses, for instance an older transformers, as in a run
             refused = True
     faults += [("", f"effects {change}") for change in changes(before, snapshot(subject.model))]
     yield from faults
@@ -42,14 +42,14 @@ def _faults(subject: Subject, step: Step, extras: Sequence[Extra]) -> Faults:
         if not reports:
             yield step.name, f".{extra.name} is an extra, but has no effects"
         for gram, energy in reports:
-            if wrong := _wrong(gram, energy, (channels, width, width)):
-                yield step.name, f".{extra.name}: its effects have {wrong}"
+            if problem := _wrong(gram, energy, (channels, width, width)):
+                yield step.name, f".{extra.name}: its effects have {problem}"
 
 
 def _reported(
     subject: Subject, step: Step, extras: Sequence[Extra]
 ) -> dict[Extra, list[tuple[Tensor, float]]]:
-    """The Gram matrices and energies that the adapter reports of each extra in one step."""
+    """The Gram matrices and energies that the adapter reports for each extra in one step."""
     reports: dict[Extra, list[tuple[Tensor, float]]] = {extra: [] for extra in extras}
 
     def take(extra: Extra, gram: Tensor, energy: float) -> None:
@@ -61,7 +61,7 @@ def _reported(
 
 
 def _wrong(gram: Tensor, energy: float, shape: tuple[int, ...]) -> str:
-    """The fault of one report; empty if it has none."""
+    """The fault of one report; empty without a fault."""
     if tuple(gram.shape) != shape:
         return f"a Gram matrix of shape {tuple(gram.shape)}, not {shape}"
     if not gram.isfinite().all() or not near(gram, gram.mT):
@@ -78,8 +78,8 @@ def _unlike_removals(subject: Subject) -> Iterator[Fault]:
     blocks = subject.adapter.blocks(subject.model)
     if not any(subject.adapter.extras(block) for _, block in blocks):
         return
-    whole = copy.deepcopy(subject.model).float()
-    subject = Subject(subject.adapter, whole, subject.tokens[:2])
+    model = copy.deepcopy(subject.model).float()
+    subject = Subject(subject.adapter, model, subject.tokens[:2])
     steps = [step for step in subject.steps() if subject.adapter.extras(step.block)]
     kinds: dict[str, tuple[Step, Extra, Predictions]] = {}
     for step in steps:
@@ -91,6 +91,6 @@ def _unlike_removals(subject: Subject) -> Iterator[Fault]:
             energy = sum(energy for _, energy in reports)
             predictions.compare(removals, extra, gram, energy, max(2, _CHANNELS // len(steps)))
     for step, extra, predictions in kinds.values():
-        if (wrong := predictions.fault()) is not None:
-            said, method = wrong
-            yield Fault(step.name, f".{extra.name}: {said}", method)
+        if (problem := predictions.fault()) is not None:
+            message, method = problem
+            yield Fault(step.name, f".{extra.name}: {message}", method)

@@ -29,12 +29,12 @@ def check_capture(subject: Subject) -> Faults:
             continue
         rows = _captured(subject, step)
         for site, seen in products(subject, step).items():
-            if wrong := _capture_fault(capture, site, seen) or _row_fault(rows[site], seen):
-                yield step.name, f".{site.name}{wrong}"
+            if problem := _capture_fault(capture, site, seen) or _row_fault(rows[site], seen):
+                yield step.name, f".{site.name}{problem}"
 
 
 def _captured(subject: Subject, step: Step) -> dict[Site, list[Tensor]]:
-    """The inputs (tokens, in) that the adapter captures of each site in one step."""
+    """The inputs (tokens, in) that the adapter captures for each site in one step."""
     rows: dict[Site, list[Tensor]] = {site: [] for site in step.sites}
 
     def take(site: Site, inputs: Tensor) -> None:
@@ -74,14 +74,19 @@ def check_order(subject: Subject) -> Faults:
             # Two experts run in sequence, but independently.
             experts = before.routed and after.routed and _expert(before) != _expert(after)
             if before.order > after.order and not experts:
-                given = f".{before.name} of order {before.order}"
-                yield step.name, f"{given} is multiplied before {after.name} of order {after.order}"
+                position = f".{before.name} of order {before.order}"
+                yield (
+                    step.name,
+                    f"{position} is multiplied before {after.name} of order {after.order}",
+                )
                 break
         # The orders must tell the last site that writes to the stream.
         for one, other in combinations((site for site in step.sites if site.residual), 2):
             if one.order == other.order and one.input != other.input:
-                said = f".{one.name} and {other.name} are residual, with different inputs, but both"
-                yield step.name, f"{said} of order {one.order}"
+                message = (
+                    f".{one.name} and {other.name} are residual, with different inputs, but both"
+                )
+                yield step.name, f"{message} of order {one.order}"
                 break
 
 
@@ -94,8 +99,8 @@ def _expert(site: Site) -> tuple[str, int | None]:
 @promise("sites")
 def check_residual(subject: Subject) -> Faults:
     """Exactly the sites whose product is added to the residual stream are declared residual."""
-    whole = copy.deepcopy(subject.model).float()
-    subject = Subject(subject.adapter, whole, subject.tokens)
+    model = copy.deepcopy(subject.model).float()
+    subject = Subject(subject.adapter, model, subject.tokens)
     for step in subject.steps():
         weights = {site: site.weight(step.block).data for site in step.sites}
         stream = Stream(weights, first_tensor(step.state))
@@ -104,11 +109,13 @@ def check_residual(subject: Subject) -> Faults:
         for site in step.sites:
             added = site in stream.added
             if site.residual and not added:
-                said = "is declared residual, but its product is not added unchanged to the stream"
-                yield step.name, f".{site.name} {said} at the start of the block"
+                message = (
+                    "is declared residual, but its product is not added unchanged to the stream"
+                )
+                yield step.name, f".{site.name} {message} at the start of the block"
             elif added and not site.residual and not site.routed:
-                said = "adds its product to the residual stream, but is not declared residual"
-                yield step.name, f".{site.name} {said}"
+                message = "adds its product to the residual stream, but is not declared residual"
+                yield step.name, f".{site.name} {message}"
 
 
 @promise("capture")
@@ -131,9 +138,9 @@ def _in_time(subject: Subject, step: Step) -> bool:
             weight.mul_(-0.5)
 
     with subject.adapter.capture(block, sites, take):
-        found = subject.adapter.step(block, step.state, step.call)
+        stream = subject.adapter.step(block, step.state, step.call)
     after = subject.adapter.step(block, step.state, step.call)
-    return near(first_tensor(found), first_tensor(after))
+    return near(first_tensor(stream), first_tensor(after))
 
 
 @promise("step")
@@ -152,7 +159,7 @@ def _without_gradient(subject: Subject, step: Step) -> Faults:
         state = mapped(step.state, Tensor, lambda tensor: _counted(tensor, states))
         block = subject.opened(step)
         stream = stream_after(block, weights, block.batches[0], state)
-        # A plain sum would not do: a norm makes it constant.
+        # Not a plain sum: after a norm it would be constant.
         loss = (stream.flatten() * torch.linspace(-1, 1, stream.numel()).to(stream)).sum()
     if not stream.requires_grad:
         yield step.name, ": the output of step has no gradient: is it detached?"

@@ -18,8 +18,8 @@ from apt.errors import AptError, first_line
 from apt.shrinking.skipping import skipping
 
 _SHARES = (1 / 2, 1 / 3, 2 / 3, 0)
-_LARGE_SHARES = (1, 3 / 4, 2 / 3)  # up to what `Groups.least` allows
-_TOLERANCE = 1e-3  # of the effect that the removal has
+_LARGE_SHARES = (1, 3 / 4, 2 / 3)  # up to the limit of `Groups.least`
+_TOLERANCE = 1e-3  # of the effect of the removal
 _LEAST = 1e-5  # of the largest logit
 
 
@@ -42,71 +42,76 @@ def check_groups(subject: Subject) -> Faults:
 
 
 def _misdeclared(name: str, block: nn.Module, groups: Groups, sites: dict[str, Site]) -> Faults:
-    """Faults of a declaration by itself."""
+    """Faults of a declaration that show without a run."""
     parameters = tensors_of(block)
     for part in (*groups.parts, *groups.outputs):
         if part.path(0) not in parameters:
-            said = f": {groups.kind} have a part in {part.parameter}, which is no parameter of it"
-            yield name, said
+            message = (
+                f": {groups.kind} have a part in {part.parameter}, which is no parameter of it"
+            )
+            yield name, message
             continue
         if "*" in part.parameter:  # the whole parameter of a member
             continue
         end = part.start + groups.count * part.each
         length = parameters[part.parameter].shape[part.dim]
         if end > length:
-            said = f": {groups.kind} have {end} entries in dimension {part.dim} of"
-            yield name, f"{said} {part.parameter}, which has {length}"
+            message = f": {groups.kind} have {end} entries in dimension {part.dim} of"
+            yield name, f"{message} {part.parameter}, which has {length}"
     for reader in groups.readers:
         if reader not in sites:
             yield name, f": {groups.kind} have the reader {reader}, which is no site"
             continue
         width = sites[reader].oriented(sites[reader].weight(block)).shape[1]
         if width % groups.count:
-            said = f"{width} inputs, not a multiple of {groups.count} {groups.kind}"
-            yield name, f": {reader} has {said}"
+            message = f"{width} inputs, not a multiple of {groups.count} {groups.kind}"
+            yield name, f": {reader} has {message}"
     if not groups.readers and not groups.outputs:
         yield name, f": {groups.kind} have neither readers nor outputs"
 
 
 def _misnumbered(name: str, groups: Groups, config: Any) -> Faults:
-    """Fields that would have another value although all groups are kept.
+    """Fields that would get another value although all groups are kept.
 
-    The smaller model may run all the same: the field can be one on which no shape depends, or right
-    for one number of groups by chance. A field without a value has a default, which may be right.
+    The smaller model may run in spite of the fault: perhaps no shape depends on the field, or its
+    value is right for one number of groups by chance. A field without a value has a default, which
+    may be right.
     """
     for field, value in groups.fields.items():
-        known, all_kept = getattr(config, field, None), value(groups.count)
-        if isinstance(known, int | float) and not _agree(all_kept, known, groups.count):
-            said = f": {groups.kind} write {all_kept} into {field} of the configuration if all"
-            yield name, f"{said} {groups.count} are kept, but it has {known}"
+        configured, all_kept = getattr(config, field, None), value(groups.count)
+        if isinstance(configured, int | float) and not _agree(all_kept, configured, groups.count):
+            message = f": {groups.kind} write {all_kept} into {field} of the configuration if all"
+            yield name, f"{message} {groups.count} are kept, but it has {configured}"
 
 
-def _agree(given: int | float, known: int | float, count: int) -> bool:
-    """True if two values of a field are equal; a ratio may stand for a rounded number of groups."""
-    return given == known or (isinstance(known, float) and abs(given - known) * count < abs(known))
+def _agree(written: int | float, configured: int | float, count: int) -> bool:
+    """True if two values of a field are equal; a ratio must give the same number of groups."""
+    return written == configured or (
+        isinstance(configured, float) and abs(written - configured) * count < abs(configured)
+    )
 
 
 def _removed(subject: Subject, kind: str) -> Faults:
     """Faults in the model without half of the groups of a kind."""
     adapter, model = subject.adapter, copy.deepcopy(subject.model).float()
     masked: Any = copy.deepcopy(model)
-    removed, small, said = dict[str, list[int]](), None, ""
+    removed, smaller_model, message = dict[str, list[int]](), None, ""
     for share in _SHARES:  # a configuration may not express every number
         removed = _some(adapter, masked, kind, share)
-        gone = {name: {kind: indices} for name, indices in removed.items()}
+        removed_groups = {name: {kind: indices} for name, indices in removed.items()}
         try:
-            small = shrunk(model, adapter, gone)
+            smaller_model = shrunk(model, adapter, removed_groups)
             break
         except AptError as error:
-            said = said or error.message
-    if small is None:
-        yield "", f"{kind} cannot be removed: {said}"
+            message = message or error.message
+    if smaller_model is None:
+        yield "", f"{kind} cannot be removed: {message}"
         return
     with _mask(adapter, masked, kind, removed):
         expected = subject.logits(masked)
     size = float((expected - subject.logits(model)).abs().max())
     try:
-        logits = subject.logits(small)
+        logits = subject.logits(smaller_model)
     except Exception as error:
         yield _fails(kind, "some", error)
         return
@@ -114,8 +119,8 @@ def _removed(subject: Subject, kind: str) -> Faults:
         yield "", f"the model without some {kind} differs from one that does not depend on them"
     yield from _fewest(subject, model, kind)
     with tempfile.TemporaryDirectory() as folder:
-        small.save_pretrained(folder)
-        loaded = type(small).from_pretrained(folder, dtype="auto").eval()
+        smaller_model.save_pretrained(folder)
+        loaded = type(smaller_model).from_pretrained(folder, dtype="auto").eval()
         if not equal_up_to(subject.logits(loaded), logits, size):
             yield Fault("", f"the model without some {kind} is another one after it is loaded")
 
@@ -125,19 +130,21 @@ def _fewest(subject: Subject, model: Any, kind: str) -> Faults:
     for share in _LARGE_SHARES:
         removed = _some(subject.adapter, model, kind, share)
         try:
-            small = shrunk(model, subject.adapter, {n: {kind: gone} for n, gone in removed.items()})
+            smaller_model = shrunk(
+                model, subject.adapter, {n: {kind: indices} for n, indices in removed.items()}
+            )
         except AptError:
             continue
         try:
-            subject.logits(small)
+            subject.logits(smaller_model)
         except Exception as error:
             yield _fails(kind, "most", error)
         return
 
 
 def _fails(kind: str, removed: str, error: Exception) -> tuple[str, str]:
-    said = f"the model without {removed} {kind} does not run: {first_line(error)}"
-    return "", f"{said}: is 'least' too small?"
+    message = f"the model without {removed} {kind} does not run: {first_line(error)}"
+    return "", f"{message}: is 'least' too small?"
 
 
 def _dropped(subject: Subject) -> Faults:
@@ -147,38 +154,38 @@ def _dropped(subject: Subject) -> Faults:
         return
     model = copy.deepcopy(subject.model).float()
     try:
-        small = shrunk(model, subject.adapter, {}, [names[1]])
+        smaller_model = shrunk(model, subject.adapter, {}, [names[1]])
     except AptError:  # for instance, blocks whose kinds follow from their positions
         return
     with skipping(model, subject.adapter, [names[1]]):
         expected = subject.logits(model)
-    if not equal_up_to(subject.logits(small), expected, 0.0):
+    if not equal_up_to(subject.logits(smaller_model), expected, 0.0):
         yield Fault("", f"the model without {names[1]} differs from one that skips it", "blocks")
 
 
 def _some(adapter: Adapter, model: Any, kind: str, share: float) -> dict[str, list[int]]:
-    """A share of the groups of each block, the same number of each bin; at least one."""
-    chosen = {}
+    """A share of the groups of each block, the same number from each bin, and at least one."""
+    selected = {}
     for index, (name, block) in enumerate(adapter.blocks(model)):
         for groups in adapter.groups(block, model.config):
             if groups.kind == kind:
-                one = groups.count == groups.bins  # then whole bins go
-                bins, step = (1, 1) if one else (groups.bins, groups.multiple)
+                only_bins = groups.count == groups.bins  # then whole bins go
+                bins, step = (1, 1) if only_bins else (groups.bins, groups.multiple)
                 each = groups.count // bins
                 most = (each - -(-groups.least // bins)) // step
-                gone = min(max(1, int(each * share / step)), most) * step
-                chosen[name] = [
+                count = min(max(1, int(each * share / step)), most) * step
+                selected[name] = [
                     first + (index + i) % each
                     for first in range(0, groups.count, each)
-                    for i in range(gone)
+                    for i in range(count)
                 ]
-    return chosen
+    return selected
 
 
 def _mask(
     adapter: Adapter, model: Any, kind: str, removed: dict[str, list[int]]
 ) -> AbstractContextManager[Any]:
-    """Disconnect groups of a model; inside the context, its routers do not choose them either."""
+    """Disconnect groups of a model; inside the context, its routers do not choose them."""
     routers = dict[Tensor, Tensor]()
     for name, block in adapter.blocks(model):
         sites = {site.name: site for site in adapter.sites(block)}
@@ -194,14 +201,14 @@ def _mask(
                 outputs = {part.parameter for part in groups.outputs}
                 rows = [p.parameter for p in groups.parts if p.dim == 0]
                 flat = [path for path in rows if parameters[path].ndim == 2]
-                gone = torch.zeros(groups.count, dtype=torch.bool)
-                gone[removed[name]] = True
-                routers |= {parameters[p]: gone for p in flat if p not in outputs}
+                mask = torch.zeros(groups.count, dtype=torch.bool)
+                mask[removed[name]] = True
+                routers |= {parameters[p]: mask for p in flat if p not in outputs}
     return Unrouted(routers) if routers else nullcontext()
 
 
 def equal_up_to(logits: Tensor, expected: Tensor, effect: float) -> bool:
-    """True if logits are equal up to rounding, compared with the effect of a removal."""
+    """True if logits are equal up to rounding, relative to the effect of a removal."""
     if logits.shape != expected.shape:
         return False
     allowed = _TOLERANCE * effect + _LEAST * float(expected.abs().max())

@@ -44,40 +44,40 @@ def _gives_logits(subject: Subject, blocks: list[nn.Module]) -> bool:
 def _ending_in(last: nn.Module, stream: Tensor) -> AbstractContextManager[None]:
     """While entered, the ``last`` block returns ``stream`` for every input."""
 
-    def instead(module: nn.Module, args: Any, output: Any) -> Any:
+    def replaced(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return stream
-        rest = [
-            torch.zeros_like(part)  # of a stream in two parts
+        others = [
+            torch.zeros_like(part)  # the second part of a stream
             if isinstance(part, Tensor) and part.shape == stream.shape
             else part
             for part in output[1:]
         ]
-        return type(output)((stream, *rest))
+        return type(output)((stream, *others))
 
-    return removed([last.register_forward_hook(instead)])
+    return removed([last.register_forward_hook(replaced)])
 
 
 def _beside(subject: Subject, blocks: list[nn.Module]) -> list[str]:
     """Modules that run and look like blocks, but are not among the blocks.
 
-    These are members of a list of modules that have submodules and weights and whose input has the
-    shape of the residual stream; and all modules of the class of a block.
+    A module looks like a block if its class is that of a block; or if it is a member of a list of
+    modules, has submodules and weights, and has an input of the shape of the residual stream.
     """
-    named = dict(subject.model.named_modules())
-    inside = {part for block in blocks for part in block.modules()}
-    around = {m for m in named.values() if not set(blocks).isdisjoint(m.modules())}
-    lists = [m for m in named.values() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    modules = dict(subject.model.named_modules())
+    block_modules = {part for block in blocks for part in block.modules()}
+    around = {m for m in modules.values() if not set(blocks).isdisjoint(m.modules())}
+    lists = [m for m in modules.values() if isinstance(m, nn.ModuleList | nn.Sequential)]
     members = {part for parts in lists for part in parts if any(True for _ in part.children())}
     kinds = {type(block) for block in blocks}
     likely = {
         name: module
-        for name, module in named.items()
-        if module not in inside | around and (module in members or type(module) in kinds)
+        for name, module in modules.items()
+        if module not in block_modules | around and (module in members or type(module) in kinds)
     }
-    given = record(subject.model, blocks, subject.tokens).inputs[0].first
+    stream = record(subject.model, blocks, subject.tokens).inputs[0].first
     inner = tuple(f"{name}." for name in likely)
-    return [n for n in _given(subject, likely, tuple(given.shape)) if not n.startswith(inner)]
+    return [n for n in _given(subject, likely, tuple(stream.shape)) if not n.startswith(inner)]
 
 
 def _given(subject: Subject, modules: dict[str, nn.Module], shape: tuple[int, ...]) -> list[str]:

@@ -24,20 +24,20 @@ def check_permutable(subject: Subject) -> Faults:
     for name, _, sites in subject.blocks():
         block, readers = modules[name], {site.name: site for site in sites}
         for permutable in subject.adapter.permutable(block, config):
-            said = f": the permutable inputs of {permutable.reader}"
-            if fault := _misdeclared(block, permutable, readers):
-                yield name, f"{said} {fault}"
+            message = f": the permutable inputs of {permutable.reader}"
+            if problem := _misdeclared(block, permutable, readers):
+                yield name, f"{message} {problem}"
                 continue
-            own = columns_of(permutable, readers[permutable.reader])
-            assert own is not None
-            alone = _permuted(subject, model, block, replace(permutable, parts=(own,)))
-            effect = float((alone - expected).abs().max())
+            reader_part = columns_of(permutable, readers[permutable.reader])
+            assert reader_part is not None
+            changed = _permuted(subject, model, block, replace(permutable, parts=(reader_part,)))
+            effect = float((changed - expected).abs().max())
             if not equal_up_to(_permuted(subject, model, block, permutable), expected, effect):
-                yield name, f"{said} change the logits in another order"
+                yield name, f"{message} change the logits in another order"
 
 
 def _misdeclared(block: nn.Module, permutable: Permutable, readers: dict[str, Site]) -> str:
-    """The fault of a declaration by itself; empty if there is none."""
+    """The fault of a declaration that shows without a run; empty without a fault."""
     if permutable.reader not in readers:
         return "are those of no site"
     parameters = tensors_of(block)
@@ -47,8 +47,8 @@ def _misdeclared(block: nn.Module, permutable: Permutable, readers: dict[str, Si
         length = parameters[part.parameter].shape[part.dim]
         end = part.start + permutable.bins * part.each
         if end > length or part.each % permutable.size:
-            given = f"{permutable.bins} × {part.each} entries from {part.start}"
-            return f"have {given} in dimension {part.dim} of {part.parameter}, which has {length}"
+            entries = f"{permutable.bins} × {part.each} entries from {part.start}"
+            return f"have {entries} in dimension {part.dim} of {part.parameter}, which has {length}"
     reader = readers[permutable.reader]
     if columns_of(permutable, reader) is None:
         return f"have no part in the columns of {reader.parameter}"
@@ -58,7 +58,7 @@ def _misdeclared(block: nn.Module, permutable: Permutable, readers: dict[str, Si
 def _permuted(
     subject: Subject, model: nn.Module, block: nn.Module, permutable: Permutable
 ) -> Tensor:
-    """The logits of a model in whose block some inputs are in another order, for the moment."""
+    """The logits of a model with reordered inputs of a block; the order is restored."""
     order = permutable.random_order()
     with torch.no_grad():
         permutable.permute(tensors_of(block), order)

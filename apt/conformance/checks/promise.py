@@ -1,4 +1,4 @@
-"""Checks of one promise of an adapter each, and the faults that they report."""
+"""The type of checks, each of one promise of an adapter, and the faults that they report."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,17 +16,17 @@ class Fault:
 
     Args:
         place: the block; empty for a fault of the adapter as a whole.
-        said: the rest of the line after ``place``: a description of the fault.
-        method: the faulty method of the adapter; empty if none is known.
+        message: the rest of the line after ``place``: a description of the fault.
+        method: the faulty method of the adapter; empty if it is unknown.
     """
 
     place: str
-    said: str
+    message: str
     method: str = ""
 
 
 Faults = Iterator[Fault | tuple[str, str]]
-"""The faults of a check: for the method that it checks, pairs of the place and what is said."""
+"""The faults of a check. A fault of the checked method may be a pair of place and message."""
 
 
 class Nonconformance(AssertionError):
@@ -51,16 +51,16 @@ def promise(method: str = "") -> Callable[[Callable[[Subject], Faults]], Check]:
     def decorated(faults: Callable[[Subject], Faults]) -> Check:
         @wraps(faults)
         def check(subject: Subject) -> None:
-            seen: list[Fault] = []
+            found: list[Fault] = []
             try:
                 for fault in faults(subject):
-                    seen.append(fault if isinstance(fault, Fault) else Fault(*fault, method))
+                    found.append(fault if isinstance(fault, Fault) else Fault(*fault, method))
             except Exception as error:
-                if not seen:
+                if not found:
                     raise
-                raise Nonconformance(seen) from error
-            if seen:
-                raise Nonconformance(seen)
+                raise Nonconformance(found) from error
+            if found:
+                raise Nonconformance(found)
 
         return check
 
@@ -69,10 +69,10 @@ def promise(method: str = "") -> Callable[[Callable[[Subject], Faults]], Check]:
 
 def _lines(faults: list[Fault]) -> list[tuple[str, str]]:
     """A line for each fault. A fault of several blocks has one line, for the first of them."""
-    places = Counter((fault.said, fault.method) for fault in dict.fromkeys(faults))
+    places = Counter((fault.message, fault.method) for fault in dict.fromkeys(faults))
     lines: dict[tuple[str, str], tuple[str, str]] = {}
     for fault in faults:
-        kind = (fault.said, fault.method)
-        more = f" (the same in {places[kind] - 1} more blocks)" if places[kind] > 1 else ""
-        lines.setdefault(kind, (f"{fault.place}{fault.said}{more}", fault.method))
+        key = (fault.message, fault.method)
+        suffix = f" (the same in {places[key] - 1} more blocks)" if places[key] > 1 else ""
+        lines.setdefault(key, (f"{fault.place}{fault.message}{suffix}", fault.method))
     return list(lines.values())

@@ -29,16 +29,18 @@ def check_identity(subject: Subject) -> Faults:
 def check_pruning(subject: Subject) -> Faults:
     """Only sites are pruned, along their inputs, and shared parameters stay shared."""
     pruned = _pruned(subject, pattern := _pattern(subject))
-    there = Subject(subject.adapter, pruned, subject.tokens)
-    for step in there.steps():
-        for site, seen in products(there, step).items():
+    pruned_subject = Subject(subject.adapter, pruned, subject.tokens)
+    for step in pruned_subject.steps():
+        for site, seen in products(pruned_subject, step).items():
             weight = site.weight(step.block).detach()
             if not meets(weight.T if any(seen.stored) else weight, pattern):
                 yield Fault(step.name, f".{site.name} is not {pattern} along its inputs", "sites")
     weights = dict(pruned.named_parameters())
-    touched = {f"{name}.{site.parameter}" for name, _, sites in subject.blocks() for site in sites}
+    site_parameters = {
+        f"{name}.{site.parameter}" for name, _, sites in subject.blocks() for site in sites
+    }
     for name, value in subject.model.named_parameters():
-        if name not in touched and not torch.equal(weights[name], value):
+        if name not in site_parameters and not torch.equal(weights[name], value):
             yield "", f"{name} is not a site, but pruning changes it"
     if _sharing(pruned) != _sharing(subject.model):
         yield "", "shared parameters are no longer shared after pruning"
@@ -50,26 +52,26 @@ def check_saving(subject: Subject) -> Faults:
     pruned: Any = _pruned(subject, _pattern(subject))
     with tempfile.TemporaryDirectory() as folder:
         pruned.save_pretrained(folder)
-        # by default transformers 4 loads fp32; kernels of attention differ in rounding
+        # transformers 4 loads fp32 by default; kernels of attention differ in rounding
         kernel = getattr(pruned.config, "_attn_implementation", None)
-        given = {"dtype": "auto", **({"attn_implementation": kernel} if kernel else {})}
-        loaded = type(pruned).from_pretrained(folder, **given).eval()
+        arguments = {"dtype": "auto", **({"attn_implementation": kernel} if kernel else {})}
+        loaded = type(pruned).from_pretrained(folder, **arguments).eval()
         subject.adapter.check(loaded.config)
         with subject.adapter.running(loaded):  # with the same kernels
             logits = subject.logits(loaded)
         if not torch.equal(logits, subject.logits(pruned)):
-            said = "the model gives other logits after it is saved and loaded"
-            yield "", said + _changed_number(pruned, loaded)
+            message = "the model gives other logits after it is saved and loaded"
+            yield "", message + _changed_number(pruned, loaded)
 
 
 def _changed_number(before: nn.Module, after: nn.Module) -> str:
-    """The first plain number of a module that is another one after a model is loaded, in words."""
+    """The first attribute of a module whose number is another one after loading, in words."""
     modules = dict(after.named_modules())
     for name, module in before.named_modules():
         for attribute, value in vars(module).items():
-            now = getattr(modules.get(name), attribute, value)
-            if isinstance(value, int | float) and now != value:
-                return f": {attribute} of {name or 'the model'} is {value}, and then {now}"
+            loaded = getattr(modules.get(name), attribute, value)
+            if isinstance(value, int | float) and loaded != value:
+                return f": {attribute} of {name or 'the model'} is {value}, and then {loaded}"
     return ""
 
 

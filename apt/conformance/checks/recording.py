@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Passed:
-    """An input or output of a block: a stream in one tensor, or in two, with their sum."""
+    """An input or output of a block: the stream is one tensor, or the sum of two tensors."""
 
     first: Tensor
     whole: Tensor | None = None
@@ -42,22 +42,23 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> Rec
     def after(module: nn.Module, args: Any, output: Any) -> None:
         recording.outputs.append(_passed(output))
 
-    once = dict.fromkeys(blocks)  # a block may be in the list several times
-    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in once]
-    handles += [b.register_forward_hook(after) for b in once]
+    distinct = dict.fromkeys(blocks)  # a block may be in the list several times
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in distinct]
+    handles += [b.register_forward_hook(after) for b in distinct]
     with removed(handles):
         uncached(model, tokens)
     return recording
 
 
 def uncached(model: nn.Module, tokens: Tensor) -> Any:
-    """The output of a model without a cache, in which keys would lie otherwise in memory.
+    """The output of a model without a cache.
 
-    With torch 2.6 the products of attention then differ in the last bit.
+    With a cache, keys have another layout in memory. With torch 2.6 the products of attention then
+    differ in the last bit.
     """
     parameters = signature(model.forward).parameters.values()
-    known = any(p.name == "use_cache" or p.kind is Parameter.VAR_KEYWORD for p in parameters)
-    return model(tokens, use_cache=False) if known else model(tokens)
+    accepted = any(p.name == "use_cache" or p.kind is Parameter.VAR_KEYWORD for p in parameters)
+    return model(tokens, use_cache=False) if accepted else model(tokens)
 
 
 @contextmanager

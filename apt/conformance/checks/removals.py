@@ -1,8 +1,8 @@
-"""The changes that the removal of single weights causes, observed without the adapter.
+"""The changes by the removal of single weights, observed without the adapter.
 
 A weight of an extra is set to zero, and the block runs again. The change is measured at three
-places, since an adapter is free to choose the place of the product whose loss it reports: the first
-operator whose result changes, the input of the first site that changes, and the block's output.
+places: at the first operator whose result changes, at the input of the first site that changes,
+and at the block's output. An adapter may report the loss at any of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ _ROUNDING = 1e-12  # of the squared norm, below which nothing has changed
 
 
 class Change(NamedTuple):
-    """The squared norm of a change at one place, and that of what changes; 0 where nothing does."""
+    """The squared norms of a change at one place and of the changed tensor; 0 without a change."""
 
     square: float = 0.0
     whole: float = 0.0
@@ -35,9 +35,9 @@ class Change(NamedTuple):
 
 
 class _Results(Oracle[Site]):  # type: ignore[no-untyped-call]
-    """An oracle that keeps the results of operators, or finds how they differ from ``plain``.
+    """An oracle that keeps the results of operators, or measures the first change from ``plain``.
 
-    It is a mode of its own kind, not one beside the oracle: every mode slows every operator down.
+    It extends the oracle instead of a second mode beside it: every mode slows every operator down.
     """
 
     def __init__(self, weights: Mapping[Site, Tensor], plain: Sequence[Tensor | None] = ()) -> None:
@@ -73,7 +73,7 @@ class Removals:
         self._run(mapped(step.state, Tensor, _turned), turned)
         self._plain = self._run(step.state, results)
         pairs = zip(results.kept, turned.kept, strict=False)
-        # Results that do not depend on the tokens are those of weights alone.
+        # A result that is the same for reversed tokens depends on weights alone.
         self._results = [one if _change(one, other).square else None for one, other in pairs]
 
     def changes(
@@ -92,21 +92,21 @@ class Removals:
         """The inputs of the sites in order, and the block's output."""
         with results:
             output = self._adapter.step(self.step.block, state, self.step.call)
-        seen = sorted(results.seen.values(), key=lambda seen: seen.first)
-        return [torch.cat(each.inputs) for each in seen], first_tensor(output)
+        in_order = sorted(results.seen.values(), key=lambda in_order: in_order.first)
+        return [torch.cat(each.inputs) for each in in_order], first_tensor(output)
 
 
-def _change(one: Tensor, other: Tensor) -> Change:
-    """The change from the ``other`` tensor; none if it is rounding, or if the shapes differ."""
-    if one.shape != other.shape or torch.equal(one, other):
+def _change(changed: Tensor, reference: Tensor) -> Change:
+    """The change from ``reference``; zero if it is rounding, or if the shapes differ."""
+    if changed.shape != reference.shape or torch.equal(changed, reference):
         return Change()
-    square = float((one.double() - other.double()).square().sum())
-    whole = float(other.double().square().sum())
-    return Change(square, whole) if square > _ROUNDING * whole else Change()
+    square = float((changed.double() - reference.double()).square().sum())
+    norm = float(reference.double().square().sum())
+    return Change(square, norm) if square > _ROUNDING * norm else Change()
 
 
 def _turned(tensor: Tensor) -> Tensor:
-    """A state with its tokens in the opposite order."""
+    """A tensor of a state with its tokens in reversed order."""
     return tensor.flip(1) if tensor.is_floating_point() and tensor.ndim > 2 else tensor
 
 

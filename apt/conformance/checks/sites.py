@@ -28,10 +28,10 @@ def check_names(subject: Subject) -> Faults:
             path = site.parameter.removesuffix(".weight")
             expected = path if site.expert is None else f"{path}.{site.expert}"
             if site.name != expected:
-                which = f"{site.parameter}{_slice(site.expert)}"
-                yield name, f": the site of {which} is named {site.name}, not {expected}"
-        for twice in [n for n, count in Counter(s.name for s in sites).items() if count > 1]:
-            yield name, f": two sites are named {twice}"
+                parameter_text = f"{site.parameter}{_slice(site.expert)}"
+                yield name, f": the site of {parameter_text} is named {site.name}, not {expected}"
+        for duplicate in [n for n, count in Counter(s.name for s in sites).items() if count > 1]:
+            yield name, f": two sites are named {duplicate}"
 
 
 @promise("sites")
@@ -50,8 +50,10 @@ def check_sites(subject: Subject) -> Faults:
             if site not in seen and not site.routed:
                 yield step.name, f".{site.name} is a site, but is never multiplied"
         for name in _routers(subject, step):
-            said = "selects the experts of a token: declare it as their router, which stays dense"
-            yield step.name, f".{name} is a site, but its product {said}"
+            message = (
+                "selects the experts of a token: declare it as their router, which stays dense"
+            )
+            yield step.name, f".{name} is a site, but its product {message}"
     for name in _never_routed(subject):
         yield "", f"{name} is declared routed, but every block multiplies it with every token"
 
@@ -65,21 +67,23 @@ def _routers(subject: Subject, step: Step) -> list[str]:
     selection = Selection(weights)
     with selection:
         subject.step(step)
-    # Other products select tokens, for sparse attention; they have an output for each head.
+    # Products that select tokens, for sparse attention, have an output for each head.
     return [s.name for s in selection.routers if len(s.oriented(weights[s])) >= experts]
 
 
 def _never_routed(subject: Subject) -> list[str]:
-    """Routed sites that are no expert of a stack, alone in their order, and see all tokens."""
-    every: dict[str, bool] = {}
+    """Routed sites outside stacks that are alone in their order and get all tokens."""
+    sees_all: dict[str, bool] = {}
     for step in subject.steps():
         orders = Counter(site.order for site in step.sites if site.routed)
-        alone = [s for s in step.sites if s.routed and s.expert is None and orders[s.order] == 1]
-        seen = products(subject, step) if alone else {}
-        for site in alone:
+        candidates = [
+            s for s in step.sites if s.routed and s.expert is None and orders[s.order] == 1
+        ]
+        seen = products(subject, step) if candidates else {}
+        for site in candidates:
             all_seen = site in seen and seen[site].tokens == subject.tokens.numel()
-            every[site.name] = every.get(site.name, True) and all_seen
-    return [name for name, always in every.items() if always]
+            sees_all[site.name] = sees_all.get(site.name, True) and all_seen
+    return [name for name, always in sees_all.items() if always]
 
 
 @promise("sites")
@@ -89,21 +93,21 @@ def check_orientation(subject: Subject) -> Faults:
         for site, seen in products(subject, step).items():
             stored = next((s for s in seen.stored if s is not None), site.transposed)
             if stored != site.transposed:
-                truth = "(in, out)" if stored else "(out, in)"
-                declared = f"but declared transposed={site.transposed}"
-                yield step.name, f".{site.name} is stored {truth}, {declared}"
+                layout = "(in, out)" if stored else "(out, in)"
+                declaration = f"but declared transposed={site.transposed}"
+                yield step.name, f".{site.name} is stored {layout}, {declaration}"
 
 
 def _undeclared(adapter: Adapter, block: nn.Module, sites: list[Site]) -> list[str]:
     """Undeclared parameters of two or more dimensions, and undeclared slices of them."""
-    whole = {site.parameter for site in sites if site.expert is None}
-    whole |= {extra.parameter for extra in adapter.extras(block)}
+    declared = {site.parameter for site in sites if site.expert is None}
+    declared |= {extra.parameter for extra in adapter.extras(block)}
     slices = {(site.parameter, site.expert) for site in sites}
     stacked = {site.parameter for site in sites if site.expert is not None}
     dense = set(left_dense(adapter, block))
     undeclared = []
     for name, parameter in block.named_parameters():
-        if parameter.ndim < 2 or name in whole or {name, name.rpartition(".")[0]} & dense:
+        if parameter.ndim < 2 or name in declared or {name, name.rpartition(".")[0]} & dense:
             continue
         missing = [i for i in range(len(parameter)) if (name, i) not in slices]
         undeclared += [f"{name}[{i}]" for i in missing] if name in stacked else [name]

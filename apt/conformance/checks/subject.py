@@ -40,9 +40,10 @@ class Subject:
 
     Attributes:
         adapter: the adapter.
-        model: a model of its family, in eval mode; a tiny random one is enough. It does not change.
-        tokens: token ids (samples, seqlen), without padding; a few dozen in all.
-        spec: the adapter's spec; None if it is not known.
+        model: a model of its family, in eval mode; a tiny random one is enough. Checks do not
+            change it.
+        tokens: token ids (samples, seqlen), without padding; a few dozen in total.
+        spec: the adapter's spec; None if it is unknown.
     """
 
     adapter: Adapter
@@ -69,8 +70,8 @@ class Subject:
 
     def opened(self, step: Step, block: nn.Module | None = None, batches: int = 1) -> OpenBlock:
         """The block of a step, or a copy of it, with batches of the subject's tokens before it."""
-        given = [Batch(step.state, step.calls, self.tokens.numel()) for _ in range(batches)]
-        return OpenBlock(self.adapter, block or step.block, step.index, given)
+        inputs = [Batch(step.state, step.calls, self.tokens.numel()) for _ in range(batches)]
+        return OpenBlock(self.adapter, block or step.block, step.index, inputs)
 
     @torch.no_grad()
     def logits(self, model: nn.Module | None = None) -> Tensor:
@@ -80,13 +81,13 @@ class Subject:
         return logits
 
     def positions(self) -> int | None:
-        """The adapter's limit of the length of a sequence."""
+        """The adapter's limit on the length of a sequence."""
         return self.adapter.positions(getattr(self.model, "config", None))
 
     def others(self) -> dict[str, Tensor]:
-        """Other batches (samples, seqlen) of the same token ids: one of equal size, one longer.
+        """Two other batches (samples, seqlen) of the same token ids: of equal size, and longer.
 
-        If the model has too few positions, the second one is shorter instead.
+        If the model has too few positions, the second batch is shorter instead.
         """
         samples, seqlen = self.tokens.shape
         limit = self.positions() or _LONGER
@@ -98,10 +99,10 @@ class Subject:
         }
 
     def long(self) -> dict[str, Tensor]:
-        """A batch (1, seqlen) of the longest sequence that the adapter allows, or of a cheap one.
+        """A batch (1, seqlen) of the longest sequence that the adapter allows and that is cheap.
 
-        Without a limit it is one token more than the positions of the configuration, if it has any:
-        a table of positions ends there. It is left out if it is no longer than those of `others`.
+        Without a limit, the length is one more than the positions of the configuration, where a
+        table of positions would end. There is no batch if it is not longer than those of `others`.
         """
         config = text_config(getattr(self.model, "config", None))
         configured = getattr(config, "max_position_embeddings", None)
@@ -113,9 +114,9 @@ class Subject:
         return {f"on a long sequence, 1 × {length} tokens": self._ids(1, length)}
 
     def _ids(self, samples: int, seqlen: int) -> Tensor:
-        """Token ids (samples, seqlen): those of ``tokens`` from the last to the first, repeated."""
-        ids, wanted = self.tokens.flatten().flip(0), samples * seqlen
-        return ids.repeat(wanted // ids.numel() + 1)[:wanted].view(samples, seqlen)
+        """Token ids (samples, seqlen): ``tokens`` from the last to the first, repeated."""
+        ids, count = self.tokens.flatten().flip(0), samples * seqlen
+        return ids.repeat(count // ids.numel() + 1)[:count].view(samples, seqlen)
 
 
 def products(subject: Subject, step: Step) -> dict[Site, Seen]:

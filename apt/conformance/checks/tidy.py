@@ -1,4 +1,4 @@
-"""Checks that an adapter changes nothing in the model and the process, even after an exception."""
+"""Checks that an adapter leaves model and process unchanged, also after an exception."""
 
 import copy
 from collections.abc import Iterator
@@ -27,15 +27,15 @@ def check_running(subject: Subject) -> Faults:
     before = snapshot(model)
     with adapter.running(model):
         pass
-    yield from _left("running", before, model)
+    yield from _traces("running", before, model)
     before = snapshot(model)
     if _swallows(adapter.running(model)):
         yield "", "running swallows an exception"
-    yield from _left("running", before, model, " when an exception ends it")
-    whole = copy.deepcopy(model).float()  # kernels differ more in other dtypes
-    logits = subject.logits(whole)
-    with adapter.running(whole):
-        within = subject.logits(whole)
+    yield from _traces("running", before, model, " when an exception ends it")
+    copied = copy.deepcopy(model).float()  # kernels differ more in other dtypes
+    logits = subject.logits(copied)
+    with adapter.running(copied):
+        within = subject.logits(copied)
     if not near(within, logits):
         yield "", "the model gives other logits within running"
 
@@ -46,13 +46,13 @@ def check_untouched(subject: Subject) -> Faults:
     logits, model = subject.logits(), subject.model
     before = snapshot(model)
     subject.adapter.enter(model, subject.tokens)
-    yield from _left("enter", before, model)
+    yield from _traces("enter", before, model)
     before = snapshot(model)
     for step in subject.steps():
         around = process()
         subject.step(step)
         yield from _changed("step", changes(around, process()))
-    yield from _left("step", before, model)
+    yield from _traces("step", before, model)
     before = snapshot(model)
     for step in subject.steps():
         plain = first_tensor(subject.step(step))
@@ -62,7 +62,7 @@ def check_untouched(subject: Subject) -> Faults:
         yield from _changed("capture", changes(around, process()))
         if not torch.equal(plain, watched):
             yield step.name, ": capture changes its output"
-    yield from _left("capture", before, model)
+    yield from _traces("capture", before, model)
     if not torch.equal(subject.logits(), logits):
         yield "", "the model gives other logits after capture"
 
@@ -73,10 +73,10 @@ def check_exception(subject: Subject) -> Faults:
     logits, model = subject.logits(), subject.model
     before = snapshot(model)
     _enter_stopped(subject)
-    yield from _left("enter", before, model, " when an exception ends it")
+    yield from _traces("enter", before, model, " when an exception ends it")
     before = snapshot(model)
     yield from _capture_stopped(subject)
-    yield from _left("capture", before, model, " when an exception ends it")
+    yield from _traces("capture", before, model, " when an exception ends it")
     if not torch.equal(subject.logits(), logits):
         yield "", "the model gives other logits after an exception"
 
@@ -88,8 +88,8 @@ def check_repeat(subject: Subject) -> Faults:
         before = _tensors_in([step.state, step.call])
         first = first_tensor(subject.step(step)).clone()
         if _tensors_in([step.state, step.call]) != before:
-            said = ": a step changes its state or its call: does the call have a cache?"
-            yield Fault(step.name, said, "enter")
+            message = ": a step changes its state or its call: does the call have a cache?"
+            yield Fault(step.name, message, "enter")
             continue
         if not same(first_tensor(subject.step(step)), first):
             yield step.name, ": a step gives another result the second time"
@@ -97,16 +97,16 @@ def check_repeat(subject: Subject) -> Faults:
 
 def _swallows(context: AbstractContextManager[None]) -> bool:
     """True if an exception that ends the context does not reach the caller."""
-    through = False
+    raised = False
     try:
         with context:
             raise StopError
     except StopError:
-        through = True
-    return not through
+        raised = True
+    return not raised
 
 
-def _left(method: str, before: Any, model: nn.Module, when: str = "") -> Iterator[Fault]:
+def _traces(method: str, before: Any, model: nn.Module, when: str = "") -> Iterator[Fault]:
     return _changed(method, changes(before, snapshot(model)), when)
 
 

@@ -73,8 +73,8 @@ class Blocks(Pattern):
         rows, end = len(scores), offset + scores.shape[1]
         sums = self._grouped(scores).sum((1, 3))
         count = self._count(rows * end) - self._count(rows * offset)
-        chosen = lowest_k(sums.reshape(1, -1), count).view_as(sums)
-        return chosen.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        indices = lowest_k(sums.reshape(1, -1), count).view_as(sums)
+        return indices.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
 
     def smallest(self, magnitudes: Tensor, per: Granularity = "layer") -> Tensor:
         """The mask of the blocks with the smallest sums of squares."""

@@ -1,4 +1,4 @@
-"""The tests also run on sources that are not installed: a folder then has the entry point."""
+"""The tests also run on sources that are not installed, by a folder with the entry point."""
 
 import sys
 import tempfile

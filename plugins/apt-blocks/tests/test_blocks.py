@@ -1,4 +1,4 @@
-"""Blocks of zeros, counted without APT, by every method and on every way to the disk."""
+"""Blocks of zeros, counted without APT, for every method and every kind of run."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ PATTERN = ("--pattern", "block:16x16@0.5")
 
 
 class KilledError(BaseException):
-    """Stands in for a process that is gone."""
+    """An exception in place of a killed process."""
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def run(monkeypatch, capsys, tmp_path):
             main()
         except SystemExit as stop:
             code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out + said.err
+        output = capsys.readouterr()
+        return code, output.out + output.err
 
     return call
 
@@ -62,11 +62,11 @@ def counts(folder, rows=16, columns=16):
 
 
 @pytest.mark.parametrize("pattern", [Blocks(16, 16, 0.5), Blocks(4, 8, 0.3), Blocks(64, 1, 0.9)])
-def test_the_promises_of_the_protocol_are_kept(pattern):
+def test_pattern_keeps_the_promises_of_the_protocol(pattern):
     check_pattern(pattern, (64, 96))
 
 
-def test_the_blocks_of_the_lowest_sums_are_pruned():
+def test_lowest_prunes_the_blocks_of_the_lowest_sums():
     scores = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
     mask = Blocks(4, 5, 0.5).lowest(scores)
     sums = {(i, j): scores[i : i + 4, j : j + 5].sum() for i in (0, 4, 8) for j in (0, 5, 10, 15)}
@@ -77,7 +77,7 @@ def test_the_blocks_of_the_lowest_sums_are_pruned():
     assert torch.equal(mask, expected)
 
 
-def test_the_smallest_blocks_are_those_of_the_smallest_squares():
+def test_smallest_prunes_the_blocks_of_the_smallest_squares():
     flat, steep = torch.full((2, 2), 0.6), torch.tensor([[0.0, 0.0], [0.0, 1.9]])
     magnitudes = torch.cat([flat, steep], 1)  # sums 2.4 and 1.9, squares 1.44 and 3.61
     assert Blocks(2, 2, 0.5).smallest(magnitudes)[:, :2].all()
@@ -85,7 +85,7 @@ def test_the_smallest_blocks_are_those_of_the_smallest_squares():
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ss", "sm", "alps", "admm"])
-def test_a_method_removes_the_exact_number_of_blocks(method):
+def test_methods_remove_the_exact_number_of_blocks(method):
     model, _ = embedded("llama")
     report = apt.prune(model, random_tokens(256), pattern="block:8x32@0.4", method=method,
                        allocation="uniform")  # fmt: skip
@@ -97,7 +97,7 @@ def test_a_method_removes_the_exact_number_of_blocks(method):
 
 
 @pytest.mark.parametrize("method", [admm, ss, sm])
-def test_inputs_that_were_always_zero_leave_the_count_exact(method):
+def test_dead_inputs_keep_the_number_of_blocks_exact(method):
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(4, 60, 32, generator=draw)
     inputs[..., [0, 1, 2, 9, 17]] = 0
@@ -106,21 +106,21 @@ def test_inputs_that_were_always_zero_leave_the_count_exact(method):
     assert int(found.mask.sum()) == empty_blocks(found.weight, 4, 8) * 32 == 8 * 32
 
 
-def test_an_allocation_gives_each_site_its_number_of_blocks(run, tmp_path):
+def test_allocation_gives_each_site_its_number_of_blocks(run, tmp_path):
     assert run("prune", "zoo:llama", *PATTERN, "--allocation", "auto", *RUN, "-o", "out")[0] == 0
     found = counts(tmp_path / "out")
     assert all(zeros == blocks * 256 for blocks, _, zeros in found.values())
     assert sum(b for b, _, _ in found.values()) * 2 == sum(every for _, every, _ in found.values())
     assert len({blocks / every for blocks, every, _ in found.values()}) > 5
-    code, said = run("verify", "out")
+    code, output = run("verify", "out")
     assert code == 0
-    assert "28 of 28 sites meet their pattern in the report (block:16x16@0.5)" in said
+    assert "28 of 28 sites meet their pattern in the report (block:16x16@0.5)" in output
     assert run("verify", "out", *PATTERN)[0] == 0
     assert run("report", "out")[0] == 0
     assert "block:16x16@0.5" in (tmp_path / "report.html").read_text()
 
 
-def test_a_filled_block_is_found_on_disk(run, tmp_path):
+def test_verify_detects_a_filled_block(run, tmp_path):
     words = ("--pattern", "block:16x16", "--sparsity", "0.5", "--method", "magnitude")
     assert run("prune", "zoo:llama", *words, *RUN[:4], "-o", "out")[0] == 0
     from safetensors.torch import save_file
@@ -132,12 +132,12 @@ def test_a_filled_block_is_found_on_disk(run, tmp_path):
     row, column = (weight == 0).nonzero()[0].tolist()
     weight[row, column] = 0.5
     save_file(weights, file, {"format": "pt"})
-    code, said = run("verify", "out", "--pattern", "block:16x16@0.5")
+    code, output = run("verify", "out", "--pattern", "block:16x16@0.5")
     assert code == 1
-    assert "model.layers.1.mlp.up_proj: 191 blocks of zeros, 192 needed" in said
+    assert "model.layers.1.mlp.up_proj: 191 blocks of zeros, 192 needed" in output
 
 
-def test_a_streamed_and_a_resumed_run_write_the_same_bytes(run, tmp_path, monkeypatch):
+def test_streamed_and_resumed_runs_write_the_same_bytes(run, tmp_path, monkeypatch):
     command = ("prune", "zoo:llama", *PATTERN, *RUN)
     assert run(*command, "-o", "whole")[0] == 0
     assert run(*command, "--stream", "-o", "streamed")[0] == 0
@@ -154,9 +154,9 @@ def test_a_streamed_and_a_resumed_run_write_the_same_bytes(run, tmp_path, monkey
         with pytest.raises(KilledError):
             run(*command, "--stream", "-o", "resumed")
     assert not (tmp_path / "resumed").exists()
-    code, said = run(*command, "--resume", "-o", "resumed")
+    code, output = run(*command, "--resume", "-o", "resumed")
     assert code == 0
-    assert "resum" in said
+    assert "resum" in output
     first, *others = (
         (tmp_path / name / "model.safetensors").read_bytes()
         for name in ("whole", "streamed", "resumed")
@@ -164,7 +164,7 @@ def test_a_streamed_and_a_resumed_run_write_the_same_bytes(run, tmp_path, monkey
     assert others == [first, first]
 
 
-def test_methods_are_compared_with_blocks(run, tmp_path):
+def test_compare_accepts_block_patterns(run, tmp_path):
     code, _ = run("compare", "zoo:llama", "--methods", "wanda,magnitude", "--patterns",
                   "block:16x16@0.5,2:4", *RUN[:4], "--windows", "2", "-o", "out")  # fmt: skip
     assert code == 0
@@ -173,14 +173,14 @@ def test_methods_are_compared_with_blocks(run, tmp_path):
     assert {("wanda", "block:16x16@0.5"), ("magnitude", "block:16x16@0.5")} <= found
 
 
-def test_a_file_of_options_has_blocks_and_other_blocks(run, tmp_path):
+def test_option_file_accepts_block_patterns_and_overrides(run, tmp_path):
     (tmp_path / "run.toml").write_text(
         'pattern = "block:16x16"\nsparsity = 0.5\n'
         'override = ["*.down_proj=block:32x8@0.25", "*.q_proj=2:4"]\n'
     )
     words = ("--method", "magnitude", "--skip", "*.0.*", *RUN[:4])
-    code, said = run("prune", "zoo:llama", "--config", "run.toml", *words)
-    assert code == 0, said
+    code, output = run("prune", "zoo:llama", "--config", "run.toml", *words)
+    assert code == 0, output
     report = json.loads((tmp_path / "llama-block16x16-0.5-magnitude/apt_report.json").read_text())
     patterns = {site["name"].rpartition(".")[2]: site["pattern"] for site in report["sites"]}
     assert patterns["down_proj"] == "block:32x8@0.25"
@@ -203,31 +203,31 @@ def test_a_file_of_options_has_blocks_and_other_blocks(run, tmp_path):
         ((*PATTERN, "--permute"), "permute has no effect"),
     ],
 )  # fmt: skip
-def test_a_request_without_an_answer_is_one_line(run, words, fault):
-    code, said = run("prune", "zoo:llama", *words, *RUN[:4], "-o", "out")
-    line = next(line for line in said.splitlines() if line.startswith("apt-prune: "))
+def test_impossible_patterns_are_errors_of_one_line(run, words, fault):
+    code, output = run("prune", "zoo:llama", *words, *RUN[:4], "-o", "out")
+    line = next(line for line in output.splitlines() if line.startswith("apt-prune: "))
     assert code == 2
     assert fault in line
 
 
-def test_weights_of_single_channels_have_no_blocks(run):
+def test_extras_refuse_block_patterns(run):
     words = ("--also", "conv1d", "--method", "magnitude")
-    code, said = run("prune", "zoo:mamba", *PATTERN, *words, *RUN[:4], "-o", "out")
+    code, output = run("prune", "zoo:mamba", *PATTERN, *words, *RUN[:4], "-o", "out")
     assert code == 2
-    assert "conv1d cannot be pruned to block:16x16@0.5" in said
+    assert "conv1d cannot be pruned to block:16x16@0.5" in output
 
 
-def test_masks_of_blocks_do_not_move(run):
+def test_moving_masks_of_blocks_is_refused(run):
     pytest.importorskip("peft")
     assert (
         run("prune", "zoo:llama", *PATTERN, "--method", "magnitude", *RUN[:4], "-o", "out")[0] == 0
     )
-    code, said = run("recover", "out", "--move-masks", "--steps", "1", "-o", "trained")
+    code, output = run("recover", "out", "--move-masks", "--steps", "1", "-o", "trained")
     assert code == 2
-    assert "masks of the pattern block:16x16@0.5 cannot move" in said
+    assert "masks of the pattern block:16x16@0.5 cannot move" in output
 
 
-def test_a_text_keeps_the_count():
+def test_text_of_a_pattern_keeps_its_count():
     for zeros in range(0, 48, 7):
         pattern = Blocks(16, 16, 0.5).with_zeros(zeros * 256, (96, 128))
         assert read_pattern(str(pattern)).required((96, 128)) == zeros * 256

@@ -24,7 +24,7 @@ class Gpt2Adapter(DecoderAdapter):
     )
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The channels of the MLP. A head cannot go: the width of all heads is the hidden size."""
+        """The channels of the MLP. Heads stay: the width of all heads must be the hidden size."""
         count = block.get_parameter(
             "mlp.c_fc.bias"
         ).numel()  # four times the hidden size by default

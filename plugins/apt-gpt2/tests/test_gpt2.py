@@ -19,7 +19,7 @@ class TestGpt2(AdapterConformance):
 @pytest.mark.parametrize(
     "options", [{}, {"method": "ss", "options": apt.PruneOptions(error_aware=False)}]
 )
-def test_two_of_four_are_kept_along_the_inputs_after_loading(tmp_path, options):
+def test_pruned_gpt2_meets_2_4_along_the_inputs_after_loading(tmp_path, options):
     model = example()
     apt.prune(model, random_tokens(128), pattern="2:4", **options)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-// AVX2: eight columns at a time; a table gives the place of each column's value for a byte of the mask.
+// AVX2: eight columns at a time. For a byte of the mask, a table has the index of each column's value.
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "matrix.h"
 

@@ -22,7 +22,7 @@ namespace {
 inline void put(float value, float *to) { *to = value; }
 inline void put(float value, uint16_t *to) { *to = to_bf16(value); }
 
-// A value as an element of T has it.
+// A value, rounded to an element of T.
 template <class T>
 inline float rounded(float value) {
     T element;
@@ -39,7 +39,7 @@ class Input {
 
     float *values() { return wide_.data(); }
 
-    // To be called when all values are there.
+    // To be called after all values are set.
     void finish() {
         for (size_t i = 0; i < half_.size(); ++i) half_[i] = to_bf16(wide_[i]);
     }
@@ -58,7 +58,7 @@ class Input {
     std::vector<uint16_t> half_;
 };
 
-// A product, and where its result goes.
+// A product, and the memory for its result.
 struct Target {
     const Matrix *matrix;
     float *values;

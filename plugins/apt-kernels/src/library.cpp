@@ -113,7 +113,7 @@ EXPORT int apt_level() { return apt::supported(); }
 
 // Use the threads of an OpenMP runtime, of which this is the function GOMP_parallel.
 EXPORT void apt_use_openmp(void *parallel) {
-    apt::pool();  // which sees to forks: a child has none of these threads, before a product as well
+    apt::pool();  // handles forks: a child process has none of these threads, also before a product
     apt::openmp = reinterpret_cast<apt::Parallel>(parallel);
 }
 

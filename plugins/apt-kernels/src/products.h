@@ -1,4 +1,4 @@
-// What the functions for Python share: the choice of the instruction set, threads, and vectors.
+// The common parts of the functions for Python: the choice of the instruction set, threads, and vectors.
 #pragma once
 
 #include <algorithm>

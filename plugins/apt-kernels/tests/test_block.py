@@ -69,7 +69,7 @@ def kernels_of(matrices, level):
     length=st.integers(1, 40), room=st.integers(0, 5), more=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_a_block_is_that_of_torch(
+def test_block_equals_the_reference_in_torch(
     level, kv_heads, share, half_width, length, room, more, dtype, seed
 ):
     draw, width = torch.Generator().manual_seed(seed), 2 * half_width
@@ -99,8 +99,8 @@ def test_a_block_is_that_of_torch(
 
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("width", [2, 6, 20, 40, 90])
-def test_heads_of_any_even_width_are_served(level, width):
-    """Attention alone is of this width: the matrices fill whole words."""
+def test_heads_of_any_even_width_are_supported(level, width):
+    """Only the attention has this width; the matrices fill complete words."""
     draw = torch.Generator().manual_seed(width)
     matrices, vectors = random_block(draw, 64, 64, 32, 1, width, False)
     block = Block(kernels_of(matrices, level), vectors, width, EPSILON, SCALING)
@@ -114,7 +114,7 @@ def test_heads_of_any_even_width_are_served(level, width):
     assert torch.allclose(block.step(x, *angles, keys, values).double(), expected, atol=1e-4)
 
 
-def test_threads_share_the_work():
+def test_number_of_threads_does_not_change_the_block():
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     matrices, vectors = random_block(draw, 1024, 2048, 4, 4, 64, False)
     block = Block(kernels_of(matrices, LEVEL), vectors, 64, EPSILON, SCALING)
@@ -131,7 +131,7 @@ def test_threads_share_the_work():
     assert torch.equal(found[0], found[2])
 
 
-def test_what_does_not_fit_is_refused():
+def test_matrices_and_vectors_that_do_not_fit_are_refused():
     draw = torch.Generator().manual_seed(0)
     matrices, vectors = random_block(draw, 64, 64, 2, 2, 32, True)
     kernels = kernels_of(matrices, LEVEL)
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused():
             block.step(*wrong)
 
 
-def test_a_vector_that_changes_in_its_memory_is_that_of_the_next_token():
+def test_vectors_changed_in_place_are_used_for_the_next_token():
     draw = torch.Generator().manual_seed(0)
     matrices, vectors = random_block(draw, 64, 64, 2, 2, 32, True)
     block = Block(kernels_of(matrices, LEVEL), vectors, 32, EPSILON, SCALING)

@@ -49,9 +49,7 @@ def packed(rows, columns, share, kind, group, seed):
     vectors=st.integers(1, 8),
     seed=st.integers(0, 99),
 )
-def test_products_and_expansions_are_those_of_the_dense_matrix(
-    rows, columns, share, kind, vectors, seed
-):
+def test_products_and_expansions_equal_the_dense_matrix(rows, columns, share, kind, vectors, seed):
     from apt_kernels.gpu import GpuMatrix
 
     dense, *parts = packed(rows, columns, share, kind, 64, seed)

@@ -71,7 +71,7 @@ SHARES = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.95, 1.0])
     rows=st.integers(1, 40), columns=st.integers(1, 300), batch=st.integers(1, 9), share=SHARES,
     kind=KINDS, half=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_a_product_is_that_of_the_dense_matrix(
+def test_product_equals_that_of_the_dense_matrix(
     level, rows, columns, batch, share, kind, half, seed
 ):
     dense, matrix = packed(rows, columns, share, kind, seed)
@@ -140,7 +140,7 @@ def test_values_that_are_not_finite_reach_the_result(level, kind, value):
     rows=st.integers(1, 300), columns=st.integers(1, 300), batch=st.integers(0, 200), share=SHARES,
     kind=KINDS, seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_products_with_many_vectors_are_those_of_the_dense_matrix(
+def test_products_with_many_vectors_equal_those_of_the_dense_matrix(
     rows, columns, batch, share, kind, seed
 ):
     dense, matrix = packed(rows, columns, share, kind, seed)
@@ -178,7 +178,7 @@ def kind_of_threads(request):
 
 
 @pytest.mark.skipif(library.torch_openmp() is None, reason="torch has no OpenMP here")
-def test_products_start_no_threads_beside_those_of_torch():
+def test_products_start_no_threads_of_their_own():
     script = """
 from pathlib import Path
 import torch
@@ -197,7 +197,7 @@ print(threads() - before, torch.allclose(expected, x @ weight.T, rtol=1e-3, atol
 
 @pytest.mark.usefixtures("kind_of_threads")
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_number_of_threads_does_not_change_the_result(threads):
+def test_number_of_threads_does_not_change_the_result(threads):
     dense, matrix = packed(3000, 512, 0.6, torch.bfloat16, 0)
     x, before = torch.randn(2, 512), torch.get_num_threads()
     one, many = matrix.product(x), matrix.tiled(x.bfloat16())
@@ -213,7 +213,7 @@ def test_the_number_of_threads_does_not_change_the_result(threads):
 
 
 @pytest.mark.usefixtures("kind_of_threads")
-def test_several_threads_may_multiply_at_a_time():
+def test_several_threads_can_multiply_at_the_same_time():
     _, matrix = packed(2000, 512, 0.6, torch.bfloat16, 1)
     vectors = [torch.randn(1, 512) for _ in range(4)]
     expected = [matrix.product(x) for x in vectors]
@@ -235,7 +235,7 @@ def test_several_threads_may_multiply_at_a_time():
 @pytest.mark.usefixtures("kind_of_threads")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_process_has_threads_of_its_own():
+def test_forked_process_has_its_own_threads():
     _, matrix = packed(3000, 512, 0.6, torch.bfloat16, 2)
     x, before = torch.randn(1, 512), torch.get_num_threads()
     torch.set_num_threads(2)
@@ -249,7 +249,7 @@ def test_a_child_process_has_threads_of_its_own():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_that_is_made_before_the_first_product_has_threads_of_its_own():
+def test_process_forked_before_the_first_product_has_its_own_threads():
     script = """
 import os, signal, torch
 from apt_kernels import DenseMatrix
@@ -269,7 +269,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("columns", [128 * 64, 200 * 64])
-def test_the_largest_integers_of_a_wide_group_are_summed_exactly(level, columns):
+def test_largest_integers_of_a_wide_group_are_summed_exactly(level, columns):
     values = torch.full((columns,), -128, dtype=torch.int8)
     kept = torch.ones(1, columns, dtype=torch.bool)
     matrix = Matrix(columns, bitmask(kept), values, torch.ones(1, 1), columns)
@@ -282,7 +282,7 @@ def test_the_largest_integers_of_a_wide_group_are_summed_exactly(level, columns)
     SANITIZED or not (which("aarch64-linux-gnu-g++") and which("qemu-aarch64")),
     reason="needs a cross compiler and an emulator: g++-aarch64-linux-gnu, qemu-user",
 )
-def test_the_products_for_arm_are_those_in_plain_cpp():
+def test_products_for_arm_equal_those_in_plain_cpp():
     script = Path(__file__).parents[3] / ".ci/neon"
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -298,7 +298,7 @@ def test_the_products_for_arm_are_those_in_plain_cpp():
     batch=st.integers(1, 8),
     seed=st.integers(0, 99),
 )
-def test_a_dense_matrix_stays_in_its_memory(level, rows, words, kind, batch, seed):
+def test_dense_matrix_uses_the_memory_of_the_tensor(level, rows, words, kind, batch, seed):
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, 64 * words, generator=draw).to(kind)
     matrix = DenseMatrix(weight)
@@ -340,7 +340,7 @@ def test_copies_share_a_region_without_overlap(sizes, dtype):
     assert not any(copy.any() for copy in copies)
 
 
-def test_several_threads_get_memory_of_their_own():
+def test_threads_get_separate_memory():
     with ThreadPoolExecutor(8) as pool:
         copies = list(pool.map(lambda n: in_large_pages(torch.full((64,), n)), range(2000)))
     assert all((copy == number).all() for number, copy in enumerate(copies))
@@ -349,7 +349,7 @@ def test_several_threads_get_memory_of_their_own():
 @pytest.mark.skipif(
     SANITIZED or not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are those of Linux"
 )
-def test_a_region_is_given_back_with_its_last_tensor():
+def test_region_is_released_with_its_last_tensor():
     def mapped(place):
         maps = Path("/proc/self/maps").read_text().splitlines()
         ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
@@ -398,7 +398,7 @@ def in_files():
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are those of Linux")
-def test_a_copied_file_leaves_memory(tmp_path):
+def test_copied_file_is_unmapped(tmp_path):
     size = 2**25
     (tmp_path / "values").write_bytes(bytes(range(256)) * (size // 256))
     values = torch.from_file(str(tmp_path / "values"), False, size, dtype=torch.uint8)

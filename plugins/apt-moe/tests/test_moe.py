@@ -1,4 +1,4 @@
-"""The adapter conforms; experts are pruned on their own tokens, and few tokens do no harm."""
+"""The adapter conforms; experts are pruned on their own tokens, also on few tokens."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class TestQwen3Moe(AdapterConformance):
 
 
 @pytest.mark.parametrize("aware", [False, True])
-def test_every_kind_of_run_prunes_every_expert(tmp_path, aware):
+def test_all_kinds_of_runs_prune_every_expert(tmp_path, aware):
     model = example()
     report = apt.prune(model, TOKENS, pattern="2:4", options=apt.PruneOptions(error_aware=aware))
     assert len(report.sites) == 2 * (4 + 8) + 7
@@ -34,8 +34,8 @@ def test_every_kind_of_run_prunes_every_expert(tmp_path, aware):
 
 
 @torch.no_grad()
-def test_an_expert_is_solved_on_the_tokens_that_it_gets():
-    """The first block's experts, by hand: routed as the router says, solved by the plain solver."""
+def test_expert_is_solved_on_its_own_tokens():
+    """The expected weights are solved by hand on the tokens that the router selects."""
     model = example().eval()
     block, given = model.model.layers[0], []
     block.mlp.register_forward_pre_hook(lambda module, args: given.append(args[0].clone()))
@@ -53,8 +53,8 @@ def test_an_expert_is_solved_on_the_tokens_that_it_gets():
         assert site.tokens == len(mine)
 
 
-def test_experts_that_see_too_little_are_reported_and_not_ruined():
-    """Three tokens for two of eight experts each: some see none, and fall back to magnitude."""
+def test_experts_with_few_tokens_are_reported_as_starved():
+    """Three tokens go to two of eight experts each; experts without tokens use magnitude."""
     model = example(num_experts=8)
     dense = model.model.layers[0].mlp.experts.down_proj.detach().clone()
     report = apt.prune(model, random_tokens(128, 1, 3), pattern="2:4")

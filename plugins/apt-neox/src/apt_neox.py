@@ -22,7 +22,7 @@ class NeoxAdapter(DecoderAdapter):
     )
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
-        """The channels of the MLP. A head cannot go: the width of all heads is the hidden size."""
+        """The channels of the MLP. Heads stay: the width of all heads must be the hidden size."""
         parts = (*rows(block, "mlp.dense_h_to_4h"), columns("mlp.dense_4h_to_h"))
         fields = {"intermediate_size": int}
         reader = ("mlp.dense_4h_to_h",)

@@ -20,7 +20,7 @@ class TestSequential(TestParallel):
         return example(parallel=False)
 
 
-def test_it_is_pruned_and_opens_again(tmp_path):
+def test_pruned_neox_model_meets_the_pattern_after_loading(tmp_path):
     model = example()
     report = apt.prune(model, random_tokens(128), pattern="2:4")
     assert len(report.sites) == 8

@@ -29,7 +29,7 @@ class TestQwen2(AdapterConformance):
         )  # fmt: skip
 
 
-def test_it_is_pruned_and_opens_again(tmp_path):
+def test_pruned_qwen_model_meets_the_pattern_after_loading(tmp_path):
     model = example()
     report = apt.prune(model, random_tokens(128), pattern="2:4")
     assert len(report.sites) == 14

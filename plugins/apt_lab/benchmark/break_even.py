@@ -1,4 +1,4 @@
-"""The share of zeros from which on packed products of one vector are faster, on this machine."""
+"""The least share of zeros at which packed products of one vector are faster on this machine."""
 
 from collections.abc import Callable
 from statistics import median
@@ -23,22 +23,22 @@ def pays_from(threads: int) -> float | None:
     Args:
         threads: the number of threads.
     """
-    native = kernels()
-    if native is None:
+    package = kernels()
+    if package is None:
         return None
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         draw = torch.Generator().manual_seed(0)
         dense = torch.randn(_SIDE, _SIDE, generator=draw).bfloat16()
-        places = torch.rand(_SIDE, _SIDE, generator=draw)
+        positions = torch.rand(_SIDE, _SIDE, generator=draw)
         x = torch.randn(1, _SIDE, generator=draw).bfloat16()
-        packed = [native.Matrix(_SIDE, *_parts(dense, places >= share)) for share in _SHARES]
+        packed = [package.Matrix(_SIDE, *_parts(dense, positions >= share)) for share in _SHARES]
         runs: list[Callable[[], Tensor]] = [lambda: nn.functional.linear(x, dense)]
         runs += [lambda m=matrix: m.product(x) for matrix in packed]  # type: ignore[misc]
         base, *times = _times(runs)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
     return next((s for s, t in zip(_SHARES, times, strict=True) if t < base), None)
 
 
@@ -49,11 +49,11 @@ def _parts(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _times(runs: list[Callable[[], Tensor]]) -> list[float]:
-    """The median seconds of each run; they take turns."""
-    found: list[list[float]] = [[] for _ in runs]
+    """The median seconds of each function; the functions run in turn."""
+    seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(_ROUNDS + 1):
-        for run, times in zip(runs, found, strict=True):
+        for run, times in zip(runs, seconds, strict=True):
             started = perf_counter()
             run()
             times.append(perf_counter() - started)
-    return [median(times[1:]) for times in found]
+    return [median(times[1:]) for times in seconds]

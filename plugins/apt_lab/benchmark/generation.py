@@ -16,7 +16,7 @@ _WARM_UP = 2  # generated tokens: one prefill and one step of decoding
 
 
 class _FirstToken:
-    """A stopping criterion that never stops, and notes the time of its first call."""
+    """A stopping criterion that never stops, and records the time of its first call."""
 
     def __init__(self) -> None:
         self.time: float | None = None
@@ -31,7 +31,7 @@ class _FirstToken:
 def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
     """Random token ids (batch, length) on the model's device, without special tokens.
 
-    A tokenizer is not needed: the special tokens are those that the model's configurations name.
+    A tokenizer is not needed: the configurations of the model name the special tokens.
     """
     tokens = drawn(vocabulary(model), (batch, length), generator(seed), named_ids(model))
     return tokens.to(next(model.parameters()).device)
@@ -40,8 +40,8 @@ def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
 def speed(model: Any, tokens: Tensor, generate: int) -> Speed:
     """The speed of one batch.
 
-    The batch runs once before, with two generated tokens, and this is not measured: the first run
-    of a shape allocates memory and may load or choose kernels.
+    First, the batch runs once with two generated tokens and without a measurement: the first run of
+    a shape allocates memory and may load or choose kernels.
 
     Args:
         model: a model of transformers that can generate text.
@@ -55,22 +55,22 @@ def speed(model: Any, tokens: Tensor, generate: int) -> Speed:
 
 
 def _timed(model: Any, tokens: Tensor, generate: int) -> tuple[float, float]:
-    """The seconds to the first generated token, and those for the others."""
+    """The seconds to the first generated token, and the seconds for all others."""
     # A model's own configuration may sample, penalise repetition or stop at the end of a text.
-    how = GenerationConfig(
+    config = GenerationConfig(
         do_sample=False, num_beams=1, use_cache=True, pad_token_id=0,
         max_new_tokens=generate, eos_token_id=None,
     )  # fmt: skip
-    model.generation_config = how
-    first = _FirstToken()
+    model.generation_config = config
+    first_token = _FirstToken()
     synchronize(tokens.device)
     start = perf_counter()
     text = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), generation_config=how,
-        stopping_criteria=[first],
+        tokens, attention_mask=torch.ones_like(tokens), generation_config=config,
+        stopping_criteria=[first_token],
     )  # fmt: skip
     synchronize(tokens.device)
     end = perf_counter()
-    if first.time is None or text.shape[1] != tokens.shape[1] + generate:
+    if first_token.time is None or text.shape[1] != tokens.shape[1] + generate:
         raise RuntimeError(f"it generated {text.shape[1] - tokens.shape[1]} tokens, not {generate}")
-    return first.time - start, end - first.time
+    return first_token.time - start, end - first_token.time

@@ -10,11 +10,11 @@ class Facts:
     """The facts about a model that do not change from round to round.
 
     Attributes:
-        parameters: the number of its parameters; shared ones count once.
-        weight_bytes: the size of its files of weights.
+        parameters: the number of parameters; shared parameters count once.
+        weight_bytes: the size of the files of weights.
         positions: the length of the longest sequence; None if unlimited.
         idle_bytes: the memory of the process before it reads the weights: Python and libraries.
-        device, device_name: the device that was chosen, and its model.
+        device, device_name: the chosen device, and the name of its model.
         threads: the number of CPU threads.
         versions: the versions of the packages.
     """
@@ -35,8 +35,8 @@ class Speed:
 
     Attributes:
         batch: the number of sequences.
-        prefill: the prompts' tokens, over the time to the first generated tokens.
-        decode: the generated tokens without the first ones, over the time that they take.
+        prefill: the number of prompt tokens, divided by the time to the first generated tokens.
+        decode: the number of further generated tokens, divided by their time.
     """
 
     batch: int
@@ -52,10 +52,9 @@ class Turn:
         load_seconds: the time from files to a model that is ready on the device.
         dtype: the dtype of the weights.
         speeds: the speed of each batch.
-        peak_bytes: the peak memory of the process so far (``"cpu"``) and, on a GPU, that of
-            its tensors in this turn, by the kind of device, such as ``"cuda"``.
-        slow: True if a dense model multiplies in a dtype that the device multiplies more slowly
-            than fp32.
+        peak_bytes: the peak memory by the kind of device: of the process so far (``"cpu"``), and of
+            its tensors in this turn on a GPU (such as ``"cuda"``).
+        slow: True if the model is dense, and the device is slower in its dtype than in fp32.
     """
 
     load_seconds: float

@@ -1,4 +1,4 @@
-"""The worker of a model, seen from the main process."""
+"""The interface of the main process to the workers, one for each model."""
 
 import signal
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ from apt_lab.options import BenchRun
 
 
 class _RemoteTraceback(Exception):
-    """The traceback of a worker, as the cause of an error in the main process."""
+    """The traceback of a worker, attached as the cause of an error in the main process."""
 
 
 class Worker:
-    """A process that measures one model. `started` makes one."""
+    """A process that measures one model, made by `started`."""
 
     def __init__(self, model: str, process: SpawnProcess, connection: Connection) -> None:
         self._model, self._process, self._connection = model, process, connection
 
     def facts(self) -> Facts:
-        """Wait for the facts about the model, which the worker sends first.
+        """The facts about the model, which the worker sends first.
 
         Raises:
             AptError: the worker failed or was killed.
         """
-        found = self._answer()
-        assert isinstance(found, Facts)
-        return found
+        answer = self._answer()
+        assert isinstance(answer, Facts)
+        return answer
 
     def turn(self, run: BenchRun, seed: int) -> Turn:
         """Let the worker load and measure its model, and wait.
@@ -44,22 +44,22 @@ class Worker:
         Raises:
             AptError: the worker failed or was killed.
         """
-        with suppress(BrokenPipeError):  # it has ended, which the answer tells
+        with suppress(BrokenPipeError):  # the worker has ended; reading the answer reports it
             self._connection.send(Turns(run, seed))
-        found = self._answer()
-        assert isinstance(found, Turn)
-        return found
+        measures = self._answer()
+        assert isinstance(measures, Turn)
+        return measures
 
     def _answer(self) -> Facts | Turn:
         try:
-            found: Facts | Turn | Fault = self._connection.recv()
+            answer: Facts | Turn | Fault = self._connection.recv()
         except (EOFError, ConnectionResetError):
             raise self._death() from None
-        if isinstance(found, Fault):
-            raise AptError(found.message, found.hint, found.options) from _RemoteTraceback(
-                found.traceback
+        if isinstance(answer, Fault):
+            raise AptError(answer.message, answer.hint, answer.options) from _RemoteTraceback(
+                answer.traceback
             )
-        return found
+        return answer
 
     def _death(self) -> AptError:
         """The error for a worker that ended without an answer."""
@@ -72,37 +72,37 @@ class Worker:
                 "tokens",
                 ("batch", "prompt", "generate"),
             )
-        ended = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return AptError(f"the process of {self._model} ended with {ended}")
+        reason = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return AptError(f"the process of {self._model} ended with {reason}")
 
 
 @contextmanager
 def started(source: Source, run: BenchRun) -> Iterator[Worker]:
     """A worker, which is killed on exit: it has nothing to save."""
     context = get_context("spawn")  # a fork would share memory with this process
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, source, run), daemon=True)
+    own_end, worker_end = context.Pipe()
+    process = context.Process(target=serve, args=(worker_end, source, run), daemon=True)
     try:
         with _ctrl_c_blocked():
             process.start()
-        theirs.close()
-        yield Worker(source.reference, process, ours)
+        worker_end.close()
+        yield Worker(source.reference, process, own_end)
     finally:
         if process.pid is not None:
             process.kill()
             process.join()
-        ours.close()
+        own_end.close()
 
 
 @contextmanager
 def _ctrl_c_blocked() -> Iterator[None]:
-    """While entered, SIGINT waits, and processes that are started never receive it.
+    """While entered, SIGINT is delayed, and new processes never receive it.
 
     Ctrl-C in a terminal goes to all processes, and only the main process handles it.
     """
     resource_tracker.ensure_running()  # its start would unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)

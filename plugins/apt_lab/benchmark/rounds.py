@@ -17,11 +17,11 @@ def bench(
     notice: Callable[[str], None] = lambda line: None,
     status: Callable[[str], None] = lambda line: None,
 ) -> tuple[BenchRun, list[Result]]:
-    """Measure models, each in a process of its own; while one measures, the others wait.
+    """Measure models, each in a process of its own; while one process measures, the others wait.
 
-    In each round each model is loaded, measured and released. So the weights of one model are in
-    memory at a time, and a drift of the machine's speed affects all models alike. Every second
-    round is in the opposite order.
+    In each round each model is loaded, measured and released. So only the weights of one model are
+    in memory, and a drift of the machine's speed affects all models equally. Every second round is
+    in the opposite order.
 
     Args:
         run: the options.
@@ -30,7 +30,7 @@ def bench(
         status: called with a line before each turn.
 
     Returns:
-        The options with the prompt that was used, and the measures of each model.
+        The options with the used length of the prompt, and the measures of each model.
 
     Raises:
         AptError: an option is out of range, or a model does not load, fails or needs more memory.
@@ -41,14 +41,16 @@ def bench(
     with ExitStack() as stack:
         workers = [stack.enter_context(started(source, run)) for source in sources]
         facts = [worker.facts() for worker in workers]
-        limits = {name: found.positions for name, found in zip(names, facts, strict=True)}
+        limits = {name: of_model.positions for name, of_model in zip(names, facts, strict=True)}
         run = fitted(run, limits, notice)
         turns: list[list[Turn]] = [[] for _ in workers]
         for number, index in _order(run.rounds, len(workers)):
             status(f"round {number + 1}/{run.rounds}: {names[index]}")
             turns[index].append(workers[index].turn(run, number))
-    found = zip(names, facts, turns, strict=True)
-    return run, [Result(name, known, tuple(measures)) for name, known, measures in found]
+    results = zip(names, facts, turns, strict=True)
+    return run, [
+        Result(name, model_facts, tuple(measures)) for name, model_facts, measures in results
+    ]
 
 
 def _order(rounds: int, models: int) -> Iterator[tuple[int, int]]:
@@ -61,7 +63,7 @@ def _order(rounds: int, models: int) -> Iterator[tuple[int, int]]:
 def fitted(
     run: BenchRun, positions: Mapping[str, int | None], notice: Callable[[str], None]
 ) -> BenchRun:
-    """The same work, with a prompt that fits the positions of every model.
+    """The options with a prompt that fits the positions of every model.
 
     All models receive the same number of tokens, since their speeds are compared.
 
@@ -73,22 +75,22 @@ def fitted(
     Raises:
         AptError: a model has too few positions for the generated tokens.
     """
-    limits = {name: most for name, most in positions.items() if most is not None}
+    limits = {name: limit for name, limit in positions.items() if limit is not None}
     if not limits:
         return run
     name = min(limits, key=limits.__getitem__)
-    room = limits[name] - run.generate
-    if room < 1:
+    space = limits[name] - run.generate
+    if space < 1:
         raise AptError(
             f"{name} has {limits[name]} positions, too few for a prompt and {run.generate} "
             "generated tokens",
             "generate fewer",
             ("generate",),
         )
-    if run.prompt <= room:
+    if run.prompt <= space:
         return run
     notice(
-        f"prompt: {room} tokens (not {run.prompt}: {name} has {limits[name]} positions, and "
+        f"prompt: {space} tokens (not {run.prompt}: {name} has {limits[name]} positions, and "
         f"{run.generate} tokens are generated)"
     )
-    return replace(run, prompt=room)
+    return replace(run, prompt=space)

@@ -1,4 +1,4 @@
-"""A model that is measured, in the process that measures it."""
+"""The measured model, in the process that measures it."""
 
 import gc
 import platform
@@ -13,7 +13,7 @@ from apt.checkpoints.formats import local_copy
 from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
 from apt.compute import compute_dtype, dtype_name
-from apt.devices import forget_peak, is_accelerator, name_of, peak_allocated, synchronize
+from apt.devices import is_accelerator, name_of, peak_allocated, reset_peak, synchronize
 from apt.errors import AptError, NotStoredError
 from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
 from apt.output.report import peak_memory, versions
@@ -26,7 +26,7 @@ from apt_lab.options import BenchRun
 
 
 class Subject:
-    """A model that is measured. Between two turns its weights are not in memory.
+    """A measured model. Between two turns its weights are not in memory.
 
     Args:
         source: the model.
@@ -66,7 +66,7 @@ class Subject:
             run: the options.
             seed: the seed of the prompts.
         """
-        forget_peak(self._device)
+        reset_peak(self._device)
         start = perf_counter()
         model = load(self._skeleton, self._dtype, self._device)
         synchronize(self._device)

@@ -42,10 +42,10 @@ class Fault:
 def serve(connection: Connection, source: Source, run: BenchRun) -> None:
     """The main function of a worker.
 
-    It sends the facts about the model, then the measures for each request; a `Fault` if it fails.
+    It sends the facts about the model, then the measures for each request, or a `Fault`.
     """
     Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # those of plugins have been shown by the main process
+    warnings.simplefilter("ignore")  # the main process has shown the warnings of plugins
     with suppress(BrokenPipeError):  # the main process has ended
         try:
             from transformers.utils.logging import disable_progress_bar
@@ -71,7 +71,7 @@ def _end_with_parent() -> None:
 
 
 def _received(connection: Connection) -> Turns | None:
-    """The next request; None if there are no more."""
+    """The next request; None at the end."""
     with suppress(EOFError):
         request: Turns = connection.recv()
         return request
@@ -85,9 +85,9 @@ def fault(error: Exception, reference: str) -> Fault:
         error: the error. The code of a model may raise any type.
         reference: the user's name for the model.
     """
-    shown = _for_the_user(error, reference)
+    summary = _for_the_user(error, reference)
     return Fault(
-        shown.message, shown.hint, shown.options, "".join(traceback.format_exception(error))
+        summary.message, summary.hint, summary.options, "".join(traceback.format_exception(error))
     )
 
 
@@ -104,8 +104,8 @@ def _for_the_user(error: Exception, reference: str) -> AptError:
         )
     if isinstance(error, AptError):
         return error
-    if isinstance(error, OSError) and (known := user_error(error)):
-        return known
+    if isinstance(error, OSError) and (path_error := user_error(error)):
+        return path_error
     return AptError(
         f"{reference} failed: {described(error)}",
         "does transformers generate text with it on this machine?",

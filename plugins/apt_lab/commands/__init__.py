@@ -1,1 +1,1 @@
-"""The commands: each reads its options, calls a room of this package, and prints."""
+"""The commands: each reads its options, calls another package of apt_lab, and prints."""

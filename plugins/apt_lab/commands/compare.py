@@ -52,7 +52,7 @@ def compare(run: CompareRun, printing: PrintingOptions) -> None:
             comparison.read()
             run.output.mkdir(parents=True, exist_ok=True)
             progress.total = grid.rows
-            # The dense model takes less time: the time left counts from its row on.
+            # The row of the dense model takes less time, so the estimate begins after it.
             progress.begin((time.perf_counter(), max(1, len(comparison.rows))))
             rows = grid.run(comparison, partial(_tell, progress))
     except KeyboardInterrupt as error:
@@ -77,7 +77,7 @@ def _tell(progress: Progress, row: dict[str, Any]) -> None:
 
 
 def _check_place(output: Path) -> None:
-    """Raise if the directory has files other than those of a comparison."""
+    """Raise if the directory has files that do not belong to a comparison."""
     kind = kind_at(output)
     if output.is_symlink() and kind is None:
         raise AptError(
@@ -87,13 +87,12 @@ def _check_place(output: Path) -> None:
         return
     if kind != "directory":
         raise AptError(f"output {output} is not a directory", options=("output",))
-    from apt_lab.comparing.claims import FOLDER
-    from apt_lab.comparing.results import RESULTS
+    from apt_lab.comparing.results import LOCKS, RESULTS
 
     names = {path.name for path in output.iterdir()}
-    if names - {FOLDER} and RESULTS not in names:
-        fault = f"output {output} has other files"
-        raise AptError(fault, "choose another directory", ("output",))
+    if names - {LOCKS} and RESULTS not in names:
+        message = f"output {output} has other files"
+        raise AptError(message, "choose another directory", ("output",))
     for name in (RESULTS, *_FILES):
         check_file(output / name, overwrite=True, options=("output",))
 
@@ -123,14 +122,14 @@ def _show(
     from apt_lab.comparing.tables import header, intervals, summaries, texts_of
 
     if as_json:
-        told = [
+        records = [
             {**row, "intervals": intervals(row, rows[0]), "tasks": summaries(row, rows[0])}
             for row in rows
         ]
-        show_json({"output": str(output), **comparison.setting, "rows": told})
+        show_json({"output": str(output), **comparison.setting, "rows": records})
         return
-    made = table(*(name if i < 2 else f">{name}" for i, name in enumerate(header(rows))))
+    view = table(*(name if i < 2 else f">{name}" for i, name in enumerate(header(rows))))
     for row in rows:
-        made.add_row(*texts_of(row, rows[0]))
-    show(made)
+        view.add_row(*texts_of(row, rows[0]))
+    show(view)
     say(f"{output}: {RESULTS}, comparison.md, comparison.csv")

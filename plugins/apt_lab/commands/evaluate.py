@@ -24,28 +24,32 @@ def evaluate(run: EvalRun, printing: PrintingOptions) -> None:
     measure is not a finite number.
     """
     with Progress() as progress:
-        found = measure(run, progress.status, notice, progress=has_live_display())
+        result = measure(run, progress.status, notice, progress=has_live_display())
     if printing.as_json:
-        show_json(found.record())
+        show_json(result.record())
     else:
-        _show(found)
-    if found.not_finite:
-        model, data = run.model, found.run.data
-        show_error(f"{model} has no {found.not_finite} on {data}: its outputs there are not finite")
+        _show(result)
+    if result.not_finite:
+        model, data = run.model, result.run.data
+        show_error(
+            f"{model} has no {result.not_finite} on {data}: its outputs there are not finite"
+        )
         raise typer.Exit(1)
 
 
-def _show(found: Evaluation) -> None:
-    if found.tokens is not None:
-        windows, seqlen = found.tokens.shape
-        figures = ", ".join(f"{name} {one.value:.3f}" for name, one in found.scores.items())
-        begin = f", each with {found.bos[1]} first" if found.bos else ""
-        measured = f"{found.run.data}, {windows} × {seqlen} tokens{begin}"
-        say(f"{found.run.model}: {figures} on {measured}")
-        if any(one.dense is not None or one.spread is not None for one in found.scores.values()):
-            show(_score_table(found.scores))
-    if found.tasks:
-        show(_task_table(found.tasks))
+def _show(result: Evaluation) -> None:
+    if result.tokens is not None:
+        windows, seqlen = result.tokens.shape
+        figures = ", ".join(f"{name} {score.value:.3f}" for name, score in result.scores.items())
+        first_token = f", each with {result.bos[1]} first" if result.bos else ""
+        measured = f"{result.run.data}, {windows} × {seqlen} tokens{first_token}"
+        say(f"{result.run.model}: {figures} on {measured}")
+        if any(
+            score.dense is not None or score.spread is not None for score in result.scores.values()
+        ):
+            show(_score_table(result.scores))
+    if result.tasks:
+        show(_task_table(result.tasks))
 
 
 def _score_table(scores: "Mapping[str, Score]") -> "Table":
@@ -54,14 +58,14 @@ def _score_table(scores: "Mapping[str, Score]") -> "Table":
     Args:
         scores: the metrics by name.
     """
-    made = table("metric", ">value", ">± error", "95 % interval", ">dense")
+    rows = table("metric", ">value", ">± error", "95 % interval", ">dense")
     for name, score in scores.items():
         error, interval = "", ""
         if score.spread is not None:
             error = _figure(score.spread.error)
             interval = f"{score.spread.low:.3f} … {score.spread.high:.3f}"
-        made.add_row(name, _figure(score.value), error, interval, _figure(score.dense))
-    return made
+        rows.add_row(name, _figure(score.value), error, interval, _figure(score.dense))
+    return rows
 
 
 def _task_table(tasks: Mapping[str, Mapping[str, Any]]) -> "Table":
@@ -71,27 +75,27 @@ def _task_table(tasks: Mapping[str, Mapping[str, Any]]) -> "Table":
         tasks: the summaries of `apt_lab.tasks.answers.summary` by the name of the task.
     """
     dense = any("changed" in task for task in tasks.values())
-    beside = [">dense", ">difference", "95 % interval", ">other answers"] if dense else []
-    made = table("task", "metric", ">value", ">± error", *beside, ">questions")
+    dense_columns = [">dense", ">difference", "95 % interval", ">other answers"] if dense else []
+    rows = table("task", "metric", ">value", ">± error", *dense_columns, ">questions")
     for name, task in tasks.items():
-        for metric, found in task["metrics"].items():
-            more = _beside(task, found) if dense else []
-            made.add_row(
-                name, metric, _figure(found["value"]), _figure(found["stderr"]), *more,
+        for metric, values in task["metrics"].items():
+            dense_cells = _beside(task, values) if dense else []
+            rows.add_row(
+                name, metric, _figure(values["value"]), _figure(values["stderr"]), *dense_cells,
                 str(task["questions"]),
             )  # fmt: skip
-    return made
+    return rows
 
 
-def _beside(task: Mapping[str, Any], found: Mapping[str, float]) -> list[str]:
+def _beside(task: Mapping[str, Any], values: Mapping[str, float]) -> list[str]:
     """The cells about the dense model."""
     interval = ""
-    if "low" in found:
-        interval = f"{found['low']:+.3f} … {found['high']:+.3f}"
+    if "low" in values:
+        interval = f"{values['low']:+.3f} … {values['high']:+.3f}"
     share = task.get("changed")
     return [
-        _figure(found.get("dense")),
-        f"{found['difference']:+.3f}" if "difference" in found else "",
+        _figure(values.get("dense")),
+        f"{values['difference']:+.3f}" if "difference" in values else "",
         interval,
         "" if share is None else f"{share:.1%}",
     ]

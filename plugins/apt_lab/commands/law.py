@@ -44,8 +44,8 @@ def law(run: LawRun, printing: PrintingOptions) -> None:
     show(parameters)
     for line in fitted.missing:
         say(line)
-    more = [f">after {run.tokens:,.0f}"] if run.tokens else []
-    runs = table("run", ">tokens", ">loss", ">fitted", ">enough tokens", *more)
+    prediction_column = [f">after {run.tokens:,.0f}"] if run.tokens else []
+    runs = table("run", ">tokens", ">loss", ">fitted", ">enough tokens", *prediction_column)
     for entry in predicted:
         runs.add_row(
             str(entry["directory"]),

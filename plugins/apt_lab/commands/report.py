@@ -69,30 +69,31 @@ def _section(directory: Path, number: int) -> "ComparisonSection":
     from apt_lab.reporting.comparisons import ComparisonSection
     from apt_lab.reporting.page import render
 
-    found = Comparison.stored(directory)
-    rows, name = found.ordered(), directory.resolve().name
+    comparison = Comparison.stored(directory)
+    rows, name = comparison.ordered(), directory.resolve().name
     try:
         lines = [texts_of(row, rows[0]) for row in rows]
         anchor = f"comparison-{number}"
-        section = ComparisonSection(name, anchor, header(rows), lines, rows, found.setting)
+        section = ComparisonSection(name, anchor, header(rows), lines, rows, comparison.setting)
         render([], [section])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AptError(
-            f"{found.path} is damaged: {first_line(error)}", "compare again into another directory"
+            f"{comparison.path} is damaged: {first_line(error)}",
+            "compare again into another directory",
         ) from error
     return section
 
 
 def _beside(directory: Path, subject: "Subject", text: str, run: ReportRun) -> "Beside":
-    """What a model does beside the dense one."""
+    """The measurements of a model and of the dense one on a text."""
     from apt.extending import registry
     from apt_lab.reporting.beside import compare_texts, weights_before
 
     report = subject.report
     name = run.dense or report.model.get("reference")
     if not name:
-        fault = f"the report in {directory} names no dense model"
-        raise AptError(fault, "name it", ("dense",))
+        message = f"the report in {directory} names no dense model"
+        raise AptError(message, "name it", ("dense",))
     source = find_model(str(name), RemoteOptions())
     with Progress("loading the models") as status:
         expected = None if run.dense else weights_before(report)

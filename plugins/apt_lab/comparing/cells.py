@@ -28,11 +28,11 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The method, with what is not a default."""
+        """The method, with its effort and allocation unless they are defaults."""
         effort = "" if self.effort == "default" else f":{self.effort}"
         aware = registry().methods.get(self.method).error_aware
-        plain = default_allocation(read_pattern(self.pattern), error_aware=aware)
-        allocation = "" if self.allocation == plain else f"/{self.allocation}"
+        default = default_allocation(read_pattern(self.pattern), error_aware=aware)
+        allocation = "" if self.allocation == default else f"/{self.allocation}"
         return f"{self.method}{effort}{allocation}"
 
     @property
@@ -49,14 +49,14 @@ def read_cells(methods: Sequence[str], patterns: Sequence[str]) -> list[Cell]:
         patterns: patterns as text.
 
     Raises:
-        AptError: a name or a pattern is not known, or a method does not use an effort.
+        AptError: a name or a pattern is unknown, or a method does not use an effort.
     """
-    found = [_cell(method, pattern) for pattern in patterns for method in methods]
-    return list(dict.fromkeys(found))
+    cells = [_cell(method, pattern) for pattern in patterns for method in methods]
+    return list(dict.fromkeys(cells))
 
 
 def _cell(text: str, pattern: str) -> Cell:
-    wanted = read_pattern(pattern)
+    parsed = read_pattern(pattern)
     name, _, allocation = text.partition("/")
     name, _, effort = name.partition(":")
     spec = registry().methods.get(name)
@@ -66,8 +66,8 @@ def _cell(text: str, pattern: str) -> Cell:
         options.check_used(spec, registry().methods.specs.values(), "method")
     except AptError as error:
         raise AptError(f"{text}: {error.message}", error.hint) from error
-    plain = default_allocation(wanted, error_aware=spec.error_aware)
-    chosen = registry().allocations.get(allocation).name if allocation else plain
-    if not wanted.allocatable:
-        chosen = plain
-    return Cell(spec.name, options.effort, chosen, str(wanted))
+    default = default_allocation(parsed, error_aware=spec.error_aware)
+    allocation_name = registry().allocations.get(allocation).name if allocation else default
+    if not parsed.allocatable:
+        allocation_name = default
+    return Cell(spec.name, options.effort, allocation_name, str(parsed))

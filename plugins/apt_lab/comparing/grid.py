@@ -55,8 +55,8 @@ class Grid:
         progress: True if lm-evaluation-harness may show its progress on standard error.
 
     Raises:
-        AptError: a name is not known, the model, a text or a directory cannot be read, or a
-            directory has a model of another vocabulary.
+        AptError: a name is unknown, the model, a text or a directory cannot be read, or a directory
+            has a model with another vocabulary.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class Grid:
         self._run, self._tasks = run, tasks
         self._status, self._progress = status, progress
         self._device = choose_device(run.device)
-        found = [registry().evaluators.get(name) for name in run.metrics]
-        self._metrics = {spec.name: spec for spec in found}
+        specs = [registry().evaluators.get(name) for name in run.metrics]
+        self._metrics = {spec.name: spec for spec in specs}
         cells = read_cells(parts(run.methods, "methods"), parts(run.patterns, "patterns"))
         status("reading text")
         skeleton = open_skeleton(source, registry())
         self._tokenizer = load_tokenizer(source)
-        given: dict[str, Any] = {"seqlen": capped(run.seqlen, skeleton, notice), "bos": run.bos}
+        settings: dict[str, Any] = {"seqlen": capped(run.seqlen, skeleton, notice), "bos": run.bos}
         self._tokens = calibration_tokens(
-            self._tokenizer, run.calibration, samples=run.samples, seed=run.seed, **given
+            self._tokenizer, run.calibration, samples=run.samples, seed=run.seed, **settings
         )
         self._held_out = {
-            name: evaluation_tokens(self._tokenizer, name, samples=run.windows, **given)
+            name: evaluation_tokens(self._tokenizer, name, samples=run.windows, **settings)
             for name in run.data
         }
         for tokens in (self._tokens, *self._held_out.values()):
@@ -94,7 +94,7 @@ class Grid:
             status(f"reading {path}")
             check_same_vocabulary(_other_skeleton(path), skeleton)
             name = self._name_of(path)
-            # With a checksum of the files, so that a directory that has changed is measured anew.
+            # The key has a checksum of the files, so that a changed directory is measured again.
             checksum = hashlib.sha256(json.dumps(file_hashes(path, [CARD])).encode()).hexdigest()
             self._work[f"with {name} {checksum[:12]}"] = partial(self._other, name, path)
         status("loading the model")
@@ -102,13 +102,13 @@ class Grid:
         self._compute = compute_dtype(self._dense.dtype, self._device, run.compute)
 
     def _name_of(self, path: Path) -> str:
-        """The name of a directory of another tool; with its path if another one has this name."""
+        """The name of a directory of another tool; its path if two directories have this name."""
         names = [other.resolve().name for other in self._run.others]
-        own = path.resolve().name
-        return own if names.count(own) == 1 else str(path)
+        name = path.resolve().name
+        return name if names.count(name) == 1 else str(path)
 
     def setting(self) -> dict[str, Any]:
-        """What all rows have in common, for the file of the results."""
+        """The common setting of all rows, for the file of the results."""
         run = self._run
         return {
             "model": portable(run.model),
@@ -131,11 +131,11 @@ class Grid:
         return len(self._work)
 
     def run(self, comparison: Comparison, tell: Callable[[Row], None]) -> list[Row]:
-        """Measure all rows that are not known yet. Processes with one folder divide the rows.
+        """Measure all rows that are not stored yet. Processes with one folder share the work.
 
         Args:
             comparison: the results; each new row is added to it.
-            tell: called with each row, known or new.
+            tell: called with each row, stored or new.
 
         Returns:
             All rows in order.
@@ -151,7 +151,7 @@ class Grid:
     def _row(
         self, comparison: Comparison, key: str, tell: Callable[[Row], None], *, wait: bool = False
     ) -> bool:
-        """Measure a row if it is not known; False if another process measures it."""
+        """Measure a row if it is not stored; False if another process measures it."""
 
         def measure() -> Row:
             self._status(f"measuring {key}")
@@ -187,20 +187,20 @@ class Grid:
         }
 
     def _other(self, name: str, path: Path) -> Row:
-        """A row for a model that another tool pruned."""
+        """The row of a model that another tool pruned."""
         loaded = load(_other_skeleton(path), None, self._device)
         row = {"method": name, "pattern": "", **self._scores(loaded.module)}
-        if quantised_with(loaded.config) is None:  # others have no plain weights
+        if quantised_with(loaded.config) is None:  # quantised models have no plain weights
             row["sparsity"] = sparsity_of(masks_of(loaded.module, loaded.adapter))
         return row
 
     @contextmanager
     def _computing(self, module: nn.Module) -> Iterator[None]:
-        """While entered, a model and the dense one have the dtype that they compute in."""
+        """While entered, a model and the dense model run in the compute dtype."""
         with ExitStack() as stack:
-            for each in (module, self._dense.module):
-                if quantised_with(each.config) is None:  # others know themselves what is fast
-                    stack.enter_context(computing_in(each, self._compute))
+            for model in (module, self._dense.module):
+                if quantised_with(model.config) is None:  # quantised models choose their own dtype
+                    stack.enter_context(computing_in(model, self._compute))
             yield
 
     def _scores(self, module: nn.Module) -> Row:
@@ -214,16 +214,16 @@ class Grid:
                 for metric in self._metrics:
                     self._status(f"measuring {metric} on {name}")
                     spec = self._metrics[metric]
-                    scores[metric], each = score(spec, module, tokens, self._dense.module)
-                    if each is not None:
-                        windows[metric] = each.record()
+                    scores[metric], values = score(spec, module, tokens, self._dense.module)
+                    if values is not None:
+                        windows[metric] = values.record()
             if self._tasks:
                 self._status("answering tasks")
                 answers = answer(
                     module, self._tokenizer, self._tasks, self._run.limit,
                     progress=self._progress, trust_remote_code=self._run.trust_remote_code,
                 )  # fmt: skip
-                row["tasks"] = {own.task: own.record() for own in answers}
+                row["tasks"] = {task.task: task.record() for task in answers}
         return row
 
 

@@ -1,23 +1,28 @@
 """The results of a comparison: a file that grows row by row."""
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError, described
 from apt.files.journal import check_same
+from apt.files.locking import locked
 from apt.files.writing import write_file
 from apt.locations.paths import user_error
 from apt.output.json_values import json_value
-from apt_lab.comparing.claims import claimed
 from apt_lab.tasks.answers import Answers
 from apt_lab.windows import Windows
 
 RESULTS = "comparison.json"
+LOCKS = ".claims"
+"""The folder of the lock files of rows. The row of a killed process is free again."""
+
 DENSE = "dense"
-"""The key of the row of the dense model, with which all others are compared."""
+"""The key of the dense model's row, with which all other rows are compared."""
 Row = dict[str, Any]
 
 
@@ -27,7 +32,7 @@ class Comparison:
 
     Attributes:
         path: the file.
-        setting: everything that the rows have in common.
+        setting: the common setting of the rows.
         rows: the rows.
     """
 
@@ -44,9 +49,9 @@ class Comparison:
         """
         path = folder / RESULTS
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            setting = _read_setting(known["setting"])
-            rows = [_read(row, setting) for row in known["rows"]]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            setting = _read_setting(content["setting"])
+            rows = [_read(row, setting) for row in content["rows"]]
         except OSError as error:
             raise user_error(error) or error from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -56,17 +61,17 @@ class Comparison:
         return cls(path, setting, rows)
 
     def read(self) -> None:
-        """Read the rows of earlier runs, and of others that run now.
+        """Read the rows of earlier runs and of other processes.
 
         Raises:
             AptError: the file is damaged, or its rows come from another setting.
         """
         if not self.path.is_file():
             return
-        known = Comparison.stored(self.folder)
-        fault, hint = f"{self.path} is another comparison", "choose another output, or delete it"
-        check_same(fault, known.setting, self.setting, hint, ("output",))
-        self.rows = known.rows
+        earlier = Comparison.stored(self.folder)
+        message, hint = f"{self.path} is another comparison", "choose another output, or delete it"
+        check_same(message, earlier.setting, self.setting, hint, ("output",))
+        self.rows = earlier.rows
 
     @property
     def folder(self) -> Path:
@@ -78,7 +83,7 @@ class Comparison:
         return next((row for row in self.rows if row["key"] == key), None)
 
     def ordered(self) -> list[Row]:
-        """The rows with that of the dense model first.
+        """The rows, with the row of the dense model first.
 
         Raises:
             AptError: the dense model is not measured yet.
@@ -95,10 +100,10 @@ class Comparison:
         Returns:
             The row; None if another process measures it, unless ``wait`` is given.
         """
-        with claimed(self.folder, f"row {key}", wait=wait) as mine:
+        with claimed(self.folder, f"row {key}", wait=wait) as is_claimed:
             self.read()
             row = self.known(key)
-            if row is None and mine:
+            if row is None and is_claimed:
                 row = {"key": key, **compute()}
                 self._add(row)
             return row
@@ -131,7 +136,7 @@ def _read_setting(record: Any) -> dict[str, Any]:
 
 
 def _read(row: Row, setting: Mapping[str, Any]) -> Row:
-    """A row of the file, in which numbers that are not finite are strings.
+    """A row of the file with its numbers; JSON has numbers that are not finite as strings.
 
     Raises:
         TypeError, KeyError, ValueError, AttributeError: it is damaged.
@@ -141,8 +146,8 @@ def _read(row: Row, setting: Mapping[str, Any]) -> Row:
         text: {metric: float(row["scores"][text][metric]) for metric in setting["metrics"]}
         for text in setting["windows"]
     }
-    for text, found in scores.items():
-        for metric in found:
+    for text, metrics in scores.items():
+        for metric in metrics:
             Windows.of(row, text, metric)
     for record in row.get("tasks", {}).values():
         Answers.read(record)
@@ -159,3 +164,27 @@ def _texts(record: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if not isinstance(record[name], str):
             raise TypeError(f"{name} must be a text")
+
+
+@contextmanager
+def claimed(folder: Path, key: str, *, wait: bool) -> Iterator[bool]:
+    """Claim a row. While True is yielded, no other process measures it.
+
+    Args:
+        folder: the folder of the comparison.
+        key: the key of the row.
+        wait: True to wait for another process that measures the row.
+
+    Yields:
+        False if another process measures it.
+    """
+    locks = folder / LOCKS
+    hint = f"delete {locks}, or choose another output"
+    try:
+        locks.mkdir(exist_ok=True)
+    except OSError as error:
+        message = f"the folder {locks} of the locks cannot be opened: {error.strerror}"
+        raise AptError(message, hint, ("output",)) from error
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    with locked(locks / name, hint, ("output",), wait=wait) as lock:
+        yield lock is not None

@@ -30,7 +30,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def header(rows: Sequence[Row]) -> list[str]:
     """The names of the columns."""
     scores = [f"{metric} on {text}" for text, metric in columns(rows)]
-    tasks = [f"{found.task} {found.main}".rstrip() for found in answers(rows[0])]
+    tasks = [f"{task.task} {task.main}".rstrip() for task in answers(rows[0])]
     return ["method", "pattern", "zeros", *scores, *tasks, "layer error", "seconds"]
 
 
@@ -41,24 +41,24 @@ def answers(row: Row) -> list[Answers]:
 
 def summaries(row: Row, dense: Row) -> dict[str, Any]:
     """The figures of each task of a row, with the differences from the dense model."""
-    known = {found.task: found for found in answers(dense)}
-    return {found.task: summary(found, known.get(found.task)) for found in answers(row)}
+    dense_answers = {task.task: task for task in answers(dense)}
+    return {task.task: summary(task, dense_answers.get(task.task)) for task in answers(row)}
 
 
 def intervals(row: Row, dense: Row) -> dict[str, dict[str, tuple[float, float]]]:
     """The 95 % interval of each metric of a row by text, where it is known."""
     return {
         text: {
-            metric: (found.low, found.high)
+            metric: (interval.low, interval.high)
             for metric in scores
-            if (found := spread(row, dense, text, metric)) is not None
+            if (interval := spread(row, dense, text, metric)) is not None
         }
         for text, scores in row["scores"].items()
     }
 
 
 def texts_of(row: Row, dense: Row) -> list[str]:
-    """The texts of a row of the table, beside the dense model's row."""
+    """The texts of a row of the table, relative to the dense model's row."""
     zeros = row.get("sparsity")
     return [
         str(row["method"]),
@@ -74,28 +74,28 @@ def texts_of(row: Row, dense: Row) -> list[str]:
 def _measure(row: Row, dense: Row, text: str, metric: str) -> str:
     """A metric of a row with its standard error; the dense model has none."""
     value = _figure(row["scores"].get(text, {}).get(metric))
-    found = None if row is dense else spread(row, dense, text, metric)
-    return value if found is None else f"{value} ± {found.error:.2g}"
+    interval = None if row is dense else spread(row, dense, text, metric)
+    return value if interval is None else f"{value} ± {interval.error:.2g}"
 
 
 def _figure(value: Any) -> str:
     return "" if value is None else f"{float(value):.4g}"
 
 
-def _accuracy(found: Answers) -> str:
-    """The main metric of a task with its standard error, which is NaN if it is not known."""
-    if not found.metrics:
+def _accuracy(task: Answers) -> str:
+    """The main metric of a task with its standard error; NaN stands for an unknown error."""
+    if not task.metrics:
         return ""
-    value, error = found.metrics[found.main]
+    value, error = task.metrics[task.main]
     return f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    top = header(rows)
-    lines = [top, ["---"] * len(top), *(texts_of(row, rows[0]) for row in rows)]
-    made = "\n".join(f"| {' | '.join(_escaped(text) for text in line)} |" for line in lines)
-    return f"{made}\n\n{ERRORS}\n"
+    names = header(rows)
+    lines = [names, ["---"] * len(names), *(texts_of(row, rows[0]) for row in rows)]
+    table = "\n".join(f"| {' | '.join(_escaped(text) for text in line)} |" for line in lines)
+    return f"{table}\n\n{ERRORS}\n"
 
 
 def _escaped(text: str) -> str:
@@ -106,31 +106,31 @@ def as_csv(rows: Sequence[Row]) -> str:
     """The table as CSV, with all digits."""
     names, file = columns(rows), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    measured = [(t.task, metric) for t in answers(rows[0]) for metric in t.metrics]
+    task_metrics = [(t.task, metric) for t in answers(rows[0]) for metric in t.metrics]
     writer.writerow([
         "method", "pattern", "zeros",
         *(f"{metric} on {text}{end}" for text, metric in names for end in ("", " low", " high")),
-        *(f"{task} {metric} {part}" for task, metric in measured for part in _PARTS),
+        *(f"{task} {metric} {part}" for task, metric in task_metrics for part in _PARTS),
         *(f"{t.task} other answers" for t in answers(rows[0])), "layer error", "seconds",
     ])  # fmt: skip
     for row in rows:
-        known = intervals(row, rows[0])
+        known_intervals = intervals(row, rows[0])
         scores = [
             figure
             for text, metric in names
             for figure in (
                 row["scores"].get(text, {}).get(metric, ""),
-                *known.get(text, {}).get(metric, ("", "")),
+                *known_intervals.get(text, {}).get(metric, ("", "")),
             )
         ]
-        found = summaries(row, rows[0])
+        task_summaries = summaries(row, rows[0])
         tasks = [
-            found[task]["metrics"][metric].get(part, "")
-            for task, metric in measured
+            task_summaries[task]["metrics"][metric].get(part, "")
+            for task, metric in task_metrics
             for part in _PARTS
         ]
-        changed = [task["changed"] for task in found.values()]
-        rest = [row.get(name, "") for name in ("error", "seconds")]
+        changed = [task["changed"] for task in task_summaries.values()]
+        run_figures = [row.get(name, "") for name in ("error", "seconds")]
         start = [row["method"], row["pattern"], row.get("sparsity", "")]
-        writer.writerow([*start, *scores, *tasks, *changed, *rest])
+        writer.writerow([*start, *scores, *tasks, *changed, *run_figures])
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""The measurements of a page that need the models: losses by frequency, and continuations."""
+"""The measurements for a page that need the models: losses by frequency, and continuations."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ _CHARACTERS = 400  # of a paragraph, more than a prompt has
 
 @dataclass(frozen=True)
 class Beside:
-    """What a model of the page does beside the dense one.
+    """The comparison of a model of the page with the dense model.
 
     Attributes:
         source: the data source of the text.
@@ -65,7 +65,7 @@ def compare_texts(
     status: Callable[[str], None] = lambda text: None,
     weights: str | None = None,
 ) -> Beside:
-    """Measure a model of a page beside the dense one.
+    """Compare a model of a page with the dense model.
 
     Args:
         directory: the directory of the pruned model.
@@ -78,17 +78,17 @@ def compare_texts(
 
     Raises:
         AptError: a model or the text cannot be read, the models have different vocabularies, or the
-            dense one is another model.
+            dense model has another fingerprint.
     """
     status(f"reading {source}")
     tokenizer = load_tokenizer(dense)
     sources = dense, find(str(directory), registry)
-    skeletons = [open_skeleton(found, registry, packed=True) for found in sources]
+    skeletons = [open_skeleton(model_source, registry, packed=True) for model_source in sources]
     check_same_vocabulary(skeletons[1], skeletons[0])
     texts = documents(source, "evaluation", registry)
     bos = bos_of(tokenizer)
-    room = min(capped(_SEQLEN, skeleton, lambda line: None) for skeleton in skeletons)
-    tokens = evaluation_tokens(tokenizer, texts, _WINDOWS, room, source, bos, fewer=True)
+    seqlen = min(capped(_SEQLEN, skeleton, lambda line: None) for skeleton in skeletons)
+    tokens = evaluation_tokens(tokenizer, texts, _WINDOWS, seqlen, source, bos, fewer=True)
     check_vocabulary(tokens, skeletons[0].module, dense.reference)
     status("loading the models")
     models = [load(skeleton, None, "cpu") for skeleton in skeletons]
@@ -106,16 +106,16 @@ def compare_texts(
         with model.adapter.running(model.module):
             losses.append(token_losses(model.module, tokens))
     status("writing text")
-    length = min(_PROMPT, room // 2)
+    length = min(_PROMPT, seqlen // 2)
     texts = documents(source, "evaluation", registry)
     begins = _beginnings(tokenizer, texts, prompts, length)
-    new = min(_NEW, room - length)
+    new = min(_NEW, seqlen - length)
     written = continuations([model.module for model in models], tokenizer, begins, new)
     return Beside(source, by_frequency(tokens, *losses), written)
 
 
 def weights_before(report: Report) -> str | None:
-    """The fingerprint of the weights that a run pruned; None if it cannot be compared.
+    """The fingerprint of the dense weights of a run; None if it cannot be compared.
 
     A streamed run records the checksum of the files instead, and ``--dtype`` changes the weights.
     """
@@ -133,5 +133,5 @@ def _beginnings(tokenizer: Any, texts: Iterable[Document], count: int, length: i
         for part in (text.split("\n\n") if isinstance(text, str) else [text.rendered(tokenizer)])
     )
     encoded = (tokenizer(part[:_CHARACTERS])["input_ids"][:length] for part in paragraphs)
-    whole = (torch.tensor(ids) for ids in encoded if len(ids) == length)
-    return list(islice(whole, count))
+    prompts = (torch.tensor(ids) for ids in encoded if len(ids) == length)
+    return list(islice(prompts, count))

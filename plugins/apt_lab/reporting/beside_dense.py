@@ -1,4 +1,4 @@
-"""A pruned model beside the dense one: losses of frequent and rare tokens, and generated text."""
+"""A pruned model and the dense one: losses of frequent and rare tokens, and generated text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class FrequencyGroup:
     """Tokens that occur about equally often in the measured text.
 
     Attributes:
-        label: how often they occur.
-        share: their share of the predicted tokens.
-        dense, pruned: the mean loss of each model on them, in nats.
+        label: the numbers of occurrences, in words.
+        share: the share of these tokens among the predicted tokens.
+        dense, pruned: the mean loss of each model on these tokens, in nats.
     """
 
     label: str
@@ -32,7 +32,7 @@ class FrequencyGroup:
 
 @dataclass(frozen=True)
 class Continuation:
-    """The beginning of a text, and what both models write after it."""
+    """The beginning of a text, and its continuation by each model."""
 
     prompt: str
     dense: str
@@ -46,18 +46,18 @@ def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
     Args:
         tokens: token ids (windows, seqlen).
     """
-    device, found = next(model.parameters()).device, []
+    device, all_losses = next(model.parameters()).device, []
     with eval_mode(model):
         for batch in torch.split(tokens, windows_at_once(tokens.shape[1])):
             following = batch.to(device)[:, 1:]
-            losses, place = [], 0
+            losses, position = [], 0
             for logits in parts_of_logits(model, batch.to(device)):
-                targets = following[:, place : place + logits.shape[1], None]
-                place += logits.shape[1]
+                targets = following[:, position : position + logits.shape[1], None]
+                position += logits.shape[1]
                 logs = logits[:, : targets.shape[1]].float().log_softmax(-1)
                 losses.append(-logs.gather(2, targets).squeeze(2).cpu())
-            found.append(torch.cat(losses, 1))
-    return torch.cat(found)
+            all_losses.append(torch.cat(losses, 1))
+    return torch.cat(all_losses)
 
 
 def by_frequency(tokens: Tensor, dense: Tensor, pruned: Tensor) -> list[FrequencyGroup]:
@@ -70,14 +70,14 @@ def by_frequency(tokens: Tensor, dense: Tensor, pruned: Tensor) -> list[Frequenc
     counts = torch.bincount(tokens.flatten())[tokens[:, 1:]]
     groups, low = list[FrequencyGroup](), 0
     for high in (*_EDGES, int(counts.max())):
-        chosen = (counts > low) & (counts <= high)
-        if chosen.any():
+        in_group = (counts > low) & (counts <= high)
+        if in_group.any():
             groups.append(
                 FrequencyGroup(
                     _label(low + 1, high),
-                    float(chosen.double().mean()),
-                    float(dense[chosen].double().mean()),
-                    float(pruned[chosen].double().mean()),
+                    float(in_group.double().mean()),
+                    float(dense[in_group].double().mean()),
+                    float(pruned[in_group].double().mean()),
                 )
             )
         low = max(low, high)
@@ -94,9 +94,9 @@ def _label(low: int, high: int) -> str:
 def continuations(
     models: Sequence[Any], tokenizer: Any, prompts: Sequence[Tensor], new: int
 ) -> list[Continuation]:
-    """What the dense and the pruned model write after each prompt.
+    """The continuations of each prompt by the dense and by the pruned model.
 
-    They write the most likely token each time.
+    Each model writes the most likely token at every step.
 
     Args:
         models: the dense model and the pruned one, of transformers.
@@ -106,16 +106,16 @@ def continuations(
     def text(tokens: Tensor) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    found = []
+    results = []
     for prompt in prompts:
         texts = []
         for model in models:
-            given = prompt[None].to(next(model.parameters()).device)
+            inputs = prompt[None].to(next(model.parameters()).device)
             with eval_mode(model):
-                made = model.generate(
-                    given, attention_mask=torch.ones_like(given), max_new_tokens=new,
+                output = model.generate(
+                    inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new,
                     do_sample=False, pad_token_id=0,
                 )  # fmt: skip
-            texts.append(text(made[0, len(prompt) :]))
-        found.append(Continuation(text(prompt), *texts))
-    return found
+            texts.append(text(output[0, len(prompt) :]))
+        results.append(Continuation(text(prompt), *texts))
+    return results

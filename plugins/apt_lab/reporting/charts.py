@@ -28,9 +28,9 @@ class Bar(NamedTuple):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The ends of the 95 % interval; the value itself if it is not known."""
-        found = self.spread
-        return (self.value, self.value) if found is None else (found.low, found.high)
+        """The ends of the 95 % interval; the value twice if the interval is unknown."""
+        spread = self.spread
+        return (self.value, self.value) if spread is None else (spread.low, spread.high)
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> str:
@@ -59,7 +59,7 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str) -> str:
 
 
 def _bar(bar: Bar, y: int, most: float, unit: str) -> str:
-    """A bar at a height, where the largest value is 360 wide."""
+    """A bar at the height ``y``; the largest value is 360 wide."""
     name = f'<text x="190" y="{y + 17}" class="name">{escape(_shortened(bar.name))}</text>'
     if not math.isfinite(bar.value):
         return f'{name}<text x="206" y="{y + 17}" class="value">{bar.value}</text>'
@@ -117,8 +117,8 @@ def _axis(xs: tuple[float, float], ys: tuple[float, float], x_label: str, y_labe
     """The frame, with the ends and the middle of both scales."""
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - 10
     parts = [f'<path class="axis" d="M{_LEFT},{_TOP} V{bottom} H{right}"/>']
-    for place, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        x, y = xs[0] + place * (xs[1] - xs[0]), ys[0] + place * (ys[1] - ys[0])
+    for fraction, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        x, y = xs[0] + fraction * (xs[1] - xs[0]), ys[0] + fraction * (ys[1] - ys[0])
         parts.append(
             f'<text x="{_x(x, xs):.1f}" y="{bottom + 15}" text-anchor="{anchor}">{x:,.4g}</text>'
             f'<text x="{_LEFT - 6}" y="{_y(y, ys) + 4:.1f}" text-anchor="end">{y:,.4g}</text>'

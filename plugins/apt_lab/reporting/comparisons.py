@@ -17,8 +17,8 @@ class ComparisonSection:
         anchor: the identifier of its section.
         header: the names of the columns.
         lines: the texts of each row; the first two are the method and the pattern.
-        rows: the rows, that of the dense model first.
-        setting: what the rows have in common.
+        rows: the rows, with the row of the dense model first.
+        setting: the common setting of the rows.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ComparisonSection:
     @property
     def charts(self) -> list[tuple[str, str]]:
         """A chart of each metric on each text, with its title."""
-        dense, found = self.rows[0], []
+        dense, result = self.rows[0], []
         scores = dense["scores"]
         for text, metric in [(source, name) for source in scores for name in scores[source]]:
             bars = [
@@ -59,5 +59,5 @@ class ComparisonSection:
                 if row["scores"].get(text, {}).get(metric) is not None
             ]
             title = f"{metric} on {text}"
-            found.append((title, bar_chart(title, bars, "")))
-        return found
+            result.append((title, bar_chart(title, bars, "")))
+        return result

@@ -22,7 +22,7 @@ class Heat:
     """A table with a row for each block and a column for each kind of site, or for each expert.
 
     Attributes:
-        title: what the values are.
+        title: the name of the values.
         columns: the kinds, or the indices of the experts.
         rows: the name of each block with its cells; None where a block has no site of a kind.
         lowest, highest: the texts of the ends of the scale.
@@ -35,10 +35,10 @@ class Heat:
     highest: str
 
     def short(self, column: str) -> str:
-        """The last part of a kind's name, if no other kind ends in the same one."""
+        """The last part of a kind's name, if it is unique among the kinds."""
         last = column.rpartition(".")[2]
-        same = [other for other in self.columns if other.rpartition(".")[2] == last]
-        return last if len(same) == 1 else column
+        equal_names = [other for other in self.columns if other.rpartition(".")[2] == last]
+        return last if len(equal_names) == 1 else column
 
 
 def heat(
@@ -48,10 +48,10 @@ def heat(
     write: Callable[[float], str],
     column: Callable[[SitePruned], str] = lambda site: site.kind,
 ) -> Heat:
-    """The table of a value of the sites; that of sites in the same column is their mean.
+    """The table of a value of the sites; a cell has the mean of its sites.
 
     Args:
-        title: what the values are.
+        title: the name of the values.
         sites: the pruned sites, in the order of the blocks.
         value: the value of a site.
         write: the text of a value.
@@ -112,6 +112,6 @@ def expert_of(site: SitePruned) -> str:
 
 def block_of(site: SitePruned) -> str:
     """The full name of a site's block."""
-    index = expert_of(site)  # it stands behind the kind
+    index = expert_of(site)  # the name ends with the kind and the index
     name = site.name.removesuffix(f".{index}" if index else "").removesuffix(site.kind)
     return name.rstrip(".") or site.name

@@ -29,8 +29,8 @@ class Subject:
         name: its name on the page.
         anchor: the identifier of its section.
         report: its report.
-        command: the command that reproduces the run; empty if it is not known.
-        beside: what the model does beside the dense one; None if it was not measured.
+        command: the command that reproduces the run; empty if it is unknown.
+        beside: the comparison with the dense model; None if it was not measured.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Subject:
         """The facts of the summary, each with its name."""
         report, options = self.report, self.report.options
         kept, error = report.structure.get("share"), f"{report.relative_layer_error:.4f}"
-        found = [
+        entries = [
             ("original", report.model.get("reference")),
             ("pattern", options.get("pattern")),
             ("zeros in the pruned sites", f"{report.sparsity:.2%}" if report.sites else None),
@@ -57,18 +57,18 @@ class Subject:
             ("peak memory", _bytes(sum(report.peak_memory_bytes.values()))),
             ("created", report.created),
         ]
-        return [(name, str(value)) for name, value in found if value not in (None, "")]
+        return [(name, str(value)) for name, value in entries if value not in (None, "")]
 
     @property
     def scores(self) -> list[tuple[str, str, str]]:
         """Each metric with its values before and after the run.
 
-        Those of a recovery have lines of their own.
+        The metrics of a recovery have separate lines.
         """
-        found = []
+        lines = []
         for name, before, after in _scores(self.report):
-            found.append((name, f"{before:.4g}", f"{after:.4g}"))
-        return found
+            lines.append((name, f"{before:.4g}", f"{after:.4g}"))
+        return lines
 
     @property
     def heats(self) -> list[Heat]:
@@ -93,7 +93,7 @@ class Subject:
 
     @property
     def experts(self) -> list[tuple[str, str, str]]:
-        """The removed experts of each block, and those that were merged into others."""
+        """The removed experts of each block, and the experts that were merged into others."""
         return [
             (
                 block,
@@ -112,8 +112,8 @@ class Subject:
     def damped(self) -> list[SitePruned]:
         """The sites with another damping than the most frequent one."""
         values = Counter(site.damping for site in self.report.sites)
-        usual = values.most_common(1)[0][0] if values else None
-        return [site for site in self.report.sites if site.damping != usual]
+        most_frequent = values.most_common(1)[0][0] if values else None
+        return [site for site in self.report.sites if site.damping != most_frequent]
 
     @property
     def phases(self) -> str:
@@ -139,8 +139,8 @@ class Subject:
         if not training:
             return ""
         losses = [(float(n), float(loss)) for n, loss in enumerate(training["losses"], 1)]
-        held = [(float(step), float(loss)) for step, loss in training["held_back"]]
-        lines = [Line("samples held back", held)]
+        held_back = [(float(step), float(loss)) for step, loss in training["held_back"]]
+        lines = [Line("samples held back", held_back)]
         if self.report.recovery["options"]["kind"] != "distill":  # its loss has another unit
             lines.append(Line("training", losses))
         return line_chart("Loss of the recovery", lines, "step", "nats per token")
@@ -165,15 +165,15 @@ def _sparsity(site: SitePruned) -> float:
 
 def _scores(report: Report) -> list[tuple[str, float, float]]:
     """Each metric with its text, and its values before and after."""
-    found = []
-    for what, scores in (("", report.scores), (_RECOVERY, report.recovery.get("scores", {}))):
+    lines = []
+    for suffix, scores in (("", report.scores), (_RECOVERY, report.recovery.get("scores", {}))):
         before, after = scores.get("before", {}), scores.get("after", {})
-        found += [
-            (f"{name} on {scores.get('source')}{what}", float(before[name]), float(after[name]))
+        lines += [
+            (f"{name} on {scores.get('source')}{suffix}", float(before[name]), float(after[name]))
             for name in before
             if name in after
         ]
-    return found
+    return lines
 
 
 def _text(calibration: dict[str, Any]) -> str:
@@ -216,19 +216,19 @@ def render(subjects: Sequence[Subject], comparisons: Sequence[ComparisonSection]
 def _side_by_side(subjects: Sequence[Subject]) -> list[tuple[str, str]]:
     """A chart of each metric with all models, and with the model before each run.
 
-    Models that were pruned from the same one share its bar.
+    Models that were pruned from the same dense model share its bar.
     """
     bars: dict[str, list[Bar]] = {}
-    known: set[tuple[str, float]] = set()
+    seen: set[tuple[str, float]] = set()
     for subject in subjects:
         for name, before, after in _scores(subject.report):
-            found = bars.setdefault(name, [])
-            if (name, before) not in known:
-                dense = f"dense, for {subject.name}" if found else "dense"
-                start = f"{subject.name}, before" if name.endswith(_RECOVERY) else dense
-                found.append(Bar(start, before))
-                known.add((name, before))
-            found.append(Bar(subject.name, after))
+            metric_bars = bars.setdefault(name, [])
+            if (name, before) not in seen:
+                dense = f"dense, for {subject.name}" if metric_bars else "dense"
+                label = f"{subject.name}, before" if name.endswith(_RECOVERY) else dense
+                metric_bars.append(Bar(label, before))
+                seen.add((name, before))
+            metric_bars.append(Bar(subject.name, after))
     return [(name, bar_chart(name, values, "")) for name, values in bars.items()]
 
 
@@ -245,7 +245,7 @@ def read_subjects(
         AptError: a directory has no report, or the report is damaged.
     """
     names = [directory.resolve().name for directory in directories]
-    found = []
+    subjects = []
     for number, directory in enumerate(directories):
         name = names[number] if names.count(names[number]) == 1 else str(directory)
         report = Report.read(directory)
@@ -257,5 +257,5 @@ def read_subjects(
             raise AptError(
                 f"the report in {directory} is damaged: {error}", "prune the model again"
             ) from error
-        found.append(subject)
-    return found
+        subjects.append(subject)
+    return subjects

@@ -1,4 +1,4 @@
-"""The answers of a model to tasks, and their comparison with those of the dense model."""
+"""The answers of a model to tasks, and their comparison with the dense model's answers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,15 +9,15 @@ from apt_lab.windows import Difference, mean_difference
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered in one task.
+    """The answers of a model to one task.
 
     Attributes:
         task: the name of the task.
         version: the version of the task.
         questions: the number of questions.
         metrics: each metric with its value and its standard error (NaN if there is none).
-        scores: for each metric that is a mean over questions, its value for each question, in the
-            order of the questions.
+        scores: the values of a metric for each question, in the order of the questions, if the
+            metric is a mean over questions.
         chosen: the answer to each question: the index of the choice, or the text. Empty for tasks
             that measure the likelihood of single texts.
     """
@@ -31,12 +31,12 @@ class Answers:
 
     @property
     def main(self) -> str:
-        """The metric that stands for the task: ``acc_norm`` or ``acc``, or else the first one.
+        """The main metric of the task: ``acc_norm`` or ``acc``, or else the first one.
 
         Empty if the task has no metric.
         """
-        usual = [name for name in ("acc_norm", "acc") if name in self.metrics]
-        return next(iter([*usual, *self.metrics]), "")
+        preferred = [name for name in ("acc_norm", "acc") if name in self.metrics]
+        return next(iter([*preferred, *self.metrics]), "")
 
     def record(self) -> dict[str, Any]:
         """The answers as values for JSON."""
@@ -57,10 +57,10 @@ class Answers:
 def difference(pruned: Answers, dense: Answers, metric: str) -> Difference | None:
     """The paired difference of a metric.
 
-    None if the metric is not a mean over the same questions, or if there is only one.
+    None if the metric is not a mean over the same questions, or if there is only one question.
     """
-    one, other = pruned.scores.get(metric, []), dense.scores.get(metric, [])
-    return mean_difference(one, other) if len(one) == len(other) else None
+    values, dense_values = pruned.scores.get(metric, []), dense.scores.get(metric, [])
+    return mean_difference(values, dense_values) if len(values) == len(dense_values) else None
 
 
 def changed(pruned: Answers, dense: Answers) -> float | None:
@@ -70,18 +70,18 @@ def changed(pruned: Answers, dense: Answers) -> float | None:
     pairs: Sequence[tuple[int | str, int | str]] = list(
         zip(pruned.chosen, dense.chosen, strict=True)
     )
-    return sum(one != other for one, other in pairs) / len(pairs)
+    return sum(answer != dense_answer for answer, dense_answer in pairs) / len(pairs)
 
 
 def summary(pruned: Answers, dense: Answers | None = None) -> dict[str, Any]:
     """The figures of a task for JSON, with the differences from the dense model."""
     metrics: dict[str, dict[str, float]] = {}
     for name, (value, error) in pruned.metrics.items():
-        found = metrics[name] = {"value": value, "stderr": error}
+        figures = metrics[name] = {"value": value, "stderr": error}
         if dense is not None and name in dense.metrics:
-            found["dense"] = dense.metrics[name][0]
+            figures["dense"] = dense.metrics[name][0]
             if (change := difference(pruned, dense, name)) is not None:
-                found |= {"difference": change.value, "low": change.low, "high": change.high}
+                figures |= {"difference": change.value, "low": change.low, "high": change.high}
     result: dict[str, Any] = {
         "version": pruned.version, "questions": pruned.questions, "metrics": metrics
     }  # fmt: skip

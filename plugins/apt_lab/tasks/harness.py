@@ -28,7 +28,7 @@ from apt_lab.tasks.question_sets import GROUP, SETS, task_config
 from apt_lab.tasks.task_files import check_task_file, names_tasks
 
 _BATCH = 16
-_RESAMPLES = 10_000  # of a metric that is no mean, for its standard error
+_RESAMPLES = 10_000  # for the standard error of a metric that is not a mean
 
 
 def check_tasks(names: Sequence[str], *, trust_remote_code: bool = False) -> list[str]:
@@ -39,39 +39,39 @@ def check_tasks(names: Sequence[str], *, trust_remote_code: bool = False) -> lis
         trust_remote_code: True if code that a YAML file names may run.
 
     Raises:
-        AptError: lm-evaluation-harness or a question set is not installed, a task is not known, or
-            a file cannot be read or would run code.
+        AptError: lm-evaluation-harness or a question set is not installed, a task is unknown, or a
+            file cannot be read or would run code.
     """
     if find_spec("lm_eval") is None:
         raise AptError(
             "tasks need lm-evaluation-harness", "pip install 'apt-prune[eval]'", ("tasks",)
         )
-    wanted = [n for name in names for n in (SETS if name == GROUP else [name])]
-    for name in wanted:
+    expanded = [n for name in names for n in (SETS if name == GROUP else [name])]
+    for name in expanded:
         if name in SETS:
             task_config(name)
-    for name in wanted:
+    for name in expanded:
         if _is_file(name):
             check_task_file(Path(name), trust_remote_code=trust_remote_code)
-    others = [name for name in wanted if name not in SETS and not _is_file(name)]
+    others = [name for name in expanded if name not in SETS and not _is_file(name)]
     if others:
         _check_known(others)
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(expanded))
 
 
 @cache
-def _index(*, own: bool) -> Any:
-    """The harness's index of tasks: making one takes seconds, unless its own tasks are left out."""
+def _index(*, with_defaults: bool) -> Any:
+    """The harness's index of tasks; an index with its own tasks takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        return TaskManager(include_defaults=own)
+        return TaskManager(include_defaults=with_defaults)
 
 
 def _check_known(names: Sequence[str]) -> None:
-    known = _index(own=True).match_tasks(list(names))
+    existing = _index(with_defaults=True).match_tasks(list(names))
     for name in names:
-        if name not in known:
+        if name not in existing:
             raise AptError(
                 f"task '{name}' is not known",
                 f"choose one of lm-evaluation-harness, or {GROUP} for {', '.join(SETS)}",
@@ -89,7 +89,7 @@ def _may_name_others(name: str) -> bool:
 
 
 def task_setting(names: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """What the answers depend on beside the model, for a record."""
+    """The inputs of the answers beside the model, for a record."""
     return {"tasks": list(names), "limit": limit, "lm_eval": version("lm_eval")}
 
 
@@ -111,8 +111,8 @@ def answer(
         limit: the number of questions of each task; None for all. Question sets are shuffled, other
             tasks begin with their first question.
         progress: True if the harness may show its progress on standard error.
-        trust_remote_code: True if templates of tasks may run any code. They can otherwise not reach
-            Python's internals.
+        trust_remote_code: True if templates of tasks may run any code. Otherwise templates run in a
+            sandbox, without access to Python's internals.
 
     Raises:
         AptError: a task cannot be read or answered.
@@ -122,7 +122,7 @@ def answer(
     from apt_lab.tasks.shared_contexts import SharedContexts
 
     foreign = any(name not in SETS and _may_name_others(name) for name in names)
-    wanted = [task_config(name) if name in SETS else name for name in names]
+    tasks = [task_config(name) if name in SETS else name for name in names]
     sandbox = nullcontext() if trust_remote_code else _sandboxed_templates()
     with eval_mode(model), _quiet(progress=progress), _no_environment(), _one_process(), sandbox:
         runner = SharedContexts(
@@ -130,19 +130,19 @@ def answer(
             device=str(next(model.parameters()).device),
         )  # fmt: skip
         try:
-            found = simple_evaluate(
-                runner, tasks=wanted, limit=limit, verbosity="ERROR",
-                task_manager=_index(own=foreign),
+            results = simple_evaluate(
+                runner, tasks=tasks, limit=limit, verbosity="ERROR",
+                task_manager=_index(with_defaults=foreign),
                 bootstrap_iters=_RESAMPLES,
             )  # fmt: skip
-        except Exception as error:  # for tasks of users the harness raises any type
+        except Exception as error:  # the harness raises many types for tasks of users
             raise AptError(
                 f"the tasks {', '.join(names)} cannot be answered: {_reason(error)}",
                 f"without a network, use {GROUP}" if isinstance(error, OSError) else "",
                 ("tasks",),
             ) from error
-    assert found is not None  # it is None only in the further processes of a distributed run
-    return [_answers(name, found) for name in found["samples"]]
+    assert results is not None  # None only in the other processes of a distributed run
+    return [_answers(name, results) for name in results["samples"]]
 
 
 @contextmanager
@@ -173,11 +173,11 @@ def _sandboxed_templates() -> Iterator[None]:
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
-    plain = utils.env
+    original = utils.env
     sandbox = SandboxedEnvironment(
-        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=True
+        loader=original.loader, undefined=original.undefined, keep_trailing_newline=True
     )
-    sandbox.filters.update(plain.filters)
+    sandbox.filters.update(original.filters)
     with patch.object(utils, "env", sandbox):
         yield
 
@@ -198,20 +198,20 @@ def _no_environment() -> Iterator[None]:
 def _one_process() -> Iterator[None]:
     """While entered, the harness resamples in this process.
 
-    It forks a pool otherwise, and the fork of a process with threads can deadlock.
+    Otherwise it would fork a pool, and the fork of a process with threads can deadlock.
     """
     with patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
         yield
 
 
-def _answers(name: str, found: Mapping[str, Any]) -> Answers:
+def _answers(name: str, results: Mapping[str, Any]) -> Answers:
     """The answers in the results of the harness, whose metrics are named ``acc,none``."""
-    result, samples = found["results"][name], found["samples"][name]
+    task_result, samples = results["results"][name], results["samples"][name]
     metrics: dict[str, tuple[float, float]] = {}
-    for key, value in result.items():
+    for key, value in task_result.items():
         metric, comma, kind = str(key).partition(",")
         if comma and not metric.endswith("_stderr") and metric not in metrics:
-            error = result.get(f"{metric}_stderr,{kind}", "N/A")
+            error = task_result.get(f"{metric}_stderr,{kind}", "N/A")
             spread = float(error) if isinstance(error, int | float) else float("nan")
             metrics[metric] = float(value), spread
     first = samples[0]["filter"] if samples else ""
@@ -223,9 +223,9 @@ def _answers(name: str, found: Mapping[str, Any]) -> Answers:
         and _is_mean(value, values := [float(s[metric]) for s in ordered])
     }
     chosen = [_chosen(s["filtered_resps"]) for s in ordered]
-    known = [] if None in chosen else [choice for choice in chosen if choice is not None]
-    version = str(found["versions"].get(name, ""))
-    return Answers(name, version, len(ordered), metrics, scores, known)
+    choices = [] if None in chosen else [choice for choice in chosen if choice is not None]
+    version = str(results["versions"].get(name, ""))
+    return Answers(name, version, len(ordered), metrics, scores, choices)
 
 
 def _is_mean(value: float, values: Sequence[float]) -> bool:

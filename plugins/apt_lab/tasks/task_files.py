@@ -1,4 +1,4 @@
-"""YAML files of tasks: read without running code, and searched for code that they would run.
+"""YAML files of tasks: reading without running code, and the search for code that would run.
 
 A task file of lm-evaluation-harness can name functions of Python files beside it, metrics whose
 code the library evaluate loads, and data sets with code. Its templates are expressions of Jinja.
@@ -53,7 +53,7 @@ def _with_included(path: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _read(path: Path) -> tuple[Any, list[str]]:
-    """The content of a file with names in the place of functions, and these functions."""
+    """The content of a file, with the names of functions in place of functions, and these names."""
     import yaml
 
     functions = list[str]()
@@ -69,19 +69,19 @@ def _read(path: Path) -> tuple[Any, list[str]]:
     if not path.is_file():
         raise AptError(f"the task file {path} does not exist", "", _OPTION)
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a safe loader
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise AptError(f"{path} is not YAML: line {line}: {error.problem}", "", _OPTION) from error
     except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
         raise AptError(f"{path} cannot be read: {first_line(error)}", "", _OPTION) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise AptError(f"{path} is not a task: its content is not a mapping", "", _OPTION)
-    return found, functions
+    return content, functions
 
 
 def _code_in(content: Any) -> Iterator[str]:
-    """What runs code in the content of a file, beside its functions."""
+    """The entries of a file that run code, beside its functions."""
     from lm_eval.api.registry import METRIC_REGISTRY, get_metric
 
     get_metric("acc")  # fills the registry

@@ -143,11 +143,11 @@ def _copy(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, changes: Mapping[str
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == _ARCHITECTURE:
             continue
-        kind, *inside = field.types
+        kind, *item_types = field.types
         value = changes[key] if key in changes else field.contents()
         if kind is Kind.ARRAY and not value:
             continue  # the package writes no empty list, and llama.cpp reads none as an empty one
-        writer.add_key_value(key, value, kind, inside[-1] if inside else None)
+        writer.add_key_value(key, value, kind, item_types[-1] if item_types else None)
     for key in changes.keys() - reader.fields.keys():
         writer.add_uint32(key, changes[key])
 

@@ -1,4 +1,4 @@
-"""Wrong adapters: each is a right one but for one thing, that the conformance kit has to find."""
+"""Mutants: adapters with one fault each, which the conformance kit must find."""
 
 from dataclasses import dataclass
 
@@ -102,13 +102,13 @@ class Mutant:
     Attributes:
         adapter: its class.
         check: the check that finds it.
-        said: what that says, a regular expression.
+        message: a regular expression for the reported line.
         model: the model that it is checked with, of `MODELS`.
     """
 
     adapter: type
     check: str
-    said: str
+    message: str
     model: str = "llama"
 
 
@@ -402,7 +402,7 @@ HARMLESS: dict[str, tuple[type, str]] = {
     "rows for B as outputs": (EntriesAsOutputs, "mamba"),
     "entries for B in the convolution as outputs": (EarlierOutputs, "mamba2"),
 }
-"""Adapters that differ from the right ones, but give the same models, with their models."""
+"""Adapters that differ from the correct ones, but give the same smaller models."""
 
 _BLIND = {  # what says nothing of a kind of extra, or the same as before
     ("conv1d", "reversed_weights"): "the windows of neighbours hold nearly the same tokens",

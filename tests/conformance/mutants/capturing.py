@@ -1,4 +1,4 @@
-"""Wrong in what they capture, or in what capturing does."""
+"""Adapters with faults in the captured inputs, or in the effects of the capture."""
 
 from contextlib import contextmanager, suppress
 
@@ -20,7 +20,7 @@ class Doubled(LLAMA):
 
 
 class Rows(LLAMA):
-    """Captures what is no other Gram matrix."""
+    """Captures inputs with the right Gram matrix."""
 
     def capture(self, block, sites, sink):
         return super().capture(block, sites, lambda site, rows: sink(site, self.changed(rows)))

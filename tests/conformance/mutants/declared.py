@@ -1,4 +1,4 @@
-"""Wrong in what they declare: of a site, of all blocks, of experts."""
+"""Adapters with wrong declarations of sites, blocks or experts."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

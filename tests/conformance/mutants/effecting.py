@@ -1,4 +1,4 @@
-"""Wrong in the effects that they report of extras, or in what these mean."""
+"""Adapters that report wrong effects of extras, or declare the wrong removal."""
 
 from dataclasses import replace
 

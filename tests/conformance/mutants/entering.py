@@ -1,4 +1,4 @@
-"""Wrong in how they enter a model, or step through its blocks."""
+"""Adapters with faults in `enter` or `step`."""
 
 import torch
 

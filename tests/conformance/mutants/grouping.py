@@ -1,4 +1,4 @@
-"""Wrong in the groups that they declare."""
+"""Adapters that declare wrong groups."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Adapters that leave something behind: in the model, or in the process."""
+"""Adapters with side effects in the model or in the process."""
 
 import random
 import sys
@@ -148,7 +148,7 @@ def leaking(leak: Callable[[Any], None], where: str, on_error: bool) -> type:
 
 
 def several(model: Any) -> None:
-    """Leaks that are no more than they were where they happen again."""
+    """Side effects that do not grow when they are repeated."""
     for leak in ONCE:
         leak(model)
 
@@ -161,7 +161,7 @@ ONCE = [
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Put back what a leak changes in the process."""
+    """Restore the state of the process after a side effect."""
     rotary = sys.modules[_MODELING].apply_rotary_pos_emb
     with preserved():
         try:

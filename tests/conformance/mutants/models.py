@@ -1,4 +1,4 @@
-"""Right adapters, and the small models on which wrong ones are told from them."""
+"""Correct adapters, and the small models on which mutants fail."""
 
 import copy
 from collections.abc import Callable
@@ -193,7 +193,7 @@ RIGHT = {
     "llava": Llava,
     "echo": Echo,
 }
-"""The right adapters of the models."""
+"""The correct adapters of the models."""
 
 if "jamba" not in CONFIGS:  # experts are modules in transformers 4
     del RIGHT["jamba"], RIGHT["jamba, three experts"], RIGHT["gpt-oss"]

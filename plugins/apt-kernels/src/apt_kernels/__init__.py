@@ -3,7 +3,7 @@
 A packed matrix is a bitmask and the kept values, row by row. `Matrix` multiplies it by a few
 vectors, and expands rows for products with many vectors. `DenseMatrix` multiplies a plain matrix.
 The functions are C++, for AVX-512 (VBMI2, BF16), AVX2, NEON and any other processor. `LEVEL` is the
-instruction set of this one.
+instruction set of the current processor.
 """
 
 from apt_kernels.block import Block

@@ -17,11 +17,11 @@ class Block:
 
     Args:
         matrices: the matrices of the block by `apt_kernels.library.MATRICES`.
-        vectors: its norms and biases by `apt_kernels.library.VECTORS`; those that it lacks are left
-            out. All are in bf16 or all in fp32, contiguous, on the processor. They stay in their
-            memory, so that a change of their values is seen.
+        vectors: the existing norms and biases by `apt_kernels.library.VECTORS`, all in bf16 or all
+            in fp32, contiguous, on the processor. They are not copied, so that a change of their
+            values takes effect.
         head_width: the number of channels of a head.
-        epsilon: what the norms add to the variance.
+        epsilon: the number that the norms add to the variance.
         scaling: the factor of the products of queries and keys.
 
     Raises:
@@ -29,7 +29,7 @@ class Block:
         ValueError: the shapes do not fit together, or a tensor has another dtype, layout or device.
 
     Attributes:
-        dtype: the dtype of its vectors, and of the tensors of `step`.
+        dtype: the dtype of the vectors, and of the tensors of `step`.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Block:
             "input_norm": outer, "output_norm": outer, "q_norm": width, "k_norm": width,
         }  # fmt: skip
         for name, shape in shapes.items():
-            found = self._matrices[name].rows, self._matrices[name].columns
-            if found != shape:
-                raise ValueError(f"matrix {name} of {found}, not of {shape}")
+            actual = self._matrices[name].rows, self._matrices[name].columns
+            if actual != shape:
+                raise ValueError(f"matrix {name} of {actual}, not of {shape}")
         if unknown := sorted(self._vectors.keys() - sizes.keys()):
             raise ValueError(f"a block with {', '.join(unknown)}")
         for name, vector in self._vectors.items():
@@ -102,8 +102,8 @@ class Block:
         Args:
             x: the input of the block (hidden,), in the block's dtype, as all other tensors.
             cosines, sines: the rotary embedding of its position (head_width,).
-            keys, values: the cache (kv_heads, length, head_width). The last place is that of this
-                token. Only the heads may be apart from each other in memory.
+            keys, values: the cache (kv_heads, length, head_width). The last position is for this
+                token. Within a head, the memory must be contiguous.
 
         Returns:
             The output of the block (hidden,).

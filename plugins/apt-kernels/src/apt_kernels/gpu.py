@@ -1,8 +1,8 @@
 """Products with packed matrices on GPUs, in Triton.
 
 The layout is that of the processor's kernels without their reordering: a bitmask (out, ⌈in / 8⌉)
-and the kept values row by row. For each row and each part of `COLUMNS` columns there is the place
-of its first value, so that all parts can be read at once.
+and the kept values row by row. For each row and each part of `COLUMNS` columns, the position of the
+first value is stored, so that all parts can be read in parallel.
 """
 
 import torch
@@ -16,7 +16,7 @@ _ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.
 
 
 class GpuMatrix:
-    """A packed matrix on a GPU; the interface is that of `apt_kernels.Matrix`.
+    """A packed matrix on a GPU, with the interface of `apt_kernels.Matrix`.
 
     Args:
         width: the number of columns.
@@ -69,7 +69,7 @@ class GpuMatrix:
 
 
 def _starts(mask: Tensor, parts: int) -> Tensor:
-    """The place of the first value of each part (out, parts), int64."""
+    """The position of the first value of each part (out, parts), int64."""
     counts = _ONES.to(mask.device)[mask.long()]
     padded = torch.nn.functional.pad(counts, (0, parts * COLUMNS // 8 - counts.shape[1]))
     each = padded.view(len(mask), parts, COLUMNS // 8).sum(2).flatten()

@@ -42,33 +42,33 @@ def _load() -> ctypes.CDLL | None:
         from apt_kernels import _library
     except ImportError:
         return None
-    found = ctypes.CDLL(_library.__file__)
+    library = ctypes.CDLL(_library.__file__)
     pointer = POINTER(Fields)
-    found.apt_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int, c_void_p]
-    found.apt_offsets.restype = c_int64
-    found.apt_product.argtypes = [pointer, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int]
-    found.apt_product.restype = None
-    found.apt_tiled.argtypes = [pointer, c_void_p, c_int64, c_void_p, c_int, c_int]
-    found.apt_tiled.restype = c_int
-    found.apt_expand.argtypes = [
+    library.apt_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int, c_void_p]
+    library.apt_offsets.restype = c_int64
+    library.apt_product.argtypes = [pointer, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int]
+    library.apt_product.restype = None
+    library.apt_tiled.argtypes = [pointer, c_void_p, c_int64, c_void_p, c_int, c_int]
+    library.apt_tiled.restype = c_int
+    library.apt_expand.argtypes = [
         pointer, c_int64, c_int64, c_int64, c_void_p, c_int, c_int, c_int
     ]  # fmt: skip
-    found.apt_expand.restype = None
+    library.apt_expand.restype = None
     places = [c_void_p] * 6
-    found.apt_block.argtypes = [POINTER(BlockFields), *places, c_int64, c_int64, c_int, c_int]
-    found.apt_block.restype = None
-    found.apt_use_openmp.argtypes = [c_void_p]
-    found.apt_use_openmp.restype = None
+    library.apt_block.argtypes = [POINTER(BlockFields), *places, c_int64, c_int64, c_int, c_int]
+    library.apt_block.restype = None
+    library.apt_use_openmp.argtypes = [c_void_p]
+    library.apt_use_openmp.restype = None
     if team := torch_openmp():
-        found.apt_use_openmp(team)
-    return found
+        library.apt_use_openmp(team)
+    return library
 
 
 def torch_openmp() -> int | None:
-    """The address of ``GOMP_parallel`` in torch's OpenMP runtime; None if it has none.
+    """The address of ``GOMP_parallel`` in torch's OpenMP runtime; None without this function.
 
-    GNU's runtime has this function, as have those of LLVM and Intel on Linux. The symbol is looked
-    up in the libraries that torch's own library is linked to, not in those of the process.
+    The runtimes of GNU, LLVM and Intel have this function on Linux. The symbol is searched in the
+    libraries to which torch's own library is linked, not in all libraries of the process.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

@@ -26,7 +26,7 @@ class Kernel:
         group: the number of columns that share a scale.
 
     Attributes:
-        fields: the matrix as the library has it.
+        fields: the matrix in the form of the library.
         level: the number of the instruction set.
     """
 
@@ -88,12 +88,12 @@ class Kernel:
         self._check(x)
         if x.dtype != torch.bfloat16:
             return None
-        given, y = self._pad(x.contiguous()), torch.empty(len(x), self.rows, dtype=x.dtype)
-        done = LIBRARY.apt_tiled(
-            self._pointer, given.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads(),
+        padded, y = self._pad(x.contiguous()), torch.empty(len(x), self.rows, dtype=x.dtype)
+        is_supported = LIBRARY.apt_tiled(
+            self._pointer, padded.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads(),
             self.level,
         )  # fmt: skip
-        return y if done else None
+        return y if is_supported else None
 
     def _pad(self, x: Tensor) -> Tensor:
         if self._padded == self.columns:
@@ -154,12 +154,12 @@ class Matrix(Kernel):
         rows, words = mask.shape[0], -(-columns // _WORD)
         if mask.shape != (rows, -(-columns // 8)):
             raise ValueError(f"a mask of {tuple(mask.shape)} for {columns} columns")
-        whole = _whole_words(mask, words)
+        words_mask = _whole_words(mask, words)
         kind = _KINDS[values.dtype]
         offsets = torch.zeros(rows, dtype=torch.int64)
-        size = LIBRARY.apt_offsets(whole.data_ptr(), rows, words, kind, offsets.data_ptr())
+        size = LIBRARY.apt_offsets(words_mask.data_ptr(), rows, words, kind, offsets.data_ptr())
         if kind == _INT4:
-            values = _realigned(values, whole, size)
+            values = _realigned(values, words_mask, size)
         if values.nbytes != size:
             raise ValueError(f"{values.nbytes} bytes of values, and the mask keeps {size}")
         if (kind >= 3) != (scales is not None) or group % _WORD:
@@ -167,7 +167,7 @@ class Matrix(Kernel):
         groups = -(-columns // group) if group else 0
         if scales is not None and scales.shape != (rows, groups):
             raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
-        parts = in_large_pages(whole), in_large_pages(values)
+        parts = in_large_pages(words_mask), in_large_pages(values)
         super().__init__(columns, *parts, offsets, scales, group)
 
     @property
@@ -190,7 +190,7 @@ class DenseMatrix(Kernel):
 
     Raises:
         RuntimeError: the library was not compiled.
-        ValueError: the kernels do not serve this matrix.
+        ValueError: the kernels do not support this matrix.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -201,28 +201,28 @@ class DenseMatrix(Kernel):
         if columns % _WORD or not served or weight.device.type != "cpu":
             raise ValueError(f"a matrix of {rows} × {columns} in {weight.dtype} on {weight.device}")
         mask = torch.full((1, columns // 8), 255, dtype=torch.uint8)
-        # Of whole words without zeros the kernels read every byte and none behind them.
+        # In words without zeros the kernels read every byte of the row, and none after its end.
         offsets = torch.arange(rows) * (columns * weight.element_size())
         super().__init__(columns, mask, weight.detach().view(-1), offsets)
 
 
 def _address(values: Tensor) -> int:
-    """The place of values in memory, which torch does not say if there are none."""
+    """The address of values in memory; torch's ``data_ptr`` is 0 for an empty tensor."""
     start = values.untyped_storage().data_ptr()
     return start + values.storage_offset() * values.element_size()
 
 
 def _whole_words(mask: Tensor, words: int) -> Tensor:
-    """The bitmask with rows of whole words, without a copy if it is so already."""
+    """The bitmask with rows of complete words; copied only if necessary."""
     if mask.shape[1] == 8 * words and mask.is_contiguous() and mask.data_ptr() % 8 == 0:
         return mask
-    whole = torch.zeros(mask.shape[0], 8 * words, dtype=torch.uint8)
-    whole[:, : mask.shape[1]] = mask
-    return whole
+    padded = torch.zeros(mask.shape[0], 8 * words, dtype=torch.uint8)
+    padded[:, : mask.shape[1]] = mask
+    return padded
 
 
 def _realigned(values: Tensor, mask: Tensor, size: int) -> Tensor:
-    """4-bit integers, so that those of each word of the mask begin at a whole byte."""
+    """4-bit integers, moved so that the values of each word of the mask begin at a byte."""
     words = mask.view(torch.int64).reshape(-1)
     counts = _ones(mask).view(-1, 8).sum(1)
     assert len(counts) == len(words)

@@ -14,27 +14,27 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-BEYOND = 256  # bytes that the kernels may read behind the last value
+BEYOND = 256  # bytes that the kernels may read after the last value
 _REGION = 64 * 2**20  # bytes of memory for many matrices
 _ALIGNMENT = 64
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4, which Python does not name
 
 
 class _Region(mmap.mmap):
-    """Memory that tensors share. It is given back with the last one of them."""
+    """Memory that tensors share. It is released with the last of these tensors."""
 
     used = 0
 
 
 _last: "ReferenceType[_Region] | None" = None
-_files: list[tuple[int, int]] = []  # the places of files when they were last asked for
+_files: list[tuple[int, int]] = []  # the addresses of mapped files, when they were last read
 _turn = Lock()  # several threads may load models
 
 
 def in_large_pages(values: Tensor) -> Tensor:
-    """A copy of ``values`` on the processor, with `BEYOND` bytes behind it that can be read.
+    """A copy of ``values`` on the processor, followed by `BEYOND` readable bytes.
 
-    The memory of ``values`` is given back if it is that of a file, which can be read again.
+    If ``values`` are mapped from a file, their memory is released; the file can be read again.
 
     Raises:
         ValueError: they are not on the processor.
@@ -51,7 +51,7 @@ def in_large_pages(values: Tensor) -> Tensor:
 
 
 def _give_back(values: Tensor) -> None:
-    """Let the system take back the pages of a file in memory. They are not changed by this."""
+    """Let the system release the pages of a mapped file. The values do not change."""
     page = mmap.PAGESIZE
     first = -(-values.data_ptr() // page) * page
     size = (values.data_ptr() + values.nbytes) // page * page - first
@@ -60,7 +60,7 @@ def _give_back(values: Tensor) -> None:
 
 
 def _is_of_a_file(address: int) -> bool:
-    """True if a file is mapped to this address; False where the system does not say so."""
+    """True if a file is mapped to this address; False if the system cannot report it."""
     global _files
     if not any(first <= address < last for first, last in _files):
         _files = _mapped_files()
@@ -68,7 +68,7 @@ def _is_of_a_file(address: int) -> bool:
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """The places of the files that are mapped into the memory of this process, on Linux."""
+    """The address ranges of files that are mapped into this process, on Linux."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -13,20 +13,20 @@ def weights(
 ):  # fmt: skip
     """The weights of a part of a row with their zeros (COLUMNS,), in fp32, and its columns."""
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < width
-    byte = tl.load(mask + row * mask_width + columns // 8, mask=inside, other=0).to(tl.int32)
+    valid = columns < width
+    byte = tl.load(mask + row * mask_width + columns // 8, mask=valid, other=0).to(tl.int32)
     kept = (byte >> (columns % 8)) & 1
     place = tl.load(starts + row * parts + part) + tl.cumsum(kept, 0) - kept
     if KIND == "int4":
         pair = tl.load(values + place // 2, mask=kept == 1, other=0).to(tl.int32)
-        found = (((pair >> ((place % 2) * 4)) & 15) - 8).to(tl.float32)
+        weight = (((pair >> ((place % 2) * 4)) & 15) - 8).to(tl.float32)
     else:
-        found = tl.load(values + place, mask=kept == 1, other=0).to(tl.float32)
+        weight = tl.load(values + place, mask=kept == 1, other=0).to(tl.float32)
     if GROUP > 0:
-        found *= tl.load(scales + row * groups + columns // GROUP, mask=inside, other=0).to(
+        weight *= tl.load(scales + row * groups + columns // GROUP, mask=valid, other=0).to(
             tl.float32
         )
-    return tl.where(kept == 1, found, 0.0), columns
+    return tl.where(kept == 1, weight, 0.0), columns
 
 
 @triton.jit

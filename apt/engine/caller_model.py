@@ -14,13 +14,13 @@ from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
 from apt.engine.prune_model import Pruning, decide, prune_model
-from apt.engine.rank_inputs import read, running
 from apt.engine.recipes import record
-from apt.engine.reports import described
+from apt.engine.reports import model_entry
 from apt.engine.store import ModelStore
+from apt.engine.task import shared_settings
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.events import telling
+from apt.events import with_site_observer
 from apt.locations.model_source import Source
 from apt.options import Activations, Compute, StreamOptions
 from apt.output.report import Report
@@ -31,7 +31,7 @@ from apt.text.ids import check_ids, check_vocabulary
 from apt.text.special_tokens import bos_of, named_ids, special_ids
 
 
-class GivenModel(ModelStore):
+class CallerModel(ModelStore):
     """A model that a program passes, changed in place; the arguments are those of `apt.prune`.
 
     Raises:
@@ -53,25 +53,19 @@ class GivenModel(ModelStore):
         self._name, self.adapter = find_adapter(adapter, model, self.registry)
         _check_inputs(model, self.adapter, tokens)
         if ranks.first:
-            observe = telling(observe, self.registry.site_pruned)
+            observe = with_site_observer(observe, self.registry.site_pruned)
         super().__init__(ranks, observe)
         self.model, self.activations = model, activation_store(activations)
         self.device = str(next(model.parameters()).device)
 
     @property
-    def _dtype(self) -> torch.dtype:
-        """The dtype of the weights: that of the first site."""
-        _, block = self.adapter.blocks(self.model)[0]
-        return self.adapter.sites(block)[0].weight(block).dtype
-
-    @property
     def opened(self) -> Opened:
-        """The model, with the adapter that serves it."""
+        """The model, with its adapter."""
         spec = AdapterSpec(self._name, "the adapter of the caller", "")
         config = getattr(self.model, "config", None)
         return Opened(Source("", ""), self.model, config, spec, self.adapter)
 
-    def pruned(
+    def prune(
         self,
         tokens: Tensor,
         job: Pruning,
@@ -83,16 +77,18 @@ class GivenModel(ModelStore):
 
         Args:
             options: the options of the report, without `apt.PruneOptions`.
-            compute: the dtype that the model computes in meanwhile.
+            compute: the dtype that the model computes in during the run.
         """
-        self.compute_in(compute, self._dtype, self.device)
+        _, block = self.adapter.blocks(self.model)[0]
+        stored = self.adapter.sites(block)[0].weight(block).dtype
+        self.compute_in(compute, stored, self.device)
         try:
-            plan, report = self._pruned(tokens, job, tokenizer, options | {"compute": compute})
+            plan, report = self._prune(tokens, job, tokenizer, options | {"compute": compute})
         finally:
             self.restore()
         return plan, report.timed(self.seconds)
 
-    def _pruned(
+    def _prune(
         self, tokens: Tensor, job: Pruning, tokenizer: Any, options: dict[str, Any]
     ) -> tuple[Plan, Report]:
         text = Text(
@@ -105,13 +101,13 @@ class GivenModel(ModelStore):
         name = str(name or type(self.model).__name__)
         report = Report(
             options=options | record(job.recipe, job.augmentation, job.plan.grid),
-            model=described(name, _model_type(self.model), self._name)
+            model=model_entry(name, _model_type(self.model), self._name)
             | {"sha256": self.weights} | self.precision.record(),
             calibration={
                 "source": "", "own_samples": job.augmentation.own_samples, "bos": text.bos
             },
         )  # fmt: skip
-        self.ranks.check_alike(lambda: running(report.options) | read(self, tokens))
+        self.ranks.check_alike(lambda: shared_settings(report.options) | self.shared_inputs(tokens))
         text, plan = decide(self, text, job)
         return plan, prune_model(self, text, replace(job, plan=plan), report)
 
@@ -122,7 +118,7 @@ def find_adapter(
     """The name of the adapter for a model, and the adapter.
 
     Raises:
-        AptError: there is none for the model, or a module of the model is a wrapper.
+        AptError: there is no adapter for the model, or a module of the model is a wrapper.
     """
     refuse_wrapped(model)
     if adapter is not None and not isinstance(adapter, str):
@@ -136,8 +132,8 @@ def find_adapter(
             ("adapter",),
         )
     else:
-        known, kind = registry.adapters, _model_type(model)
-        spec = registry.adapter_for(kind) if adapter is None else known.get(adapter)
+        adapters, model_type = registry.adapters, _model_type(model)
+        spec = registry.adapter_for(model_type) if adapter is None else adapters.get(adapter)
         name, instance = spec.name, spec.make()
     if (config := getattr(model, "config", None)) is not None:
         instance.check(config)
@@ -159,7 +155,10 @@ def _check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
 
 
 def _check_length(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
-    """Raise if the model fails beyond its positions, as with a table; rotary ones go on."""
+    """Raise if samples have more tokens than the model can run on.
+
+    A table of positions ends; rotary positions do not.
+    """
     positions = adapter.positions(getattr(model, "config", None))
     if positions is None or tokens.shape[1] <= positions:
         return

@@ -1,0 +1,155 @@
+"""Small integers in the bits of bytes, scales of groups, and the numbers of FP4."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_FP4 = torch.cat([_FP4, -_FP4])
+"""The 16 values of FP4 (one bit of sign, two of exponent, one of mantissa) by their codes."""
+
+_EXPONENT_BIAS = 127
+_POWERS = (torch.arange(256, dtype=torch.int32) << 23).view(torch.float32)  # 2 ** (byte - 127)
+_POWERS[0] = 2.0**-_EXPONENT_BIAS
+
+_LARGEST_FP8 = 448.0
+
+
+def grouped(values: Tensor, size: int) -> Tensor:
+    """The last dimension in groups, as another dimension."""
+    return values.reshape(*values.shape[:-1], -1, size)
+
+
+def unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` integers from 0 on of each row, which lie bit after bit, lowest first.
+
+    Args:
+        stored: (…, words), of any integers.
+        bits: the bits of each integer, 1 to 8.
+        count: the integers of a row.
+
+    Returns:
+        uint8 (…, count).
+    """
+    data = stored.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data[..., :count]
+    if bits == 4:
+        return torch.stack([data & 15, data >> 4], -1).flatten(-2)[..., :count]
+    data = torch.nn.functional.pad(data, (0, -data.shape[-1] % bits))
+    groups = grouped(data, bits).to(torch.int64)  # 8 integers in each group of bytes
+    words = sum(groups[..., place] << (8 * place) for place in range(bits))
+    assert isinstance(words, Tensor)
+    values = torch.stack([(words >> (place * bits)) & (2**bits - 1) for place in range(8)], -1)
+    return values.flatten(-2).to(torch.uint8)[..., :count]
+
+
+def packed(values: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `unpacked`, in rows of whole words of a dtype; the rest of a row is 0."""
+    words = -(-values.shape[-1] * bits // (8 * dtype.itemsize))
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % 8))
+    groups = grouped(padded, 8).to(torch.int64)
+    joined = sum(groups[..., place] << (place * bits) for place in range(8))
+    assert isinstance(joined, Tensor)
+    raw = torch.stack([(joined >> (8 * place)) & 255 for place in range(bits)], -1)
+    data = raw.flatten(-2).to(torch.uint8)
+    size = words * dtype.itemsize
+    data = torch.nn.functional.pad(data, (0, max(0, size - data.shape[-1])))
+    return data[..., :size].contiguous().view(dtype)
+
+
+def group_sizes(shape: Sequence[int], grid: Sequence[int], given: Sequence[int] = ()) -> list[int]:
+    """The size of a group in each dimension of a matrix, by the shape of its grid of scales.
+
+    Args:
+        shape: the shape of the matrix.
+        grid: that of the scales, of as many dimensions.
+        given: the sizes by the configuration, for the last dimensions; 0 if it does not tell.
+
+    Raises:
+        ValueError: the grid does not fit the matrix.
+    """
+    stated = [*[0] * (len(shape) - len(given)), *given][-len(shape) :]
+    sizes = []
+    for size, count, known in zip(shape, grid, stated, strict=True):
+        if known and -(-size // known) == count:
+            sizes.append(known)
+        elif not known and count and size % count == 0:
+            sizes.append(size // count)
+        else:
+            raise ValueError(f"scales of shape {tuple(grid)} for {tuple(shape)}")
+    return sizes
+
+
+def spread(scales: Tensor, shape: Sequence[int], given: Sequence[int] = ()) -> Tensor:
+    """Scales for each value of a matrix, from a grid of scales; see `group_sizes`."""
+    for dim, size in enumerate(group_sizes(shape, scales.shape, given)):
+        if scales.shape[dim] not in (1, shape[dim]):
+            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
+    return scales
+
+
+def largest_of_groups(values: Tensor, grid: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The largest absolute value of each group of a matrix.
+
+    Args:
+        values: the matrix, of n dimensions.
+        grid: the number of groups in each dimension.
+        sizes: the size of a group in each dimension; the last groups may be smaller.
+    """
+    widths: list[int] = []
+    for size, count, group in reversed(list(zip(values.shape, grid, sizes, strict=True))):
+        widths += [0, count * group - size]
+    largest: Tensor = torch.nn.functional.pad(values.abs(), widths)
+    for dim in range(values.ndim):
+        groups = (grid[dim], sizes[dim])
+        largest = largest.reshape(*largest.shape[:dim], *groups, *largest.shape[dim + 1 :])
+        largest = largest.amax(dim + 1)
+    return largest
+
+
+def fp8_scales(largest: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
+    """The scales by which groups of values are divided for FP8, in the dtype of stored scales."""
+    scales = torch.where(largest > 0, largest / _LARGEST_FP8, torch.ones_like(largest))
+    if power_of_two or dtype.itemsize == 1:
+        scales = scales.log2().ceil().exp2()
+    if dtype == torch.uint8:
+        return (scales.log2() + _EXPONENT_BIAS).to(dtype)
+    return scales.to(dtype)
+
+
+def as_scales(stored: Tensor) -> Tensor:
+    """Stored scales in fp32; bytes are exponents of two."""
+    if stored.dtype == torch.uint8:
+        return _POWERS[stored.int()]
+    return stored.float()
+
+
+def as_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of FP8."""
+    return values.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(dtype)
+
+
+def fp4(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of FP4 in bytes (…, n), the lower half first: (…, 2 · n)."""
+    codes = torch.arange(256)
+    pairs = torch.stack([_FP4[codes & 15], _FP4[codes >> 4]], -1).to(dtype)
+    return torch.nn.functional.embedding(stored.int(), pairs).flatten(-2)
+
+
+def as_mxfp4(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest numbers of FP4 for groups of values (…, n), and the bytes of their scales (…).
+
+    The scale is the power of two by which the largest value of a group lies from 4 to 8, as the
+    specification of the MX formats has it.
+    """
+    largest = groups.abs().amax(-1)
+    exponents = (largest.frexp().exponent - 3).clamp(-_EXPONENT_BIAS, _EXPONENT_BIAS)
+    scales = torch.where(largest > 0, exponents + _EXPONENT_BIAS, 0).to(torch.uint8)
+    values = groups / as_scales(scales).unsqueeze(-1)
+    codes = (
+        torch.bucketize(values.abs().contiguous(), (_FP4[:7] + _FP4[1:8]) / 2)
+        + 8 * values.signbit()
+    )
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8), scales

@@ -1,0 +1,100 @@
+"""The 4-bit numbers of bitsandbytes: NF4 and FP4, in groups with the largest value of each.
+
+These values may be quantised again, as bytes with a table, in groups of their own.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from apt.checkpoints.safetensors_io import Entry
+from apt.extending import ExpandedTensor
+from apt_plugins.quantised_directories.format import (
+    Cut,
+    Format,
+    Parts,
+    damaged,
+    quantization_of,
+    unsupported,
+)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STATE = "weight.quant_state.bitsandbytes__"
+
+
+class BitsAndBytes(Format):
+    """``quant_method`` bitsandbytes, in 4 bits."""
+
+    title = "bitsandbytes' 4 bits"
+    marker = "weight.absmax"
+    endings: ClassVar = {
+        "numbers": "weight", "largest": "weight.absmax", "values": "weight.quant_map",
+        "nested_largest": "weight.nested_absmax", "nested_values": "weight.nested_quant_map",
+        "nf4": f"{_STATE}nf4", "fp4": f"{_STATE}fp4",
+    }  # fmt: skip
+    needed = ("numbers", "values")
+
+    @classmethod
+    def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The ``quantization_config`` of method bitsandbytes."""
+        about = quantization_of(record, "bitsandbytes")
+        if about is not None and not about.get("load_in_4bit", about.get("_load_in_4bit")):
+            raise unsupported("bitsandbytes in 8 bits")
+        return about
+
+    def matrix(
+        self, stem: str, entries: Mapping[str, Entry]
+    ) -> tuple[ExpandedTensor, dict[str, Cut]]:
+        """A matrix, whose groups do not end with its rows."""
+        state = self._state(stem)
+        shape, dtype = tuple(int(n) for n in state["shape"]), _DTYPES[state["dtype"]]
+        count, size = math.prod(shape), int(state["blocksize"])
+        groups = math.prod(entries["largest"].shape)
+        if entries["numbers"].size != -(-count // 2) or groups != -(-count // size):
+            raise ValueError(f"{entries['numbers'].size} bytes in {groups} groups for {shape}")
+        if entries["values"].shape != (16,):
+            raise ValueError(f"a table of {entries['values'].shape} values")
+        if min(shape) < 1 or ("nested_largest" not in entries) != (
+            entries["largest"].dtype.is_floating_point
+        ):
+            raise ValueError(f"{shape} numbers with {entries['largest'].dtype} for each group")
+        if "nested_largest" in entries:
+            nested = math.prod(entries["nested_largest"].shape)
+            size, table = int(state["nested_blocksize"]), entries["nested_values"].shape
+            if nested != -(-groups // size) or table != (256,) or "nested_values" not in entries:
+                raise ValueError(f"{nested} nested groups for {groups}")
+            float(state["nested_offset"])
+        expanded = ExpandedTensor(shape, dtype, str(state["quant_type"]))
+        return expanded, dict.fromkeys(entries, Cut.NEVER)
+
+    def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
+        """The values of the table, times the largest absolute values of their groups."""
+        state = self._state(stem)
+        largest = parts["largest"].flatten()
+        if "nested_largest" in parts:
+            scales = parts["nested_largest"].repeat_interleave(int(state["nested_blocksize"]))
+            values = parts["nested_values"][largest.long()] * scales[: len(largest)]
+            largest = values + float(state["nested_offset"])
+        data = parts["numbers"].flatten().view(torch.uint8)
+        codes = torch.stack([data >> 4, data & 15], -1).flatten()[: math.prod(shape)]
+        numbers = parts["values"][codes.int()]
+        each = largest.float().repeat_interleave(int(state["blocksize"]))[: len(numbers)]
+        return (numbers * each).reshape(shape)
+
+    def _state(self, stem: str) -> Mapping[str, Any]:
+        """The description of a matrix, which is stored as text beside it."""
+        kinds = (f"{stem}{_STATE}{kind}" for kind in ("nf4", "fp4"))
+        key = next((key for key in kinds if key in self.shards), "")
+        if not key:
+            raise ValueError(f"{stem}{_STATE}nf4 is missing")
+        try:
+            state = json.loads(self.shards.read(key).numpy().tobytes())
+        except (ValueError, RecursionError) as error:
+            raise damaged(key, "it is not JSON") from error
+        if not isinstance(state, dict):
+            raise damaged(key, "it is not a mapping")
+        return state
