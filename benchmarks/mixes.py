@@ -59,8 +59,8 @@ def smaller(run: ShrinkRun, windows: dict[str, torch.Tensor]) -> dict[str, objec
         blocks = report.structure["experts"].values()
         few = sum(len(entry.get("underserved", ())) for entry in blocks)
         left = sum(len(entry.get("unprotected", ())) for entry in blocks)
-        found = scores(Path(folder) / "small", windows)
-    return {"perplexity": found, "underserved": few, "unprotected": left}
+        perplexities = scores(Path(folder) / "small", windows)
+    return {"perplexity": perplexities, "underserved": few, "unprotected": left}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The sources of calibration samples, and what of each the experts of a block get."""
+"""The sources of calibration samples, and the tokens of each source by expert."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class SampleSources:
 
 
 class RoutedBySource:
-    """What each expert of a block gets from each source, over the tokens of this rank.
+    """The tokens of each expert of a block by source, over the tokens of this rank.
 
     Attributes:
         tokens: the numbers of tokens (sources, experts).
@@ -48,7 +48,7 @@ class RoutedBySource:
         self.weights = torch.zeros(len(names), experts, dtype=torch.double)
 
     def add(self, routing: Routing, sources: Tensor) -> None:
-        """Add the routing of tokens, whose sources (tokens,) are known."""
+        """Add the routing of tokens with their sources (tokens,)."""
         count = self.tokens.shape[1]
         used = (routing.index >= 0) & (routing.index < count)
         places = (sources.to(routing.index.device).unsqueeze(1) * count + routing.index)[used].cpu()

@@ -1,4 +1,4 @@
-"""The scores of experts in the report of an earlier run, by which a second result is chosen."""
+"""The scores of experts in the report of an earlier run, for another number of experts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,11 @@ _WHOLE = "run the whole command with a calibration instead"
 
 @dataclass(frozen=True)
 class KeptScores:
-    """The scores of experts in a directory that ``shrink`` wrote.
+    """The scores of experts in the output of ``shrink``.
 
     Attributes:
-        report: the report in it.
+        place: the directory, or the file of a model with its report beside it.
+        report: the report of the run.
     """
 
     place: Path
@@ -32,10 +33,10 @@ class KeptScores:
 
     @classmethod
     def read(cls, place: Path) -> "KeptScores":
-        """The scores in a directory.
+        """The scores in an output.
 
         Raises:
-            AptError: it has none, or they hold only for its own number of experts.
+            AptError: it has no scores, or scores that hold only for its number of experts.
         """
         report = Report.read(place)
         method, experts = report.options.get("method"), report.structure.get("experts")
@@ -45,9 +46,9 @@ class KeptScores:
             raise _refused(f"{place} has no scores of experts: its method {method} gives none")
         if not (report.options.get("shrink") or {}).get("dense_scores"):
             raise AptError(
-                f"the scores in {place} hold only for its own number of experts: each block was "
-                "judged behind smaller blocks",
-                "make it with dense scores",
+                f"the scores in {place} hold only for its number of experts: each block was judged "
+                "behind smaller blocks",
+                "repeat that run with dense scores",
                 ("dense_scores", "scores_from"),
             )
         if any(entry["merged"] for entry in experts.values()):
@@ -56,7 +57,7 @@ class KeptScores:
 
     @property
     def method(self) -> str:
-        """The name of the method that gave the scores."""
+        """The name of the method that computed the scores."""
         return str(self.report.options.get("method"))
 
     @property
@@ -87,20 +88,20 @@ class KeptScores:
 
     def _removed(self, block: str, groups: Groups, kept: int, protect: Sequence[str]) -> Tensor:
         """The mask (experts,) of the experts that a block loses."""
-        known, pattern = self.scores.get(block), ColumnGroups(groups.count, kept, groups.bins)
-        if known is None or len(known) != groups.count or not groups.routed:
-            raise self._another(f"{self.place} has no scores of the {groups.kind} of {block}")
+        scores, pattern = self.scores.get(block), ColumnGroups(groups.count, kept, groups.bins)
+        if scores is None or len(scores) != groups.count or not groups.routed:
+            raise self._mismatch(f"{self.place} has no scores of the {groups.kind} of {block}")
         protected = None
         if protect:
             weights = self.report.routing.get(block, {}).get("weights", {})
             if missing := [name for name in protect if name not in weights]:
-                raise self._another(f"{self.place} was not calibrated on {missing[0]}")
-            own = [torch.tensor(list(map(float, weights[name]))) for name in protect]
-            protected, _ = protected_experts(own, pattern)
-        return lowest(torch.tensor(known), pattern, protected)
+                raise self._mismatch(f"{self.place} was not calibrated on {missing[0]}")
+            by_source = [torch.tensor(list(map(float, weights[name]))) for name in protect]
+            protected, _ = protected_experts(by_source, pattern)
+        return lowest(torch.tensor(scores), pattern, protected)
 
     def check_model(self, record: Mapping[str, Any], *, stream: bool) -> None:
-        """Raise unless the scores are those of this model.
+        """Raise unless the scores were computed for this model.
 
         Args:
             record: the entry ``model`` of the report of this run.
@@ -111,11 +112,11 @@ class KeptScores:
         if bool(self.report.options.get("stream")) == stream:
             same = same and record.get("sha256") == earlier.get("sha256")
         if not same:
-            raise self._another(f"{self.place} was made from other weights")
+            raise self._mismatch(f"{self.place} is the output for other weights")
 
-    def _another(self, fault: str) -> AptError:
-        return AptError(fault, "give the output of a run for the same model", ("scores_from",))
+    def _mismatch(self, message: str) -> AptError:
+        return AptError(message, "give the output of a run for the same model", ("scores_from",))
 
 
-def _refused(fault: str) -> AptError:
-    return AptError(fault, _WHOLE, ("scores_from",))
+def _refused(message: str) -> AptError:
+    return AptError(message, _WHOLE, ("scores_from",))

@@ -28,7 +28,7 @@ from apt.text.mixes import in_turn
 from apt.text.sampling import mixed
 
 OWN_TEXT, RANDOM_TOKENS = "own text", "random tokens"
-"""The sources of generated samples, in the record of what experts get."""
+"""The sources of generated samples, in the record of experts' tokens by source."""
 
 
 @dataclass(frozen=True)

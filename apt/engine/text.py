@@ -43,17 +43,18 @@ class Text:
 
     @property
     def lacks_chat(self) -> bool:
-        """True if the tokenizer has a chat template, and no source of the samples conversations."""
-        known = any(source.samples for source in self.sources)
-        return known and has_template(self.tokenizer) and not any(s.chat for s in self.sources)
+        """True if the tokenizer has a chat template, and no source has conversations."""
+        sampled = any(source.samples for source in self.sources)
+        return sampled and has_template(self.tokenizer) and not any(s.chat for s in self.sources)
 
     @property
     def source_record(self) -> dict[str, Any]:
         """The sources of a mix, for the report; empty for one source."""
         if len(self.sources) < 2:
             return {}
-        named = labels([one.name for one in self.sources])
-        return {"sources": [asdict(one) | {"name": named[one.name]} for one in self.sources]}
+        names = labels([source.name for source in self.sources])
+        entries = [asdict(source) | {"name": names[source.name]} for source in self.sources]
+        return {"sources": entries}
 
 
 def read_text(

@@ -28,24 +28,24 @@ def text_sources(text: str) -> tuple[TextSource, ...]:
     """The sources that a text names, such as ``chat=0.5,code=0.3,wiki``.
 
     Names are separated by commas. A name may have a share after an equals sign. Shares are relative
-    to each other. A name without a share has the share 1, or, if the given shares are less than 1
-    together, an equal part of what they leave. A file whose path has a comma is one source.
+    to each other. A name without a share has the share 1, or, if the sum of the shares is less than
+    1, an equal part of the rest. A file whose path has a comma is one source.
 
     Raises:
-        AptError: a name is empty or given twice, or a share is 0.
+        AptError: a name is empty or occurs twice, or a share is 0.
     """
     if "," not in text or kind_at(expanded(text)):
         return (TextSource(text),)
-    given = [_read(part.strip(), text) for part in text.split(",")]
-    if twice := {name for name, _ in given if sum(name == other for other, _ in given) > 1}:
+    pairs = [_read(part.strip(), text) for part in text.split(",")]
+    if twice := {name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1}:
         raise _wrong(text, f"names {shortened(min(twice))} twice")
-    left = 1 - sum(share or 0.0 for _, share in given)
-    without = sum(share is None for _, share in given)
-    usual = left / without if without and left > 0 and without < len(given) else 1.0
-    shares = [usual if share is None else share for _, share in given]
+    left = 1 - sum(share or 0.0 for _, share in pairs)
+    without = sum(share is None for _, share in pairs)
+    default = left / without if without and left > 0 and without < len(pairs) else 1.0
+    shares = [default if share is None else share for _, share in pairs]
     return tuple(
         TextSource(name, share / sum(shares))
-        for (name, _), share in zip(given, shares, strict=True)
+        for (name, _), share in zip(pairs, shares, strict=True)
     )
 
 
@@ -64,9 +64,9 @@ def _read(part: str, text: str) -> tuple[str, float | None]:
     return name, float(share) if share else None
 
 
-def _wrong(text: str, fault: str) -> AptError:
+def _wrong(text: str, problem: str) -> AptError:
     return AptError(
-        f"the mix of texts {shortened(text)} {fault}",
+        f"the mix of texts {shortened(text)} {problem}",
         "write NAME=SHARE,NAME=SHARE, such as chat=0.5,code=0.3,wiki",
         ("calibration",),
     )
@@ -82,14 +82,14 @@ def portable_sources(text: str) -> str:
 
 def labels(names: Sequence[str]) -> dict[str, str]:
     """The names of sources in reports, where local files have no folders; all are different."""
-    found = dict[str, str]()
+    by_name = dict[str, str]()
     for name in names:
         label, number = portable(name), 1
-        while label in found.values():
+        while label in by_name.values():
             number += 1
             label = f"{portable(name)} ({number})"
-        found[name] = label
-    return found
+        by_name[name] = label
+    return by_name
 
 
 def apportioned(count: int, sources: tuple[TextSource, ...]) -> list[int]:
@@ -104,11 +104,11 @@ def apportioned(count: int, sources: tuple[TextSource, ...]) -> list[int]:
             "use more samples, or fewer sources",
             ("samples", "calibration"),
         )
-    wanted = [count * each.share for each in sources]
-    found = [max(1, floor(share)) for share in wanted]
-    while (rest := count - sum(found)) != 0:
+    exact = [count * source.share for source in sources]
+    counts = [max(1, floor(number)) for number in exact]
+    while (rest := count - sum(counts)) != 0:
         step = 1 if rest > 0 else -1
-        gaps = [(want - have) * step for want, have in zip(wanted, found, strict=True)]
-        able = [at for at, have in enumerate(found) if step > 0 or have > 1]
-        found[max(able, key=lambda at: gaps[at])] += step
-    return found
+        gaps = [(number - whole) * step for number, whole in zip(exact, counts, strict=True)]
+        places = [place for place, whole in enumerate(counts) if step > 0 or whole > 1]
+        counts[max(places, key=lambda place: gaps[place])] += step
+    return counts

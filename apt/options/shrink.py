@@ -103,7 +103,7 @@ class ShrinkOptions(Options):
     )  # fmt: skip
     expert_tokens: int = option(
         "Judge each expert on at least N calibration tokens: more text is read, and an expert that "
-        "still gets fewer is judged also on those that the router came nearest to sending to it.",
+        "still gets fewer is judged also on the tokens for which its router weight is largest.",
         default=0, panel=ACCURACY, metavar="N", within="[0, ∞)",
     )  # fmt: skip
     dense_scores: bool = option(
@@ -200,27 +200,27 @@ class ShrinkRun(ModelRun, ShrinkOptions):
         super().check()
         if self.scores_from is not None:
             self._check_from()
-        known = [source.name for source in text_sources(self.calibration)]
-        if unknown := [name for name in self.protect if name not in known]:
+        names = [source.name for source in text_sources(self.calibration)]
+        if unknown := [name for name in self.protect if name not in names]:
             raise AptError(
                 f"{unknown[0]} is not a source of the calibration {self.calibration}",
-                f"protect one of {', '.join(known)}, or add it to the calibration",
+                f"protect one of {', '.join(names)}, or add it to the calibration",
                 ("protect", "calibration"),
             )
 
     def _check_from(self) -> None:
         """Raise if a run without a calibration would need one."""
-        wrong = {
+        problems = {
             "compensate": "exact weights need a calibration" if self.compensate else "",
             "expert_tokens": "tokens need a calibration" if self.expert_tokens else "",
-            "sizes": "only a number of experts can be given" if not self.sizes else "",
+            "sizes": "only a number of experts can be chosen" if not self.sizes else "",
             "blocks": "only experts are removed" if self.blocks is not None else "",
             "drop": "only experts are removed" if self.drop else "",
         }
-        for name, fault in wrong.items():
-            if fault:
+        for name, problem in problems.items():
+            if problem:
                 hint = "run the whole command with a calibration instead"
-                raise AptError(f"with scores from {self.scores_from}, {fault}", hint, (name,))
+                raise AptError(f"with scores from {self.scores_from}, {problem}", hint, (name,))
 
     def record(self) -> dict[str, Any]:
         """See `Options.record`; the options of the size are one entry."""

@@ -1,4 +1,4 @@
-"""What a source of text yields: plain texts, and conversations."""
+"""The documents of a source of text: plain texts, and conversations."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class Conversation:
             return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in self.messages)
         try:
             text = _templated(tokenizer, self.messages)
-        except Exception:  # templates raise what they like, for instance about a system message
+        except Exception:  # templates raise any error, for instance about a system message
             try:
                 text = _templated(tokenizer, _without_system(self.messages))
             except Exception as error:
-                fault = "the chat template of the tokenizer refuses a conversation"
+                message = "the chat template of the tokenizer refuses a conversation"
                 hint = "use conversations of a user and an assistant in turn, or plain text"
-                raise AptError(f"{fault}: {first_line(error)}", hint, ("calibration",)) from error
+                raise AptError(f"{message}: {first_line(error)}", hint, ("calibration",)) from error
         return text.removeprefix(tokenizer.bos_token or "")
 
     @property
@@ -58,14 +58,14 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def _templated(tokenizer: Any, messages: Iterable[tuple[str, str]]) -> str:
-    given = [{"role": role, "content": text} for role, text in messages]
-    return str(tokenizer.apply_chat_template(given, tokenize=False))
+    entries = [{"role": role, "content": text} for role, text in messages]
+    return str(tokenizer.apply_chat_template(entries, tokenize=False))
 
 
 def _without_system(messages: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
-    """The messages with those of the system at the beginning of the first one of the user."""
+    """The messages, with the system's texts at the beginning of the user's first message."""
     system = [text for role, text in messages if role == "system"]
-    rest = [each for each in messages if each[0] != "system"]
+    rest = [message for message in messages if message[0] != "system"]
     if system and rest:
         rest[0] = rest[0][0], "\n\n".join([*system, rest[0][1]])
     return rest
@@ -83,26 +83,26 @@ def conversation_of(row: Any) -> Conversation | None:
     for field, role, content in _LISTS:
         if isinstance(row.get(field), list):
             return _listed(row[field], role, content)
-    for asked, answered in _PAIRS:
-        if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
-            more = row.get("input") if asked == "instruction" else None
+    for first, second in _PAIRS:
+        if isinstance(row.get(first), str) and isinstance(row.get(second), str):
+            more = row.get("input") if first == "instruction" else None
             question = "\n\n".join(
-                [row[asked], more] if isinstance(more, str) and more else [row[asked]]
+                [row[first], more] if isinstance(more, str) and more else [row[first]]
             )
-            return Conversation((("user", question), ("assistant", row[answered])))
+            return Conversation((("user", question), ("assistant", row[second])))
     return None
 
 
 def _listed(messages: list[Any], role: str, content: str) -> Conversation | None:
     """The conversation of a list of messages; None if the list is something else."""
-    found = list[tuple[str, str]]()
+    pairs = list[tuple[str, str]]()
     for each in messages:
         who = each.get(role) if isinstance(each, dict) else None
         text = _text_in(each.get(content)) if isinstance(who, str) else None
         if text is None or not isinstance(who, str):
             return None
-        found.append((_ROLES.get(who, who), text))
-    return Conversation(tuple(found)) if found else None
+        pairs.append((_ROLES.get(who, who), text))
+    return Conversation(tuple(pairs)) if pairs else None
 
 
 def _text_in(content: Any) -> str | None:

@@ -143,14 +143,14 @@ class CurrentBlock(OpenBlock):
         for lost in self.planned.disconnected:
             damping = recipe.solver.damping
             judged = self.using(list(self.judged)) if self.judged else None
-            found = disconnect_groups(self, lost, recipe.experts, damping, judged)
+            result = disconnect_groups(self, lost, recipe.experts, damping, judged)
             if lost.groups.routed:
                 removed = ExpertsRemoved(
-                    self.planned.name, found.chosen, found.merged, found.scores,
-                    found.underserved, found.unprotected,
+                    self.planned.name, result.chosen, result.merged, result.scores,
+                    result.underserved, result.unprotected,
                 )  # fmt: skip
-                if found.by_source is not None:
-                    self.usage = found.by_source.record(self.planned.name)
+                if result.by_source is not None:
+                    self.usage = result.by_source.record(self.planned.name)
                 self.store.observe(removed)
                 yield removed
 
@@ -260,27 +260,27 @@ class CurrentBlock(OpenBlock):
 
     @contextmanager
     def _routing(self, sites: Sequence[Site]) -> Iterator[None]:
-        """While entered, the first run of the experts records what they get from each source.
+        """While entered, the first run of the experts records their tokens by source.
 
-        It stays unknown for experts that do not get the indices of each token's experts.
+        Experts that do not get the indices of each token's experts have no record.
         """
         stacked = [site for site in sites if site.expert is not None]
         if not stacked or self.usage is not None:
             yield
             return
-        path, found = stacked[0].parameter.rpartition(".")[0], list[Routing]()
+        path, recorded = stacked[0].parameter.rpartition(".")[0], list[Routing]()
         count = max(site.expert or 0 for site in self.sites) + 1
         with ExitStack() as stack:
             with suppress(AptError):
-                stack.enter_context(routings(self.module.get_submodule(path), found.append))
+                stack.enter_context(routings(self.module.get_submodule(path), recorded.append))
             yield
         by_source = RoutedBySource(self.sources, count)
         tokens = [batch.tokens for batch in self.batches]
-        known = [len(routing.index) for routing in found] == tokens
-        for batch, routing in zip(self.batches, found, strict=False) if known else ():
+        complete = [len(routing.index) for routing in recorded] == tokens
+        for batch, routing in zip(self.batches, recorded, strict=False) if complete else ():
             by_source.add(routing, batch.token_sources())
         by_source.over_ranks(self.ranks)
-        if known:
+        if complete:
             self.usage = by_source.record(self.planned.name)
 
     def _solve_round(

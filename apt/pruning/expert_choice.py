@@ -33,8 +33,8 @@ class ExpertChoice(Protocol):
 class LowestScores:
     """An `ExpertChoice` by scores: the experts of the lowest scores of each bin are removed.
 
-    The scores do not depend on how many experts are removed, so a report keeps them. It is made of
-    a function by ``@lowest_scores``.
+    The scores do not depend on the number of removed experts, so a report keeps them.
+    ``@lowest_scores`` turns a function into such a choice.
     """
 
     def __init__(self, scores: Callable[[RoutedExperts], Tensor]) -> None:
@@ -47,19 +47,19 @@ class LowestScores:
 
 
 def lowest_scores(scores: Callable[[RoutedExperts], Tensor]) -> LowestScores:
-    """A choice by the scores (experts,) that a function gives the experts of a block."""
+    """A choice by the scores (experts,) that a function computes for the experts of a block."""
     return LowestScores(scores)
 
 
 def lowest(scores: Tensor, groups: ColumnGroups, protected: Tensor | None = None) -> Tensor:
-    """The mask (experts,) of the experts of the lowest scores, without those that are protected."""
+    """The mask (experts,) of the unprotected experts of the lowest scores."""
     if protected is not None:
         scores = scores.double().masked_fill(protected.cpu(), math.inf)
     return groups.lowest(scores)
 
 
 PROTECTED_SHARE = 0.5
-"""The share of the router weight of a source's tokens that the experts have which it needs."""
+"""The share of the router weight of a source's tokens that its needed experts have."""
 
 
 def needed(weights: Tensor, share: float = PROTECTED_SHARE) -> Tensor:
@@ -74,33 +74,34 @@ def needed(weights: Tensor, share: float = PROTECTED_SHARE) -> Tensor:
 def protected_experts(
     weights: Sequence[Tensor], groups: ColumnGroups
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The experts that some sources need and that are kept, and those for which there is no place.
+    """The kept experts among the experts that some sources need, and the others.
 
     Args:
         weights: the router weight of each expert (experts,) on the tokens of each of the sources.
-        groups: the number of experts, and of those that are kept.
+        groups: the number of experts, and the number of kept experts.
 
     Returns:
-        The mask (experts,) of those that are kept, and the indices of the others. If a bin keeps
-        fewer experts than are needed, those with the largest share of a source's weight are kept.
+        The mask (experts,) of the kept experts, and the indices of the others. If a bin keeps fewer
+        experts than are needed, the experts with the largest share of a source's weight are kept.
     """
-    wanted = torch.stack([needed(each) for each in weights]).any(0)
+    required = torch.stack([needed(each) for each in weights]).any(0)
     shares = torch.stack([each / each.sum().clamp_min(1e-30) for each in weights]).amax(0)
-    first = shares.masked_fill(~wanted, -1.0)
-    kept = ~groups.lowest(first.cpu()) & wanted
-    return kept, tuple((wanted & ~kept).nonzero().squeeze(1).tolist())
+    first = shares.masked_fill(~required, -1.0)
+    kept = ~groups.lowest(first.cpu()) & required
+    return kept, tuple((required & ~kept).nonzero().squeeze(1).tolist())
 
 
 def with_protected(removed: Tensor, experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
-    """A mask (experts,) of experts to remove, without those that are protected.
+    """A mask (experts,) of experts to remove, without protected experts.
 
-    In place of these, the unprotected experts of least router weight of their bin are removed.
+    In place of protected experts, the unprotected experts of least router weight in their bins are
+    removed.
     """
     protected = experts.protected
     if protected is None or not bool((removed.cpu() & protected).any()):
         return removed
     weight = experts.by_source.weights.sum(0)
-    scores = weight.masked_fill(removed.cpu(), -1.0)  # those that were chosen go first
+    scores = weight.masked_fill(removed.cpu(), -1.0)  # chosen experts go first
     return lowest(scores, groups, protected)
 
 

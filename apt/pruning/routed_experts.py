@@ -228,7 +228,7 @@ class RoutedExperts:
     def sums(self, values: Tensor) -> Tensor:
         """The sums (experts,) of values of picks (tokens, picked), over the tokens of all ranks.
 
-        The picks are those of `routing`, or of `judged`, which may have more.
+        The values belong to the picks of `routing`, or of `judged`, which may have more picks.
         """
         index = self.routing.index
         if values.shape != index.shape:

@@ -106,10 +106,10 @@ def document_of(row: Any, where: str) -> Document:
         ValueError: the row has no text, or the text has an unpaired surrogate.
     """
     named = isinstance(row, dict) and "text" in row
-    found = None if named else conversation_of(row)
-    for text in (each for _, each in found.messages) if found else ():
+    conversation = None if named else conversation_of(row)
+    for text in (message for _, message in conversation.messages) if conversation else ():
         _check_surrogates(text, where)
-    return found or text_of(row, where)
+    return conversation or text_of(row, where)
 
 
 def text_of(row: Any, where: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from apt.errors import AptError
 from apt.locations.text_sources import TextSource, apportioned, text_sources
 from apt.plugin.documents import Conversation, Document
 from apt.plugin.registry import Registry
@@ -35,7 +34,7 @@ class SourceSamples:
 
     Attributes:
         name: the name of the source.
-        share: its share of the samples that were asked for.
+        share: the share of the samples in the request.
         samples: the number of its samples.
         chat: True if its documents are conversations.
     """
@@ -79,16 +78,16 @@ def mixed_samples(
         AptError: a source cannot be read or has too little text, or there are more sources than
             samples.
     """
-    named = text_sources(text)
-    counts = apportioned(samples, named) if len(named) > 1 else [samples]
-    known = [
+    sources = text_sources(text)
+    counts = apportioned(samples, sources) if len(sources) > 1 else [samples]
+    drawn = [
         _drawn(source, tokenizer, registry, count, bos, draw)
-        for source, count in zip(named, counts, strict=True)
+        for source, count in zip(sources, counts, strict=True)
     ]
-    parts = [tokens for tokens, _ in known]
+    parts = [tokens for tokens, _ in drawn]
     order = in_turn([len(part) for part in parts])
     owners = torch.cat([torch.full((len(part),), at) for at, part in enumerate(parts)])
-    return Mix(torch.cat(parts)[order], owners[order], tuple(source for _, source in known))
+    return Mix(torch.cat(parts)[order], owners[order], tuple(source for _, source in drawn))
 
 
 def _drawn(
@@ -117,29 +116,18 @@ def _watched(texts: Iterator[Document], tell: Callable[[bool], None]) -> Iterato
 def in_turn(counts: Sequence[int]) -> Tensor:
     """The order of samples that lie source after source: one of each, then by their shares."""
     starts = [sum(counts[:at]) for at in range(len(counts))]
-    given = [0] * len(counts)
+    taken = [0] * len(counts)
     order = list[int]()
     total = sum(counts)
     for place in range(total):
-        # The source that is furthest behind its share; those without a sample come first.
+        # The source that is furthest behind its share; sources without a sample come first.
         behind = [
-            (bool(given[at] == 0), counts[at] * (place + 1) / total - given[at], -at)
-            if given[at] < counts[at]
+            (bool(taken[at] == 0), counts[at] * (place + 1) / total - taken[at], -at)
+            if taken[at] < counts[at]
             else (False, float("-inf"), -at)
             for at in range(len(counts))
         ]
         chosen = max(range(len(counts)), key=behind.__getitem__)
-        order.append(starts[chosen] + given[chosen])
-        given[chosen] += 1
+        order.append(starts[chosen] + taken[chosen])
+        taken[chosen] += 1
     return torch.tensor(order, dtype=torch.long)
-
-
-def check_source(name: str, text: str, option: str) -> None:
-    """Raise if a mix of texts has no source of that name."""
-    known = [source.name for source in text_sources(text)]
-    if name not in known:
-        raise AptError(
-            f"{name} is not a source of the calibration {text}",
-            f"give one of {', '.join(known)}, or add it to the calibration",
-            (option, "calibration"),
-        )

@@ -83,8 +83,8 @@ def _turns(draw: _Draw, title: str, text: str) -> Iterator[tuple[str, str]]:
         yield "assistant", " ".join(rest)
     kind = draw.below(6)
     if kind < len(_TASKS):
-        asked, answer = _TASKS[kind](draw, title, sentences)
-        yield "user", asked
+        question, answer = _TASKS[kind](draw, title, sentences)
+        yield "user", question
         yield "assistant", answer
     elif kind == len(_TASKS):
         yield "user", draw.one(_THANKS)
@@ -92,20 +92,20 @@ def _turns(draw: _Draw, title: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _points(draw: _Draw, title: str, sentences: list[str]) -> tuple[str, str]:
-    asked = draw.one(("Write that as a list.", f"Give me notes on {title}, as bullet points."))
-    return asked, "\n".join(f"- {sentence}" for sentence in sentences)
+    question = draw.one(("Write that as a list.", f"Give me notes on {title}, as bullet points."))
+    return question, "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _short(draw: _Draw, title: str, sentences: list[str]) -> tuple[str, str]:
-    asked = draw.one(("In one sentence, please.", f"Summarise {title} in a single sentence."))
-    return asked, sentences[0]
+    question = draw.one(("In one sentence, please.", f"Summarise {title} in a single sentence."))
+    return question, sentences[0]
 
 
 def _years(draw: _Draw, title: str, sentences: list[str]) -> tuple[str, str]:
-    found = sorted(set(_YEAR.findall(" ".join(sentences))))
-    if not found:
+    years = sorted(set(_YEAR.findall(" ".join(sentences))))
+    if not years:
         return "Did you mention any year?", "No, I did not mention a year."
-    listed = found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}"
+    listed = years[0] if len(years) == 1 else f"{', '.join(years[:-1])} and {years[-1]}"
     return draw.one(
         ("Which years did you mention?", "What are the dates?")
     ), f"I mentioned {listed}."
@@ -113,10 +113,10 @@ def _years(draw: _Draw, title: str, sentences: list[str]) -> tuple[str, str]:
 
 def _record(draw: _Draw, title: str, sentences: list[str]) -> tuple[str, str]:
     words = sum(len(sentence.split()) for sentence in sentences)
-    asked = "Return it as JSON with the keys title, summary and words."
+    question = "Return it as JSON with the keys title, summary and words."
     quoted = sentences[0].replace("\\", "\\\\").replace('"', '\\"')
     named = title.replace("\\", "\\\\").replace('"', '\\"')
-    return asked, f'{{"title": "{named}", "summary": "{quoted}", "words": {words}}}'
+    return question, f'{{"title": "{named}", "summary": "{quoted}", "words": {words}}}'
 
 
 _TASKS: tuple[Callable[[_Draw, str, list[str]], tuple[str, str]], ...] = (
@@ -145,10 +145,10 @@ _WELCOME = (
 def mathematics(split: Split) -> Iterator[Conversation]:
     """Problems of school mathematics with worked solutions; no problem is in both splits."""
     others = set(islice(_problems("calibration"), _PROBLEMS["calibration"]))
-    known = others if split == "evaluation" else set[tuple[str, str]]()
-    fresh = (pair for pair in _problems(split) if pair not in known)
-    for asked, answer in islice(fresh, _PROBLEMS[split]):
-        yield Conversation((("user", asked), ("assistant", answer)))
+    excluded = others if split == "evaluation" else set[tuple[str, str]]()
+    fresh = (pair for pair in _problems(split) if pair not in excluded)
+    for question, answer in islice(fresh, _PROBLEMS[split]):
+        yield Conversation((("user", question), ("assistant", answer)))
 
 
 def _problems(split: Split) -> Iterator[tuple[str, str]]:
@@ -166,7 +166,7 @@ def _shopping(draw: _Draw) -> tuple[str, str]:
     count, price = draw.number(2, 12), draw.number(15, 480)
     total = count * price
     paid = 20 if total <= 2000 else 50 if total <= 5000 else 100
-    asked = (
+    question = (
         f"{name} buys {count} {thing} at ${price / 100:.2f} each and pays with ${paid}. "
         "How much change is there?"
     )
@@ -175,24 +175,24 @@ def _shopping(draw: _Draw) -> tuple[str, str]:
         f"The change is ${paid}.00 − ${total / 100:.2f} = ${paid - total / 100:.2f}.\n"
         f"The answer is ${paid - total / 100:.2f}."
     )
-    return asked, answer
+    return question, answer
 
 
 def _sharing(draw: _Draw) -> tuple[str, str]:
     name, thing = draw.one(_NAMES), draw.one(_THINGS)
-    first, given, factor = draw.number(20, 90), draw.number(3, 19), draw.number(2, 5)
-    left = first - given
-    asked = (
-        f"{name} has {first} {thing}. {name} gives {given} of them away and then buys {factor} "
+    first, gift, factor = draw.number(20, 90), draw.number(3, 19), draw.number(2, 5)
+    left = first - gift
+    question = (
+        f"{name} has {first} {thing}. {name} gives {gift} of them away and then buys {factor} "
         f"times as many as are left. How many {thing} does {name} have in the end?"
     )
     answer = (
-        f"After giving {given} away, {name} has {first} − {given} = {left} {thing}.\n"
+        f"After giving {gift} away, {name} has {first} − {gift} = {left} {thing}.\n"
         f"{name} buys {factor} × {left} = {factor * left} more.\n"
         f"Together that is {left} + {factor * left} = {left * (factor + 1)}.\n"
         f"The answer is {left * (factor + 1)}."
     )
-    return asked, answer
+    return question, answer
 
 
 def _linear(draw: _Draw) -> tuple[str, str]:
@@ -289,8 +289,10 @@ def _area(draw: _Draw) -> tuple[str, str]:
         f"{c} cm.\nThe perimeter is {a} + {b} + {c} = {a + b + c} cm, and the area is "
         f"½ · {a} · {b} = {Fraction(a * b, 2)} cm²."
     )
-    asked = f"The legs of a right triangle are {a} cm and {b} cm long. Find its perimeter and area."
-    return asked, answer
+    question = (
+        f"The legs of a right triangle are {a} cm and {b} cm long. Find its perimeter and area."
+    )
+    return question, answer
 
 
 def _series(draw: _Draw) -> tuple[str, str]:

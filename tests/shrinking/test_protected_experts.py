@@ -95,7 +95,7 @@ def test_too_few_places_are_told(apt):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--size", "experts=8", "--protect", "code"), "code is not a source of the calibration"),
         (
@@ -105,10 +105,10 @@ def test_too_few_places_are_told(apt):
         (("--size", "expert-channels=0.75", "--expert-tokens", 4), "expert tokens has no effect"),
     ],
 )
-def test_options_without_experts_or_a_source_are_refused(apt, words, said):
+def test_options_without_experts_or_a_source_are_refused(apt, words, message):
     result = apt("shrink", "zoo:moe", *words, *MIX, "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path("out").exists()
 
 
@@ -155,9 +155,9 @@ def test_the_weight_of_an_expert_that_is_not_picked_is_that_of_the_router():
     chances = torch.softmax(experts.routing.inputs @ gate.T, 1)
     sums = chances.gather(1, experts.routing.index).sum(1)
     for expert in range(8):
-        found, other = experts._weight_of(expert), (experts.routing.index != expert).all(1)
-        assert torch.allclose(found[other], (chances[:, expert] / sums)[other], rtol=1e-3)
-        assert not found[~other].any()
+        weight, other = experts._weight_of(expert), (experts.routing.index != expert).all(1)
+        assert torch.allclose(weight[other], (chances[:, expert] / sums)[other], rtol=1e-3)
+        assert not weight[~other].any()
 
 
 def test_underserved_experts_are_counted_in_the_report_and_told(apt):

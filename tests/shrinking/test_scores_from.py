@@ -39,14 +39,14 @@ def test_a_second_size_is_that_of_a_whole_run(apt, method, monkeypatch):
     first(apt, "--dense-scores", "--method", method)
     whole = (*PLAIN, "--size", "experts=4", "--dense-scores", "--method", method)
     assert apt(*whole, "-o", "whole").code == 0
-    monkeypatch.setattr(pipeline, "_enter", None)  # so that no block can be run
+    monkeypatch.setattr(pipeline, "_entered_batches", None)  # so that no block can be run
     result = apt("shrink", "zoo:moe", "--from", "first", "--size", "experts=4", "-o", "second")
     assert result.code == 0, result.err
     assert same("whole", "second")
-    found, expected = report("second"), report("whole")
-    assert found["structure"]["experts"] == expected["structure"]["experts"]
-    assert found["calibration"] == expected["calibration"]
-    assert found["routing"] == expected["routing"]
+    record, expected = report("second"), report("whole")
+    assert record["structure"]["experts"] == expected["structure"]["experts"]
+    assert record["calibration"] == expected["calibration"]
+    assert record["routing"] == expected["routing"]
 
 
 def test_scores_do_not_depend_on_the_number_of_experts_that_is_kept(apt):
@@ -63,8 +63,8 @@ def test_a_second_result_serves_a_third_and_is_streamed(apt):
     first(apt, "--dense-scores")
     for place, words in (("second", ()), ("third", ("--stream",))):
         source = "first" if place == "second" else "second"
-        given = ("--from", source, "--size", "experts=5", *words, "-o", place)
-        result = apt("shrink", "zoo:moe", *given)
+        options = ("--from", source, "--size", "experts=5", *words, "-o", place)
+        result = apt("shrink", "zoo:moe", *options)
         assert result.code == 0, result.err
     assert same("second", "third")
 
@@ -79,37 +79,37 @@ def test_protection_is_by_the_weights_in_the_report(apt):
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("options", "message"),
     [
-        ((), "hold only for its own number of experts"),
+        ((), "hold only for its number of experts"),
         (("--method", "expert-joint"), "no scores of experts: its method expert-joint"),
         (("--dense-scores", "--method", "expert-merge"), "were merged, which needs a calibration"),
     ],
 )
-def test_scores_that_serve_no_other_number_are_refused(apt, made, said):
-    first(apt, *made)
+def test_scores_that_serve_no_other_number_are_refused(apt, options, message):
+    first(apt, *options)
     result = apt("shrink", "zoo:moe", "--from", "first", "--size", "experts=4", "-o", "second")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert len(result.err.splitlines()) == 1
     assert not Path("second").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--size", "experts=4", "--compensate"), "exact weights need a calibration"),
         (("--size", "experts=4", "--drop", 1), "only experts are removed"),
-        (("--keep", 0.5), "only a number of experts can be given"),
-        (("--size", "experts=4", "--method", "reap"), "are those of the method expert-effect"),
+        (("--keep", 0.5), "only a number of experts can be chosen"),
+        (("--size", "experts=4", "--method", "reap"), "expert-effect computed the scores"),
         (("--size", "expert-channels=0.5"), "chooses experts, and none are removed here"),
     ],
 )
-def test_what_needs_a_calibration_is_refused(apt, words, said):
+def test_what_needs_a_calibration_is_refused(apt, words, message):
     first(apt, "--dense-scores")
     result = apt("shrink", "zoo:moe", "--from", "first", *words, "-o", "second")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert not Path("second").exists()
 
 
@@ -119,22 +119,22 @@ def test_scores_of_other_weights_are_refused(apt):
     path.write_text(path.read_text().replace(report("first")["model"]["sha256"], "0" * 64))
     result = apt("shrink", "zoo:moe", "--from", "first", "--size", "experts=4", "-o", "second")
     assert result.code == 2
-    assert "first was made from other weights" in result.err
+    assert "first is the output for other weights" in result.err
     assert not Path("second").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--size", "experts=8", "--method", "expert-joint"), "does not score experts one by one"),
         (("--size", "experts=8", "--drop", 3), "not known where blocks are dropped"),
         (("--size", "expert-channels=0.5"), "dense scores has no effect: no experts"),
     ],
 )
-def test_dense_scores_that_would_not_be_used_are_refused(apt, words, said):
+def test_dense_scores_that_would_not_be_used_are_refused(apt, words, message):
     result = apt(*PLAIN, *words, "--dense-scores", "-o", "out")
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
 
 
 def test_a_streamed_run_with_dense_scores_is_resumed(apt, monkeypatch):

@@ -93,8 +93,8 @@ def source_heat(routing: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]
     A row is a block and a source. None without experts.
     """
     rows = dict[str, dict[str, float]]()
-    for block, found in routing.items():
-        for source, weights in found["weights"].items():
+    for block, by_source in routing.items():
+        for source, weights in by_source["weights"].items():
             total = sum(map(float, weights)) or 1.0
             shares = {str(expert): float(weight) / total for expert, weight in enumerate(weights)}
             rows[f"{block}, {source}"] = shares
