@@ -1,6 +1,6 @@
 """The events that a run reports to its observers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -87,11 +87,34 @@ class ExpertsRemoved:
         name: the block.
         experts: the indices of the removed experts.
         merged: pairs of a removed expert and the kept expert into which it was averaged.
+        scores: the score of each expert, by which they were chosen; empty if there are none.
+        underserved: the experts with fewer tokens than the least number.
+        unprotected: the experts that a protected source of the calibration needs, and that had no
+            place among the kept experts.
     """
 
     name: str
     experts: tuple[int, ...]
     merged: tuple[tuple[int, int], ...] = ()
+    scores: tuple[float, ...] = ()
+    underserved: tuple[int, ...] = ()
+    unprotected: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertsRouted:
+    """What the experts of a block get from each source of the calibration text.
+
+    Attributes:
+        name: the block.
+        tokens: the number of tokens of each expert, by source. A token counts for each expert that
+            it is sent to.
+        weights: the sum of the router's weights of these tokens for each expert, by source.
+    """
+
+    name: str
+    tokens: Mapping[str, tuple[int, ...]]
+    weights: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,7 @@ class HeldBack:
     loss: float
 
 
-BlockRecord = SitePruned | ExpertsRemoved
+BlockRecord = SitePruned | ExpertsRemoved | ExpertsRouted
 """The records that a run keeps of a block."""
 
 Event = BlockStarted | Working | BlockTuned | BlockRecord

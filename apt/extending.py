@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
     from apt.planning.plan import Plan, PlannedBlock, PlannedSite
     from apt.plugin.doctor import Finding, try_import
+    from apt.plugin.documents import Conversation, Document
     from apt.plugin.registry import Registry, registry
-    from apt.pruning.expert_choice import ExpertChoice
+    from apt.pruning.expert_choice import ExpertChoice, lowest_scores
     from apt.pruning.layer import Method
     from apt.pruning.routed_experts import RoutedExperts
     from apt.recovery.teacher import Teacher, divergence, relative_error
@@ -43,15 +44,15 @@ if TYPE_CHECKING:
     from apt.text.ids import check_vocabulary
 
 __all__ = [
-    "Allocation", "Batch", "BlockChoice", "Checkpoint", "ExpandedTensor", "ExpertChoice",
-    "Export", "Exportable", "Exported", "Finding",
+    "Allocation", "Batch", "BlockChoice", "Checkpoint", "Conversation", "Document",
+    "ExpandedTensor", "ExpertChoice", "Export", "Exportable", "Exported", "Finding",
     "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite",
     "QuantisedCheckpoint", "Recovery", "Registry", "RoutedExperts", "Slices", "Source", "Split",
     "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
     "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
     "eval_mode", "find_file", "hub_documents", "load", "load_tokenizer", "loss_without",
-    "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry", "relative_error",
-    "sparsity_of", "train_only", "try_import", "unstructured",
+    "lowest_scores", "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry",
+    "relative_error", "sparsity_of", "train_only", "try_import", "unstructured",
 ]  # fmt: skip
 _LAZY = {
     "apt.adapter.recording": ("eval_mode",),
@@ -68,9 +69,10 @@ _LAZY = {
     "apt.locations.model_source": ("Source",),
     "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),
     "apt.planning.plan": ("Plan", "PlannedBlock", "PlannedSite"),
+    "apt.plugin.documents": ("Conversation", "Document"),
     "apt.plugin.doctor": ("Finding", "try_import"),
     "apt.plugin.registry": ("Registry", "registry"),
-    "apt.pruning.expert_choice": ("ExpertChoice",),
+    "apt.pruning.expert_choice": ("ExpertChoice", "lowest_scores"),
     "apt.pruning.layer": ("Method",),
     "apt.pruning.routed_experts": ("RoutedExperts",),
     "apt.recovery.teacher": ("Teacher", "divergence", "relative_error"),

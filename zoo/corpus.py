@@ -51,6 +51,16 @@ The summaries were taken from version {version} of the package `ovos-skill-wiki-
   blank lines.
 
 The text itself was not edited. The files are made by `zoo/corpus.py`.
+
+The conversations of the text source `builtin:chat` quote these summaries. They are written when
+they are read, by `apt_plugins.generated_texts`, and are under the same licence.
+
+## Program code
+
+`code-calibration.jsonl.gz` and `code-evaluation.jsonl.gz` contain modules of the standard library
+of CPython 3.11.7, unchanged, with the name of each. Copyright © 2001-2023 Python Software
+Foundation; all rights reserved. They are under the licence of Python in `PYTHON-LICENSE.txt`, and
+are made by `zoo/code.py`.
 """
 
 

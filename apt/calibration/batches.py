@@ -91,6 +91,7 @@ class Batch:
         sample: the number of tokens in each sample; None if the batch is one sample.
         dense: the activations of the dense model; None if they are not computed.
         store: the store of the state.
+        sources: the index of the source of each token (tokens,), on the CPU; None if there is one.
     """
 
     state = InStore[State]()
@@ -103,10 +104,17 @@ class Batch:
         dense: DenseActivations | None = None,
         store: Store | None = None,
         sample: int | None = None,
+        sources: Tensor | None = None,
     ) -> None:
         self.store = store or MemoryStore()
         self.state, self.calls, self.tokens, self.dense = state, calls, tokens, dense
-        self.sample = sample
+        self.sample, self.sources = sample, sources
+
+    def token_sources(self) -> Tensor:
+        """The index of the source of each token (tokens,)."""
+        if self.sources is None:
+            return torch.zeros(self.tokens, dtype=torch.long)
+        return self.sources
 
 
 @dataclass
@@ -119,6 +127,8 @@ class OpenBlock:
         ranks: the processes that have the other batches.
         progress: called after each run of the block on a batch.
         unrouted: the masks of the experts that its routers no longer choose, see `Unrouted`.
+        sources: the names of the sources of the tokens.
+        mixed: the number of these sources that are mixed on purpose.
     """
 
     adapter: Adapter
@@ -128,6 +138,8 @@ class OpenBlock:
     ranks: Ranks = field(default_factory=Ranks)
     progress: Callable[[], None] = lambda: None
     unrouted: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    sources: tuple[str, ...] = ("calibration",)
+    mixed: int = 1
 
     def step(self, batch: Batch, state: State) -> State:
         """The state after the block, from a state of a batch before it."""
@@ -148,7 +160,7 @@ class OpenBlock:
         """The same block, with other batches."""
         progress = progress or self.progress
         same = (self.adapter, self.module, self.index, batches, self.ranks)
-        return OpenBlock(*same, progress, self.unrouted)
+        return OpenBlock(*same, progress, self.unrouted, self.sources, self.mixed)
 
 
 def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> None:
@@ -170,6 +182,7 @@ def enter(
     with_dense: bool = False,
     ranks: Ranks | None = None,
     store: Store | None = None,
+    sources: Tensor | None = None,
 ) -> list[Batch]:
     """The states before the first block, in batches of some samples.
 
@@ -184,12 +197,15 @@ def enter(
         with_dense: True if the activations of the dense model are needed as well.
         ranks: the processes among which the batches are distributed in turn.
         store: the store of the activations between runs of blocks; None keeps them in memory.
+        sources: the index of the source of each sample (samples,); None if there is one source.
     """
     device = next(model.parameters()).device
     pool: list[Tensor] = []
     batches = []
-    parts = torch.split(tokens, max(1, tokens_per_batch // tokens.shape[1]))
-    for part in (ranks or Ranks()).mine(parts):
+    size, ranks = max(1, tokens_per_batch // tokens.shape[1]), ranks or Ranks()
+    whole = torch.zeros(len(tokens), dtype=torch.long) if sources is None else sources
+    parts = zip(torch.split(tokens, size), torch.split(whole, size), strict=True)
+    for part, of in ranks.mine(list(parts)):
         state, calls = adapter.enter(model, part.to(device))
         memo: dict[int, Tensor] = {}
 
@@ -203,7 +219,8 @@ def enter(
             for c in calls
         ]
         dense = DenseActivations(state, store) if with_dense else None
-        batches.append(Batch(state, shared, part.numel(), dense, store, part.shape[1]))
+        each = None if sources is None else of.repeat_interleave(part.shape[1])
+        batches.append(Batch(state, shared, part.numel(), dense, store, part.shape[1], each))
     return batches
 
 

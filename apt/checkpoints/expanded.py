@@ -50,13 +50,13 @@ def open_quantised(source: Source, registry: Registry) -> tuple[Source, Quantise
         try:
             config = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
-            return None  # the reading of the configuration tells what is wrong
+            return None  # the reading of the configuration reports the error
         if not isinstance(config, dict) or not any(config.get(name) for name in _FIELDS):
             return None
         if source.on_hub:
             source = replace(source, location=str(local_copy(source)))
     for spec in registry.quantised_formats.specs.values():
-        found: QuantisedCheckpoint | None = spec.load()(source)
-        if found is not None:
-            return source, found
+        checkpoint: QuantisedCheckpoint | None = spec.load()(source)
+        if checkpoint is not None:
+            return source, checkpoint
     return None

@@ -37,7 +37,7 @@ class Slices:
     Attributes:
         config: the configuration of the smaller model.
         sources: for each tensor of the smaller model, by its expanded name, the expanded name of
-            the tensor that it is made of. All other tensors of the checkpoint are left out.
+            its source. All other tensors of the checkpoint are left out.
         rows: for each tensor of the smaller model that has fewer rows, the indices that are kept
             of the first dimension of its source: rows of a matrix, entries of a vector, or experts
             of a stack.
@@ -86,8 +86,8 @@ class QuantisedCheckpoint(Protocol):
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model, whose tensors have the stored bytes of their sources.
 
-        Tensors keep their order, their kinds of numbers and their alignment. All metadata stays,
-        but for what describes the number of blocks, of experts and of weights. In a directory,
+        Tensors keep their order, their kinds of numbers and their alignment. All metadata stays
+        except for the numbers of blocks, of experts and of weights. In a directory,
         these are the weights and ``config.json``: the caller copies all other files.
 
         Args:

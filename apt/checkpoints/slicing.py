@@ -48,7 +48,7 @@ class Slicing:
     def slices(
         self, plan: Plan, removed: Mapping[str, Removed], values: Mapping[str, Tensor] | None = None
     ) -> Slices:
-        """What the smaller model of a plan has.
+        """The tensors of the smaller model of a plan, as slices of stored tensors.
 
         Args:
             removed: the experts that each block loses.
@@ -147,8 +147,9 @@ class Slicing:
     def _beside(self, kept: Sequence[int]) -> dict[str, str]:
         """The stored tensors that are no parameter of a block.
 
-        Those under the name of a block, which the model does not use, go with it. Those of a block
-        that the model does not have, such as one that predicts further tokens, are left out.
+        Unused tensors under the name of a block are kept or removed with the block. Tensors of a
+        block that the model does not have, such as a block that predicts further tokens, are left
+        out.
         """
         inside, before = set[str](), set[str]()
         for index, (name, _) in enumerate(self._blocks):
@@ -160,10 +161,10 @@ class Slicing:
         places, beside = {index: place for place, index in enumerate(kept)}, dict[str, str]()
         numbered = re.compile(f"({'|'.join(map(re.escape, before))})([0-9]+)[.]")
         for key in self._stored.shards.entries.keys() - inside:
-            found = numbered.match(key)
-            if found is None:
+            match = numbered.match(key)
+            if match is None:
                 beside[key] = key
-            elif (owner := int(found[2])) in places:
+            elif (owner := int(match[2])) in places:
                 beside[_renumbered(key, owner, places[owner])] = key
         return beside
 
@@ -207,7 +208,7 @@ def _hashable(piece: Piece) -> tuple[object, ...]:
 
 
 def _moved_member(path: str, removals: Sequence[Removal]) -> str | None:
-    """The path of a parameter without some members of a list; None if it is one of theirs."""
+    """The path of a parameter without some members of a list; None if a removed member has it."""
     for groups, removed in removals:
         if groups.members and path.startswith(f"{groups.members}."):
             index, _, rest = path.removeprefix(f"{groups.members}.").partition(".")
@@ -219,12 +220,12 @@ def _moved_member(path: str, removals: Sequence[Removal]) -> str | None:
 
 
 def _split(key: str, index: int) -> tuple[str, str] | None:
-    """What is before and after the number of a block in a name, of which it is the first such part.
+    """The parts of a name before and after the first occurrence of a block's number.
 
     None if the name has no such number.
     """
-    before, found, after = f".{key}".partition(f".{index}.")
-    return (f"{before}."[1:], after) if found else None
+    before, number, after = f".{key}".partition(f".{index}.")
+    return (f"{before}."[1:], after) if number else None
 
 
 def _renumbered(key: str, index: int, place: int) -> str:

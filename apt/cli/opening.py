@@ -9,6 +9,7 @@ from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded, kind_at
+from apt.locations.text_sources import text_sources
 from apt.options import RemoteOptions
 from apt.plugin.registry import registry
 
@@ -43,7 +44,8 @@ def check_new_file(
         overwrite: True if a file there may be replaced; None for a command without this option.
         option: the option that names the file.
     """
-    places = [expanded(reference) for reference in inputs if reference]
+    names = [one.name for text in inputs if text for one in text_sources(str(text))]
+    places = [expanded(name) for name in names]
     read = [place for place in places if kind_at(place)]
     check_file(expanded(path), overwrite=overwrite, inputs=read, options=(option,))
 

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -35,6 +35,7 @@ from apt.options import (
 from apt.output.report import Report
 from apt.planning.allocation import Allocation
 from apt.planning.plan import Selection, read_pattern
+from apt.plugin.documents import Document
 from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
 from apt.pruning.layer import Method
@@ -46,6 +47,7 @@ from apt.shrinking.same_function import check_same_function
 from apt.solver import Pattern
 from apt.text import datasets
 from apt.text.datasets import digest
+from apt.text.mixes import mixed_samples
 from apt.text.special_tokens import bos_of, check_tokenizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -332,7 +334,8 @@ def calibration_tokens(
     Args:
         tokenizer: the model's tokenizer. If it begins each text with a special token, each sample
             begins with it.
-        source: ``builtin``, the name of a data set, or a .txt, .jsonl or .parquet file.
+        source: ``builtin``, the name of a data set, a .txt, .jsonl or .parquet file, or a mix such
+            as ``chat=0.5,code``.
         samples: the number of samples. They do not overlap.
         seqlen: the number of tokens of a sample.
         seed: the seed for the choice of samples.
@@ -346,9 +349,14 @@ def calibration_tokens(
     """
     check_windows(samples, seqlen)
     check_tokenizer(tokenizer)
-    texts = datasets.documents(source, "calibration", registry())
     first = bos_of(tokenizer) if bos else None
-    return datasets.calibration_tokens(tokenizer, texts, samples, seqlen, seed, source, first)
+
+    def draw(
+        tokenizer: Any, texts: Iterable[Document], count: int, name: str, bos: int | None
+    ) -> Tensor:
+        return datasets.calibration_tokens(tokenizer, texts, count, seqlen, seed, name, bos)
+
+    return mixed_samples(source, tokenizer, registry(), samples, first, draw).tokens
 
 
 @default_modes()

@@ -1,8 +1,8 @@
 """A smaller model that has the stored bytes of a quantised checkpoint.
 
-Blocks are expanded one at a time, for the choice of what is removed. The result is written by
-copying the bytes of what is kept, so that no weight is rounded again. Only weights that were
-solved anew are, in their own kinds of numbers.
+Blocks are expanded one at a time, for the choice of experts and blocks. The bytes of kept experts
+and blocks are copied, so that no weight is rounded again, except for weights that were solved
+anew: they are rounded in the kinds of numbers that the checkpoint has for them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +35,10 @@ from apt.pruning.layer import Recipe
 
 
 class InPlace(Streamed):
-    """A quantised checkpoint; what a block loses is recorded, and nothing is copied before."""
+    """A quantised checkpoint; the removed experts are recorded, and nothing is copied before."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._slicing = Slicing(self._task.skeleton, self._stored)
         self._removed = dict[str, Removed]()
         self._changed = _Changed()
@@ -74,11 +74,11 @@ class InPlace(Streamed):
             self._changed.add(values, self.folder / "scratch" / f"{name}.safetensors")
             self.rounded |= {key: self._checkpoint.tensors[key].stored for key in values}
 
-    def write(self, changed: TaskResult, work: Staging, text: Text) -> Path:
-        """Copy the stored bytes of what is kept, and compare the result with the checkpoint."""
-        assert changed.plan is not None
-        self.status("writing", "copying the stored bytes of what is kept")
-        slices = self._slicing.slices(changed.plan, self._removed)
+    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
+        """Copy the stored bytes of kept tensors, and compare the result with the checkpoint."""
+        assert result.plan is not None
+        self.status("writing", "copying the stored bytes")
+        slices = self._slicing.slices(result.plan, self._removed)
         slices = replace(slices, values=self._changed.named(slices.sources))
         is_file = self._task.skeleton.source.gguf is not None
         self._smaller_directory = work.out / work.output.name if is_file else work.out
@@ -122,7 +122,7 @@ class _Changed(Mapping[str, Tensor]):
             self._places |= {name: (path, name) for name in tensors}
 
     def named(self, sources: Mapping[str, str]) -> "_Changed":
-        """The same tensors by the names that have these ones as sources."""
+        """The same tensors by the names of the slices that have them as sources."""
         return _Changed({t: self._places[s] for t, s in sources.items() if s in self._places})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -157,8 +157,8 @@ def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
     }
     for name, (value, why) in refused.items():
         if value:
-            fault = f"stored bytes are copied, and {why}"
-            raise AptError(fault, f"leave out {name}", (name,))
+            message = f"stored bytes are copied, and {why}"
+            raise AptError(message, f"leave out {name}", (name,))
     if run.compensate is None and not run.error_aware:
         notice("compensate: False (default, so that no stored weight is rounded again)")
         run = replace(run, compensate=False)

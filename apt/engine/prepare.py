@@ -17,6 +17,7 @@ from apt.files.journal import check_same
 from apt.files.writing import check_file
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded
+from apt.locations.text_sources import text_sources
 from apt.options import ShrinkRun
 from apt.output.json_values import json_value
 from apt.output.location import check_not_input, check_output
@@ -82,7 +83,8 @@ def check_place(options: Any, source: Source, texts: Sequence[str | None], notic
 
 def input_paths(source: Source, texts: Sequence[str | None]) -> list[Path]:
     """The local files and directories of a model and of texts, tokenizers and other models."""
-    paths = [path for name in texts if name and (path := expanded(name)).exists()]
+    names = [source.name for text in texts if text for source in text_sources(text)]
+    paths = [path for name in names if (path := expanded(name)).exists()]
     return [*source.files(), *paths]
 
 

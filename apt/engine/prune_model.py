@@ -4,23 +4,31 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from apt.calibration.sources import SampleSources
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
-from apt.events import BlockRecord, ExpertsRemoved, SitePruned
+from apt.events import BlockRecord, ExpertsRemoved, ExpertsRouted, SitePruned
+from apt.locations.text_sources import labels
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
 from apt.planning.plan import Plan
 from apt.planning.structure import make_structured_plan
 from apt.plugin.specs import UNIFORM
 from apt.pruning.layer import BlockPruning
-from apt.pruning.pipeline import prune_blocks
+from apt.pruning.pipeline import prune_blocks, remove_chosen
 from apt.shrinking.record import candidate_records, removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
+from apt.text.mixes import in_turn
+from apt.text.sampling import mixed
+
+OWN_TEXT, RANDOM_TOKENS = "own text", "random tokens"
+"""The sources of generated samples, in the record of experts' tokens by source."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,14 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
     Returns:
         The report with the record of each site.
     """
-    tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
     records, structure = list[BlockRecord](), dict[str, Any]()
-    if job.recipe.error_aware or any(block.changes for block in job.plan.blocks):
-        records = prune_blocks(store, job, tokens)
+    calibration = report.calibration
+    if job.recipe.experts.scores:  # the report has the calibration of the run that computed them
+        records = remove_chosen(store, job)
+    else:
+        calibration = calibration | calibration_of(text.tokens)
+        if job.recipe.error_aware or any(block.changes for block in job.plan.blocks):
+            records = prune_blocks(store, job, *_samples(store, text, job))
     if job.structure is not None:
         config = getattr(store.model, "config", None)
         structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)
@@ -72,12 +84,43 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         structure["experts"] = removed_experts(removed)
     return replace(
         report,
-        calibration=report.calibration | calibration_of(text.tokens),
+        calibration=calibration,
         sites=[record for record in records if isinstance(record, SitePruned)],
         skipped=job.plan.dense,
         ranks=store.ranks.gather(store.ranks.work),
         structure=structure,
+        routing=report.routing
+        | {
+            record.name: {"tokens": dict(record.tokens), "weights": dict(record.weights)}
+            for record in records
+            if isinstance(record, ExpertsRouted)
+        },
     )
+
+
+def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor, SampleSources]:
+    """All samples, with copies with random tokens, and the sources of the samples.
+
+    The samples of a mix are in an order in which any first samples are of all sources, generated
+    text included, in proportion to the numbers of samples.
+    """
+    tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
+    names = tuple(labels([source.name for source in text.sources]).values()) or ("calibration",)
+    owners = _owners(text)
+    owners = torch.where(owners < 0, len(names), owners)  # the model's own text
+    copies = torch.full((len(tokens) - len(owners),), len(names) + 1)
+    of = owners if not len(copies) else mixed(owners.unsqueeze(1), copies.unsqueeze(1)).squeeze(1)
+    sources = SampleSources((*names, OWN_TEXT, RANDOM_TOKENS), of, len(names))
+    if len(names) == 1:
+        return tokens, sources
+    order = of.argsort(stable=True)
+    order = order[in_turn(torch.bincount(of, minlength=len(sources.names)).tolist())]
+    return tokens[order], sources.part(order)
+
+
+def _owners(text: Text) -> Tensor:
+    """The index of the source of each sample (samples,); 0 for all if no source is known."""
+    return torch.zeros(len(text.tokens)).long() if text.owners is None else text.owners.long()
 
 
 def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
@@ -89,7 +132,11 @@ def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
         )
 
     own_samples = job.augmentation.own_samples
-    return replace(text, tokens=store.generated(generate)) if own_samples else text
+    if not own_samples:
+        return text
+    owners = _owners(text).unsqueeze(1)
+    owners = mixed(owners, torch.full((own_samples, 1), -1), job.seed).squeeze(1)
+    return replace(text, tokens=store.generated(generate), owners=owners)
 
 
 def final_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:

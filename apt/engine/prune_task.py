@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
 from apt.engine.export import check_exportable
 from apt.engine.in_place import check_slices, without_rounding
+from apt.engine.kept_scores import KeptScores
 from apt.engine.machine import check_tokens, choose_device, read_dtype
 from apt.engine.opening import RunRequest, pattern_of, selection_of
 from apt.engine.packing import check_packed_place
@@ -34,11 +35,13 @@ from apt.engine.timed_run import fit_to_time, training_of
 from apt.errors import AptError
 from apt.files.journal import Line
 from apt.locations.paths import portable
+from apt.locations.text_sources import portable_sources
 from apt.options import PruneRun, ShrinkRun
 from apt.output.report import Report
 from apt.patterns import Pattern
 from apt.planning.plan import Plan
 from apt.planning.structure import Structure, make_structured_plan
+from apt.plugin.documents import Document
 from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM, MethodSpec
 from apt.recovery.recover import NotRecoveredError
@@ -58,12 +61,14 @@ class PruneTask(Task):
 
     Attributes:
         training: the distillation in the rest of a given time; None if no time is given.
+        notice: called with a line about a result of the run.
     """
 
     options: PruneRun | ShrinkRun
     job: Pruning
     method: MethodSpec
     training: RecoverTask | None = None
+    notice: Notice = field(default=lambda line: None, repr=False, compare=False)
     event = " pruning"
 
     @property
@@ -102,27 +107,44 @@ class PruneTask(Task):
         """The calibration samples, and at most the same number of windows to measure on."""
         options = self.options
 
-        def draw(tokenizer: Any, texts: Iterable[str], bos: int | None) -> Tensor:
+        def draw(
+            tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None
+        ) -> Tensor:
             return calibration_tokens(
-                tokenizer, texts, options.samples, options.seqlen, options.seed,
-                options.calibration, bos,
-            )  # fmt: skip
+                tokenizer, texts, samples, options.seqlen, options.seed, source, bos
+            )
 
-        return read_text(
-            options, self.skeleton, self.registry, draw,
-            windows=options.samples or self.job.augmentation.own_samples, measures=ranks.first,
+        windows = options.samples or self.job.augmentation.own_samples or None
+        text = read_text(
+            options, self.skeleton, self.registry, draw, samples=options.samples, windows=windows,
+            measures=ranks.first,
         )  # fmt: skip
+        if ranks.first and text.lacks_chat:
+            self.notice(
+                f"calibration: {portable_sources(options.calibration)} has no conversations, and "
+                f"{portable(options.model)} is a chat model: its tokenizer has a chat template. It "
+                "may lose what only conversations use; add some, such as builtin:chat"
+            )
+        return text
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """A report with the options, the model and the text."""
         options, skeleton = self.options, self.skeleton
+        model = model_entry(options.model, skeleton.config.model_type, skeleton.spec.name)
+        model |= {"sha256": store.weights} | store.precision.record()
+        if isinstance(options, ShrinkRun) and options.scores_from is not None:
+            scored = KeptScores.read(options.scores_from)
+            scored.check_model(model, stream=options.stream)
+            earlier, report = report_beside(skeleton.source), scored.report
+            return Report(
+                self.record(), model, report.calibration, earlier=earlier, routing=report.routing
+            )
         return Report(
             options=self.record(),
-            model=model_entry(options.model, skeleton.config.model_type, skeleton.spec.name)
-            | {"sha256": store.weights}
-            | store.precision.record(),
+            model=model,
             calibration={
-                "source": portable(options.calibration),
+                "source": portable_sources(options.calibration),
+                **text.source_record,
                 "own_samples": self.job.augmentation.own_samples,
                 "bos": text.bos,
                 **calibration_of(text.tokens),
@@ -149,12 +171,29 @@ class PruneTask(Task):
         """Prune the model, and train it if there is time."""
         assert plan is not None
         report = prune_model(store, text, replace(self.job, plan=plan), report)
+        if store.ranks.first:
+            self._tell_experts(report)
         if self.training is not None:
             report = _train(self.training, store, report)
         if self.in_place:
             report = replace(report, structure=report.structure | {"rounded": store.rounded})
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
         return TaskResult(report, plan, save_masks=save_masks)
+
+    def _tell_experts(self, report: Report) -> None:
+        """Say which experts few tokens reached, and which could not be protected."""
+        removal, blocks = self.job.recipe.experts, report.structure.get("experts", {})
+        few = sum(len(entry.get("underserved", ())) for entry in blocks.values())
+        if few:
+            by_source = (entry["tokens"] for entry in report.routing.values())
+            count = sum(len(next(iter(tokens.values()))) for tokens in by_source if tokens)
+            self.notice(
+                f"expert tokens: {few} of {count} experts got fewer than {removal.tokens} tokens; "
+                "they were judged also on tokens that the router came near to sending to them"
+            )
+        if short := sum(bool(entry.get("unprotected")) for entry in blocks.values()):
+            sources = " and ".join(removal.protect)
+            self.notice(f"protect: {short} blocks keep fewer experts than {sources} needs")
 
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
@@ -201,7 +240,9 @@ def prepare_pruning(
     """
     started = time.perf_counter()
     options: PruneRun | ShrinkRun = request.options
-    texts = (options.calibration, options.evaluation, options.tokenizer)
+    texts = [options.calibration, options.evaluation, options.tokenizer]
+    if isinstance(options, ShrinkRun) and options.scores_from is not None:
+        texts.append(str(options.scores_from))
     skeleton = open_model(request, texts, registry, notice)
     check_exportable(options, skeleton, registry)
     device, training = choose_device(options.device), None
@@ -231,7 +272,7 @@ def prepare_pruning(
     task = PruneTask(
         options=options, registry=registry, skeleton=skeleton, device=device,
         dtype=read_dtype(options.dtype), plan=None if training else _writable_plan(skeleton, job),
-        job=job, method=method, training=training,
+        job=job, method=method, training=training, notice=notice,
     )  # fmt: skip
     _check_memory(task)
     if options.stream:

@@ -28,6 +28,7 @@ from apt.locations.model_source import Source
 from apt.options import BATCH, STEPS, RecoverOptions, RecoverRun
 from apt.output.report import Report, peak_memory, versions
 from apt.planning.plan import Plan, read_pattern
+from apt.plugin.documents import Document
 from apt.plugin.registry import Registry
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.job import CHECKPOINT, RecoveryJob
@@ -96,14 +97,17 @@ class RecoverTask(Task):
         options = self.options
         count = options.samples or self._useful_samples()
 
-        def draw(tokenizer: Any, texts: Iterable[str], bos: int | None) -> Tensor:
+        def draw(
+            tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None
+        ) -> Tensor:
             return training_tokens(
-                tokenizer, texts, count, options.seqlen, options.seed, options.calibration, bos
+                tokenizer, texts, samples, options.seqlen, options.seed, source, bos
             )
 
         return read_text(
-            options, self.skeleton, self.registry, draw, windows=None, measures=ranks.first
-        )
+            options, self.skeleton, self.registry, draw, samples=count, windows=None,
+            measures=ranks.first,
+        )  # fmt: skip
 
     def _useful_samples(self) -> int:
         """The number of samples for the steps, and of the samples that are held back."""

@@ -8,17 +8,19 @@ from typing import Any, Literal
 
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import smaller_skeleton
+from apt.engine.kept_scores import KeptScores
 from apt.engine.machine import choose_device
 from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
 from apt.engine.pruning_plan import settings
 from apt.errors import AptError, name_of
 from apt.files.journal import Journal
+from apt.locations.text_sources import labels, text_sources
 from apt.options import Mode, ShrinkOptions, ShrinkRun, SolveOptions
 from apt.planning.structure import make_structured_plan
 from apt.plugin.registry import registry
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
-from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
+from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval, LowestScores
 from apt.pruning.layer import Recipe
 from apt.shrinking.latency import block_times
 from apt.shrinking.search import SearchOptions
@@ -73,13 +75,23 @@ def smaller_pruning(
             meets the options.
     """
     model, adapter, config = opened.module, opened.adapter, opened.config
+    kept_scores = KeptScores.read(run.scores_from) if run.scores_from is not None else None
+    if kept_scores is not None:
+        method = _same_method(kept_scores, method)
+        run = replace(run, compensate=False, dense_scores=True, samples=0, own_samples=0)
+        options = replace(options, own_samples=0, random_tokens=0)
     named = _named_spec(method, run) if method else None
     mode, sizes = _mode_and_sizes(opened, run, named, notice)
     run = run if run.explicit else replace(run, mode=mode)
     spec = _method_spec(opened, run, named)
     recipe, augmentation = settings(opened, run, options, spec, notice)
     choice = _choice(run, spec, recipe, mode, sizes)
-    removal = _expert_removal(choice, run.compensate, named=named is not None)
+    _check_experts_removed(opened, run, choice)
+    removal = _expert_removal(choice, run, named=named is not None)
+    if kept_scores is not None:
+        structure = kept_scores.structure(opened, sizes[0].kept, removal.protect)
+        choice = replace(choice, known_structure=structure)
+        removal = replace(removal, choose=None, scores=kept_scores.scores)
     recipe = replace(recipe, experts=removal)
     structure, aware = choice.provisional(model, adapter), recipe.error_aware
     plan = make_structured_plan(model, adapter, config, structure, adjusted=aware)
@@ -248,11 +260,48 @@ def _removal(choice: StructureChoice, compensate: bool | None) -> GroupRemoval:
     return GroupRemoval(spec.load() if spec.chooses == "columns" else joint_removal, exact)
 
 
-def _expert_removal(
-    choice: StructureChoice, compensate: bool | None, *, named: bool
-) -> ExpertRemoval:
+def _expert_removal(choice: StructureChoice, run: ShrinkRun, *, named: bool) -> ExpertRemoval:
     """The removal of experts, with the compensation of its method by default."""
     by_scores, spec = choice.groups.chooses == "groups", choice.experts
     default = (choice.groups if by_scores else spec).compensate
-    exact = default if compensate is None else compensate
-    return ExpertRemoval(spec.load(), spec.merges, exact, named)
+    exact = default if run.compensate is None else run.compensate
+    names = labels([source.name for source in text_sources(run.calibration)])
+    protect = tuple(names[name] for name in run.protect)
+    return ExpertRemoval(
+        spec.load(), spec.merges, exact, named, protect, run.expert_tokens, run.dense_scores
+    )
+
+
+def _same_method(kept_scores: KeptScores, method: str | Choice | None) -> str | Choice:
+    """The method that computed the scores; raises if another method is named."""
+    if method is not None and method != kept_scores.method:
+        message = f"method {kept_scores.method} computed the scores in {kept_scores.place}"
+        raise AptError(message, "leave the method out", ("method", "scores_from"))
+    return kept_scores.method
+
+
+def _check_dense_scores(choice: StructureChoice, opened: Opened) -> None:
+    """Raise if the scores of experts in the dense model could not be used."""
+    if not isinstance(choice.experts.load(), LowestScores):
+        raise AptError(
+            f"method {choice.experts.name} does not score experts one by one",
+            "leave dense scores out, or choose another method",
+            ("dense_scores", "method"),
+        )
+    blocks = len(opened.adapter.blocks(opened.module))
+    if choice.drop or choice.mode == "search" or any(s.blocks < blocks for s in choice.sizes):
+        message = "dense scores are not known where blocks are dropped"
+        raise AptError(message, "leave one of them out", ("dense_scores", "drop"))
+
+
+def _check_experts_removed(opened: Opened, run: ShrinkRun, choice: StructureChoice) -> None:
+    """Raise for options of the choice of experts in a run that removes none."""
+    groups = Sizes(opened.module, opened.adapter, opened.config, MULTIPLE, experts=True).groups
+    if any(groups[kind].routed for kind in choice.kinds if kind in groups):
+        if run.dense_scores:
+            _check_dense_scores(choice, opened)
+        return
+    for name in ("protect", "expert_tokens", "dense_scores"):
+        if getattr(run, name):
+            message = f"{name.replace('_', ' ')} has no effect: no experts are removed here"
+            raise AptError(message, "leave it out, or give a number of experts", (name, "sizes"))

@@ -35,7 +35,7 @@ from apt.engine.task import Task, TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
 from apt.evaluation.blockwise import carried, streamed
-from apt.events import BlockRecord, ExpertsRemoved, SitePruned, Status
+from apt.events import BlockRecord, ExpertsRemoved, ExpertsRouted, SitePruned, Status
 from apt.files.journal import Journal, Line
 from apt.output.report import read_site
 from apt.output.staging import Staging
@@ -216,6 +216,7 @@ class Streamed(ModelStore):
         entries = {
             "sites": [asdict(record) for record in done if isinstance(record, SitePruned)],
             "experts": [asdict(record) for record in done if isinstance(record, ExpertsRemoved)],
+            "routed": [asdict(record) for record in done if isinstance(record, ExpertsRouted)],
         }
         self.journal.keep({_BLOCK: name, **entries, "digest": self._kept_blocks.digest(planned)})
 
@@ -278,12 +279,26 @@ def records_of(line: Line, journal: Journal) -> list[BlockRecord]:
     """
     try:
         sites = [read_site(entry) for entry in line.get("sites", ())]
-        return [*(_experts_removed(**entry) for entry in line.get("experts", ())), *sites]
+        experts = (_experts_removed(**entry) for entry in line.get("experts", ()))
+        routed = (_experts_routed(**entry) for entry in line.get("routed", ()))
+        return [*experts, *sites, *routed]
     except (KeyError, TypeError, ValueError) as error:
         raise journal.damaged(first_line(error)) from error
 
 
 def _experts_removed(
-    name: str, experts: list[int], merged: list[tuple[int, int]]
+    name: str, experts: list[int], merged: list[tuple[int, int]], **lists: list[Any]
 ) -> ExpertsRemoved:
-    return ExpertsRemoved(name, tuple(experts), tuple((first, other) for first, other in merged))
+    pairs = tuple((first, other) for first, other in merged)
+    tuples = {key: tuple(values) for key, values in lists.items()}
+    return ExpertsRemoved(name, tuple(experts), pairs, **tuples)
+
+
+def _experts_routed(
+    name: str, tokens: dict[str, list[int]], weights: dict[str, list[float]]
+) -> ExpertsRouted:
+    return ExpertsRouted(
+        name,
+        {source: tuple(counts) for source, counts in tokens.items()},
+        {source: tuple(sums) for source, sums in weights.items()},
+    )

@@ -1,7 +1,6 @@
 """The texts of a run as tokens: for calibration or training, and for metrics."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -10,9 +9,12 @@ from torch import Tensor
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.errors import AptError
+from apt.locations.text_sources import labels
+from apt.plugin.documents import has_template
 from apt.plugin.registry import Registry
 from apt.text.datasets import documents, evaluation_tokens
 from apt.text.ids import check_vocabulary
+from apt.text.mixes import Draw, Mix, SourceSamples, mixed_samples
 from apt.text.special_tokens import bos_of, special_ids
 
 
@@ -26,6 +28,9 @@ class Text:
         held_out: token ids (windows, seqlen) to measure on; None to measure nothing.
         bos: the first token of every sample and window; None for no such token.
         special: the special tokens.
+        sources: the sources of the samples.
+        owners: the index in ``sources`` of the source of each sample (samples,), or −1 for samples
+            that the model generated; None if no source is known.
     """
 
     tokenizer: Any
@@ -33,14 +38,32 @@ class Text:
     held_out: Tensor | None = None
     bos: int | None = None
     special: tuple[int, ...] = ()
+    sources: tuple[SourceSamples, ...] = ()
+    owners: Tensor | None = None
+
+    @property
+    def lacks_chat(self) -> bool:
+        """True if the tokenizer has a chat template, and no source has conversations."""
+        sampled = any(source.samples for source in self.sources)
+        return sampled and has_template(self.tokenizer) and not any(s.chat for s in self.sources)
+
+    @property
+    def source_record(self) -> dict[str, Any]:
+        """The sources of a mix, for the report; empty for one source."""
+        if len(self.sources) < 2:
+            return {}
+        names = labels([source.name for source in self.sources])
+        entries = [asdict(source) | {"name": names[source.name]} for source in self.sources]
+        return {"sources": entries}
 
 
 def read_text(
     options: Any,
     skeleton: Opened,
     registry: Registry,
-    draw: Callable[[Any, Iterable[str], int | None], Tensor],
+    draw: Draw,
     *,
+    samples: int,
     windows: int | None,
     measures: bool,
 ) -> Text:
@@ -48,8 +71,8 @@ def read_text(
 
     Args:
         options: the options of the run.
-        draw: a function from the tokenizer, the documents and the first token of a sample to the
-            samples.
+        draw: the function that draws the samples of one source.
+        samples: the number of samples to draw, from all sources together.
         windows: the number of windows to measure on at most; None for all.
         measures: True if this rank measures.
 
@@ -59,11 +82,13 @@ def read_text(
     """
     tokenizer = load_tokenizer(skeleton.source, options.tokenizer)
     bos = bos_of(tokenizer) if options.bos else None
-    texts: Iterable[str] = ()
+    mix = Mix(
+        torch.empty(0, options.seqlen, dtype=torch.long), torch.empty(0, dtype=torch.long), ()
+    )
     if options.samples != 0:
-        texts = documents(options.calibration, "calibration", registry)
-    tokens, held_out = draw(tokenizer, texts, bos), None
-    check_vocabulary(tokens, skeleton.module, options.model)
+        mix = mixed_samples(options.calibration, tokenizer, registry, samples, bos, draw)
+    check_vocabulary(mix.tokens, skeleton.module, options.model)
+    held_out = None
     if options.evaluation is not None and measures:
         source = options.evaluation
         texts = documents(source, "evaluation", registry)
@@ -71,7 +96,8 @@ def read_text(
             tokenizer, texts, windows, options.seqlen, source, bos, fewer=True
         )
         check_vocabulary(held_out, skeleton.module, options.model)
-    return Text(tokenizer, tokens, held_out, bos, special_ids(tokenizer))
+    special = special_ids(tokenizer)
+    return Text(tokenizer, mix.tokens, held_out, bos, special, mix.sources, mix.owners)
 
 
 def check_same_vocabulary(model: Opened, dense: Opened) -> None:

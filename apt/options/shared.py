@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apt.errors import AptError
+from apt.locations.text_sources import portable_sources, text_sources
 from apt.options.declaration import Options, option, options
 
 MODEL, SELECTION, TEXT, ACCURACY, RUNNING, OUTPUT = (
@@ -134,7 +135,8 @@ class CalibrationOptions(Options):
     """Options for the text of a run."""
 
     calibration: str = option(
-        "builtin, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or .parquet file.",
+        "builtin, chat, code, math, wiki, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or "
+        ".parquet file; or a mix of them with shares: builtin:chat=0.5,builtin:code=0.3,my.jsonl.",
         default="builtin", panel=TEXT, metavar="SRC", place=True,
     )  # fmt: skip
     bos: bool = option(
@@ -150,6 +152,11 @@ class CalibrationOptions(Options):
         """Raise `AptError` if an option is out of range."""
         super().check()
         check_seed(self.seed)
+        text_sources(self.calibration)
+
+    def record(self) -> dict[str, Any]:
+        """See `Options.record`; local files of a mix appear with their last names."""
+        return super().record() | {"calibration": portable_sources(self.calibration)}
 
 
 @options

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from apt.errors import AptError
+from apt.locations.text_sources import labels, text_sources
 from apt.options.declaration import Options, option, options
 from apt.options.prune import ModelRun
 from apt.options.shared import ACCURACY, MINUTES, SIZE, TIME_MEANING
@@ -99,6 +101,16 @@ class ShrinkOptions(Options):
         default=(), panel=SIZE, metavar="INDEX", read=read_indices,
         text=lambda indices: [str(index) for index in indices],
     )  # fmt: skip
+    expert_tokens: int = option(
+        "Judge each expert on at least N calibration tokens: more text is read, and an expert that "
+        "still gets fewer is judged also on the tokens for which its router weight is largest.",
+        default=0, panel=ACCURACY, metavar="N", within="[0, ∞)",
+    )  # fmt: skip
+    dense_scores: bool = option(
+        "Score the experts of each block on its inputs in the dense model, and not in the smaller "
+        "one. The scores then serve any number of experts, see --from.",
+        default=False, panel=ACCURACY,
+    )  # fmt: skip
     evaluations: int = option(
         "Candidates that --search evaluates at most.",
         default=120, panel=SIZE, metavar="N", within="[1, ∞)", needs="mode=search",
@@ -144,7 +156,10 @@ class ShrinkOptions(Options):
 
     def size_record(self) -> dict[str, Any]:
         """The options of the size alone, as values for JSON, for the report."""
-        names = ("keep", "budget", "mode", "compensate", "multiple_of", "sizes", "blocks", "drop")
+        names = (
+            "keep", "budget", "mode", "compensate", "multiple_of", "sizes", "blocks", "drop",
+            "expert_tokens", "dense_scores",
+        )  # fmt: skip
         search = {"evaluations": self.evaluations, "minutes": self.minutes, **GENERATION}
         record = {name: getattr(self, name) for name in names}
         return record | {
@@ -168,8 +183,49 @@ class ShrinkRun(ModelRun, ShrinkOptions):
         default=None, panel=ACCURACY, metavar="NAME",
     )  # fmt: skip
 
+    protect: tuple[str, ...] = option(
+        "Keep the experts that this source of --calibration needs: in each block the fewest with "
+        "half of the router weight of its tokens; repeatable.",
+        default=(), panel=ACCURACY, metavar="SRC",
+    )  # fmt: skip
+
+    scores_from: Path | None = option(
+        "Choose the experts by the scores in DIR, the output of a run with --dense-scores for the "
+        "same model, without a calibration.",
+        default=None, panel=SIZE, flag="--from", metavar="DIR", place=True,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise `AptError` if an option is out of range, or options contradict each other."""
+        super().check()
+        if self.scores_from is not None:
+            self._check_from()
+        names = [source.name for source in text_sources(self.calibration)]
+        if unknown := [name for name in self.protect if name not in names]:
+            raise AptError(
+                f"{unknown[0]} is not a source of the calibration {self.calibration}",
+                f"protect one of {', '.join(names)}, or add it to the calibration",
+                ("protect", "calibration"),
+            )
+
+    def _check_from(self) -> None:
+        """Raise if a run without a calibration would need one."""
+        problems = {
+            "compensate": "exact weights need a calibration" if self.compensate else "",
+            "expert_tokens": "tokens need a calibration" if self.expert_tokens else "",
+            "sizes": "only a number of experts can be chosen" if not self.sizes else "",
+            "blocks": "only experts are removed" if self.blocks is not None else "",
+            "drop": "only experts are removed" if self.drop else "",
+        }
+        for name, problem in problems.items():
+            if problem:
+                hint = "run the whole command with a calibration instead"
+                raise AptError(f"with scores from {self.scores_from}, {problem}", hint, (name,))
+
     def record(self) -> dict[str, Any]:
         """See `Options.record`; the options of the size are one entry."""
         size = {declared.name for declared in ShrinkOptions.OPTIONS}
         record = {name: value for name, value in super().record().items() if name not in size}
-        return record | {"shrink": self.size_record()}
+        names = labels([source.name for source in text_sources(self.calibration)])
+        protect = [names.get(name, name) for name in self.protect]
+        return record | {"protect": protect, "shrink": self.size_record()}

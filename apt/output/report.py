@@ -50,13 +50,18 @@ class Report:
         model: ``reference``, ``type``, ``adapter``, the ``sha256`` of the weights, their ``dtype``,
             and the dtype that the model computed in, ``compute``.
         calibration: ``source``, ``own_samples``, ``bos``, and ``shape`` and ``sha256`` of the
-            calibration tokens. Samples with random tokens are not included in these two.
+            calibration tokens. Samples with random tokens are not included in these two. Of a mix
+            also ``sources``, each with ``name``, ``share``, ``samples`` and ``chat``, which is true
+            if its text is conversations.
         sites: the record of each pruned site.
         skipped: the names of the sites that were left dense, on request or by an allocation.
         recovery: the record of a training after the pruning; empty if there was none.
         reapplied: the masks that were applied to a fine-tuned model, and the number of weights
             that they removed; empty if there were none.
         structure: the kept and removed parts of a smaller model; empty for a sparse one.
+        routing: the routing of the experts of each block, by the source of the calibration text:
+            ``tokens``, the numbers of tokens, and ``weights``, the sums of the router's weights,
+            with a number for each expert of the dense model; empty without experts.
         timeline: the phases of the run (`apt.events.Phase`) with their first second, ``phases``,
             the resident memory in bytes over the seconds, ``memory``, and the last second, ``end``.
             For a resumed run, the timeline begins with the resumption.
@@ -79,6 +84,7 @@ class Report:
     sites: list[SitePruned] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     structure: dict[str, Any] = field(default_factory=dict)
+    routing: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     reapplied: dict[str, Any] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)
@@ -214,12 +220,12 @@ def _write(record: dict[str, Any], directory: Path) -> None:
 _ENTRY_ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "structure", "recovery", "reapplied", "timeline", "earlier", "problems", "files",
+    "structure", "routing", "recovery", "reapplied", "timeline", "earlier", "problems", "files",
 )  # fmt: skip
 
 
 # Reports of early versions lack these entries.
-_LATER_ENTRIES = ("structure", "recovery", "reapplied", "timeline", "earlier")
+_LATER_ENTRIES = ("structure", "routing", "recovery", "reapplied", "timeline", "earlier")
 
 
 def read_site(entry: Mapping[str, Any]) -> SitePruned:

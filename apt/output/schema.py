@@ -140,7 +140,13 @@ _SITE = object_with(
 _STRUCTURE = object_with(
     {"blocks": _KEPT, "groups": object_of(_KEPT), "share": number},
     { "experts": object_of(
-            object_with({"removed": list_of(count), "merged": list_of(row_of(count, count))})
+            object_with(
+                {"removed": list_of(count), "merged": list_of(row_of(count, count))},
+                {
+                    "scores": list_of(number), "underserved": list_of(count),
+                    "unprotected": list_of(count),
+                },
+            )
         ),
         "rounded": object_of(text),
         "candidates": list_of(
@@ -150,6 +156,8 @@ _STRUCTURE = object_with(
         ),
     },
 )  # fmt: skip
+_ROUTED = object_with({"tokens": object_of(list_of(count)), "weights": object_of(list_of(number))})
+_SOURCE = object_with({"name": text, "share": number, "samples": count})
 _TRAINING = object_with(
     {"tokens": count, "held_back": list_of(row_of(count, number)), "losses": list_of(number)},
     {"best": count, "diverged": optional(count)},
@@ -176,7 +184,9 @@ _REPORT = object_with(
     {
         "schema": count, "options": _OPTIONS,
         "model": object_with({}, {"reference": text, "type": text, "adapter": text}),
-        "calibration": object_with({}, {"source": text, "shape": list_of(count)}),
+        "calibration": object_with(
+            {}, {"source": text, "shape": list_of(count), "sources": list_of(_SOURCE)}
+        ),
         "scores": _SCORES, "seconds": amount, "peak_memory_bytes": object_of(amount),
         "sites": list_of(_SITE), "skipped": list_of(text), "problems": list_of(text),
         "created": text, "versions": object_of(text),
@@ -185,8 +195,8 @@ _REPORT = object_with(
     },
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
-        "reapplied": object_of(anything), "earlier": object_of(anything),
-        "timeline": _TIMELINE,
+        "routing": object_of(_ROUTED), "reapplied": object_of(anything),
+        "earlier": object_of(anything), "timeline": _TIMELINE,
     },
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from apt.errors import AptError, described, faulty
 from apt.field_types import check_fields
+from apt.plugin.documents import Document
 
 
 @dataclass(frozen=True)
@@ -314,8 +315,8 @@ class EvaluatorSpec(Spec):
 class CalibrationSpec(Spec):
     """A text source; its target is a function of a split that yields documents.
 
-    The function takes ``"calibration"`` or ``"evaluation"`` and yields strings. The two splits
-    must not have text in common.
+    The function takes ``"calibration"`` or ``"evaluation"`` and yields strings, or
+    `apt.extending.Conversation`. The two splits must not have text in common.
 
     Args:
         source: the origin of the text, and its licence.
@@ -323,16 +324,16 @@ class CalibrationSpec(Spec):
 
     source: str = ""
 
-    def documents(self, split: str) -> Iterator[str]:
+    def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split.
 
         Raises:
-            AptError: the source does not load, or yields an item that is not a string.
+            AptError: the source does not load, or yields an item that is not a document.
         """
         texts = self.load()(split)
         iterable = isinstance(texts, Iterable) and not isinstance(texts, str)
         for document in texts if iterable else [texts]:
-            if not iterable or not isinstance(document, str):
+            if not iterable or not isinstance(document, Document):
                 message = f"gives {type(document).__name__} in place of documents"
                 raise faulty(f"data set '{self.name}'", message, "text")
             yield document

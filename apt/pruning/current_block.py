@@ -1,7 +1,7 @@
 """The block that is being pruned: its sites are solved in stages, tuned, rounded and measured."""
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -9,15 +9,17 @@ from operator import itemgetter
 
 from torch import Tensor, nn
 
-from apt.adapter import Site
+from apt.adapter import Routing, Site, State, routings
 from apt.adapter.groups import gather, tensors_of
 from apt.calibration.batches import Batch, OpenBlock, check_finite
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.passing import BlockPass
+from apt.calibration.sources import RoutedBySource
 from apt.calibration.stored_products import StoredProducts
 from apt.calibration.targets import Sums
-from apt.events import BlockRecord, BlockTuned, ExpertsRemoved, SitePruned, Working
+from apt.errors import AptError
+from apt.events import BlockRecord, BlockTuned, ExpertsRemoved, ExpertsRouted, SitePruned, Working
 from apt.planning.plan import PlannedBlock, PlannedSite
 from apt.pruning.block_store import BlockStore
 from apt.pruning.disconnecting import disconnect_groups
@@ -66,6 +68,9 @@ class CurrentBlock(OpenBlock):
         scales: the factors of the rows (out, 1) of each site with row importance.
         orders: the former index of each column, by the full name of a site with permuted inputs.
         propagated: True if the states of the batches are already the states after the block.
+        judged: the batches with the states before the block in the dense model, if experts are
+            judged on these states; after the block they have the states after it.
+        usage: the record of the experts' tokens by source; None if it is not known yet.
     """
 
     store: BlockStore
@@ -76,6 +81,8 @@ class CurrentBlock(OpenBlock):
     scales: dict[Site, Tensor] = field(default_factory=dict)
     orders: dict[str, Tensor] = field(default_factory=dict)
     propagated: bool = False
+    judged: Sequence[Batch] = ()
+    usage: ExpertsRouted | None = None
 
     def __post_init__(self) -> None:
         self.sites = self.adapter.sites(self.module)
@@ -87,9 +94,11 @@ class CurrentBlock(OpenBlock):
 
         The target of the tuning is the dense stream before the next kept block.
         """
+        after = self.judged_after()
         self.scales = self._advance_dense_stream()
         self._bridge_gap()
         done = list[BlockRecord](self._disconnected())
+        self.advance_judged(after)
         self.planned = self._with_tied_groups()
         done += self.ranks.share(self._extras())
         solved: list[_Turn] = []
@@ -114,16 +123,34 @@ class CurrentBlock(OpenBlock):
             self._tune(self.job.recipe.tuning)
             done += self._finish(solved, rounds)
         self._gather()
+        if self.usage is not None:
+            self.store.observe(self.usage)
+            done.append(self.usage)
         return done
+
+    def judged_after(self) -> list[State]:
+        """The states of the batches on which experts are judged, after the dense block."""
+        return [self.step(batch, batch.state) for batch in self.judged]
+
+    def advance_judged(self, after: Sequence[State]) -> None:
+        """Let these batches have the states after the block."""
+        for batch, state in zip(self.judged, after, strict=True):
+            batch.state = state
 
     def _disconnected(self) -> Iterator[ExpertsRemoved]:
         """Disconnect the groups without readers; yields the records of removed experts."""
         recipe = self.job.recipe
         for lost in self.planned.disconnected:
             damping = recipe.solver.damping
-            chosen, merged = disconnect_groups(self, lost, recipe.experts, damping)
+            judged = self.using(list(self.judged)) if self.judged else None
+            result = disconnect_groups(self, lost, recipe.experts, damping, judged)
             if lost.groups.routed:
-                removed = ExpertsRemoved(self.planned.name, tuple(chosen), merged)
+                removed = ExpertsRemoved(
+                    self.planned.name, result.chosen, result.merged, result.scores,
+                    result.underserved, result.unprotected,
+                )  # fmt: skip
+                if result.by_source is not None:
+                    self.usage = result.by_source.record(self.planned.name)
                 self.store.observe(removed)
                 yield removed
 
@@ -221,7 +248,8 @@ class CurrentBlock(OpenBlock):
         routed = [site for site in dense if site.routed]
         capture = Capture(self.module, sites, self.job.recipe.targets, routed)
         pruned = [entry.site for entry in self.planned.pruned]
-        capture.run(self, earlier, passes, [site for site in pruned if site.order >= last])
+        with self._routing(sites):
+            capture.run(self, earlier, passes, [site for site in pruned if site.order >= last])
         left = {site.input for site in self.sites if site.order >= last}
         for batch in self.batches if passes else ():
             if batch.dense is not None:
@@ -229,6 +257,31 @@ class CurrentBlock(OpenBlock):
         for each in capture.sums.values():
             each.add_up(self.ranks)
         return capture.sums
+
+    @contextmanager
+    def _routing(self, sites: Sequence[Site]) -> Iterator[None]:
+        """While entered, the first run of the experts records their tokens by source.
+
+        Experts that do not get the indices of each token's experts have no record.
+        """
+        stacked = [site for site in sites if site.expert is not None]
+        if not stacked or self.usage is not None:
+            yield
+            return
+        path, recorded = stacked[0].parameter.rpartition(".")[0], list[Routing]()
+        count = max(site.expert or 0 for site in self.sites) + 1
+        with ExitStack() as stack:
+            with suppress(AptError):
+                stack.enter_context(routings(self.module.get_submodule(path), recorded.append))
+            yield
+        by_source = RoutedBySource(self.sources, count)
+        tokens = [batch.tokens for batch in self.batches]
+        complete = [len(routing.index) for routing in recorded] == tokens
+        for batch, routing in zip(self.batches, recorded, strict=False) if complete else ():
+            by_source.add(routing, batch.token_sources())
+        by_source.over_ranks(self.ranks)
+        if complete:
+            self.usage = by_source.record(self.planned.name)
 
     def _solve_round(
         self, turns: dict[int, PlannedSite], sums: dict[str, Sums], mean: float

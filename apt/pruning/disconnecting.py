@@ -5,7 +5,8 @@ output. While the block is pruned, the outputs of removed groups are zero, and i
 choose removed experts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 from apt.adapter import Groups
 from apt.adapter.groups import disconnect, disconnected, tensors_of
 from apt.calibration.batches import OpenBlock
+from apt.calibration.sources import RoutedBySource
 from apt.errors import AptError, faulty
 from apt.planning.plan import PlannedGroups
-from apt.pruning.expert_choice import ExpertChoice, ExpertRemoval
+from apt.pruning.expert_choice import (
+    ExpertChoice,
+    ExpertRemoval,
+    LowestScores,
+    lowest,
+    protected_experts,
+    with_protected,
+)
 from apt.pruning.expert_weights import compensate, dense_outputs
 from apt.pruning.merging import merge_experts
 from apt.pruning.routed_experts import RoutedExperts, routers_of
@@ -26,31 +35,67 @@ from apt.tuning.block_forward import stream_after
 _TOKENS = 2048
 
 
+@dataclass(frozen=True)
+class Disconnected:
+    """The groups of one kind that a block has lost.
+
+    Attributes:
+        chosen: the indices of the removed groups.
+        merged: pairs of a removed expert and the kept expert that it was merged into.
+        by_source: the tokens of each expert by source; None if the routing is not known.
+        scores: the scores (experts,) of the choice; empty if it has none.
+        underserved: the experts with fewer tokens than the least number.
+        unprotected: the experts that a protected source needs, and that had no place among the kept
+            experts.
+    """
+
+    chosen: tuple[int, ...]
+    merged: tuple[tuple[int, int], ...] = ()
+    by_source: RoutedBySource | None = None
+    scores: tuple[float, ...] = ()
+    underserved: tuple[int, ...] = ()
+    unprotected: tuple[int, ...] = ()
+
+
 def disconnect_groups(
-    block: OpenBlock, planned: PlannedGroups, removal: ExpertRemoval, damping: float | None
-) -> tuple[Sequence[int], tuple[tuple[int, int], ...]]:
+    block: OpenBlock,
+    planned: PlannedGroups,
+    removal: ExpertRemoval,
+    damping: float | None,
+    judged: OpenBlock | None = None,
+) -> Disconnected:
     """Choose groups, and set their outputs to zero; see `ExpertRemoval` for experts.
 
-    Returns:
-        The indices of the removed groups, and pairs of a removed expert and the kept expert that it
-        was merged into.
+    Args:
+        judged: the block with the batches on which experts are judged; by default ``block``.
     """
     groups, chosen, merged = planned.groups, planned.chosen, tuple[tuple[int, int], ...]()
-    routed = _routed_experts(block, groups, removal) if groups.routed else None
+    routed = _routed_experts(judged or block, groups, removal) if groups.routed else None
+    pattern = ColumnGroups(groups.count, planned.kept, groups.bins)
+    scores, unprotected = tuple[float, ...](), tuple[int, ...]()
+    if routed is not None and removal.protect:
+        places = [block.sources.index(name) for name in removal.protect]
+        weights = [routed.by_source.weights[place] for place in places]
+        routed.protected, unprotected = protected_experts(weights, pattern)
     if chosen is None and routed is not None and removal.choose is not None:
-        chosen = _chosen_experts(routed, planned, removal.choose)
+        chosen, scores = _chosen_experts(routed, pattern, removal.choose)
+    if chosen is not None and routed is not None:
+        mask = with_protected(pattern.mask(chosen), routed, pattern)
+        chosen = tuple(mask.nonzero().squeeze(1).tolist())
     chosen = tuple(block.ranks.share(chosen or _groups_of_least_effect(block, planned)))
     targets = dense_outputs(block, groups) if routed is not None and removal.compensate else []
     if routed is not None and removal.merge:
-        removed = ColumnGroups(groups.count, planned.kept, groups.bins).mask(chosen)
+        removed = pattern.mask(chosen)
         merged = merge_experts(block.module, block.adapter, groups, routed, removed)
+    by_source = routed.by_source if routed is not None else None
+    underserved = routed.underserved if routed is not None else ()
     del routed  # the outputs are large
     disconnect(tensors_of(block.module), groups, chosen)
     block.unrouted = {**block.unrouted, **unrouted_experts(block.module, [planned])}
     if targets:
         kept = set(range(groups.count)) - set(chosen)
         compensate(block, groups, kept, targets, damping)
-    return chosen, merged
+    return Disconnected(chosen, merged, by_source, scores, underserved, unprotected)
 
 
 def unrouted_experts(block: nn.Module, removed: Iterable[PlannedGroups]) -> dict[Tensor, Tensor]:
@@ -72,25 +117,32 @@ def _routed_experts(
     if removal.choose is None:
         return None
     try:
-        return RoutedExperts(block, groups)
+        return RoutedExperts(block, groups, removal.tokens)
     except AptError as error:
+        for option, value in (("protect", removal.protect), ("expert_tokens", removal.tokens)):
+            if value:
+                raise AptError(error.message, "leave the option out", (option,)) from error
         if removal.named:
             raise AptError(error.message, "leave the method out", ("method",)) from error
         return None
 
 
 def _chosen_experts(
-    experts: RoutedExperts, planned: PlannedGroups, choose: ExpertChoice
-) -> tuple[int, ...]:
-    """The experts that a choice removes."""
-    groups = ColumnGroups(planned.groups.count, planned.kept, planned.groups.bins)
+    experts: RoutedExperts, groups: ColumnGroups, choose: ExpertChoice
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The experts that a choice removes, and the scores of all experts, if it computes scores."""
+    scores = tuple[float, ...]()
     name = getattr(choose, "__name__", type(choose).__name__)
     try:
-        mask = choose(experts, groups)
+        if isinstance(choose, LowestScores):
+            values = choose.scores(experts).cpu()
+            mask, scores = lowest(values, groups, experts.protected), tuple(values.tolist())
+        else:
+            mask = choose(experts, groups)
         check_removed(mask, groups)
     except MethodError as error:
         raise faulty(f"method {name}", str(error), "method", "method") from error
-    return tuple(mask.nonzero().squeeze(1).tolist())
+    return tuple(mask.nonzero().squeeze(1).tolist()), scores
 
 
 def _groups_of_least_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """The choice of the experts to remove."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, update_wrapper
 from typing import Protocol
 
 import torch
@@ -30,6 +30,81 @@ class ExpertChoice(Protocol):
         """
 
 
+class LowestScores:
+    """An `ExpertChoice` by scores: the experts of the lowest scores of each bin are removed.
+
+    The scores do not depend on the number of removed experts, so a report keeps them.
+    ``@lowest_scores`` turns a function into such a choice.
+    """
+
+    def __init__(self, scores: Callable[[RoutedExperts], Tensor]) -> None:
+        update_wrapper(self, scores)
+        self.scores = scores
+
+    def __call__(self, experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
+        """The mask (experts,) of the experts to remove."""
+        return lowest(self.scores(experts).cpu(), groups, experts.protected)
+
+
+def lowest_scores(scores: Callable[[RoutedExperts], Tensor]) -> LowestScores:
+    """A choice by the scores (experts,) that a function computes for the experts of a block."""
+    return LowestScores(scores)
+
+
+def lowest(scores: Tensor, groups: ColumnGroups, protected: Tensor | None = None) -> Tensor:
+    """The mask (experts,) of the unprotected experts of the lowest scores."""
+    if protected is not None:
+        scores = scores.double().masked_fill(protected.cpu(), math.inf)
+    return groups.lowest(scores)
+
+
+PROTECTED_SHARE = 0.5
+"""The share of the router weight of a source's tokens that its needed experts have."""
+
+
+def needed(weights: Tensor, share: float = PROTECTED_SHARE) -> Tensor:
+    """The fewest experts (experts,) that have this share of the router ``weights`` of a source."""
+    order = weights.argsort(descending=True, stable=True)
+    before = weights[order].cumsum(0) - weights[order]
+    mask = torch.zeros(len(weights), dtype=torch.bool)
+    mask[order[before < share * weights.sum()]] = True
+    return mask
+
+
+def protected_experts(
+    weights: Sequence[Tensor], groups: ColumnGroups
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The kept experts among the experts that some sources need, and the others.
+
+    Args:
+        weights: the router weight of each expert (experts,) on the tokens of each of the sources.
+        groups: the number of experts, and the number of kept experts.
+
+    Returns:
+        The mask (experts,) of the kept experts, and the indices of the others. If a bin keeps fewer
+        experts than are needed, the experts with the largest share of a source's weight are kept.
+    """
+    required = torch.stack([needed(each) for each in weights]).any(0)
+    shares = torch.stack([each / each.sum().clamp_min(1e-30) for each in weights]).amax(0)
+    first = shares.masked_fill(~required, -1.0)
+    kept = ~groups.lowest(first.cpu()) & required
+    return kept, tuple((required & ~kept).nonzero().squeeze(1).tolist())
+
+
+def with_protected(removed: Tensor, experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
+    """A mask (experts,) of experts to remove, without protected experts.
+
+    In place of protected experts, the unprotected experts of least router weight in their bins are
+    removed.
+    """
+    protected = experts.protected
+    if protected is None or not bool((removed.cpu() & protected).any()):
+        return removed
+    weight = experts.by_source.weights.sum(0)
+    scores = weight.masked_fill(removed.cpu(), -1.0)  # chosen experts go first
+    return lowest(scores, groups, protected)
+
+
 @dataclass(frozen=True)
 class ExpertRemoval:
     """The removal of experts of a block.
@@ -41,12 +116,21 @@ class ExpertRemoval:
             block.
         named: True if a user named the choice. Otherwise the run falls back to the effects if the
             decisions of the router cannot be read.
+        protect: the names of sources of calibration text whose experts are kept.
+        tokens: the least number of tokens on which each expert is judged; see `RoutedExperts`.
+        dense: True if the experts of a block are judged on its inputs in the dense model.
+        scores: the known scores of the experts of each block, by which they are chosen without a
+            calibration.
     """
 
     choose: ExpertChoice | None = None
     merge: bool = False
     compensate: bool = False
     named: bool = False
+    protect: tuple[str, ...] = ()
+    tokens: int = 0
+    dense: bool = False
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def joint_experts(experts: RoutedExperts, groups: ColumnGroups) -> Tensor:
@@ -112,6 +196,8 @@ class _Search:
         losses = self._losses_by_picks(removed) if by_picks else self._losses_by_experts(removed)
         self._experts.over_ranks(losses)
         losses[removed] = math.inf
+        if self._experts.protected is not None:
+            losses[self._experts.protected] = math.inf
         for closed_bin in closed:
             losses.view(self._groups.bins, -1)[closed_bin] = math.inf
         return losses

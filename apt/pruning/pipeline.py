@@ -1,28 +1,34 @@
 """The loop over blocks: capture, solve, write back, propagate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt.adapter import State
+from apt.adapter.groups import disconnect, tensors_of
 from apt.adapter.recording import eval_mode
-from apt.calibration.batches import TOKENS_PER_BATCH, Batch, check_finite, enter
+from apt.calibration.batches import TOKENS_PER_BATCH, Batch, OpenBlock, check_finite, enter
+from apt.calibration.sources import SampleSources
 from apt.errors import AptError
-from apt.events import BlockRecord, BlockStarted, Working
+from apt.events import BlockRecord, BlockStarted, ExpertsRemoved, Working
+from apt.planning.plan import PlannedGroups
 from apt.pruning.block_store import BlockStore
 from apt.pruning.current_block import CurrentBlock, pass_dropped
 from apt.pruning.disconnecting import unrouted_experts
 from apt.pruning.layer import BlockPruning
+from apt.pruning.routed_experts import batches_to_judge
 from apt.text.ids import check_ids
 
 
 @torch.inference_mode(mode=False)  # the caller's inference mode would rule out gradients
 @torch.no_grad()
-def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[BlockRecord]:
+def prune_blocks(
+    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources | None = None
+) -> list[BlockRecord]:
     """Prune a model in place, one block after the other.
 
     Each block is run with its dense weights on the outputs of the pruned blocks before it. Its
@@ -36,6 +42,7 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[B
             same arguments and ends with the same model.
         job: what is done to the blocks.
         tokens: calibration token ids (samples, seqlen).
+        sources: their sources; None for one source.
 
     Returns:
         The records of all blocks.
@@ -45,12 +52,14 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[B
             not captured, or a solve failed.
     """
     check_ids(tokens)
+    sources = sources or SampleSources.one(len(tokens))
     model, adapter, planned = store.model, job.adapter, job.plan.blocks
     with eval_mode(model), adapter.running(model):
         # 1. The inputs of the first block, in batches; batches for tuning come first.
-        batches, tuning = _entered_batches(store, job, tokens)
+        batches, tuning = _entered_batches(store, job, tokens, sources)
         # 2. The dense stream passes the dropped blocks before the first kept block.
         modules = dict(adapter.blocks(model))
+        judged = _judged_batches(store, job, batches, sources) if job.recipe.experts.dense else []
         blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
         kept = [index for index, block in enumerate(planned) if not block.dropped]
         pass_dropped(store, job, batches, blocks[: kept[0]])
@@ -66,13 +75,59 @@ def prune_blocks(store: BlockStore, job: BlockPruning, tokens: Tensor) -> list[B
                         partial(store.observe, Working(name, "running")),
                         store=store, job=job, planned=planned[index],
                         dropped=blocks[index + 1 : following], tuning_batches=tuning,
+                        sources=sources.names, mixed=sources.mixed, judged=judged,
                     ), last=index == kept[-1]
                 )  # fmt: skip
     return done
 
 
+@torch.no_grad()
+def remove_chosen(store: BlockStore, job: BlockPruning) -> list[BlockRecord]:
+    """Remove the groups that the plan names, without calibration; the other weights stay.
+
+    Returns:
+        The records of all blocks.
+    """
+    done, scores = list[BlockRecord](), job.recipe.experts.scores
+    modules = dict(job.adapter.blocks(store.model))
+    for index, planned in enumerate(job.plan.blocks):
+        name, module = planned.name, modules[planned.name]
+        store.observe(BlockStarted(name, index, len(job.plan.blocks)))
+        if (records := store.kept(name)) is None:
+            with store.open(name, module):
+                records = [_remove(module, name, lost, scores) for lost in planned.disconnected]
+                store.keep(name, module, records)
+        for record in records:
+            store.observe(record)
+        done += records
+    return done
+
+
+def _remove(
+    module: nn.Module, name: str, lost: PlannedGroups, scores: Mapping[str, Sequence[float]]
+) -> BlockRecord:
+    """Set the outputs of the groups that a plan names to zero."""
+    assert lost.chosen is not None
+    disconnect(tensors_of(module), lost.groups, lost.chosen)
+    return ExpertsRemoved(name, tuple(lost.chosen), scores=tuple(scores.get(name, ())))
+
+
+def _judged_batches(
+    store: BlockStore, job: BlockPruning, batches: list[Batch], sources: SampleSources
+) -> list[Batch]:
+    """The batches on which experts are judged, with separate states."""
+    first = OpenBlock(
+        job.adapter, nn.Identity(), 0, batches, store.ranks, mixed=sources.mixed
+    )  # only to count them
+    count = batches_to_judge(first, job.recipe.experts.tokens)
+    return [
+        Batch(b.state, b.calls, b.tokens, None, b.store, b.sample, b.sources)
+        for b in batches[:count]
+    ]
+
+
 def _entered_batches(
-    store: BlockStore, job: BlockPruning, tokens: Tensor
+    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources
 ) -> tuple[list[Batch], int]:
     """This rank's batches before the first block, and the number of batches for tuning.
 
@@ -82,10 +137,10 @@ def _entered_batches(
     if tuning is not None:
         chosen = tuning.chosen(*tokens.shape)
         size = tuning.step_tokens(int(chosen.sum()), tokens.shape[1])
-        batches = _batches(store, job, tokens[chosen], size)
-        tuning_count, rest = len(batches), tokens[~chosen]
+        batches = _batches(store, job, tokens[chosen], sources.part(chosen), size)
+        tuning_count, rest, sources = len(batches), tokens[~chosen], sources.part(~chosen)
     if len(rest):
-        batches += _batches(store, job, rest, TOKENS_PER_BATCH)
+        batches += _batches(store, job, rest, sources, TOKENS_PER_BATCH)
     ranks = store.ranks
     if ranks.sum(not batches):
         message = f"too few samples: some of {ranks.size} ranks have none"
@@ -94,12 +149,14 @@ def _entered_batches(
     return batches, tuning_count
 
 
-def _batches(store: BlockStore, job: BlockPruning, tokens: Tensor, size: int) -> list[Batch]:
+def _batches(
+    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources, size: int
+) -> list[Batch]:
     """This rank's batches, of about ``size`` tokens, from ``tokens`` (samples, seqlen)."""
     size = min(size, math.ceil(len(tokens) / store.ranks.size) * tokens.shape[1])
     return enter(
         job.adapter, store.model, tokens, size, with_dense=job.recipe.error_aware,
-        ranks=store.ranks, store=store.activations,
+        ranks=store.ranks, store=store.activations, sources=sources.of,
     )  # fmt: skip
 
 
@@ -122,6 +179,7 @@ def _prune_or_restore(current: CurrentBlock) -> list[BlockRecord]:
         records = current.prune()
         store.keep(name, current.module, records)
         return records
+    current.advance_judged(current.judged_after())
     for batch in current.batches:
         if batch.dense is not None:
             batch.dense.state = current.step(batch, batch.dense.state)

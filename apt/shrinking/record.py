@@ -38,11 +38,19 @@ def structure_record(
 
 
 def removed_experts(removed: Sequence[ExpertsRemoved]) -> dict[str, dict[str, Any]]:
-    """The removed experts of each block, and the pairs of merged experts."""
+    """The removed experts of each block, and the pairs of merged experts.
+
+    Scores, underserved and unprotected experts are there if there are any.
+    """
     return {
         record.name: {
             "removed": list(record.experts),
             "merged": [list(pair) for pair in record.merged],
+        }
+        | {
+            name: list(values)
+            for name in ("scores", "underserved", "unprotected")
+            if (values := getattr(record, name))
         }
         for record in removed
     }

@@ -62,6 +62,7 @@ class StructureChoice:
         whole: True if the whole model is in memory, so that widths can be compared.
         drop: the indices of the blocks to drop; empty leaves them to the choice of blocks.
         journal: the journal of a search, with the losses of evaluated candidates.
+        known_structure: the structure; None if it is not chosen yet.
     """
 
     mode: Mode
@@ -75,6 +76,7 @@ class StructureChoice:
     search: SearchOptions = field(default_factory=SearchOptions)
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
+    known_structure: Structure | None = None
 
     @property
     def kinds(self) -> set[str]:
@@ -95,6 +97,8 @@ class StructureChoice:
 
     def provisional(self, model: nn.Module, adapter: Adapter) -> Structure:
         """A structure of the first size, with the last blocks dropped if none are chosen."""
+        if self.known_structure is not None:
+            return self.known_structure
         names = [name for name, _ in adapter.blocks(model)]
         dropped = [names[index] for index in self.drop] or names[self.sizes[0].blocks :]
         return Structure(self.sizes[0].kept, frozenset(dropped))
@@ -119,6 +123,8 @@ class StructureChoice:
         Returns:
             The structure, and the compared candidates by increasing loss.
         """
+        if self.known_structure is not None:
+            return self.known_structure, []
         run = _ChoiceRun(self, model, adapter, tokens, status)
         return run.structure(bos, special), run.scored
 

@@ -1,7 +1,7 @@
 """From text to tokens: data sources, packing into windows, sampling."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from apt.errors import AptError, first_line, shortened, unknown
 from apt.locations.hub import no_answer, offline, reachable
 from apt.locations.paths import expanded, kind_at
+from apt.plugin.documents import Conversation, Document, has_template
 from apt.plugin.registry import Registry
-from apt.text.files import ENDINGS, SUFFIXES, read_file, text_of
+from apt.text.files import ENDINGS, SUFFIXES, document_of, read_file
 from apt.text.sampling import generator
 from apt.text.special_tokens import bos_of
 
@@ -19,7 +20,7 @@ Split = Literal["calibration", "evaluation"]
 _CHARACTERS_PER_TOKEN = 32  # far above the mean of any tokenizer: enough text is always read
 
 
-def documents(source: str, split: Split, registry: Registry) -> Iterator[str]:
+def documents(source: str, split: Split, registry: Registry) -> Iterator[Document]:
     """The documents of a data source.
 
     Args:
@@ -53,7 +54,8 @@ def hub_documents(
     revision: str | None = None,
     token: str | None = None,
     called: str | None = None,
-) -> Iterator[str]:
+    parts: Mapping[Split, str] | None = None,
+) -> Iterator[Document]:
     """The documents of a data set, streamed by `datasets`.
 
     Args:
@@ -64,6 +66,7 @@ def hub_documents(
         revision: a branch of the data set's repository.
         token: the access token of the hub.
         called: the name in messages; ``name`` by default.
+        parts: the names of the data set's own splits, if they have others.
 
     Raises:
         AptError: the hub does not answer, or the data set cannot be read.
@@ -76,6 +79,7 @@ def hub_documents(
     import datasets
 
     split_names = ("train",) if split == "calibration" else ("test", "validation")
+    split_names = (parts[split],) if parts is not None and split in parts else split_names
     try:
         splits = datasets.load_dataset(
             name, config, data_files=files, revision=revision, token=token, streaming=True
@@ -84,21 +88,30 @@ def hub_documents(
         if part is None:
             raise ValueError(f"it has no split {' or '.join(split_names)}")
         for number, row in enumerate(part, 1):
-            yield text_of(row, f"row {number}")
+            yield document_of(row, f"row {number}")
     except Exception as error:  # the exceptions of `datasets` have no common base class
         message = f"data set '{called}' cannot be read: {first_line(error)}"
         raise AptError(message, "check the name and the network, or give a local file") from error
 
 
-def tokenize(tokenizer: Any, texts: Iterable[str], limit: int | None = None) -> Tensor:
-    """The ids (tokens,) of documents joined by blank lines: at least ``limit``, or all of them."""
-    parts, size = [], 0
-    for text in texts:
+def tokenize(tokenizer: Any, texts: Iterable[Document], limit: int | None = None) -> Tensor:
+    """The ids (tokens,) of documents: at least ``limit``, or all of them.
+
+    Documents are joined by blank lines. Conversations that a chat template renders have end tokens
+    of the template and are joined without blank lines.
+    """
+    parts, size, join = list[str](), 0, "\n\n"
+    for document in texts:
+        if isinstance(document, Conversation):
+            join = "" if has_template(tokenizer) else join
+            text = document.rendered(tokenizer)
+        else:
+            text = document
         parts.append(text)
         size += len(text)
         if limit is not None and size >= limit * _CHARACTERS_PER_TOKEN:
             break
-    ids = tokenizer("\n\n".join(parts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(join.join(parts), add_special_tokens=False, verbose=False)["input_ids"]
     if ids[:1] == [bos_of(tokenizer)]:  # some tokenizers ignore add_special_tokens=False
         ids = ids[1:]
     return torch.tensor(ids, dtype=torch.long)
@@ -145,7 +158,7 @@ def with_bos(texts: Tensor, bos: int | None) -> Tensor:
 
 def calibration_tokens(
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Iterable[Document],
     samples: int,
     seqlen: int,
     seed: int,
@@ -163,7 +176,7 @@ def calibration_tokens(
 
 def training_tokens(
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Iterable[Document],
     most: int,
     seqlen: int,
     seed: int,
@@ -178,7 +191,7 @@ def training_tokens(
 
 def evaluation_tokens(
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Iterable[Document],
     samples: int | None,
     seqlen: int,
     source: str,

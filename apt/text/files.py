@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError, first_line
+from apt.plugin.documents import Document, conversation_of
 
 SUFFIXES = ".txt, .jsonl or .parquet"
 ENDINGS = (".txt", ".jsonl", ".parquet", ".gz")
@@ -19,7 +20,7 @@ _LARGEST = 2**30  # bytes of a row group, and of `_ROWS` rows
 _ROWS = 16
 
 
-def read_file(path: Path) -> Iterator[str]:
+def read_file(path: Path) -> Iterator[Document]:
     """The documents of a local file, which may be compressed (.gz): one per line or row.
 
     A .txt file is split into pieces at the ends of paragraphs. Joined by blank lines, the pieces
@@ -60,7 +61,7 @@ def _read_text(path: Path) -> Iterator[str]:
     yield buffered
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path) -> Iterator[Document]:
     with _open(path) as file:
         number = 0
         while line := file.readline(_LONGEST):
@@ -68,10 +69,10 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             if len(line) == _LONGEST:
                 raise ValueError(f"line {number} has more than {_LONGEST:,} characters")
             if line.strip():
-                yield text_of(json.loads(line), f"line {number}")
+                yield document_of(json.loads(line), f"line {number}")
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path) -> Iterator[Document]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
@@ -86,14 +87,17 @@ def _read_parquet(path: Path) -> Iterator[str]:
             for index in range(batch.num_rows):  # one by one: equal values share memory in a batch
                 number += 1
                 row = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-                text = text_of(row, f"row {number}")
-                if len(text) > _LONGEST:
+                document = document_of(row, f"row {number}")
+                size = len(document) if isinstance(document, str) else document.size
+                if size > _LONGEST:
                     raise ValueError(f"row {number} has more than {_LONGEST:,} characters")
-                yield text
+                yield document
 
 
-def text_of(row: Any, where: str) -> str:
-    """The text of a row: a plain string, its ``text`` field, or its only string field.
+def document_of(row: Any, where: str) -> Document:
+    """The document of a row.
+
+    It is the row if that is a string, its field ``text``, its conversation, or its only string.
 
     Args:
         where: the row or line number, for messages.
@@ -101,12 +105,25 @@ def text_of(row: Any, where: str) -> str:
     Raises:
         ValueError: the row has no text, or the text has an unpaired surrogate.
     """
+    named = isinstance(row, dict) and "text" in row
+    conversation = None if named else conversation_of(row)
+    for text in (message for _, message in conversation.messages) if conversation else ():
+        _check_surrogates(text, where)
+    return conversation or text_of(row, where)
+
+
+def text_of(row: Any, where: str) -> str:
+    """The text of a row without a conversation; see `document_of`."""
     text = row if isinstance(row, str) else _field_of(row, where)
+    _check_surrogates(text, where)
+    return text
+
+
+def _check_surrogates(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where} has half of a surrogate pair, {text[error.start]!a}") from error
-    return text
 
 
 def _field_of(row: Any, where: str) -> str:

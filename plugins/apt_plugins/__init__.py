@@ -215,12 +215,27 @@ def apt_evaluators() -> list[EvaluatorSpec]:
 
 @hookimpl
 def apt_calibrations() -> list[CalibrationSpec]:
-    """The embedded corpus, and the three usual data sets of the literature."""
+    """The embedded texts, kinds of text on the hub, and the usual data sets of the literature."""
+    texts, generated = "apt_plugins.texts", "apt_plugins.generated_texts"
+    wikipedia = "Wikipedia, CC BY-SA 4.0"
     return [
-        CalibrationSpec(
-            "builtin", "summaries of Wikipedia articles, embedded", "apt_plugins.texts:builtin",
-            "Wikipedia, CC BY-SA 4.0",
-        ),
+        CalibrationSpec("builtin", "summaries of Wikipedia articles, embedded",
+                        f"{texts}:builtin", wikipedia),
+        CalibrationSpec("builtin:wiki", "the same as builtin", f"{texts}:builtin", wikipedia),
+        CalibrationSpec("builtin:chat", "conversations about Wikipedia articles, generated",
+                        f"{generated}:chat", wikipedia),
+        CalibrationSpec("builtin:code", "modules of Python's standard library, embedded",
+                        f"{texts}:code", "CPython 3.11.7, PSF-2.0"),
+        CalibrationSpec("builtin:math", "problems of mathematics with solutions, generated",
+                        f"{generated}:mathematics", "APT, Apache-2.0"),
+        CalibrationSpec("chat", "UltraChat 200k: conversations", f"{texts}:hub_chat",
+                        "hub: HuggingFaceH4/ultrachat_200k"),
+        CalibrationSpec("code", "Evol-CodeAlpaca: tasks with solutions", f"{texts}:hub_code",
+                        "hub: theblackcat102/evol-codealpaca-v1"),
+        CalibrationSpec("math", "GSM8K: word problems with solutions", f"{texts}:hub_math",
+                        "hub: openai/gsm8k"),
+        CalibrationSpec("wiki", "WikiText-103, raw", f"{texts}:hub_wiki",
+                        "hub: Salesforce/wikitext"),
         CalibrationSpec("wikitext2", "WikiText-2, raw", "apt_plugins.texts:wikitext2",
                         "hub: Salesforce/wikitext"),
         CalibrationSpec("ptb", "Penn Treebank", "apt_plugins.texts:ptb",

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from apt_plugins.gguf_files.quantised import GgufCheckpoint
 from gguf import GGMLQuantizationType, GGUFReader
 
 from apt.output import staging
 from apt.output.report import Report
+from apt.pruning.expert_choice import needed
 from tests.helpers.gguf_mixtures import random_mixture, write_mixture
 
 SMALL = ("--samples", 4, "--seqlen", 16)
@@ -152,3 +154,58 @@ def test_other_sizes_are_written_by_the_export(model, apt, tmp_path):
     result = apt("shrink", model("llama-dense"), "--size", "channels=32", *SMALL, "-o", "x.gguf")
     assert result.code == 0, result.err
     assert names(tmp_path) == ["model.gguf", "x", "x.gguf"]
+
+
+MIX = ("--calibration", "builtin:chat,builtin:code")
+
+
+@pytest.mark.parametrize("options", [(), ("--dense-scores",), ("--expert-tokens", 8)])
+def test_experts_that_a_source_of_a_mix_needs_are_kept(options, model, apt, tmp_path):
+    protect = (*MIX, "--protect", "builtin:code")
+    command = ("shrink", model("qwen3moe"), "--size", "experts=4", *SMALL, *protect, *options)
+    result = apt(*command, "-o", "small.gguf")
+    assert result.code == 0, result.err
+    report = Report.read(tmp_path / "small.gguf")
+    assert [source["samples"] for source in report.calibration["sources"]] == [2, 2]
+    assert report.structure["rounded"] == {}
+    for name, entry in report.structure["experts"].items():
+        weights = report.routing[name]["weights"]["builtin:code"]
+        mask = needed(torch.tensor(weights, dtype=torch.double))
+        experts = set(mask.nonzero().squeeze(1).tolist())
+        assert experts & {*entry["removed"]} == {*entry.get("unprotected", ())}
+
+
+@pytest.mark.parametrize("method", ["reap", "expert-effect", "expert-merge"])
+def test_dense_scores_of_a_file_serve_another_number_of_experts(method, model, apt, tmp_path):
+    whole = ("shrink", model("qwen3moe"), *SMALL, *MIX, "--dense-scores", "--method", method)
+    for count, output in ((6, "first.gguf"), (4, "whole.gguf")):
+        assert apt(*whole, "--size", f"experts={count}", "-o", output).code == 0
+    second = ("shrink", "model.gguf", "--from", "first.gguf", "--size", "experts=4")
+    result = apt(*second, "-o", "second.gguf")
+    assert result.code == 0, result.err
+    assert (tmp_path / "second.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    reports = [Report.read(tmp_path / name) for name in ("second.gguf", "whole.gguf")]
+    assert reports[0].structure == reports[1].structure
+    assert reports[0].routing == reports[1].routing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--from", "first.gguf", "--compensate"), "exact weights need a calibration"),
+        (("--from", "first.gguf", "-o", "first.gguf", "--overwrite"), "is inside an input"),
+        (("--from", "model.gguf"), "has no apt_report.json"),
+        (("--dense-scores", "--drop", "1"), "where blocks are dropped"),
+        (("--dense-scores", "--method", "expert-joint"), "does not score experts one by one"),
+        ((*MIX, "--protect", "code"), "code is not a source of the calibration"),
+    ],
+)
+def test_scores_that_do_not_serve_a_file_are_refused(options, message, model, apt, tmp_path):
+    first = ("shrink", model("qwen3moe"), "--size", "experts=6", *SMALL, "--dense-scores")
+    assert apt(*first, "-o", "first.gguf").code == 0
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    output = () if "-o" in options else ("-o", "second.gguf")
+    result = apt("shrink", "model.gguf", "--size", "experts=4", *SMALL, *options, *output)
+    assert (result.code, message in result.err) == (2, True), result.err
+    assert "block 1/4" not in result.err
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before

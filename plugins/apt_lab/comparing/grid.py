@@ -32,6 +32,7 @@ from apt.extending import (
 from apt.files.hashes import file_hashes
 from apt.locations.model_source import find
 from apt.locations.paths import portable
+from apt.locations.text_sources import portable_sources
 from apt.options import PruneOptions
 from apt.output.report import versions
 from apt.text.datasets import digest
@@ -112,7 +113,7 @@ class Grid:
         return {
             "model": portable(run.model),
             "weights": fingerprint(self._dense.module),
-            "calibration": portable(run.calibration),
+            "calibration": portable_sources(run.calibration),
             "tokens": digest(self._tokens),
             "shape": list(self._tokens.shape),
             "seed": run.seed,

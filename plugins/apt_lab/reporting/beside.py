@@ -15,6 +15,7 @@ from apt.checkpoints.load import fingerprint
 from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import AptError
 from apt.extending import (
+    Document,
     Registry,
     Source,
     capped,
@@ -124,9 +125,13 @@ def weights_before(report: Report) -> str | None:
     return report.model.get("sha256")
 
 
-def _beginnings(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> list[Tensor]:
-    """The first ``length`` tokens of the first paragraphs that are long enough."""
-    paragraphs = (part for text in texts for part in text.split("\n\n"))
+def _beginnings(tokenizer: Any, texts: Iterable[Document], count: int, length: int) -> list[Tensor]:
+    """The first ``length`` tokens of the first paragraphs or conversations that have as many."""
+    paragraphs = (
+        part
+        for text in texts
+        for part in (text.split("\n\n") if isinstance(text, str) else [text.rendered(tokenizer)])
+    )
     encoded = (tokenizer(part[:_CHARACTERS])["input_ids"][:length] for part in paragraphs)
     prompts = (torch.tensor(ids) for ids in encoded if len(ids) == length)
     return list(islice(prompts, count))

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -64,9 +64,18 @@ def heat(
         block: {kind: fmean(values) for kind, values in kinds.items()}
         for block, kinds in groups.items()
     }
+    return heat_of(title, list(dict.fromkeys(column(site) for site in sites)), means, write)
+
+
+def heat_of(
+    title: str,
+    columns: list[str],
+    means: Mapping[str, Mapping[str, float]],
+    write: Callable[[float], str],
+) -> Heat:
+    """The table of values by row and column."""
     finite = [v for kinds in means.values() for v in kinds.values() if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    columns = list(dict.fromkeys(column(site) for site in sites))
 
     def cell(number: float | None) -> Cell | None:
         if number is None:
@@ -76,6 +85,23 @@ def heat(
 
     rows = [(block, [cell(kinds.get(kind)) for kind in columns]) for block, kinds in means.items()]
     return Heat(title, columns, rows, write(low), write(high))
+
+
+def source_heat(routing: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Heat | None:
+    """The share of each source's router weight that each expert of a block gets.
+
+    A row is a block and a source. None without experts.
+    """
+    rows = dict[str, dict[str, float]]()
+    for block, by_source in routing.items():
+        for source, weights in by_source["weights"].items():
+            total = sum(map(float, weights)) or 1.0
+            shares = {str(expert): float(weight) / total for expert, weight in enumerate(weights)}
+            rows[f"{block}, {source}"] = shares
+    columns = list(dict.fromkeys(expert for shares in rows.values() for expert in shares))
+    if not columns:
+        return None
+    return heat_of("Router weight of each source by expert", columns, rows, "{:.1%}".format)
 
 
 def expert_of(site: SitePruned) -> str:

@@ -15,7 +15,7 @@ from apt.output.report import by_kind, versions
 from apt_lab.reporting.beside import Beside
 from apt_lab.reporting.charts import Bar, Line, bar_chart, line_chart
 from apt_lab.reporting.comparisons import ComparisonSection
-from apt_lab.reporting.heat import Heat, expert_of, heat
+from apt_lab.reporting.heat import Heat, expert_of, heat, source_heat
 
 _MIB = 2**20
 _RECOVERY = " (recovery)"
@@ -72,7 +72,11 @@ class Subject:
 
     @property
     def heats(self) -> list[Heat]:
-        """The tables of errors and of sparsities."""
+        """The tables of errors and of sparsities, and of what each source's tokens use."""
+        by_source = source_heat(self.report.routing)
+        return [*self._site_heats(), *([by_source] if by_source else [])]
+
+    def _site_heats(self) -> list[Heat]:
         sites = self.report.sites
         if not sites:
             return []
