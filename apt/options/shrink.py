@@ -190,9 +190,9 @@ class ShrinkRun(ModelRun, ShrinkOptions):
     )  # fmt: skip
 
     scores_from: Path | None = option(
-        "Choose the experts by the scores in DIR, the output of a run with --dense-scores for the "
+        "Choose the experts by the scores of OUT, the output of a run with --dense-scores for the "
         "same model, without a calibration.",
-        default=None, panel=SIZE, flag="--from", metavar="DIR", place=True,
+        default=None, panel=SIZE, flag="--from", metavar="OUT", place=True,
     )  # fmt: skip
 
     def check(self) -> None:
