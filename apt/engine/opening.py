@@ -129,7 +129,8 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
         if pattern_of(options) is None:
             choose(pattern=DEFAULT_PATTERN)
         resolved = replace(resolved, allocation=_allocation(resolved, registry))
-    if options.calibration == MeasuringOptions.calibration:
+    has_scores = isinstance(options, ShrinkRun) and options.scores_from is not None
+    if options.calibration == MeasuringOptions.calibration and not has_scores:
         notice(f"calibration: {options.calibration} (default)")
     if options.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(resolved, registry)])))

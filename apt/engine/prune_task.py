@@ -268,7 +268,9 @@ def prepare_pruning(
     if in_place and isinstance(options, ShrinkRun):
         job = check_slices(skeleton, job, options, notice)
     if request.options.method is None:
-        notice(f"method: {method.name} (default)")
+        from_scores = isinstance(options, ShrinkRun) and options.scores_from
+        origin = f"of {from_scores}" if from_scores else "default"
+        notice(f"method: {method.name} ({origin})")
     task = PruneTask(
         options=options, registry=registry, skeleton=skeleton, device=device,
         dtype=read_dtype(options.dtype), plan=None if training else _writable_plan(skeleton, job),
