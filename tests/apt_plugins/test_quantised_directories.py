@@ -22,6 +22,7 @@ from transformers import (
 from apt.errors import AptError
 from apt.locations.model_source import Source
 from apt.output.report import Report
+from tests.helpers.families import STACKED
 from tests.helpers.quantised_directories import (
     MADE,
     removed_by_hand,
@@ -97,10 +98,12 @@ def test_a_smaller_model_has_the_stored_bytes_of_its_sources(kind, directory, tm
     old, new = stored(directory), stored(tmp_path / "small")
     for key, tensor in new.items():
         source = old[original(key)]
-        if tensor.shape != source.shape:
-            source = source[KEPT[BLOCKS[int(key.split(".")[2])]]]
         assert tensor.dtype == source.dtype
-        assert torch.equal(as_bytes(tensor), as_bytes(source)), key
+        kept = [source]
+        if tensor.shape != source.shape:
+            kept = [source[row] for row in KEPT[BLOCKS[int(key.split(".")[2])]]]
+        expected = torch.cat([as_bytes(part).flatten() for part in kept])
+        assert torch.equal(as_bytes(tensor).flatten(), expected), key
     blocks, experts = (re.compile(rf"{word}\.(\d+)\.") for word in ("layers", "experts"))
     assert {int(n) for key in new for n in blocks.findall(key)} == {0, 1}
     assert {int(n) for key in new for n in experts.findall(key)} <= {0, 1, 2, 3}
@@ -161,6 +164,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     "kind", ["fp8", "fp8-deepseek", "mxfp4", "compressed-int4", "compressed-fp8"]
 )
+@pytest.mark.skipif(not STACKED, reason="before transformers 5, experts are modules")
 def test_transformers_reads_the_same_weights_before_and_after(kind, directory, tmp_path, write):
     made = write(kind, directory)
     checkpoint = opened(directory)
@@ -490,6 +494,7 @@ def test_a_run_removes_experts_and_a_block(kind, directory, tmp_path, tokenizer,
     assert (small / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.skipif(not STACKED, reason="before transformers 5, experts are modules")
 def test_a_run_with_compensation_rounds_again_in_fp8(directory, tmp_path, tokenizer, apt):
     tokenizer.save_pretrained(directory)
     write_directory("fp8", directory, vocab_size=2048)

@@ -89,7 +89,7 @@ def test_exported_model_can_be_measured_but_not_changed(apt, pruned, monkeypatch
     assert run.code == 0, run.err
     *_, one, other = json.loads(run.out)["rows"]
     scores = [row["scores"][TEXT.name]["perplexity"] for row in (one, other)]
-    assert scores[0] == pytest.approx(scores[1], rel=2e-3)  # products in fp32, or bf16
+    assert scores[0] == pytest.approx(scores[1], rel=5e-3)  # products in fp32, or bf16
     for command in (("prune", "out", "-o", "x"), ("pack", "out", "-o", "x")):
         refused = apt(*command)
         assert refused.code == 2

@@ -167,7 +167,7 @@ def test_zoo_models_shrink_generate_and_are_pruned_after(apt, family):
     assert result.code == 0, result.err
     assert f"model: zoo:{family} (default)" in result.err
     report = json.loads(Path("small/apt_report.json").read_text())
-    assert report["structure"]["share"] == pytest.approx(0.75, abs=0.005)
+    assert report["structure"]["share"] == pytest.approx(0.75, abs=0.005 if STACKED else 0.01)
     assert report["scores"]["after"]["perplexity"] < 3 * report["scores"]["before"]["perplexity"]
     model = AutoModelForCausalLM.from_pretrained("small", dtype="auto")
     tokens = AutoTokenizer.from_pretrained("small")("The", return_tensors="pt").input_ids
