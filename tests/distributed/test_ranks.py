@@ -55,6 +55,9 @@ def pruned(variant, run, tokens=TOKENS, ranks=None):
 FOUR = [("llama-grouped-tied", "wanda"), ("llama-grouped-tied", "default")]  # on four ranks too
 
 
+kept_groups = []  # torch 2.6 can wait for ever where Python deletes a group of gloo
+
+
 def as_a_rank(rank, size, folder):
     """The program of each process."""
     torch.set_num_threads(1)
@@ -65,6 +68,7 @@ def as_a_rank(rank, size, folder):
         sites = [asdict(site) for site in report.sites]
         work = [asdict(work) for work in report.ranks]
         torch.save((state, sites, work), f"{folder}/{variant}-{run}-{rank}")
+    kept_groups.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 
