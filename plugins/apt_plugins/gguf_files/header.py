@@ -91,7 +91,9 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Cursor(data).header()
     except (ValueError, KeyError, struct.error, OSError, OverflowError) as error:
-        message = f"{path} is not a GGUF file, or is damaged: {described(error)}"
+        ends_early = isinstance(error, struct.error)
+        problem = "it ends within its header" if ends_early else described(error)
+        message = f"{path} is not a GGUF file, or is damaged: {problem}"
         raise AptError(message, "get the file again") from error
     if header is None or _SPLIT in header.entries:
         message = f"{path} is one of several files, or has the bytes of numbers in another order"
