@@ -34,7 +34,7 @@ class NotStoredError(AptError):
     """A checkpoint's tensors cannot be read one by one as the parameters of the model."""
 
 
-def unknown(kind: str, name: str, names: Iterable[str], suffix: str = "") -> AptError:
+def unknown_name(kind: str, name: str, names: Iterable[str], suffix: str = "") -> AptError:
     """The error for an unknown name, with the closest known name or a list of all names."""
     sorted_names = sorted(names)
     closest = get_close_matches(name.lower(), sorted_names, n=1, cutoff=0.5)
@@ -46,7 +46,7 @@ def unknown(kind: str, name: str, names: Iterable[str], suffix: str = "") -> Apt
     return AptError(f"no {kind} '{name}'", hint + suffix)
 
 
-def faulty(what: str, fault: str, kind: str, *options: str) -> AptError:
+def plugin_error(what: str, fault: str, kind: str, *options: str) -> AptError:
     """The error for a wrong result of a plugin.
 
     Args:
@@ -88,7 +88,7 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:count]).rstrip(".: ")
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """`first_line`, with the type of the exception if the text is not clear without it.
 
     The text of a KeyError is the key alone. The text of a TypeError is written for programmers.

@@ -38,7 +38,7 @@ from apt.adapter import Adapter, Site
 from apt.checkpoints.architecture import check_kind
 from apt.checkpoints.load import load_tokenizer
 from apt.cli import app
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 from apt.locations.model_source import find
 from apt.options import PruneOptions
 from apt.planning.plan import shared_sites
@@ -107,7 +107,7 @@ def row(model_type: str, table: str) -> Row:
 
 def _sentence(error: Exception) -> str:
     """The first sentence of an exception's text."""
-    return described(error).partition(". ")[0]
+    return describe(error).partition(". ")[0]
 
 
 def pruned(model: nn.Module, adapter: Adapter) -> Row:

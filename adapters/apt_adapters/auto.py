@@ -43,7 +43,7 @@ from apt.conformance.oracle import (
     storage_of,
     used_rows,
 )
-from apt.errors import AptError, described, first_line
+from apt.errors import AptError, describe, first_line
 from apt_adapters.artificial import few_tokens, kind_of, runs, text_part, with_distinct_values
 from apt_adapters.widths import Widths, find_widths
 
@@ -215,7 +215,7 @@ def _explained(subject: str) -> Iterator[None]:
     except AptError as error:
         raise AptError(error.message, error.hint or _HINT) from error
     except Exception as error:
-        raise AptError(f"adapter auto cannot run {subject}: {described(error)}", _HINT) from error
+        raise AptError(f"adapter auto cannot run {subject}: {describe(error)}", _HINT) from error
 
 
 def _as_dict(model: nn.Module) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from apt.checkpoints.safetensors_io import INDEX
-from apt.errors import AptError, described, resource_error, shortened
+from apt.errors import AptError, describe, resource_error, shortened
 from apt.locations.hub import Hub, no_answer, offline
 from apt.locations.model_source import ZOO, Source
 from apt.locations.paths import user_error
@@ -40,7 +40,7 @@ def load_error(source: Source, error: Exception, hint: str) -> AptError:
             message = f"to read {source.reference} needs the package {' and '.join(missing)}"
             return AptError(message, "pip install 'apt-prune[gguf]'")
         hint = "get the file again: it is damaged, or of a kind that transformers does not read"
-    return AptError(f"{source.reference} does not load: {described(error)}", hint)
+    return AptError(f"{source.reference} does not load: {describe(error)}", hint)
 
 
 def _hub_error(source: Source, error: Exception) -> AptError | None:
@@ -113,7 +113,7 @@ def tokenizer_error(reference: str, location: str, error: Exception, hub: Hub) -
             ("tokenizer",),
         )
     return AptError(
-        f"{reference} has no tokenizer that loads: {described(error)}",
+        f"{reference} has no tokenizer that loads: {describe(error)}",
         "put the files of the tokenizer beside the weights, or name another tokenizer",
         ("tokenizer",),
     )

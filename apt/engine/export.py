@@ -11,7 +11,7 @@ from apt.checkpoints.stored import local_directory
 from apt.engine.opening import RunRequest, check_export, find_source
 from apt.engine.packing import integers_of
 from apt.engine.prepare import Notice
-from apt.errors import AptError, faulty
+from apt.errors import AptError, plugin_error
 from apt.files.writing import check_file
 from apt.options import ExportRun, PruneRun, RecoverRun, ShrinkRun
 from apt.output.report import read_report
@@ -53,7 +53,7 @@ def export_model(
         exported = write(model, partial)
         if not isinstance(exported, Exported) or not partial.is_file():
             message = "does not write a file, or does not say what it wrote"
-            raise faulty(f"export format {spec.name}", message, "format", "format")
+            raise plugin_error(f"export format {spec.name}", message, "format", "format")
     if original is not None:
         notice(f"metadata and tokenizer: from {original}")
     for line in exported.notes:

@@ -8,7 +8,7 @@ anew: they are rounded in the kinds of numbers that the checkpoint has for them.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,7 +31,6 @@ from apt.options import ShrinkRun
 from apt.output.staging import Staging
 from apt.planning.structure import Removed
 from apt.pruning.block_store import BlockStore
-from apt.pruning.layer import Recipe
 
 
 class InPlace(Streamed):
@@ -69,7 +68,7 @@ class InPlace(Streamed):
         lost = [each.experts for each in done if isinstance(each, ExpertsRemoved)]
         kinds = [entry.groups.kind for entry in planned.disconnected if entry.groups.routed]
         self._removed[name] = dict(zip(kinds, lost, strict=True))
-        if self.ranks.first and _rounds(cast(Any, self._task).job.recipe):
+        if self.ranks.first and self._task.changes_kept_weights:
             values = dict(self._slicing.changed(planned, block, self._removed[name]))
             self._changed.add(values, self.folder / "scratch" / f"{name}.safetensors")
             self.rounded |= {key: self._checkpoint.tensors[key].stored for key in values}
@@ -138,12 +137,6 @@ class _Changed(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def _rounds(recipe: Recipe) -> bool:
-    """True if a run may change weights that are kept."""
-    experts = recipe.experts
-    return bool(recipe.error_aware or (experts and (experts.compensate or experts.merge)))
-
-
 def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
     """The options of a run that keeps stored bytes, streamed and without compensation by default.
 
@@ -189,5 +182,6 @@ def check_slices(opened: Opened, job: Pruning, run: ShrinkRun, notice: Notice) -
         )
         job = replace(job, recipe=replace(job.recipe, experts=replace(experts, merge=False)))
     slicing = Slicing(opened, open_stored(opened))
-    opened.quantised.check_slices(slicing.provisional(job.plan, rounded=_rounds(job.recipe)))
+    rounded = job.recipe.changes_kept_weights
+    opened.quantised.check_slices(slicing.provisional(job.plan, rounded=rounded))
     return job

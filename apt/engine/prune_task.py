@@ -78,6 +78,11 @@ class PruneTask(Task):
         return pattern and pattern.counted(self.method.per)
 
     @property
+    def changes_kept_weights(self) -> bool:
+        """See `Task`."""
+        return self.job.recipe.changes_kept_weights
+
+    @property
     def samples(self) -> int:
         """The number of all calibration samples."""
         return self.job.augmentation.samples(self.options.samples, self.options.seqlen)

@@ -84,6 +84,11 @@ class Task:
         return self.skeleton.quantised is not None
 
     @property
+    def changes_kept_weights(self) -> bool:
+        """True if a run that removes experts may change the weights of others."""
+        return False
+
+    @property
     def resume(self) -> bool:
         """True to continue an interrupted run."""
         return bool(getattr(self.options, "resume", False))

@@ -14,7 +14,7 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import find_stored, layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
 from apt.engine.opening import find_source, pattern_of, selection_of
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 from apt.files.hashes import changed_files
 from apt.options import VerifyRun
 from apt.output.report import listed_files, read_report
@@ -111,7 +111,7 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
                 skeleton, report, pattern, selection, notice, at_least=run.at_least
             )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        message = f"the report in {directory} is damaged: {described(error)}"
+        message = f"the report in {directory} is damaged: {describe(error)}"
         raise AptError(message, *_GIVE_PATTERN) from error
     verdicts = count_zeros(skeleton, directory, expectation, packed=method == METHOD)
     return Verification(

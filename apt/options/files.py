@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from apt.errors import AptError, first_line, unknown
+from apt.errors import AptError, first_line, unknown_name
 from apt.files.writing import check_file, write_file
 from apt.options.declaration import Declared, Options, warn_renamed
 
@@ -31,7 +31,7 @@ def read_options(path: Path, kinds: Sequence[type[Options]]) -> dict[str, Any]:
         key = name.replace("_", "-")
         if key not in keys:
             current = [other for other, (declared, _) in keys.items() if other != _former(declared)]
-            raise unknown("option", key, current, f" ({path})")
+            raise unknown_name("option", key, current, f" ({path})")
         declared, meaning = keys[key]
         if key == _former(declared):
             warn_renamed(f"{key} in {path}", declared.flags[0].lstrip("-"))

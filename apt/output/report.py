@@ -20,7 +20,7 @@ from apt.arguments import checked
 from apt.checkpoints.copies import REPORT
 from apt.devices import accelerator, peak_allocated
 from apt.distributed.ranks import Work
-from apt.errors import AptError, described, shortened
+from apt.errors import AptError, describe, shortened
 from apt.events import SitePruned
 from apt.files.hashes import file_hashes, sha256
 from apt.files.writing import write_file
@@ -159,7 +159,7 @@ class Report:
                 name: _with_numbers(part) for name, part in values["scores"].items()
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise AptError(f"{name} is damaged: {described(error)}", _RESTORE) from error
+            raise AptError(f"{name} is damaged: {describe(error)}", _RESTORE) from error
         return cls(**values)
 
     @classmethod

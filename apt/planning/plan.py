@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from apt.adapter import Adapter, Extra, Groups, Permutable, Site
-from apt.errors import AptError, faulty
+from apt.errors import AptError, plugin_error
 from apt.patterns import Granularity, IntegerGrid, Pattern, SitePattern, TargetForm, keeps_all, read
 from apt.plugin.registry import registry
 from apt.solver import MAX_REMOVAL_SETS
@@ -89,7 +89,7 @@ def read_pattern(pattern: Pattern | str | float) -> Pattern:
     except ValueError as error:
         raise AptError(str(error)) from error
     except TypeError as error:
-        raise faulty(f"pattern '{pattern}'", str(error), "pattern", "pattern") from error
+        raise plugin_error(f"pattern '{pattern}'", str(error), "pattern", "pattern") from error
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import pluggy
 
-from apt.errors import AptError, first_line, unknown
+from apt.errors import AptError, first_line, unknown_name
 from apt.plugin import hookspecs
 from apt.plugin.commands import OWN
 from apt.plugin.specs import (
@@ -84,7 +84,7 @@ class Catalog(Generic[S]):
         """The spec of a name in any case; the `AptError` for an unknown name suggests another."""
         by_case = {spec_name.lower(): spec for spec_name, spec in self.specs.items()}
         if name.lower() not in by_case:
-            raise unknown(self.kind, name, self.specs, _unavailable(self.plugins.values()))
+            raise unknown_name(self.kind, name, self.specs, _unavailable(self.plugins.values()))
         return by_case[name.lower()]
 
     def is_own(self, spec: S) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal
 
-from apt.errors import AptError, described, faulty
+from apt.errors import AptError, describe, plugin_error
 from apt.field_types import check_fields
 from apt.plugin.documents import Document
 
@@ -52,7 +52,7 @@ class Spec:
             raise
         except BaseException as error:  # of any kind, as those of `apt.plugin.registry`
             raise AptError(
-                f"{item or self.target} of '{self.name}' does not load: {described(error)}",
+                f"{item or self.target} of '{self.name}' does not load: {describe(error)}",
                 "reinstall or upgrade its package",
             ) from error
 
@@ -308,7 +308,7 @@ class EvaluatorSpec(Spec):
             return float(value)
         except (TypeError, ValueError) as error:
             message = f"returns {type(value).__name__}, not a number"
-            raise faulty(f"metric {self.name}", message, "metric", "metrics") from error
+            raise plugin_error(f"metric {self.name}", message, "metric", "metrics") from error
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class CalibrationSpec(Spec):
         for document in texts if iterable else [texts]:
             if not iterable or not isinstance(document, Document):
                 message = f"gives {type(document).__name__} in place of documents"
-                raise faulty(f"data set '{self.name}'", message, "text")
+                raise plugin_error(f"data set '{self.name}'", message, "text")
             yield document
 
 

@@ -15,7 +15,7 @@ from apt.adapter import Groups
 from apt.adapter.groups import disconnect, disconnected, tensors_of
 from apt.calibration.batches import OpenBlock
 from apt.calibration.sources import RoutedBySource
-from apt.errors import AptError, faulty
+from apt.errors import AptError, plugin_error
 from apt.planning.plan import PlannedGroups
 from apt.pruning.expert_choice import (
     ExpertChoice,
@@ -141,7 +141,7 @@ def _chosen_experts(
             mask = choose(experts, groups)
         check_removed(mask, groups)
     except MethodError as error:
-        raise faulty(f"method {name}", str(error), "method", "method") from error
+        raise plugin_error(f"method {name}", str(error), "method", "method") from error
     return tuple(mask.nonzero().squeeze(1).tolist()), scores
 
 

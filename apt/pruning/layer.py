@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter
 from apt.calibration.targets import Sums, Targets
 from apt.devices import synchronize
-from apt.errors import AptError, faulty
+from apt.errors import AptError, plugin_error
 from apt.events import SitePruned
 from apt.planning.plan import Plan, PlannedSite
 from apt.pruning.expert_choice import ExpertRemoval
@@ -103,6 +103,11 @@ class Recipe:
     def error_aware(self) -> bool:
         """True if the activations of the dense model are computed as well."""
         return self.targets is not None
+
+    @property
+    def changes_kept_weights(self) -> bool:
+        """True if experts that are kept may get other weights, in a run that removes experts."""
+        return self.error_aware or self.experts.compensate or self.experts.merge
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,7 @@ def _name_of(method: SiteMethod[Any]) -> str:
 
 
 def _refused(method: SiteMethod[Any], fault: str) -> AptError:
-    return faulty(_name_of(method), fault, "method", "method")
+    return plugin_error(_name_of(method), fault, "method", "method")
 
 
 def chosen_groups(

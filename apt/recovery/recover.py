@@ -18,7 +18,7 @@ from apt.adapter.recording import eval_mode
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in, mixed_precision
 from apt.devices import keep_random_states, synchronize
-from apt.errors import AptError, faulty, first_line
+from apt.errors import AptError, first_line, plugin_error
 from apt.options import BATCH, STEPS, RecoverOptions
 from apt.recovery.job import STEPS_FOLDER, RecoveryJob, TrainingPlan
 from apt.recovery.moving_masks import MovingMasks
@@ -328,7 +328,7 @@ def _prepared_trainable(
     message = "returns a Trainable without a parameter that needs gradients"
     if not isinstance(trainable, Trainable):
         message = f"returns {type(trainable).__name__}, not an apt.extending.Trainable"
-    raise faulty(f"recovery {job.spec.name}", message, "kind", "kind")
+    raise plugin_error(f"recovery {job.spec.name}", message, "kind", "kind")
 
 
 def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Groups
 from apt.checkpoints.load import fingerprint
-from apt.errors import AptError, faulty
+from apt.errors import AptError, plugin_error
 from apt.files.journal import Journal
 from apt.options import Mode
 from apt.planning.structure import Removed, Structure
@@ -183,7 +183,7 @@ class _ChoiceRun:
         dropped = list(result) if isinstance(result, Iterable) else []
         if not len(set(dropped)) == len(dropped) == count or not set(dropped) <= set(self.names):
             message = f"returns {result!r}, not the names of {count} blocks"
-            raise faulty(f"method {method.name}", message, "method", "method")
+            raise plugin_error(f"method {method.name}", message, "method", "method")
         return dropped
 
     def best_width(self, dropped: Sequence[str]) -> Size:
@@ -259,7 +259,7 @@ class _ChoiceRun:
                     groups = self.adapter.groups(block, config)
                     removed[name] = dict(_lowest_groups(name, groups, structure, scores))
         except MethodError as error:
-            raise faulty(f"method {method.name}", str(error), "method", "method") from error
+            raise plugin_error(f"method {method.name}", str(error), "method", "method") from error
         if removed and not any(removed.values()):
             raise AptError(
                 f"method {method.name} has no scores for {' and '.join(sorted(structure.kept))}",

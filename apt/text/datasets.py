@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apt.errors import AptError, first_line, shortened, unknown
+from apt.errors import AptError, first_line, shortened, unknown_name
 from apt.locations.hub import no_answer, offline, reachable
 from apt.locations.paths import expanded, kind_at
 from apt.plugin.documents import Conversation, Document, has_template
@@ -41,7 +41,7 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[Documen
     if kind or names_file or source.startswith((".", "/", "~")):
         raise AptError(f"no such data set: {shortened(source)} is no file", f"give {SUFFIXES}")
     if "/" not in source:
-        raise unknown("data set", source, registry.calibrations.specs)
+        raise unknown_name("data set", source, registry.calibrations.specs)
     name, _, config = source.partition(":")
     return hub_documents(name, config or None, split)
 

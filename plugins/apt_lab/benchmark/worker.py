@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any
 
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 from apt.extending import Source
 from apt.locations.paths import user_error
 from apt_lab.options import BenchRun
@@ -107,6 +107,6 @@ def _for_the_user(error: Exception, reference: str) -> AptError:
     if isinstance(error, OSError) and (path_error := user_error(error)):
         return path_error
     return AptError(
-        f"{reference} failed: {described(error)}",
+        f"{reference} failed: {describe(error)}",
         "does transformers generate text with it on this machine?",
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 from apt.files.journal import check_same
 from apt.files.locking import locked
 from apt.files.writing import write_file
@@ -56,7 +56,7 @@ class Comparison:
             raise user_error(error) or error from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AptError(
-                f"{path} is damaged: {described(error)}", "delete it, or use another directory"
+                f"{path} is damaged: {describe(error)}", "delete it, or use another directory"
             ) from error
         return cls(path, setting, rows)
 

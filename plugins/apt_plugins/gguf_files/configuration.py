@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 from apt_plugins.gguf_files.parameters import MAPPED
 from apt_plugins.gguf_files.stored import StoredFile
 from apt_plugins.gguf_files.writing import Array
@@ -207,7 +207,7 @@ def config_of(file: StoredFile) -> Any:
         return _mended(file, entries, factors)
     except Exception as error:  # the classes of configurations raise many types of errors
         missing = isinstance(error, KeyError)
-        reason = f"it has no entry {error}" if missing else described(error)
+        reason = f"it has no entry {error}" if missing else describe(error)
         message = f"{file.path}, of architecture {file.architecture}, is not read: {reason}"
         raise AptError(message, "use its original checkpoint") from error
 

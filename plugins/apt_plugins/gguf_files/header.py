@@ -16,7 +16,7 @@ import gguf
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
 
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 
 SCALARS: Mapping[Kind, str] = {
     Kind.UINT8: "B", Kind.INT8: "b", Kind.UINT16: "H", Kind.INT16: "h", Kind.UINT32: "I",
@@ -92,7 +92,7 @@ def read_header(path: Path) -> Header:
             header = _Cursor(data).header()
     except (ValueError, KeyError, struct.error, OSError, OverflowError) as error:
         ends_early = isinstance(error, struct.error)
-        problem = "it ends within its header" if ends_early else described(error)
+        problem = "it ends within its header" if ends_early else describe(error)
         message = f"{path} is not a GGUF file, or is damaged: {problem}"
         raise AptError(message, "get the file again") from error
     if header is None or _SPLIT in header.entries:

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 from apt.extending import Exportable
 from apt_plugins.gguf_files.layouts import architecture_of
 from apt_plugins.gguf_files.tensors import file_type, planned_of, tensor_names
@@ -58,7 +58,7 @@ def _read(path: Path) -> gguf.GGUFReader:
     try:
         reader = gguf.GGUFReader(str(path))
     except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
-        message = f"{path} is not a GGUF file, or is damaged: {described(error)}"
+        message = f"{path} is not a GGUF file, or is damaged: {describe(error)}"
         raise AptError(message, "get it again", ("source",)) from error
     if reader.endianess is not gguf.GGUFEndian.LITTLE or "split.count" in reader.fields:
         message = f"{path} is one of several files, or has the bytes of numbers in another order"

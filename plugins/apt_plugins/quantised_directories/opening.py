@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from apt.checkpoints.formats import find_source_file, local_copy
 from apt.checkpoints.safetensors_io import Shards
-from apt.errors import AptError, described
+from apt.errors import AptError, describe
 from apt.extending import Source
 from apt_plugins.quantised_directories.awq import Awq
 from apt_plugins.quantised_directories.bitsandbytes import BitsAndBytes
@@ -64,6 +64,6 @@ def _opened(
         scheme = kind(record, about, shards)
         config = without_quantisation(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"config.json of {source.reference} cannot be read: {described(error)}"
+        message = f"config.json of {source.reference} cannot be read: {describe(error)}"
         raise AptError(message, "get the model again") from error
     return QuantisedDirectory(directory, record, config, scheme)
