@@ -46,16 +46,16 @@ def unknown_name(kind: str, name: str, names: Iterable[str], suffix: str = "") -
     return AptError(f"no {kind} '{name}'", hint + suffix)
 
 
-def plugin_error(what: str, fault: str, kind: str, *options: str) -> AptError:
+def plugin_error(what: str, problem: str, kind: str, *options: str) -> AptError:
     """The error for a wrong result of a plugin.
 
     Args:
         what: the plugin, such as ``method mine``.
-        fault: the problem, the rest of the sentence.
+        problem: the rest of the sentence.
         kind: the kind of plugin, for the hint.
         options: the options that name the plugin.
     """
-    return AptError(f"{what} {fault}", f"use another {kind}, and tell its author", options)
+    return AptError(f"{what} {problem}", f"use another {kind}, and tell its author", options)
 
 
 def name_of(kind: str, function: object) -> str:

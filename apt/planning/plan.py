@@ -34,8 +34,8 @@ class Selection:
         for name in ("only", "skip"):
             globs = getattr(self, name)
             if isinstance(globs, str):
-                fault = f"{name} is one text, '{globs}', and not a tuple of globs"
-                raise AptError(fault, f"give ('{globs}',)", (name,))
+                message = f"{name} is one text, '{globs}', and not a tuple of globs"
+                raise AptError(message, f"give ('{globs}',)", (name,))
             if not _is_list_of(globs, lambda glob: isinstance(glob, str)):
                 raise AptError(f"{name} is {globs!r}", "give a tuple of globs", (name,))
         if not _is_list_of(self.overrides, _is_override):
@@ -81,9 +81,9 @@ def _is_override(value: Any) -> bool:
 
 def read_pattern(pattern: Pattern | str | float) -> Pattern:
     """The pattern, or the pattern of a text such as ``"2:4"``; raises `AptError` for others."""
-    known = registry()
-    specs = known.pattern_kinds()
-    forms = [spec.form for spec in specs if not known.patterns.is_own(spec)]
+    plugins = registry()
+    specs = plugins.pattern_kinds()
+    forms = [spec.form for spec in specs if not plugins.patterns.is_own(spec)]
     try:
         return read(pattern, (spec.load() for spec in specs), forms)
     except ValueError as error:
@@ -398,18 +398,18 @@ def _planned_extra(
     pattern = chosen.pattern(name, default)
     if pattern is None:
         return None
-    own, fault = pattern.of_channels(), ""
+    own, problem = pattern.of_channels(), ""
     if own is None:
-        fault = f"cannot be pruned to {pattern}: its channels are pruned separately"
+        problem = f"cannot be pruned to {pattern}: its channels are pruned separately"
     elif misfit := own.misfit((channels, width), "weights per channel"):
-        fault = f"{misfit} (pattern {own})"
+        problem = f"{misfit} (pattern {own})"
     elif (size := own.group) and comb(size, own.required((1, size))) > MAX_REMOVAL_SETS:
-        fault = (
+        problem = (
             f"cannot be pruned to {own}: a group has more than {MAX_REMOVAL_SETS:,} removal sets"
         )
-    if own is None or fault:
+    if own is None or problem:
         hint = f"give it a separate sparsity: '*.{extra.name}=0.5'"
-        raise AptError(f"{name} {fault}", hint, ("overrides",))
+        raise AptError(f"{name} {problem}", hint, ("overrides",))
     return PlannedExtra(name, extra, (channels, width), own)
 
 
@@ -418,8 +418,8 @@ def _check_extras(adapter: Adapter, model: nn.Module, also: Sequence[str]) -> No
     kinds = {extra.kind for _, block in adapter.blocks(model) for extra in adapter.extras(block)}
     for kind in also:
         if kind not in kinds:
-            known = ", ".join(sorted(kinds)) or "nothing but its sites"
-            raise AptError(f"this model has no '{kind}' to prune", f"it has: {known}")
+            listed = ", ".join(sorted(kinds)) or "nothing but its sites"
+            raise AptError(f"this model has no '{kind}' to prune", f"it has: {listed}")
 
 
 def tell_shared(plan: Plan, notice: Callable[[str], None]) -> None:
@@ -440,20 +440,20 @@ def check_rounding(
     pruned = [site for block in plan.blocks for site in block.pruned]
     for site in pruned:
         if removed_by(site.pattern, site.shape) == site.size:
-            fault = f"{site.name} would lose all of its {site.size:,} weights: {site.pattern} of "
+            message = f"{site.name} would lose all of its {site.size:,} weights: {site.pattern} of "
             hint = "give a smaller sparsity, or skip it"
-            raise AptError(f"{fault}them rounds to all", hint, ("sparsity", "skip"))
-    whole = [site for site in pruned if not removed_by(site.pattern, site.shape)]
+            raise AptError(f"{message}them rounds to all", hint, ("sparsity", "skip"))
+    unpruned = [site for site in pruned if not removed_by(site.pattern, site.shape)]
     if quantized:
-        whole = [site for site in whole if not keeps_all(site.pattern)]
-    if not whole:
+        unpruned = [site for site in unpruned if not keeps_all(site.pattern)]
+    if not unpruned:
         return
-    first = whole[0]
+    first = unpruned[0]
     row = first.pattern is not None and first.pattern.per == "row"
     count = f"{first.shape[1]:,} in each row" if row else f"{first.size:,}"
-    said = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
-    if len(whole) == len(pruned) and not any(block.extras for block in plan.blocks):
+    message = f"{first.pattern} of the weights of {first.name} ({count}) rounds to none"
+    if len(unpruned) == len(pruned) and not any(block.extras for block in plan.blocks):
         hint = "give a larger sparsity" + ", or quantize" * keeps_all(first.pattern)
         options = ("sparsity", "quantize") if keeps_all(first.pattern) else ("sparsity",)
-        raise AptError(f"nothing would be pruned: {said}", hint, options)
-    notice(f"{len(whole)} of {len(pruned)} sites lose no weight: {said}")
+        raise AptError(f"nothing would be pruned: {message}", hint, options)
+    notice(f"{len(unpruned)} of {len(pruned)} sites lose no weight: {message}")

@@ -190,8 +190,8 @@ def _check_weight(
     """Raise unless the weight is finite and has exactly its zeros, before a cast makes more."""
     assert planned.pattern is not None
     if not solution.weight.isfinite().all():
-        said = f"{_name_of(method)} returns a weight of {planned.name} that is not finite"
-        raise AptError(said, "use more damping, or another method", ("damping", "method"))
+        message = f"{_name_of(method)} returns a weight of {planned.name} that is not finite"
+        raise AptError(message, "use more damping, or another method", ("damping", "method"))
     if ((solution.weight != 0) & solution.mask).any():
         raise _refused(method, f"returns a weight of {planned.name} that is not zero at its mask")
     if keeps_all(planned.pattern):  # a sum can be zero by chance
@@ -213,8 +213,8 @@ def _name_of(method: SiteMethod[Any]) -> str:
     return f"method {getattr(function, '__name__', type(function).__name__)}"
 
 
-def _refused(method: SiteMethod[Any], fault: str) -> AptError:
-    return plugin_error(_name_of(method), fault, "method", "method")
+def _refused(method: SiteMethod[Any], problem: str) -> AptError:
+    return plugin_error(_name_of(method), problem, "method", "method")
 
 
 def chosen_groups(
@@ -223,8 +223,8 @@ def chosen_groups(
     """The pattern of a site with the groups that the method removes; no weight is changed."""
     pattern = cast(ColumnGroups, planned.pattern)
     dense = planned.site.oriented(planned.site.weight(block).data).float()
-    whole = torch.ones((), device=dense.device)
-    kept = ~_solution(job, planned, dense, sums, 1.0, whole).mask
+    equal_rows = torch.ones((), device=dense.device)
+    kept = ~_solution(job, planned, dense, sums, 1.0, equal_rows).mask
     removed = pattern.zeros(kept).nonzero().squeeze(1).tolist()
     return replace(pattern, chosen=tuple(removed))
 
@@ -306,5 +306,5 @@ def mean_square(grams: Iterable[Gram]) -> float:
 def _check_finite(planned: PlannedSite, weight: Tensor) -> None:
     """Raise if a weight is not finite in the dtype in which it is stored."""
     if not torch.isfinite(weight).all():
-        fault = f"the pruned weight of {planned.name} is not finite in {weight.dtype}"
-        raise AptError(fault, "try dtype float32, or more damping", ("dtype", "damping"))
+        message = f"the pruned weight of {planned.name} is not finite in {weight.dtype}"
+        raise AptError(message, "try dtype float32, or more damping", ("dtype", "damping"))
