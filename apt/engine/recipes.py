@@ -19,7 +19,7 @@ from apt.options import (
     SolveOptions,
 )
 from apt.options.prune import QUANTISE_AFTER
-from apt.patterns import IntegerGrid
+from apt.patterns import Grid, IntegerGrid
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Recipe
 from apt.solver import SolverOptions
@@ -81,10 +81,11 @@ def grid_of(options: PruneOptions) -> IntegerGrid | None:
     return IntegerGrid(int(kind.removeprefix("int")), options.scale_group) if kind else None
 
 
-def record(recipe: Recipe, augmentation: Augmentation, grid: IntegerGrid | None) -> dict[str, Any]:
+def record(recipe: Recipe, augmentation: Augmentation, grid: Grid | None) -> dict[str, Any]:
     """The options of a run with all defaults filled in, by their names in reports."""
     targets, tuning = recipe.targets, recipe.tuning
     random_tokens = augmentation.random_tokens
+    integers = grid if isinstance(grid, IntegerGrid) else None
     return {
         "effort": recipe.solver.effort,
         "error_aware": targets is not None,
@@ -100,8 +101,8 @@ def record(recipe: Recipe, augmentation: Augmentation, grid: IntegerGrid | None)
         "own_samples": augmentation.own_samples,
         "damping": recipe.solver.damping,
         "block_size": recipe.solver.block_size,
-        "quantize": f"int{grid.bits}" if grid else None,
-        "group": grid.group if grid else PruneOptions.scale_group,
+        "quantize": integers.name if integers else None,
+        "group": integers.group if integers else PruneOptions.scale_group,
     }
 
 

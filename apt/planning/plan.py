@@ -10,7 +10,7 @@ from torch import nn
 
 from apt.adapter import Adapter, Extra, Groups, Permutable, Site
 from apt.errors import AptError, plugin_error
-from apt.patterns import Granularity, IntegerGrid, Pattern, SitePattern, TargetForm, keeps_all, read
+from apt.patterns import Granularity, Grid, Pattern, SitePattern, TargetForm, keeps_all, read
 from apt.plugin.registry import registry
 from apt.solver import MAX_REMOVAL_SETS
 
@@ -125,7 +125,7 @@ class PlannedSite:
         return None if self.form is None else self.form.pattern
 
     @property
-    def grid(self) -> IntegerGrid | None:
+    def grid(self) -> Grid | None:
         """The grid of its kept weights; None if they are not rounded."""
         return None if self.form is None else self.form.grid
 
@@ -261,7 +261,7 @@ class Plan:
         return next((s.pattern.per for s in self.sites if s.pattern and s.pattern.per), None)
 
     @property
-    def grid(self) -> IntegerGrid | None:
+    def grid(self) -> Grid | None:
         """The grid that its sites are rounded to; None if no site is rounded."""
         return next((site.grid for site in self.sites if site.grid), None)
 
@@ -298,7 +298,7 @@ def make_plan(
     selection: Selection | None = None,
     per: Granularity = "layer",
     also: Sequence[str] = (),
-    grid: IntegerGrid | None = None,
+    grid: Grid | None = None,
 ) -> Plan:
     """Plan a run; the model may be a skeleton.
 
@@ -376,7 +376,7 @@ def _planned(
     chosen: Selection,
     default: Pattern,
     per: Granularity,
-    grid: IntegerGrid | None,
+    grid: Grid | None,
 ) -> PlannedSite:
     out, width = site.oriented(site.weight(block)).shape
     name = f"{prefix}.{site.name}"

@@ -271,7 +271,7 @@ def round_site(
     mean = float(matrix.diagonal().mean())
     more = mean * (damping or DAMPING) or 1.0  # above 0, because of dead inputs
     matrix = matrix + more * torch.eye(len(matrix), device=matrix.device)
-    weight.copy_(rounded(weight.float(), matrix, grid, stored or weight.dtype))
+    weight.copy_(rounded(weight.float(), matrix, grid, stored or weight.dtype).weight)
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:

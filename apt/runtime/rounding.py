@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from apt.patterns import IntegerGrid, ScaleGroup
+from apt.patterns import IntegerGrid, ScaleGroup, scales_of
 from apt.runtime.matrix import MASK, SCALES, VALUES, Entry, Parts, encode
-from apt.solver.integers import scales_of
 
 BITS = {"int8": 8, "int4": 4}
 KINDS = {kind: IntegerGrid(bits).most for kind, bits in BITS.items()}
@@ -23,7 +22,7 @@ def columns_of(group: ScaleGroup, weight: Tensor) -> int:
 def nearest_integers(weight: Tensor, kind: str, group: ScaleGroup) -> tuple[Tensor, Tensor]:
     """The integers (out, in), int8, nearest to a matrix, and their scales (out, groups).
 
-    Integers are symmetric around 0, with scales as in `apt.solver.integers.scales_of`.
+    Integers are symmetric around 0, with scales as in `apt.patterns.scales_of`.
 
     Args:
         kind: ``int8`` or ``int4``.

@@ -39,7 +39,7 @@ def test_rounded_weights_are_integers_times_scales_and_keep_zeros(
     seed, out, width, grid, dtype, share
 ):
     weight, matrix = pruned_problem(seed, out, width, share)
-    result = rounded(weight.to(dtype).float(), matrix, grid, dtype)
+    result = rounded(weight.to(dtype).float(), matrix, grid, dtype).weight
     assert torch.equal(result.to(dtype).float(), result)
     assert (result[weight == 0] == 0).all()
     again = encode_integers(result.to(dtype), f"int{grid.bits}", grid.group)
@@ -52,7 +52,7 @@ def test_rounded_weights_are_integers_times_scales_and_keep_zeros(
 def test_further_passes_never_increase_the_loss_of_a_row(seed, bits):
     weight, matrix = pruned_problem(seed, 6, 150)
     losses = [
-        quadratic_loss(weight, rounded(weight, matrix, IntegerGrid(bits), passes=n), matrix)
+        quadratic_loss(weight, rounded(weight, matrix, IntegerGrid(bits), passes=n).weight, matrix)
         for n in (1, 2, 3, 5)
     ]
     for before, after in pairwise(losses):
@@ -63,7 +63,7 @@ def test_further_passes_never_increase_the_loss_of_a_row(seed, bits):
 def test_rounded_weights_lose_less_than_nearest_integers(bits):
     weight, matrix = pruned_problem(3, 64, 256)
     grid = IntegerGrid(bits)
-    result = rounded(weight, matrix, grid)
+    result = rounded(weight, matrix, grid).weight
     nearest = to_nearest(weight, result, grid)
     joint, plain = (float(quadratic_loss(weight, each, matrix).sum()) for each in (result, nearest))
     assert joint < 0.75 * plain
@@ -75,6 +75,6 @@ def test_relative_rounding_error_does_not_depend_on_the_size(dtype):
     errors = []
     for size in (1e-2, 1e-4):
         small = (weight * size).to(dtype).float()
-        result = rounded(small, matrix, IntegerGrid(8), dtype)
+        result = rounded(small, matrix, IntegerGrid(8), dtype).weight
         errors.append(float(quadratic_loss(small, result, matrix).sum()) / size**2)
     assert errors[1] < 1.5 * errors[0]
