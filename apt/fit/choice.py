@@ -1,0 +1,113 @@
+"""The levels of the least loss whose file is not larger than a budget.
+
+This is the multiple-choice knapsack problem. The Lagrangian relaxation takes, in each tensor, the
+level of least ``loss + multiplier · size``. With the multipliers at which the file just fits, the
+result is optimal except for the bytes that are left over. A local search spends these: it changes
+one or two tensors at a time, as long as the loss falls and the file fits.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from apt.fit.table import LossTable, MeasuredLevel
+
+_PAIRED = 64
+"""The number of changes of one tensor that are tried in pairs, the best first."""
+
+
+class DoesNotFitError(ValueError):
+    """No choice of levels fits into the budget.
+
+    Attributes:
+        smallest: the bytes of the smallest file.
+    """
+
+    def __init__(self, smallest: int) -> None:
+        super().__init__(f"the smallest file has {smallest:,} bytes")
+        self.smallest = smallest
+
+
+def choose(table: LossTable, budget: int) -> dict[str, str]:
+    """The level of each tensor, by name, for a file of at most ``budget`` bytes.
+
+    Raises:
+        DoesNotFitError: the smallest file is larger.
+    """
+    if table.smallest > budget:
+        raise DoesNotFitError(table.smallest)
+    hulls = {name: lower_hull(levels) for name, levels in table.tensors.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - table.smallest
+    # Along a lower hull the gain for each byte falls, so that the best steps come in their order.
+    steps = [
+        (_gain(small, large), name, large)
+        for name, hull in hulls.items()
+        for small, large in pairwise(hull)
+    ]
+    for _, name, large in sorted(steps, key=lambda step: (-step[0], step[1], step[2].size)):
+        more = large.size - chosen[name].size
+        if 0 < more <= left:  # a later step of the same tensor includes the steps before it
+            chosen[name], left = large, left - more
+    chosen = _improved(table, chosen, left)
+    return {name: level.name for name, level in chosen.items()}
+
+
+def lower_hull(levels: Sequence[MeasuredLevel]) -> list[MeasuredLevel]:
+    """The levels on the lower convex hull of the loss over the size, from small to large.
+
+    A level that is not smaller and not better than another is left out.
+    """
+    hull = list[MeasuredLevel]()
+    for level in sorted(levels, key=lambda each: (each.size, each.loss)):
+        if hull and level.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], level):
+            hull.pop()
+        hull.append(level)
+    return hull
+
+
+def _gain(small: MeasuredLevel, large: MeasuredLevel) -> float:
+    """The loss that each further byte saves."""
+    return (small.loss - large.loss) / (large.size - small.size)
+
+
+def _improved(
+    table: LossTable, chosen: Mapping[str, MeasuredLevel], left: int
+) -> dict[str, MeasuredLevel]:
+    """A choice of lower loss near ``chosen``, with at most ``left`` more bytes."""
+    best = dict(chosen)
+    while True:
+        changes = [
+            (level.loss - best[name].loss, level.size - best[name].size, name, level)
+            for name, levels in table.tensors.items()
+            for level in levels
+            if level != best[name]
+        ]
+        changes.sort(key=lambda change: (*change[:3], change[3].name))
+        single = next((change for change in changes if change[0] < 0 and change[1] <= left), None)
+        found = [single] if single else _pair(changes, left)
+        if not found:
+            return best
+        for _, more, name, level in found:
+            best[name], left = level, left - more
+
+
+_Change = tuple[float, int, str, MeasuredLevel]
+"""The changes of the loss and of the bytes, and the new level of a tensor."""
+
+
+def _pair(changes: Sequence[_Change], left: int) -> list[_Change]:
+    """The best two changes of different tensors that lower the loss and fit; empty if none do."""
+    gains = [change for change in changes if change[0] < 0][:_PAIRED]
+    savings = sorted((change for change in changes if change[1] < 0), key=lambda c: c[0])[:_PAIRED]
+    pairs = [
+        (gain[0] + saving[0], gain, saving)
+        for gain in gains
+        for saving in savings
+        if gain[2] != saving[2] and gain[1] + saving[1] <= left and gain[0] + saving[0] < -1e-15
+    ]
+    if not pairs:
+        return []
+    _, gain, saving = min(pairs, key=lambda pair: pair[0])
+    return [gain, saving]

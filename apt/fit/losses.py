@@ -1,0 +1,369 @@
+"""The loss of the model for each level of each tensor, from one pass over the dense model.
+
+To second order, a change ``D`` of one weight raises the divergence of the model's next token from
+the dense model by ``½ E[(gᵀ D x)²]`` per token. Here x is the input of the weight, and g the
+gradient of the log-likelihood of a token that is drawn from the model (the Fisher information). The
+gradient of the weight over a sample is ``Σ g xᵀ``. The labels of the tokens are drawn
+independently, so the expected square of its norm in row i is ``Σ g_i² ‖x‖²``. This gives the mean
+``b_i`` of ``g_i²`` without hooks into products, and with the Gram matrix G of the inputs::
+
+    loss(D) = ½ Σ_i b_i (D G Dᵀ)_ii
+
+An embedding has the frequencies of its tokens in place of ``b``, and the Gram matrix of the
+gradients after it in place of G. For a head, ``b_v`` is the variance ``p_v (1 − p_v)`` of its token,
+which needs no sampling. An embedding that is the head too has the sum of both losses.
+
+The change D of a level is that of the rounding itself, with its error feedback (`rounded`). So the
+losses are comparable between grids of any kind, and between tensors.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Adapter, Site
+from apt.adapter.recording import eval_mode
+from apt.calibration.batches import Batch, enter
+from apt.calibration.capture import as_rows
+from apt.fit.levels import Level
+from apt.fit.table import MeasuredLevel
+from apt.planning.plan import Plan
+from apt.solver import Gram, rounded
+
+Levels = Mapping[str, Sequence[Level]]
+"""The levels of each tensor, by the name of its parameter."""
+
+TOKENS, _SAMPLE = 8192, 512
+"""The calibration tokens for the losses, and the tokens of a sample whose gradient is taken."""
+
+DAMPING = 0.01
+"""The damping of the matrices with which tensors outside the blocks are rounded."""
+
+_ROWS = 128  # rows of a weight whose losses are computed; the other rows are like them
+_OUTER_ROWS = 2048  # the same for the embedding and the head
+_EXPERTS = 4  # the experts of a stack whose losses are computed
+
+
+@dataclass
+class Outer:
+    """The embedding and the head of a model, with sums over the tokens.
+
+    Attributes:
+        embedding, head: the names of their weights: the same name for tied weights; None without a
+            module of this kind.
+        counts: the number of tokens of each row of the embedding.
+        gradients: the sum of ``g gᵀ`` (hidden, hidden), with the gradients g after the embedding.
+        variances: the sum of ``p (1 − p)`` for each row of the head.
+        hidden: the Gram matrix (hidden, hidden) of the inputs of the head.
+        tokens: the number of tokens.
+    """
+
+    embedding: str | None
+    head: str | None
+    counts: Tensor
+    gradients: Tensor
+    variances: Tensor
+    hidden: Tensor
+    tokens: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the weights."""
+        return list(dict.fromkeys(name for name in (self.embedding, self.head) if name))
+
+    def terms(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """The pairs of b (rows,) and G (hidden, hidden) of the loss of a weight."""
+        terms = []
+        if name == self.embedding:
+            smoothed = self.counts + 0.5  # rows without a token here have some in other text
+            terms.append((smoothed / smoothed.sum(), self.gradients / self.tokens))
+        if name == self.head:
+            terms.append((self.variances / self.tokens, self.hidden / self.tokens))
+        return terms
+
+    def matrix(self, name: str) -> Tensor:
+        """The damped matrix H (hidden, hidden) for the rounding of a weight, for a mean row."""
+        return _damped(
+            sum((rows.mean() * gram for rows, gram in self.terms(name)), torch.zeros(()))
+        )
+
+
+@dataclass
+class Sensitivities:
+    """Sums over the gradients of the samples.
+
+    Attributes:
+        rows: for each weight in a block, the sum of the squared gradients of each row: (out,), or
+            (experts, out) for a stack.
+        outer: the sums for the embedding and the head.
+        tokens: the token ids (samples, seqlen).
+    """
+
+    rows: dict[str, Tensor]
+    outer: Outer
+    tokens: Tensor
+
+
+def sensitivities(
+    model: nn.Module,
+    adapter: Adapter,
+    plan: Plan,
+    tokens: Tensor,
+    progress: Callable[[], None] = lambda: None,
+) -> Sensitivities:
+    """The sums over the gradients of the log-likelihoods of tokens that the model draws.
+
+    The whole model must be in memory.
+
+    Args:
+        tokens: token ids (samples, seqlen), of which about `TOKENS` are used.
+        progress: called after each sample.
+    """
+    tokens = tokens[:, :_SAMPLE]
+    tokens = tokens[: max(1, TOKENS // tokens.shape[1])]
+    sites = {
+        f"{block.name}.{planned.site.parameter}": planned.site
+        for block in plan.blocks
+        for planned in block.sites
+    }
+    weights = {name: model.get_parameter(name) for name in sites}
+    result = Sensitivities({name: torch.zeros(()) for name in weights}, _empty_outer(model), tokens)
+    draw, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    with eval_mode(model), adapter.running(model), _differentiable(model, weights.values()):
+        for sample in tokens:
+            with torch.enable_grad(), _watched(model, result.outer) as embedded:
+                logits = model(input_ids=sample[None].to(device), use_cache=False).logits[0]
+                labels = _draw_labels(logits.detach(), draw, result.outer)
+                loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+                variables = [*weights.values(), *embedded]
+                gradients = torch.autograd.grad(loss, variables, allow_unused=True)
+            for (name, site), gradient in zip(sites.items(), gradients, strict=False):
+                if gradient is not None:
+                    squares = gradient.float().square_().sum(-2 if site.transposed else -1)
+                    result.rows[name] = result.rows[name] + squares
+            for gradient in gradients[len(weights) :]:
+                if gradient is not None:
+                    rows = gradient.float().flatten(0, -2)
+                    result.outer.gradients += rows.T @ rows
+            counts = torch.bincount(sample, minlength=len(result.outer.counts))
+            result.outer.counts += counts.to(result.outer.counts)
+            result.outer.tokens += len(sample)
+            progress()
+    return result
+
+
+def _modules(model: nn.Module) -> tuple[nn.Embedding | None, nn.Linear | None]:
+    """The embedding and the head; None for a model without one, or with one of another kind."""
+    found = [getattr(model, f"get_{which}_embeddings")() for which in ("input", "output")]
+    embedding, head = found
+    return (
+        embedding if isinstance(embedding, nn.Embedding) else None,
+        head if isinstance(head, nn.Linear) else None,
+    )
+
+
+def _empty_outer(model: nn.Module) -> Outer:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    embedding, head = _modules(model)
+    first, last = (None if m is None else m.weight for m in (embedding, head))
+
+    def zeros(weight: Tensor | None, *dims: int) -> Tensor:
+        shape = [0 if weight is None else weight.shape[dim] for dim in dims]
+        return torch.zeros(shape, device=None if weight is None else weight.device)
+
+    return Outer(
+        None if first is None else names.get(id(first)),
+        None if last is None else names.get(id(last)),
+        zeros(first, 0), zeros(first, 1, 1), zeros(last, 0), zeros(last, 1, 1),
+    )  # fmt: skip
+
+
+@contextmanager
+def _differentiable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the context, only these weights have gradients."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _watched(model: nn.Module, outer: Outer) -> Iterator[list[Tensor]]:
+    """Inside the context, inputs of the head are summed, and outputs of the embedding are listed.
+
+    The outputs become variables, so that they have gradients.
+    """
+    embedding, head = _modules(model)
+    outputs = list[Tensor]()
+
+    def listed(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        outputs.append(output.detach().requires_grad_())
+        return outputs[-1]
+
+    def summed(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().float().flatten(0, -2)
+        outer.hidden += rows.T @ rows
+
+    hooks = [] if embedding is None else [embedding.register_forward_hook(listed)]
+    hooks += [] if head is None else [head.register_forward_pre_hook(summed)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _draw_labels(logits: Tensor, draw: torch.Generator, outer: Outer) -> Tensor:
+    """A token for each row of logits (tokens, vocabulary), drawn from their probabilities."""
+    probabilities = logits.float().softmax(-1)
+    labels = torch.multinomial(probabilities.cpu(), 1, generator=draw)[:, 0].to(logits.device)
+    if len(outer.variances):
+        outer.variances += (probabilities * (1 - probabilities)).sum(0)[: len(outer.variances)]
+    return labels
+
+
+def measured_levels(
+    model: nn.Module,
+    adapter: Adapter,
+    plan: Plan,
+    given: Sensitivities,
+    levels: Levels,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, tuple[MeasuredLevel, ...]]:
+    """The loss of each level of each tensor, by the name of its parameter.
+
+    Args:
+        progress: called after each block.
+
+    Raises:
+        KeyError: a tensor of ``levels`` is neither a weight of a site, nor the embedding or the
+            head.
+    """
+    result = dict[str, tuple[MeasuredLevel, ...]]()
+    for name in given.outer.names:
+        if name in levels:
+            weight = model.get_parameter(name).detach()
+            result[name] = _outer_losses(weight, given.outer, name, levels[name])
+    modules = dict(adapter.blocks(model))
+    with eval_mode(model), adapter.running(model):
+        batches = enter(adapter, model, given.tokens)
+        for index, planned in enumerate(plan.blocks):
+            block = modules[planned.name]
+            sites = dict[str, list[Site]]()
+            for entry in planned.sites:
+                sites.setdefault(f"{planned.name}.{entry.site.parameter}", []).append(entry.site)
+            wanted = {name: members for name, members in sites.items() if name in levels}
+            every = [site for members in wanted.values() for site in members]
+            grams = _grams(adapter, block, index, every, batches)
+            for name, members in wanted.items():
+                result[name] = _site_losses(
+                    block, members, given.rows[name], grams, given.tokens.numel(), levels[name]
+                )
+            progress()
+    missing = levels.keys() - result.keys()
+    if missing:
+        raise KeyError(min(missing))
+    return {name: result[name] for name in levels}
+
+
+def _grams(
+    adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], batches: list[Batch]
+) -> dict[str, Gram]:
+    """The Gram matrices of the inputs of sites, by input; the batches pass through the block."""
+    first, grams = dict[str, Site](), dict[str, Gram]()
+    weights = {site: site.oriented(site.weight(block).detach()) for site in sites}
+    for site in sites:
+        if first.setdefault(site.input, site) is site:
+            grams[site.input] = Gram(weights[site].shape[1], weights[site].device)
+
+    def add(site: Site, inputs: Tensor) -> None:
+        if first[site.input] is site:
+            grams[site.input].add(as_rows(site, inputs, weights[site]))
+
+    with adapter.capture(block, sites, add):
+        for batch in batches:
+            batch.state = adapter.step(block, batch.state, batch.calls[index])
+    return grams
+
+
+def _site_losses(
+    block: nn.Module,
+    sites: Sequence[Site],
+    squares: Tensor,
+    grams: Mapping[str, Gram],
+    tokens: int,
+    levels: Sequence[Level],
+) -> tuple[MeasuredLevel, ...]:
+    """The losses of the levels of a parameter, from some rows, and some experts of a stack.
+
+    Args:
+        squares: the sum of squared gradients of each row, (out,) or (experts, out).
+    """
+    total = float(squares.sum())
+    chosen = sites[:: max(1, len(sites) // _EXPERTS)]
+    losses, seen = [0.0] * len(levels), 0.0
+    for site in chosen:
+        gram = grams[site.input].matrix
+        of_site = squares if site.expert is None else squares[site.expert]
+        weight = site.oriented(site.weight(block).detach())
+        rows = _spaced(len(weight), _ROWS).to(weight.device)
+        weight, importance = weight[rows].float(), of_site.expand(len(of_site))[rows]
+        energy = float(gram.diagonal().sum())
+        if not energy or not float(importance.sum()):
+            continue
+        seen += float(importance.sum())
+        matrix = _damped(gram)
+        for index, level in enumerate(levels):
+            change = _change(weight, matrix, level)
+            errors = ((change @ gram) * change).sum(1)
+            losses[index] += float((errors * importance).sum()) / energy / tokens / 2
+    scale = total / seen if seen else 0.0
+    return _with_losses(levels, [loss * scale for loss in losses])
+
+
+def _outer_losses(
+    weight: Tensor, outer: Outer, name: str, levels: Sequence[Level]
+) -> tuple[MeasuredLevel, ...]:
+    """The losses of the levels of the embedding or the head, from some rows."""
+    rows = _spaced(len(weight), _OUTER_ROWS).to(weight.device)
+    part, matrix, losses = weight[rows].float(), outer.matrix(name), []
+    for level in levels:
+        change, loss = _change(part, matrix, level), 0.0
+        for importance, gram in outer.terms(name):
+            errors = ((change @ gram) * change).sum(1)
+            mean = (errors * importance[rows]).sum() / importance[rows].sum()
+            loss += float(mean * importance.sum()) / 2
+        losses.append(loss)
+    return _with_losses(levels, losses)
+
+
+def _change(weight: Tensor, matrix: Tensor, level: Level) -> Tensor:
+    """The change (out, in) of a weight by the rounding to a level."""
+    if level.grid is None:
+        return torch.zeros_like(weight)
+    return rounded(weight, matrix, level.grid, passes=1).weight - weight
+
+
+def _with_losses(levels: Sequence[Level], losses: Sequence[float]) -> tuple[MeasuredLevel, ...]:
+    pairs = zip(levels, losses, strict=True)
+    return tuple(MeasuredLevel(level.name, level.size, loss) for level, loss in pairs)
+
+
+def _spaced(count: int, most: int) -> Tensor:
+    """At most ``most`` evenly spaced indices below ``count``."""
+    return torch.linspace(0, count - 1, min(count, most)).long()
+
+
+def _damped(matrix: Tensor) -> Tensor:
+    """A matrix with `DAMPING` times its mean diagonal, or 1, on its diagonal."""
+    more = DAMPING * float(matrix.diagonal().mean()) or 1.0
+    return matrix + more * torch.eye(len(matrix), device=matrix.device)

@@ -1,0 +1,86 @@
+"""The table of losses: for each tensor of a model, its size and its loss at each level."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MeasuredLevel:
+    """A level of a tensor with its loss.
+
+    Attributes:
+        name: the name in the format, such as ``q4_K``.
+        size: the bytes in the file.
+        loss: the rise of the loss of the model, in nats for each token, if only this tensor has
+            this level.
+    """
+
+    name: str
+    size: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """The sizes and losses of the tensors of a model at each level.
+
+    Attributes:
+        tensors: the levels of each tensor, by the name of its parameter.
+        rest: the bytes of the file without these tensors.
+    """
+
+    tensors: Mapping[str, Sequence[MeasuredLevel]]
+    rest: int
+
+    @property
+    def smallest(self) -> int:
+        """The bytes of the smallest file."""
+        return self.rest + sum(min(x.size for x in levels) for levels in self.tensors.values())
+
+    @property
+    def largest(self) -> int:
+        """The bytes of the largest file."""
+        return self.rest + sum(max(x.size for x in levels) for levels in self.tensors.values())
+
+    def size(self, choice: Mapping[str, str]) -> int:
+        """The bytes of the file with a level for each tensor, by name."""
+        return self.rest + sum(self.level(name, level).size for name, level in choice.items())
+
+    def loss(self, choice: Mapping[str, str]) -> float:
+        """The rise of the loss with these levels: the sum over the tensors."""
+        return sum(self.level(name, level).loss for name, level in choice.items())
+
+    def level(self, tensor: str, name: str) -> MeasuredLevel:
+        """A level of a tensor; raises `KeyError` if it has none of this name."""
+        for level in self.tensors[tensor]:
+            if level.name == name:
+                return level
+        raise KeyError(f"{tensor} has no level {name}")
+
+    def record(self) -> dict[str, Any]:
+        """The table as values for JSON."""
+        tensors = {
+            name: [[level.name, level.size, level.loss] for level in levels]
+            for name, levels in self.tensors.items()
+        }
+        return {"rest": self.rest, "tensors": tensors}
+
+    @classmethod
+    def read(cls, record: Any) -> "LossTable":
+        """The table from a record.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        try:
+            tensors = {
+                str(name): tuple(MeasuredLevel(str(n), int(s), float(x)) for n, s, x in levels)
+                for name, levels in record["tensors"].items()
+            }
+            table = cls(tensors, int(record["rest"]))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError("the table of losses is damaged") from error
+        if not all(table.tensors.values()):
+            raise ValueError("the table of losses has a tensor without levels")
+        return table
