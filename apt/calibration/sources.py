@@ -17,7 +17,8 @@ class SampleSources:
     Attributes:
         names: the names of the sources.
         of: the index in ``names`` of the source of each sample (samples,).
-        mixed: the number of sources that are mixed on purpose; the others are generated.
+        mixed: the number of sources that the user named, which come first in ``names``. The model
+            or a random generator made the samples of the others.
     """
 
     names: tuple[str, ...]
@@ -35,10 +36,12 @@ class SampleSources:
 
 
 class RoutedBySource:
-    """The tokens of each expert of a block by source, over the tokens of this rank.
+    """Counts of the tokens that the router of a block sends to each expert, by source.
+
+    They count the tokens of this rank until `over_ranks` adds those of the other ranks.
 
     Attributes:
-        tokens: the numbers of tokens (sources, experts).
+        tokens: the counts of tokens (sources, experts).
         weights: the sums of the router's weights of these tokens (sources, experts).
     """
 
@@ -49,12 +52,13 @@ class RoutedBySource:
 
     def add(self, routing: Routing, sources: Tensor) -> None:
         """Add the routing of tokens with their sources (tokens,)."""
-        count = self.tokens.shape[1]
-        used = (routing.index >= 0) & (routing.index < count)
-        places = (sources.to(routing.index.device).unsqueeze(1) * count + routing.index)[used].cpu()
+        experts = self.tokens.shape[1]
+        used = (routing.index >= 0) & (routing.index < experts)
+        cells = sources.to(routing.index.device).unsqueeze(1) * experts + routing.index
+        cells = cells[used].cpu()
         weights = routing.weights.detach().double().abs()[used].cpu()
-        self.tokens.view(-1).index_add_(0, places, torch.ones_like(weights))
-        self.weights.view(-1).index_add_(0, places, weights)
+        self.tokens.view(-1).index_add_(0, cells, torch.ones_like(weights))
+        self.weights.view(-1).index_add_(0, cells, weights)
 
     def over_ranks(self, ranks: Ranks) -> None:
         """Add the tokens of the other ranks."""
@@ -63,12 +67,15 @@ class RoutedBySource:
 
     def record(self, name: str) -> ExpertsRouted:
         """The record for the block of that name, without sources that have no tokens."""
-        present = [at for at in range(len(self._names)) if self.tokens[at].any()]
+        present = [source for source in range(len(self._names)) if self.tokens[source].any()]
         return ExpertsRouted(
             name,
-            {self._names[at]: tuple(map(int, self.tokens[at].tolist())) for at in present},
             {
-                self._names[at]: tuple(float(f"{w:.6g}") for w in self.weights[at].tolist())
-                for at in present
+                self._names[source]: tuple(map(int, self.tokens[source].tolist()))
+                for source in present
+            },
+            {
+                self._names[source]: tuple(float(f"{w:.6g}") for w in self.weights[source].tolist())
+                for source in present
             },
         )

@@ -13,7 +13,8 @@ from apt.checkpoints.safetensors_io import Entry, Shards
 from apt.locations.model_source import Source
 from apt.plugin.registry import Registry
 
-_FIELDS = ("quantization_config", "quantization")  # of config.json, the latter of MLX
+# Fields of config.json; MLX has the second.
+_QUANTISATION_FIELDS = ("quantization_config", "quantization")
 
 
 class Expanded(Shards):
@@ -38,9 +39,10 @@ class Expanded(Shards):
 
 
 def open_quantised(source: Source, registry: Registry) -> tuple[Source, QuantisedCheckpoint] | None:
-    """The quantised checkpoint of a model, with its place; None if no plugin reads its format.
+    """The quantised checkpoint of a model, and its source; None if no plugin reads its format.
 
-    A checkpoint on the hub is downloaded if its configuration says that it is quantised.
+    A checkpoint on the hub is downloaded if its configuration says that it is quantised. The
+    returned source is then the downloaded copy.
 
     Raises:
         AptError: the checkpoint is damaged.
@@ -51,7 +53,9 @@ def open_quantised(source: Source, registry: Registry) -> tuple[Source, Quantise
             config = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None  # the reading of the configuration reports the error
-        if not isinstance(config, dict) or not any(config.get(name) for name in _FIELDS):
+        if not isinstance(config, dict) or not any(
+            config.get(name) for name in _QUANTISATION_FIELDS
+        ):
             return None
         if source.on_hub:
             source = replace(source, location=str(local_copy(source)))

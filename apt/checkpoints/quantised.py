@@ -1,9 +1,9 @@
 """Checkpoints of quantised weights, which are expanded tensor by tensor and sliced byte by byte.
 
-A smaller model with fewer experts or blocks needs no new rounding: the stored bytes of the kept
-experts are copied. A format of quantised files is a `QuantisedCheckpoint`, which comes from a
-plugin. The rest of APT sees a checkpoint of transformers whose tensors are expanded when they are
-read.
+A model with fewer experts or blocks needs no new rounding: the stored bytes of the kept experts and
+blocks are copied. A plugin supports a format of quantised files with a class that has the protocol
+`QuantisedCheckpoint`. The rest of APT sees a checkpoint of transformers, each tensor of which is
+expanded when it is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +38,11 @@ class Slices:
         config: the configuration of the smaller model.
         sources: for each tensor of the smaller model, by its expanded name, the expanded name of
             its source. All other tensors of the checkpoint are left out.
-        rows: for each tensor of the smaller model that has fewer rows, the indices that are kept
-            of the first dimension of its source: rows of a matrix, entries of a vector, or experts
-            of a stack.
-        values: new values of tensors of the smaller model, expanded: they are rounded once more,
-            in the kind of numbers in which their source is stored.
+        rows: for each tensor of the smaller model that has fewer rows, the kept indices of the
+            first dimension of its source: rows of a matrix, entries of a vector, or experts of a
+            stack.
+        values: new values of tensors of the smaller model, expanded. They are rounded to the kind
+            of numbers in which their source is stored.
         blocks: the indices of the kept blocks, in order.
         experts: the number of experts that each block keeps; None if no expert is removed.
     """
@@ -72,7 +72,7 @@ class QuantisedCheckpoint(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, ExpandedTensor]:
-        """See above; a property, which may be computed on its first use."""
+        """The tensors, see the class. A property, so that a format may compute them when asked."""
 
     def read(self, name: str) -> Tensor:
         """A tensor, expanded; raises `AptError` if its bytes are damaged."""
@@ -80,15 +80,16 @@ class QuantisedCheckpoint(Protocol):
     def check_slices(self, slices: Slices) -> None:
         """Raise `AptError` if `write_sliced` would refuse a smaller model.
 
-        It is called before the work begins, with new values on the meta device: it reads none.
+        It is called before the run, when new values are not known: `Slices.values` has tensors on
+        the meta device, with shapes alone.
         """
 
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model, whose tensors have the stored bytes of their sources.
 
         Tensors keep their order, their kinds of numbers and their alignment. All metadata stays
-        except for the numbers of blocks, of experts and of weights. In a directory,
-        these are the weights and ``config.json``: the caller copies all other files.
+        except for the numbers of blocks, of experts and of weights. A format of directories writes
+        the weights and ``config.json``: the caller copies all other files.
 
         Args:
             target: the file, or the directory for a format of directories. It does not exist.

@@ -1,8 +1,8 @@
-"""A smaller model that has the stored bytes of a quantised checkpoint.
+"""A quantised checkpoint made smaller by copying its stored bytes.
 
-Blocks are expanded one at a time, for the choice of experts and blocks. The bytes of kept experts
-and blocks are copied, so that no weight is rounded again, except for weights that were solved
-anew: they are rounded in the kinds of numbers that the checkpoint has for them.
+Blocks are expanded one at a time, only to choose the experts and blocks that are removed. The bytes
+of kept experts and blocks are copied, so that no weight is rounded again. Weights that compensation
+changes are the exception: each is rounded again to the number type that the checkpoint stores.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,13 +34,13 @@ from apt.pruning.block_store import BlockStore
 
 
 class InPlace(Streamed):
-    """A quantised checkpoint; the removed experts are recorded, and nothing is copied before."""
+    """The store of a quantised checkpoint; stored bytes are copied once all blocks are pruned."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._slicing = Slicing(self._task.skeleton, self._stored)
         self._removed = dict[str, Removed]()
-        self._changed = _Changed()
+        self._changed_tensors = _TensorFiles()
 
     @property
     def _checkpoint(self) -> QuantisedCheckpoint:
@@ -48,7 +48,7 @@ class InPlace(Streamed):
         return self._task.skeleton.quantised
 
     def output_bytes(self) -> int:
-        """The bytes of the checkpoint: the output is smaller."""
+        """The size of the checkpoint, which is more than that of the output."""
         files = [*self._checkpoint.files]
         if self._task.skeleton.source.gguf is None:
             files += side_files(self._stored.directory)
@@ -62,23 +62,23 @@ class InPlace(Streamed):
         super().begin(text)
 
     def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
-        """Record the experts that a block has lost, and put new weights aside."""
+        """Record the removed experts of a block, and save its changed weights in a file."""
         BlockStore.keep(self, name, block, done)
         planned = next(entry for entry in self._plan.blocks if entry.name == name)
-        lost = [each.experts for each in done if isinstance(each, ExpertsRemoved)]
+        removed_experts = [record.experts for record in done if isinstance(record, ExpertsRemoved)]
         kinds = [entry.groups.kind for entry in planned.disconnected if entry.groups.routed]
-        self._removed[name] = dict(zip(kinds, lost, strict=True))
+        self._removed[name] = dict(zip(kinds, removed_experts, strict=True))
         if self.ranks.first and self._task.changes_kept_weights:
             values = dict(self._slicing.changed(planned, block, self._removed[name]))
-            self._changed.add(values, self.folder / "scratch" / f"{name}.safetensors")
+            self._changed_tensors.add(values, self.folder / "scratch" / f"{name}.safetensors")
             self.rounded |= {key: self._checkpoint.tensors[key].stored for key in values}
 
     def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
-        """Copy the stored bytes of kept tensors, and compare the result with the checkpoint."""
+        """Copy the stored bytes of kept tensors, and compare the output with the checkpoint."""
         assert result.plan is not None
         self.status("writing", "copying the stored bytes")
         slices = self._slicing.slices(result.plan, self._removed)
-        slices = replace(slices, values=self._changed.named(slices.sources))
+        slices = replace(slices, values=self._changed_tensors.named(slices.sources))
         is_file = self._task.skeleton.source.gguf is not None
         self._smaller_directory = work.out / work.output.name if is_file else work.out
         if not is_file:
@@ -91,57 +91,63 @@ class InPlace(Streamed):
         return work.out
 
     def _verify(self, slices: Slices) -> None:
-        """Raise if the written model does not open, or has other values than the checkpoint."""
+        """Raise if the output does not open, or if a copied tensor has other values in it."""
         assert self._smaller_directory is not None
-        small = self._task.open(self._smaller_directory)
-        open_stored(small)
-        assert small.quantised is not None
-        if differing := small.quantised.tensors.keys() ^ slices.sources.keys():
-            raise RuntimeError(f"{min(differing)} is in one of the checkpoint and its slices")
+        output = self._task.open(self._smaller_directory)
+        open_stored(output)
+        assert output.quantised is not None
+        if differing := output.quantised.tensors.keys() ^ slices.sources.keys():
+            raise RuntimeError(f"{min(differing)} is only in one of the output and its plan")
         for target, source in slices.sources.items():
             if target in slices.values:
                 continue
-            kept = self._checkpoint.read(source)
+            expected = self._checkpoint.read(source)
             if (rows := slices.rows.get(target)) is not None:
-                kept = kept[list(rows)]
-            if not torch.equal(kept, small.quantised.read(target)):
+                expected = expected[list(rows)]
+            if not torch.equal(expected, output.quantised.read(target)):
                 raise RuntimeError(f"{target} on disk differs from {source} of the checkpoint")
 
 
-class _Changed(Mapping[str, Tensor]):
-    """Tensors in files, which are read one by one."""
+class _TensorFiles(Mapping[str, Tensor]):
+    """Tensors by name that lie in files, and are read one by one."""
 
-    def __init__(self, places: Mapping[str, tuple[Path, str]] | None = None) -> None:
-        self._places = dict(places or {})  # the file, and the name in it
+    def __init__(self, locations: Mapping[str, tuple[Path, str]] | None = None) -> None:
+        self._locations = dict(locations or {})  # the file of each tensor, and its name there
 
     def add(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Write tensors into a new file."""
         if tensors:
             save_file(dict(tensors), path)
-            self._places |= {name: (path, name) for name in tensors}
+            self._locations |= {name: (path, name) for name in tensors}
 
-    def named(self, sources: Mapping[str, str]) -> "_Changed":
-        """The same tensors by the names of the slices that have them as sources."""
-        return _Changed({t: self._places[s] for t, s in sources.items() if s in self._places})
+    def named(self, sources: Mapping[str, str]) -> "_TensorFiles":
+        """The same tensors by their names in the smaller model; ``sources`` maps these names."""
+        return _TensorFiles(
+            {
+                target: self._locations[source]
+                for target, source in sources.items()
+                if source in self._locations
+            }
+        )
 
     def __getitem__(self, name: str) -> Tensor:
-        path, key = self._places[name]
+        path, key = self._locations[name]
         with safe_open(path, "pt") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._locations)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
 
 def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
-    """The options of a run that keeps stored bytes, streamed and without compensation by default.
+    """The options of a run that copies stored bytes: streamed, and by default not compensated.
 
     Raises:
-        AptError: an option does not serve such a run.
+        AptError: an option has no meaning in such a run.
     """
     refused = {
         "resume": (run.resume, "such a run cannot be resumed"),
@@ -161,10 +167,10 @@ def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
 
 
 def check_slices(opened: Opened, job: Pruning, run: ShrinkRun, notice: Notice) -> Pruning:
-    """The pruning without the merging of experts, unless kept weights may be rounded again.
+    """The job, without the merging of experts unless kept weights may be rounded again.
 
     Raises:
-        AptError: other groups than experts are removed, or rows cannot be cut out.
+        AptError: other groups than experts are removed, or the format cannot store the result.
     """
     assert opened.quantised is not None
     for groups in (entry.groups for block in job.plan.blocks for entry in block.groups):

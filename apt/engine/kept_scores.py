@@ -1,4 +1,4 @@
-"""The scores of experts in the report of an earlier run, for another number of experts."""
+"""The scores of experts from the report of an earlier run, to choose another number of experts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from apt.planning.structure import Structure
 from apt.pruning.expert_choice import lowest, protected_experts
 from apt.solver import ColumnGroups
 
-_WHOLE = "run the whole command with a calibration instead"
+_CALIBRATE_AGAIN = "run the whole command with a calibration instead"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class KeptScores:
 
     Attributes:
         place: the directory, or the file of a model with its report beside it.
-        report: the report of the run.
+        report: the report of the earlier run.
     """
 
     place: Path
@@ -36,7 +36,7 @@ class KeptScores:
         """The scores in an output.
 
         Raises:
-            AptError: it has no scores, or scores that hold only for its number of experts.
+            AptError: the output has no scores, or scores that hold only for its number of experts.
         """
         report = Report.read(place)
         method, experts = report.options.get("method"), report.structure.get("experts")
@@ -73,10 +73,10 @@ class KeptScores:
 
         Args:
             kept: the number of experts that each block keeps, by kind.
-            protect: the sources whose experts are kept.
+            protect: the sources of text whose most used experts are kept.
 
         Raises:
-            AptError: the scores are of other blocks or experts, or of no such source.
+            AptError: the report lacks the scores of a block or the tokens of a protected source.
         """
         removed = dict[str, dict[str, tuple[int, ...]]]()
         for name, block in opened.adapter.blocks(opened.module):
@@ -108,10 +108,10 @@ class KeptScores:
             stream: True if this run is streamed, which hashes files in place of tensors.
         """
         earlier = self.report.model
-        same = record.get("type") == earlier.get("type")
+        is_same = record.get("type") == earlier.get("type")
         if bool(self.report.options.get("stream")) == stream:
-            same = same and record.get("sha256") == earlier.get("sha256")
-        if not same:
+            is_same = is_same and record.get("sha256") == earlier.get("sha256")
+        if not is_same:
             raise self._mismatch(f"{self.place} is the output for other weights")
 
     def _mismatch(self, message: str) -> AptError:
@@ -119,4 +119,4 @@ class KeptScores:
 
 
 def _refused(message: str) -> AptError:
-    return AptError(message, _WHOLE, ("scores_from",))
+    return AptError(message, _CALIBRATE_AGAIN, ("scores_from",))

@@ -65,9 +65,9 @@ def mixed_samples(
 ) -> Mix:
     """Samples of the sources that a text names, see `text_sources`.
 
-    The samples of a single source are in the order in which they were drawn. Those of a mix are in
-    an order in which any first samples are of the sources by their shares, beginning with one of
-    each. So what reads only the first samples reads all sources.
+    The samples of a single source stay in the order in which they were drawn. In a mix, the order
+    begins with one sample of each source, and goes on so that the first n samples have about the
+    shares of the mix, for each n. So a step that reads only the first samples reads all sources.
 
     Args:
         samples: the number of all samples.
@@ -81,16 +81,16 @@ def mixed_samples(
     sources = text_sources(text)
     counts = apportioned(samples, sources) if len(sources) > 1 else [samples]
     drawn = [
-        _drawn(source, tokenizer, registry, count, bos, draw)
+        _samples_of(source, tokenizer, registry, count, bos, draw)
         for source, count in zip(sources, counts, strict=True)
     ]
     parts = [tokens for tokens, _ in drawn]
     order = in_turn([len(part) for part in parts])
-    owners = torch.cat([torch.full((len(part),), at) for at, part in enumerate(parts)])
+    owners = torch.cat([torch.full((len(part),), index) for index, part in enumerate(parts)])
     return Mix(torch.cat(parts)[order], owners[order], tuple(source for _, source in drawn))
 
 
-def _drawn(
+def _samples_of(
     source: TextSource,
     tokenizer: Any,
     registry: Registry,
@@ -99,35 +99,41 @@ def _drawn(
     draw: Draw,
 ) -> tuple[Tensor, SourceSamples]:
     """The samples of one source, and their record."""
-    seen = list[bool]()
-    texts = _watched(documents(source.name, "calibration", registry), seen.append)
+    first_is_chat = list[bool]()
+    texts = _reporting_first(documents(source.name, "calibration", registry), first_is_chat.append)
     tokens = draw(tokenizer, texts, samples, source.name, bos)
-    return tokens, SourceSamples(source.name, source.share, len(tokens), any(seen))
+    return tokens, SourceSamples(source.name, source.share, len(tokens), any(first_is_chat))
 
 
-def _watched(texts: Iterator[Document], tell: Callable[[bool], None]) -> Iterator[Document]:
-    """The documents; the first one is told whether it is a conversation."""
+def _reporting_first(
+    texts: Iterator[Document], report: Callable[[bool], None]
+) -> Iterator[Document]:
+    """The same documents; ``report`` is called with True if the first one is a conversation."""
     for number, document in enumerate(texts):
         if not number:
-            tell(isinstance(document, Conversation))
+            report(isinstance(document, Conversation))
         yield document
 
 
 def in_turn(counts: Sequence[int]) -> Tensor:
-    """The order of samples that lie source after source: one of each, then by their shares."""
-    starts = [sum(counts[:at]) for at in range(len(counts))]
+    """The order of a mix for samples that lie source after source; see `mixed_samples`."""
+    starts = [sum(counts[:source]) for source in range(len(counts))]
     taken = [0] * len(counts)
     order = list[int]()
     total = sum(counts)
-    for place in range(total):
+    for position in range(total):
         # The source that is furthest behind its share; sources without a sample come first.
-        behind = [
-            (bool(taken[at] == 0), counts[at] * (place + 1) / total - taken[at], -at)
-            if taken[at] < counts[at]
-            else (False, float("-inf"), -at)
-            for at in range(len(counts))
+        priorities = [
+            (
+                bool(taken[source] == 0),
+                counts[source] * (position + 1) / total - taken[source],
+                -source,
+            )
+            if taken[source] < counts[source]
+            else (False, float("-inf"), -source)
+            for source in range(len(counts))
         ]
-        chosen = max(range(len(counts)), key=behind.__getitem__)
+        chosen = max(range(len(counts)), key=priorities.__getitem__)
         order.append(starts[chosen] + taken[chosen])
         taken[chosen] += 1
     return torch.tensor(order, dtype=torch.long)

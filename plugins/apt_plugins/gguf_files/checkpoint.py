@@ -21,7 +21,8 @@ from apt_plugins.gguf_files.vocabulary import add_vocabulary
 from apt_plugins.gguf_files.writing import Planned
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
-_SCALED = "llama3"  # the scaling of rotary frequencies that GGUF stores as a tensor; llama only
+# The scaling of rotary frequencies that GGUF stores as a tensor, for the architecture llama only.
+_LLAMA3_SCALING = "llama3"
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -45,11 +46,11 @@ def from_checkpoint(
         raise _unsupported(model, f"{model.name} attends within a window")
     rope = rotary(config)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
-    if scaling not in ("default", *([_SCALED] if architecture == "llama" else [])):
+    if scaling not in ("default", *([_LLAMA3_SCALING] if architecture == "llama" else [])):
         raise _unsupported(model, f"{model.name} has rotary frequencies of type '{scaling}'")
     names = tensor_names(model, architecture)
     tensors = [planned_of(model, *item, architecture, kind) for item in names.items()]
-    if scaling == _SCALED:
+    if scaling == _LLAMA3_SCALING:
         factors = _rotary_factors(config, float(rope["rope_theta"]))
         tensors.append(Planned(_FREQUENCIES, factors.shape, Type.F32, lambda: factors))
     writer = gguf.GGUFWriter(target, architecture)
@@ -77,24 +78,25 @@ def rotary(config: Any) -> dict[str, Any]:
 
 def _rotary_factors(config: Any, base: float) -> np.ndarray[Any, Any]:
     """The factors by which the frequencies of rotary pairs are divided."""
-    scaled, _ = ROPE_INIT_FUNCTIONS[_SCALED](config, torch.device("cpu"))
-    steps = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
-    factors: np.ndarray[Any, Any] = (1.0 / base**steps / scaled).numpy()
+    frequencies, _ = ROPE_INIT_FUNCTIONS[_LLAMA3_SCALING](config, torch.device("cpu"))
+    steps = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (2 * len(frequencies))
+    factors: np.ndarray[Any, Any] = (1.0 / base**steps / frequencies).numpy()
     return factors
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any, base: float) -> None:
+    """Add the sizes of the model and the parameters of its norms and rotary embedding."""
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
     writer.add_rope_freq_base(base)
-    writer.add_rope_dimension_count(size)
+    writer.add_rope_dimension_count(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)

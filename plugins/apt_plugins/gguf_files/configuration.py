@@ -1,8 +1,8 @@
 """The configuration of a model, from the entries of a GGUF file.
 
-transformers reads the entries of its supported architectures, though not all of them. This module
-adds the missing ones, and reads families of mixtures that transformers does not read. Values
-without an entry are those with which llama.cpp computes the architecture.
+transformers reads most entries of its supported architectures. This module adds the missing ones,
+and reads families of mixtures that transformers does not read. A value that has no entry is the
+constant in llama.cpp's code of the architecture.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +29,9 @@ Values = dict[str, Any]
 
 FREQUENCIES = "rope_freqs.weight"
 _HEAD, _QUERY_BIAS = "output.weight", "attn_q.bias"
-_MOST_BLOCKS = 10_000  # each is a module, even without weights
+_MAX_BLOCKS = 10_000  # each block becomes a module, even without weights
 _SIGMOID = 2  # the value of the entry expert_gating_func
-_CHUNK, _MAVERICK = 8192, 128  # constants in llama.cpp's code of llama4
+_ATTENTION_CHUNK, _MAVERICK_EXPERTS = 8192, 128  # constants in llama.cpp's code of llama4
 
 _COMMON = {
     "block_count": "num_hidden_layers", "context_length": "max_position_embeddings",
@@ -41,7 +41,7 @@ _COMMON = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size", "expert_used_count": "num_experts_per_tok",
 }  # fmt: skip
-_WIDTHS = {
+_WIDTH_TENSORS = {
     "moe_intermediate_size": "ffn_gate_exps", "shared_expert_intermediate_size": "ffn_gate_shexp",
 }  # fmt: skip
 _HEAD_SIZE = {"attention.key_length": "head_dim"}
@@ -53,12 +53,12 @@ class _InexpressibleError(Exception):
 
 @dataclass(frozen=True)
 class _Family:
-    """How a mixture of experts is configured.
+    """How the entries of a mixture of experts become a configuration of transformers.
 
     Attributes:
         model_type: the type in transformers.
-        fields: the fields of the configuration by entry, beside the common ones.
-        defaults: values without an entry.
+        fields: the fields of the configuration by entry, in addition to the common ones.
+        defaults: values of fields whose entry is missing.
         adjust: changes the values, given the entries and the shapes of the tensors.
     """
 
@@ -69,7 +69,7 @@ class _Family:
 
 
 def _qwen2_moe(values: Values, entries: Entries, shapes: Shapes) -> None:
-    for name, tensor in _WIDTHS.items():
+    for name, tensor in _WIDTH_TENSORS.items():
         if not values.get(name) and (shape := shapes.get(f"blk.0.{tensor}.weight")):
             values[name] = shape[-2]  # old files have no such entry
     values["qkv_bias"] = f"blk.0.{_QUERY_BIAS}" in shapes
@@ -88,11 +88,12 @@ def _granite(values: Values, entries: Entries, shapes: Shapes) -> None:
 
 
 def _deepseek(values: Values, entries: Entries, shapes: Shapes) -> None:
-    rotary = entries["rope.dimension_count"]
-    key = entries.get("attention.key_length_mla") or entries["attention.key_length"]
-    value = entries.get("attention.value_length_mla") or entries["attention.value_length"]
+    rotary_size = entries["rope.dimension_count"]
+    key_size = entries.get("attention.key_length_mla") or entries["attention.key_length"]
+    value_size = entries.get("attention.value_length_mla") or entries["attention.value_length"]
     values |= {
-        "qk_rope_head_dim": rotary, "qk_nope_head_dim": key - rotary, "v_head_dim": value,
+        "qk_rope_head_dim": rotary_size, "qk_nope_head_dim": key_size - rotary_size,
+        "v_head_dim": value_size,
         "num_key_value_heads": values["num_attention_heads"],
         "q_lora_rank": entries.get("attention.q_lora_rank"), "num_mtp_layers": 0,
     }  # fmt: skip
@@ -109,18 +110,23 @@ def _deepseek(values: Values, entries: Entries, shapes: Shapes) -> None:
 
 
 def _llama4(values: Values, entries: Entries, shapes: Shapes) -> None:
-    values["use_qk_norm"] = entries["expert_count"] != _MAVERICK
+    values["use_qk_norm"] = entries["expert_count"] != _MAVERICK_EXPERTS
     if entries.get("attention.sliding_window") == 0:
-        ones = [1] * values["num_hidden_layers"]
+        all_rotary = [1] * values["num_hidden_layers"]
         values |= {
-            "attention_chunk_size": None, "no_rope_layers": ones, "attn_temperature_tuning": False
+            "attention_chunk_size": None, "no_rope_layers": all_rotary,
+            "attn_temperature_tuning": False,
         }  # fmt: skip
     else:
-        values |= {"attention_chunk_size": _CHUNK, "floor_scale": _CHUNK, "attn_scale": 0.1}
+        values |= {
+            "attention_chunk_size": _ATTENTION_CHUNK,
+            "floor_scale": _ATTENTION_CHUNK,
+            "attn_scale": 0.1,
+        }
 
 
 _EXPERTS = {"expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
-_LOCAL = {"expert_count": "num_local_experts"}
+_LOCAL_EXPERTS = {"expert_count": "num_local_experts"}
 _FAMILIES: Mapping[str, _Family] = {
     "qwen2moe": _Family(
         "qwen2_moe",
@@ -134,7 +140,7 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
     "gpt-oss": _Family(
         "gpt_oss",
-        {**_LOCAL, **_HEAD_SIZE, "expert_feed_forward_length": "intermediate_size",
+        {**_LOCAL_EXPERTS, **_HEAD_SIZE, "expert_feed_forward_length": "intermediate_size",
          "attention.sliding_window": "sliding_window"},
         {}, _gpt_oss,
     ),
@@ -144,7 +150,7 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
     "granitemoe": _Family(
         "granitemoe",
-        {**_LOCAL, "attention.scale": "attention_multiplier",
+        {**_LOCAL_EXPERTS, "attention.scale": "attention_multiplier",
          "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
          "logit_scale": "logits_scaling"},
         {"attention_multiplier": None}, _granite,
@@ -160,12 +166,12 @@ _FAMILIES: Mapping[str, _Family] = {
     ),
     "llama4": _Family(
         "llama4_text",
-        {**_LOCAL, **_HEAD_SIZE, "feed_forward_length": "intermediate_size_mlp",
+        {**_LOCAL_EXPERTS, **_HEAD_SIZE, "feed_forward_length": "intermediate_size_mlp",
          "expert_feed_forward_length": "intermediate_size",
          "interleave_moe_layer_step": "interleave_moe_layer_step"},
         {}, _llama4,
     ),
-    "llama": _Family("mixtral", {**_LOCAL, **_HEAD_SIZE}, {"sliding_window": None}),
+    "llama": _Family("mixtral", {**_LOCAL_EXPERTS, **_HEAD_SIZE}, {"sliding_window": None}),
 }  # fmt: skip
 """Families of mixtures by architecture; ``llama`` only for files with experts."""
 
@@ -174,18 +180,18 @@ _COUNTS = {
     "expert_count": ("num_experts", "num_local_experts"),
     "expert_used_count": ("num_experts_per_tok",),
 }  # fmt: skip
-"""Fields that change with the numbers of blocks and experts."""
+"""Fields of configurations for the counts of blocks and experts, by entry."""
 
-_MENDED: Mapping[str, Mapping[str, str]] = {
+_MISSING_FIELDS: Mapping[str, Mapping[str, str]] = {
     "qwen2": _HEAD_SIZE, "qwen3": _HEAD_SIZE, "gpt2": {"context_length": "n_positions"},
     "falcon": {"feed_forward_length": "ffn_hidden_size"},
     "minimax-m2": {"expert_feed_forward_length": "intermediate_size"},
 }  # fmt: skip
-"""Fields that transformers does not read, of architectures that it reads otherwise."""
+"""Fields by entry that transformers leaves out when it reads an architecture."""
 
 
 def is_mixture(architecture: str, entries: Entries) -> bool:
-    """True for a family whose whole configuration is read by this module."""
+    """True if this module reads the whole configuration of a file."""
     return architecture in _FAMILIES and bool(entries.get("expert_count"))
 
 
@@ -198,41 +204,42 @@ def config_of(file: StoredFile) -> Any:
     entries = {"vocab_size": file.token_count, **file.entries}
     factors = _rotary_factors(file)
     try:
-        if not 0 < entries.get("block_count", 1) <= _MOST_BLOCKS:
+        if not 0 < entries.get("block_count", 1) <= _MAX_BLOCKS:
             raise _InexpressibleError(f"it has {entries['block_count']:,} blocks")
         if is_mixture(file.architecture, entries):
             return mixture_config(
                 file.architecture, entries, file.shapes, file.special_tokens, factors
             )
-        return _mended(file, entries, factors)
+        return _completed(file, entries, factors)
     except Exception as error:  # the classes of configurations raise many types of errors
-        missing = isinstance(error, KeyError)
-        reason = f"it has no entry {error}" if missing else describe(error)
+        is_missing = isinstance(error, KeyError)
+        reason = f"it has no entry {error}" if is_missing else describe(error)
         message = f"{file.path}, of architecture {file.architecture}, is not read: {reason}"
         raise AptError(message, "use its original checkpoint") from error
 
 
-def reread(
+def smaller_config(
     file: StoredFile, config: Any, entries: Entries, shapes: Shapes, kinds: Sequence[Any] | None
 ) -> Any:
-    """The configuration of a smaller model, as this module would read it of its file.
+    """The configuration that a loader would read from the file of a smaller model.
 
     Args:
-        config: the configuration of the model of a file.
+        file: the file of the original model.
+        config: the configuration of the original model.
         entries: the entries of the file of the smaller model.
         shapes: the shapes of the tensors of that file.
-        kinds: the kinds of the blocks, if entries have them; None if they follow from positions.
+        kinds: the kind of each block, if entries tell; None if kinds follow from positions.
     """
     if is_mixture(file.architecture, entries):
-        given = {"vocab_size": file.token_count, **entries}
+        all_entries = {"vocab_size": file.token_count, **entries}
         factors = _rotary_factors(file)
-        return mixture_config(file.architecture, given, shapes, file.special_tokens, factors)
+        return mixture_config(file.architecture, all_entries, shapes, file.special_tokens, factors)
     values = config.to_dict()
-    for entry, names in _COUNTS.items():
-        for name in names:
-            stored = getattr(config, "attribute_map", {}).get(name, name)
-            if entry in entries and stored in values:
-                values[stored] = entries[entry]
+    for entry, aliases in _COUNTS.items():
+        for alias in aliases:
+            field_name = getattr(config, "attribute_map", {}).get(alias, alias)
+            if entry in entries and field_name in values:
+                values[field_name] = entries[entry]
     if values.get("layer_types"):
         values["layer_types"] = kinds
     return type(config).from_dict(values)
@@ -249,7 +256,7 @@ def mixture_config(
 
     Args:
         tokens: the numbers of special tokens.
-        factors: the divisors of the rotary frequencies; None without any.
+        factors: the divisors of the rotary frequencies; None if the file has none.
     """
     family = _FAMILIES[architecture]
     values: Values = {"model_type": family.model_type, **family.defaults}
@@ -260,14 +267,14 @@ def mixture_config(
     values["attention_bias"] = f"blk.0.{_QUERY_BIAS}" in shapes
     family.adjust(values, entries, shapes)
     special = {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    values["rope_scaling"] = _scaling(entries, values, factors)
+    values["rope_scaling"] = _rotary_scaling(entries, values, factors)
     if values["model_type"] == "gpt_oss" and values["rope_scaling"]["rope_type"] == "yarn":
         values["rope_scaling"]["truncate"] = False
     return AutoConfig.for_model(**values, **special)
 
 
 def _same_for_all(entry: str, value: Any) -> Any:
-    """A value that a file may have for each block."""
+    """The single value of an entry, which a file may repeat for each block."""
     if not isinstance(value, list):
         return value
     if len(set(value)) != 1:
@@ -275,22 +282,22 @@ def _same_for_all(entry: str, value: Any) -> Any:
     return value[0]
 
 
-def _mended(file: StoredFile, entries: Entries, factors: Array | None) -> Any:
-    """The configuration that transformers reads, with the entries that it does not read."""
-    known = {file.architecture, file.architecture.replace("-", "_")}
-    if not known & {*GGUF_SUPPORTED_ARCHITECTURES, *MAPPED}:
+def _completed(file: StoredFile, entries: Entries, factors: Array | None) -> Any:
+    """The configuration that transformers reads, completed by the entries that it leaves out."""
+    names = {file.architecture, file.architecture.replace("-", "_")}
+    if not names & {*GGUF_SUPPORTED_ARCHITECTURES, *MAPPED}:
         raise _InexpressibleError("transformers does not read this architecture")
-    if entries.get("expert_count") and not known & {*_MENDED, *MAPPED}:
+    if entries.get("expert_count") and not names & {*_MISSING_FIELDS, *MAPPED}:
         raise _InexpressibleError("transformers does not read its experts")
     config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    for entry, name in _MENDED.get(file.architecture, {}).items():
+    for entry, name in _MISSING_FIELDS.get(file.architecture, {}).items():
         if entry in entries:
             setattr(config, name, _same_for_all(entry, entries[entry]))
     values = {"head_dim": getattr(config, "head_dim", None), "hidden_size": config.hidden_size,
               "num_attention_heads": getattr(config, "num_attention_heads", 1),
               "max_position_embeddings": getattr(config, "max_position_embeddings", 0),
               "rope_theta": entries.get("rope.freq_base", 10_000.0)}  # fmt: skip
-    scaling = _scaling(entries, values, factors)
+    scaling = _rotary_scaling(entries, values, factors)
     if scaling["rope_type"] != "default":
         if hasattr(config, "rope_parameters"):
             config.rope_parameters = {"rope_theta": values["rope_theta"], **scaling}
@@ -299,16 +306,16 @@ def _mended(file: StoredFile, entries: Entries, factors: Array | None) -> Any:
     return config
 
 
-def _scaling(entries: Entries, values: Values, factors: Array | None) -> dict[str, Any]:
+def _rotary_scaling(entries: Entries, values: Values, factors: Array | None) -> dict[str, Any]:
     """The scaling of the rotary embedding."""
     kind = entries.get("rope.scaling.type", "none")
     factor = entries.get("rope.scaling.factor", 1.0)
     if factors is not None:
-        return _llama3(factors, values)
+        return _llama3_scaling(factors, values)
     if kind == "linear" and factor != 1:
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn" or factor == 1:
-        return {"rope_type": "default"}  # longrope has its factors in tensors of their own
+        return {"rope_type": "default"}  # the factors of longrope are tensors
     original = entries.get("rope.scaling.original_context_length")
     scaling = {
         "rope_type": "yarn", "factor": factor,
@@ -323,30 +330,31 @@ def _scaling(entries: Entries, values: Values, factors: Array | None) -> dict[st
     return scaling
 
 
-_LLAMA3 = {
+_LLAMA3_SCALING = {
     "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
 
-def _llama3(factors: Array, values: Values) -> dict[str, Any]:
-    """The parameters of LLaMA 3's scaling that give some divisors of frequencies."""
-    scaling = {**_LLAMA3, "factor": round(float(factors.max()), 3)}
+def _llama3_scaling(factors: Array, values: Values) -> dict[str, Any]:
+    """The parameters of LLaMA 3's scaling from which the divisors in the file were computed."""
+    scaling = {**_LLAMA3_SCALING, "factor": round(float(factors.max()), 3)}
     size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     config = AutoConfig.for_model(
         "llama", head_dim=size, hidden_size=values["hidden_size"],
         num_attention_heads=values["num_attention_heads"], rope_theta=values["rope_theta"],
         rope_scaling=scaling, max_position_embeddings=values["max_position_embeddings"],
     )  # fmt: skip
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    steps = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
-    expected = (1.0 / float(values["rope_theta"]) ** steps / scaled).numpy()
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    steps = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (2 * len(frequencies))
+    expected = (1.0 / float(values["rope_theta"]) ** steps / frequencies).numpy()
     if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-3):
         raise _InexpressibleError("its rotary frequencies are scaled in an unknown way")
     return scaling
 
 
 def _rotary_factors(file: StoredFile) -> Array | None:
+    """The divisors of the rotary frequencies; None if the file has none, or only ones."""
     if FREQUENCIES not in file.shapes:
         return None
     factors = file.read(FREQUENCIES, 0, file.shapes[FREQUENCIES][0])

@@ -35,14 +35,14 @@ def export(model: Exportable, target: Path) -> Exported:
 def check(model: Exportable) -> None:
     """Raise `AptError` if the format cannot express a model, or the model is not supported."""
     architecture_of(model)
-    if model.is_stored:  # else the run writes other tensors
+    if model.is_stored:  # else the tensors are only known after the run
         _planned(model, Path(model.name), weight_type(model))
 
 
 def _planned(
     model: Exportable, target: Path, kind: gguf.GGMLQuantizationType
 ) -> tuple[gguf.GGUFWriter, list[Planned]]:
-    """A writer with all metadata, which has not written yet, and the tensors to write."""
+    """A writer with all metadata, which has written nothing yet, and the tensors to write."""
     plan_of = from_checkpoint if model.original is None else from_original
     return plan_of(model, target, kind)
 
@@ -50,11 +50,11 @@ def _planned(
 def _notes(
     tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType, counts: Counts
 ) -> list[str]:
-    """Lines about rows that do not fit the type, and about matrices of stored integers."""
+    """Notes on matrices that are not of the requested type, and on copied integers."""
     f16_tensors = (planned for planned in tensors if planned.type is gguf.GGMLQuantizationType.F16)
-    short = sum(has_partial_blocks(planned.shape, kind) for planned in f16_tensors)
+    partial = sum(has_partial_blocks(planned.shape, kind) for planned in f16_tensors)
     lines = {
-        f"matrices are f16: their rows are not multiples of {kind.name}'s blocks": short,
+        f"matrices are f16: their rows are not multiples of {kind.name}'s blocks": partial,
         "matrices have the integers of the model": counts.integers,
     }
     return [f"{count} {line}" for line, count in lines.items() if count]

@@ -1,7 +1,7 @@
 """The header of a GGUF file: its entries and the list of its tensors, each with its stored bytes.
 
 The reader of the package gguf makes several arrays of each token, which takes seconds and hundreds
-of megabytes for the vocabulary of a large model. Here lists of strings are skipped, not read.
+of megabytes for the vocabulary of a large model. This module skips lists of strings.
 """
 
 import mmap
@@ -27,7 +27,7 @@ SCALARS: Mapping[Kind, str] = {
 
 _ALIGNMENT, _SPLIT = "general.alignment", "split.count"
 _VERSIONS = (2, 3)
-_MOST_DIMENSIONS = 8
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Entry:
 
     Attributes:
         kind: the kind of the value.
-        inside: the kind of the items of a list; None for other values.
+        item_kind: the kind of the items of a list; None for other values.
         value: the value; for a list of strings the number of its items.
-        stored: the bytes of the entry, with its key.
+        raw: the bytes of the entry in the file, with its key.
     """
 
     kind: Kind
-    inside: Kind | None
+    item_kind: Kind | None
     value: Any
-    stored: bytes
+    raw: bytes
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor in a file.
+class TensorLocation:
+    """The type, the shape and the bytes of a tensor in a file.
 
     Attributes:
         kind: the type of its numbers.
@@ -70,7 +70,7 @@ class Header:
 
     Attributes:
         version: the version of the format.
-        alignment: the number of bytes of which all positions of tensors are multiples.
+        alignment: the positions of tensors are multiples of this number of bytes.
         entries: the entries by key, in the order of the file.
         tensors: the tensors by name, in the order of the file.
     """
@@ -78,7 +78,7 @@ class Header:
     version: int
     alignment: int
     entries: Mapping[str, Entry]
-    tensors: Mapping[str, Place]
+    tensors: Mapping[str, TensorLocation]
 
 
 def read_header(path: Path) -> Header:
@@ -109,23 +109,25 @@ class _Cursor:
 
     def header(self) -> Header | None:
         """The header; None if the numbers are big-endian."""
-        magic, version, tensors, entries = self._numbers("IIQQ")
+        magic, version, tensor_count, entry_count = self._numbers("IIQQ")
         if magic != gguf.GGUF_MAGIC:
             raise ValueError("it does not begin with GGUF")
         if version & 0xFFFF == 0:
             return None
         if version not in _VERSIONS:
             raise ValueError(f"its version is {version}")
-        found = dict[str, Entry]()
-        for _ in range(entries):
+        entries = dict[str, Entry]()
+        for _ in range(entry_count):
             key, entry = self._entry()
-            if key in found:
+            if key in entries:
                 raise ValueError(f"it has {key} twice")
-            found[key] = entry
-        alignment = found[_ALIGNMENT].value if _ALIGNMENT in found else gguf.GGUF_DEFAULT_ALIGNMENT
+            entries[key] = entry
+        alignment = (
+            entries[_ALIGNMENT].value if _ALIGNMENT in entries else gguf.GGUF_DEFAULT_ALIGNMENT
+        )
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}")
-        return Header(version, alignment, found, self._tensors(tensors, alignment))
+        return Header(version, alignment, entries, self._tensors(tensor_count, alignment))
 
     def _numbers(self, codes: str) -> tuple[Any, ...]:
         numbers = struct.unpack_from(f"<{codes}", self._data, self._position)
@@ -147,46 +149,48 @@ class _Cursor:
 
     def _entry(self) -> tuple[str, Entry]:
         start, key = self._position, self._string()
-        kind, inside = Kind(self._numbers("I")[0]), None
+        kind, item_kind = Kind(self._numbers("I")[0]), None
         if kind is Kind.ARRAY:
-            inside, value = self._list()
+            item_kind, value = self._list()
         elif kind is Kind.STRING:
             value = self._string()
         else:
             (value,) = self._numbers(SCALARS[kind])
-        return key, Entry(kind, inside, value, self._data[start : self._position])
+        return key, Entry(kind, item_kind, value, self._data[start : self._position])
 
     def _list(self) -> tuple[Kind, Any]:
-        number, count = self._numbers("IQ")
-        inside = Kind(number)
-        if inside is Kind.STRING:
+        kind_number, count = self._numbers("IQ")
+        item_kind = Kind(kind_number)
+        if item_kind is Kind.STRING:
             for _ in range(count):
                 self._skip(self._numbers("Q")[0])
-            return inside, count
+            return item_kind, count
         if count > len(self._data):
             raise ValueError("it ends too early")
-        return inside, list(self._numbers(f"{count}{SCALARS[inside]}"))
+        return item_kind, list(self._numbers(f"{count}{SCALARS[item_kind]}"))
 
-    def _tensors(self, count: int, alignment: int) -> dict[str, Place]:
-        given = dict[str, tuple[Type, tuple[int, ...], int]]()
+    def _tensors(self, count: int, alignment: int) -> dict[str, TensorLocation]:
+        descriptions = dict[str, tuple[Type, tuple[int, ...], int]]()
         for _ in range(count):
             name, (dimensions,) = self._string(), self._numbers("I")
-            if not 0 < dimensions <= _MOST_DIMENSIONS or name in given:
+            if not 0 < dimensions <= _MAX_DIMENSIONS or name in descriptions:
                 raise ValueError(f"its tensor {name} has {dimensions} dimensions, or comes twice")
             shape = self._numbers(f"{dimensions}Q")[::-1]
             kind, offset = self._numbers("IQ")
-            given[name] = Type(kind), shape, offset
-        begin = self._position + -self._position % alignment
+            descriptions[name] = Type(kind), shape, offset
+        data_start = self._position + -self._position % alignment
         return {
-            name: self._place(name, kind, shape, begin + offset)
-            for name, (kind, shape, offset) in given.items()
+            name: self._location(name, kind, shape, data_start + offset)
+            for name, (kind, shape, offset) in descriptions.items()
         }
 
-    def _place(self, name: str, kind: Type, shape: tuple[int, ...], start: int) -> Place:
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if shape[-1] % block or not all(shape):
+    def _location(
+        self, name: str, kind: Type, shape: tuple[int, ...], start: int
+    ) -> TensorLocation:
+        block_numbers, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block_numbers or not all(shape):
             raise ValueError(f"{name} has rows of {shape[-1]} numbers of type {kind.name}")
-        place = Place(kind, shape, start, prod(shape) // block * size)
-        if start + place.size > len(self._data):
+        location = TensorLocation(kind, shape, start, prod(shape) // block_numbers * block_bytes)
+        if start + location.size > len(self._data):
             raise ValueError(f"it ends within {name}")
-        return place
+        return location

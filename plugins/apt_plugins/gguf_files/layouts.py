@@ -15,7 +15,7 @@ from apt.extending import Exportable
 from apt_plugins.gguf_files.writing import Array
 
 Change = Callable[[str, Array, Any], Array]
-"""A function of a name in GGUF, values in fp32, and the configuration."""
+"""Converts values: a function of the name in GGUF, the values in fp32, and the configuration."""
 
 CONVERTER = "run llama.cpp's convert_hf_to_gguf.py"
 
@@ -25,7 +25,10 @@ def _identity(name: str, values: Array, config: Any) -> Array:
 
 
 def _rotary_pairs(name: str, values: Array, config: Any) -> Array:
-    """The rows of q and k in pairs that the rotary embedding rotates: 0, n/2, 1, n/2 + 1, …"""
+    """The rows of q and k, reordered so that the rows of a rotary pair are neighbours.
+
+    The order within a head of n rows is 0, n/2, 1, n/2 + 1, …
+    """
     heads = {
         "attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads
     }.get(name.split(".")[-2])  # fmt: skip
@@ -56,7 +59,7 @@ CHANGES: Mapping[str, Change] = {
 
 _SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 _ALL_ROTARY = {"partial_rotary_factor": (1,)}
-_COMPUTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+_CONSTANTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "llama": {"hidden_act": _SILU, **_ALL_ROTARY},
     "qwen2": {"hidden_act": _SILU, **_ALL_ROTARY},
     "qwen3": {"hidden_act": _SILU, "attention_bias": (False,), **_ALL_ROTARY},
@@ -66,7 +69,7 @@ _COMPUTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "gemma3": {"hidden_activation": _GELU, "attention_bias": (False,)},
     "mamba": {"hidden_act": _SILU, "use_bias": (False,), "use_conv_bias": (True,)},
 }
-"""The values of configurations with which llama.cpp computes each architecture.
+"""The values of fields that are constants in llama.cpp's code of each architecture.
 
 A GGUF file has no entry for these values. With other values, llama.cpp would compute another
 function without an error."""
@@ -80,25 +83,25 @@ def architecture_of(model: Exportable) -> str:
     Raises:
         AptError: the architecture is not supported, or llama.cpp would compute another function.
     """
-    kind = model.config.model_type
-    for name in CHANGES:
-        if kind in _MODEL_TYPES.get(name, (name,)):
-            _check_computed(model, name)
-            return name
-    supported = kind.replace("_", "") in {
+    model_type = model.config.model_type
+    for architecture in CHANGES:
+        if model_type in _MODEL_TYPES.get(architecture, (architecture,)):
+            _check_constants(model, architecture)
+            return architecture
+    supported = model_type.replace("_", "") in {
         n.replace("-", "") for n in gguf.MODEL_ARCH_NAMES.values()
     }
-    message = f"no GGUF is written of models of type '{kind}'"
+    message = f"no GGUF is written of models of type '{model_type}'"
     raise AptError(
         message, f"{CONVERTER} {model.directory}" if supported else "GGUF does not know this family"
     )
 
 
-def _check_computed(model: Exportable, architecture: str) -> None:
+def _check_constants(model: Exportable, architecture: str) -> None:
     """Raise if llama.cpp would compute with another value than the configuration has."""
     rope = getattr(model.config, "rope_parameters", None)
     configured = {**(rope if isinstance(rope, dict) else {}), **model.config.to_dict()}
-    for field, values in _COMPUTED[architecture].items():
+    for field, values in _CONSTANTS[architecture].items():
         if (value := configured.get(field)) is not None and value not in values:
             raise AptError(
                 f"{model.name} has {field} {value!r}, and llama.cpp runs models of type "

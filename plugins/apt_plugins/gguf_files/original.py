@@ -1,8 +1,8 @@
 """The plan of a GGUF file for a model that was made from a GGUF file, the original.
 
 The metadata, the tokenizer and the order of the tensors are copied from the original. An entry is
-changed if the configuration of the model has another value. The mapping from fields of the
-configuration to entries is the one of transformers.
+changed if the configuration of the model has another value. transformers has the mapping from
+fields of the configuration to entries.
 """
 
 import re
@@ -23,8 +23,8 @@ from apt_plugins.gguf_files.tensors import file_type, planned_of, tensor_names
 from apt_plugins.gguf_files.writing import Planned
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_ARCHITECTURE, _TYPE = "general.architecture", "general.file_type"
-_SIZE = "general.size_label"
+_ARCHITECTURE, _FILE_TYPE = "general.architecture", "general.file_type"
+_SIZE_LABEL = "general.size_label"
 _ALTERNATING = ("gemma2", "gemma3")  # every second or sixth block has no window
 
 
@@ -42,15 +42,15 @@ def from_original(
     architecture = architecture_of(model)
     if (stored_name := _text(reader, _ARCHITECTURE)) != architecture:
         raise _wrong_original(model, f"its architecture is {stored_name}, not {architecture}")
-    changes = {**_changes(model, reader, architecture), _TYPE: int(file_type(kind))}
+    changes = {**_changes(model, reader, architecture), _FILE_TYPE: int(file_type(kind))}
     tensors = list(_tensors(model, reader, architecture, kind))
     before = sum(int(tensor.n_elements) for tensor in reader.tensors)
     after = sum(int(np.prod(planned.shape)) for planned in tensors)
-    if after != before and _SIZE in reader.fields:
-        changes[_SIZE] = gguf.size_label(after, after, 0, 0)
+    if after != before and _SIZE_LABEL in reader.fields:
+        changes[_SIZE_LABEL] = gguf.size_label(after, after, 0, 0)
     writer = gguf.GGUFWriter(target, architecture)
     writer.data_alignment = int(reader.alignment)
-    _copy(reader, writer, changes)
+    _copy_entries(reader, writer, changes)
     return writer, tensors
 
 
@@ -78,8 +78,8 @@ def _wrong_original(model: Exportable, reason: str) -> AptError:
 
 def _changes(model: Exportable, reader: gguf.GGUFReader, architecture: str) -> dict[str, Any]:
     """The entries that the configuration changes or adds, with their new values."""
-    stored = {key: field.contents() for key, field in _sizes(reader, architecture).items()}
-    tokens = stored.get(f"{architecture}.vocab_size", _count(reader, "tokenizer.ggml.tokens"))
+    stored = {key: field.contents() for key, field in _fields_of(reader, architecture).items()}
+    tokens = stored.get(f"{architecture}.vocab_size", _list_length(reader, "tokenizer.ggml.tokens"))
     if tokens != model.config.vocab_size:
         raise _wrong_original(model, f"it has {tokens:,} tokens, not {model.config.vocab_size:,}")
     fields: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[architecture]
@@ -87,7 +87,7 @@ def _changes(model: Exportable, reader: gguf.GGUFReader, architecture: str) -> d
     for entry, name in fields.items():
         key = f"{architecture}.{entry}"
         value = getattr(model.config, name, None) if name else None
-        if value is None or key not in stored or _unchanged(stored[key], value):
+        if value is None or key not in stored or _equal_values(stored[key], value):
             continue
         if isinstance(stored[key], list):
             message = f"{model.original} has a {key} for each block, and {model.name} has another"
@@ -99,18 +99,18 @@ def _changes(model: Exportable, reader: gguf.GGUFReader, architecture: str) -> d
     return changes | _head_sizes(model.config, architecture, reader)
 
 
-def _sizes(reader: gguf.GGUFReader, architecture: str) -> dict[str, gguf.ReaderField]:
+def _fields_of(reader: gguf.GGUFReader, architecture: str) -> dict[str, gguf.ReaderField]:
     """The entries whose keys begin with the name of an architecture."""
     prefix = f"{architecture}."
     return {key: field for key, field in reader.fields.items() if key.startswith(prefix)}
 
 
-def _count(reader: gguf.GGUFReader, key: str) -> int:
+def _list_length(reader: gguf.GGUFReader, key: str) -> int:
     """The length of an entry that is a list; 0 without the entry."""
     return len(reader.fields[key].data) if key in reader.fields else 0
 
 
-def _unchanged(before: Any, after: Any) -> bool:
+def _equal_values(before: Any, after: Any) -> bool:
     """True if two values are the same; floating-point numbers are compared in fp32."""
     if isinstance(before, float) and isinstance(after, float):
         return bool(np.float32(before) == np.float32(after))
@@ -138,7 +138,9 @@ def _head_sizes(config: Any, architecture: str, reader: gguf.GGUFReader) -> dict
     }  # fmt: skip
 
 
-def _copy(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, changes: Mapping[str, Any]) -> None:
+def _copy_entries(
+    reader: gguf.GGUFReader, writer: gguf.GGUFWriter, changes: Mapping[str, Any]
+) -> None:
     """Copy all entries of a file in their order, with the changed values; new entries come last."""
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == _ARCHITECTURE:
@@ -170,13 +172,13 @@ def _tensors(
         if (name := remaining.pop(tensor.name, None)) is not None:
             yield planned_of(model, tensor.name, name, architecture, kind)
         elif block is None:
-            yield _copy_of(tensor)
+            yield _copied_tensor(tensor)
         else:
             raise _wrong_original(model, f"{tensor.name} belongs to no parameter of the model")
     for tensor_name, name in remaining.items():
         raise _wrong_original(model, f"it has no {tensor_name} for {name}")
 
 
-def _copy_of(tensor: gguf.ReaderTensor) -> Planned:
+def _copied_tensor(tensor: gguf.ReaderTensor) -> Planned:
     shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
     return Planned(tensor.name, shape, tensor.tensor_type, lambda: tensor.data, raw=True)

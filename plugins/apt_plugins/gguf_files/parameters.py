@@ -1,4 +1,4 @@
-"""The parameters of a model of transformers, as they lie in the tensors of a GGUF file."""
+"""How each parameter of a model of transformers is made of the tensors of a GGUF file."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ except ImportError:  # before transformers 5.24
     _MAPPINGS = {}
 
 MAPPED: Mapping[str, Any] = _MAPPINGS
-"""Functions of a configuration to transformers' own mapping, by architecture."""
+"""The functions that make transformers' own mapping for a configuration, by architecture."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Expand = Callable[[Sequence[Tensor]], Tensor]
-"""A function of the tensors of a file, in fp32, to the parameter."""
+"""Makes a parameter of the tensors of a file, in fp32."""
 Compress = Callable[[Tensor], Sequence[Tensor]]
-"""A function of the parameter, in fp32, to the tensors of a file."""
+"""Makes the tensors of a file of a parameter, in fp32."""
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
@@ -43,21 +43,21 @@ _ROTARY = ("attn_q.", "attn_k.")
 _REORDERED = {
     "llama": _ROTARY, "granitemoe": _ROTARY, "bloom": ("attn_qkv.",), "gpt2": ("weight",),
 }  # fmt: skip
-"""Parts of the names of tensors whose rows have another order than in transformers."""
-_LLAMA = "llama"  # the conversion of architectures whose rotary pairs llama.cpp interleaves
+"""The tensors whose rows have another order than in transformers, by parts of their names."""
+_LLAMA = "llama"  # its conversion also serves other architectures with interleaved rotary pairs
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter, as it lies in the tensors of a file.
+    """A parameter, and the tensors of a file that it is made of.
 
     Attributes:
         shape: the shape of the parameter.
         tensors: the names of the tensors.
         expand: makes the parameter of the tensors.
-        compress: makes the tensors of the parameter; None if that is not known.
-        by_rows: True if an entry of the first dimension of the parameter is made of the same entry
-            of the first dimension of each tensor.
+        compress: makes the tensors of the parameter; None if no inverse of ``expand`` is known.
+        by_rows: True if each index of the first dimension of the parameter is made of the same
+            index of the first dimension of each tensor, so that rows can be cut out.
     """
 
     shape: tuple[int, ...]
@@ -80,28 +80,30 @@ def parameters_of(config: Any, architecture: str, shapes: Shapes) -> dict[str, P
         module = without_weights(config, trust_remote_code=False)
     state = module.state_dict()
     if architecture in MAPPED:
-        return _by_transformers(module, config, MAPPED[architecture](config), shapes)
-    kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+        return _mapped_parameters(module, config, MAPPED[architecture](config), shapes)
+    architecture_id = next(
+        member for member, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture
+    )
+    names = gguf.get_tensor_name_map(architecture_id, config.num_hidden_layers)
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
-    found = dict[str, Parameter | None]()
+    parameters = dict[str, Parameter | None]()
     for name in [name for name in state if name not in tied]:
         shape = tuple(state[name].shape)
-        parameter = _special(name, config, shape, shapes)
+        parameter = _composite(name, config, shape, shapes)
         if parameter is None and (stored := _stored_name(name, names, shapes)):
-            parameter = _plain(stored, shape, architecture, config, shapes)
-        is_whole = parameter is not None and all(each in shapes for each in parameter.tensors)
-        found[name] = parameter if is_whole else None
-    return found
+            parameter = _of_one_tensor(stored, shape, architecture, config, shapes)
+        is_stored = parameter is not None and all(tensor in shapes for tensor in parameter.tensors)
+        parameters[name] = parameter if is_stored else None
+    return parameters
 
 
-def _by_transformers(
+def _mapped_parameters(
     module: Any, config: Any, mapping: Sequence[Any], shapes: Shapes
 ) -> dict[str, Parameter | None]:
-    """The parameters of an architecture for which transformers has a mapping of its own."""
+    """`parameters_of` for an architecture for which transformers has a mapping."""
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    owners = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     sources = dict[str, dict[str, str]]()
     for stored in shapes:
@@ -110,7 +112,9 @@ def _by_transformers(
             sources.setdefault(name, {})[pattern or ""] = stored
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set[str]()
     return {
-        name: _converted(sources[name], owners, shape, config, shapes) if name in sources else None
+        name: _converted(sources[name], converter_of, shape, config, shapes)
+        if name in sources
+        else None
         for name, shape in state.items()
         if name not in tied
     }
@@ -118,27 +122,32 @@ def _by_transformers(
 
 def _converted(
     sources: Mapping[str, str],
-    owners: Mapping[str, Any],
+    converter_of: Mapping[str, Any],
     shape: tuple[int, ...],
     config: Any,
     shapes: Shapes,
 ) -> Parameter:
-    """A parameter that transformers makes of the tensors of some patterns."""
-    converter = owners.get(next(iter(sources)))
+    """A parameter that an operation of transformers makes of one or several tensors.
+
+    Args:
+        sources: the names of the tensors, by the patterns that match them.
+        converter_of: the operations by pattern; a tensor without one is the parameter itself.
+    """
+    converter = converter_of.get(next(iter(sources)))
     if converter is None:
         (stored,) = sources.values()
-        return Parameter(shape, (stored,), lambda given: given[0], lambda value: [value])
+        return Parameter(shape, (stored,), lambda inputs: inputs[0], lambda value: [value])
     patterns = [pattern for pattern in converter.source_patterns if pattern in sources]
 
-    def expand(given: Sequence[Tensor]) -> Tensor:
-        values: dict[str, Any] = dict(zip(patterns, given, strict=True))
+    def expand(inputs: Sequence[Tensor]) -> Tensor:
+        values: dict[str, Any] = dict(zip(patterns, inputs, strict=True))
         for operation in converter.operations:
             values = operation.convert(
                 values, source_patterns=patterns, target_patterns=converter.target_patterns,
                 config=config,
             )  # fmt: skip
-        (made,) = values.values()
-        result: Tensor = made[0] if isinstance(made, list) else made
+        (output,) = values.values()
+        result: Tensor = output[0] if isinstance(output, list) else output
         return result
 
     joined = len(patterns) == 2 and len(shape) == 3
@@ -153,19 +162,19 @@ def _converted(
 def _stored_name(name: str, names: gguf.TensorNameMap, shapes: Shapes) -> str | None:
     """The name of the tensor of a parameter that is not stacked."""
     block = _BLOCK.search(name)
-    for end, stored in _RENAMED.items():
-        if block and name.endswith(f".{end}"):
+    for suffix, stored in _RENAMED.items():
+        if block and name.endswith(f".{suffix}"):
             return f"blk.{block[1]}.{stored}"
     parts = name.split(".")
-    for known in (name, ".".join(parts[1:])):  # some names in the table lack the model's prefix
-        found = names.get_name(known, try_suffixes=_SUFFIXES)
-        for candidate in (found, f"{found}.weight"):
-            if found is not None and candidate in shapes:
+    for alias in (name, ".".join(parts[1:])):  # some names in the table lack the model's prefix
+        base_name = names.get_name(alias, try_suffixes=_SUFFIXES)
+        for candidate in (base_name, f"{base_name}.weight"):
+            if base_name is not None and candidate in shapes:
                 return candidate
     return None
 
 
-def _plain(
+def _of_one_tensor(
     stored: str, shape: tuple[int, ...], architecture: str, config: Any, shapes: Shapes
 ) -> Parameter | None:
     """A parameter of one tensor, which transformers and llama.cpp may store differently."""
@@ -176,18 +185,18 @@ def _plain(
     by_rows = not reordered and shapes[stored][0] == shape[0]
     processor = TENSOR_PROCESSORS.get(architecture)
     if processor is None or "moe" in architecture:
-        return Parameter(shape, (stored,), lambda given: given[0].reshape(-1, *shape[1:]),
+        return Parameter(shape, (stored,), lambda inputs: inputs[0].reshape(-1, *shape[1:]),
                          lambda value: [value.reshape(shapes[stored])], by_rows)  # fmt: skip
     values = config.to_dict()
 
-    def expand(given: Sequence[Tensor]) -> Tensor:
-        held: dict[str, Any] = {"tensors": {}, "config": values}
-        made = processor(config=values).process(
-            given[0].numpy(), stored, tensor_key_mapping={}, parsed_parameters=held
+    def expand(inputs: Sequence[Tensor]) -> Tensor:
+        parsed: dict[str, Any] = {"tensors": {}, "config": values}
+        output = processor(config=values).process(
+            inputs[0].numpy(), stored, tensor_key_mapping={}, parsed_parameters=parsed
         )
-        if made.name is None:  # GPT-2's head is handed over in another way
-            return Tensor(next(iter(held["tensors"].values()))).reshape(-1, *shape[1:])
-        return torch.from_numpy(np.ascontiguousarray(made.weights)).reshape(-1, *shape[1:])
+        if output.name is None:  # for GPT-2's head, the result is in the record
+            return Tensor(next(iter(parsed["tensors"].values()))).reshape(-1, *shape[1:])
+        return torch.from_numpy(np.ascontiguousarray(output.weights)).reshape(-1, *shape[1:])
 
     change = CHANGES.get(architecture)
 
@@ -199,41 +208,41 @@ def _plain(
     return Parameter(shape, (stored,), expand, compress if change else None, by_rows)
 
 
-def _special(name: str, config: Any, shape: tuple[int, ...], shapes: Shapes) -> Parameter | None:
+def _composite(name: str, config: Any, shape: tuple[int, ...], shapes: Shapes) -> Parameter | None:
     """A parameter that is a stack of experts, or is made of several tensors."""
-    found = _BLOCK.search(name)
-    if found is None:
+    match = _BLOCK.search(name)
+    if match is None:
         return None
-    block = f"blk.{found[1]}."
-    if name.endswith(tuple(f".experts{end}" for end in _STACKS)):
-        return _stack(name, block, config.model_type, shape, shapes)
+    block = f"blk.{match[1]}."
+    if name.endswith(tuple(f".experts{suffix}" for suffix in _STACKS)):
+        return _expert_stack(name, block, config.model_type, shape, shapes)
     if name.endswith(".shared_mlp.input_linear.weight"):
         pair = tuple(f"{block}ffn_{part}_shexp.weight" for part in ("gate", "up"))
         return Parameter(
-            shape, pair, lambda given: torch.cat(list(given)), lambda value: value.chunk(2), False
+            shape, pair, lambda inputs: torch.cat(list(inputs)), lambda value: value.chunk(2), False
         )
     if name.endswith(".kv_b_proj.weight") and f"{block}attn_k_b.weight" in shapes:
-        return _latent(block, shape, shapes)
+        return _latent_projection(block, shape, shapes)
     return None
 
 
-def _stack(
+def _expert_stack(
     name: str, block: str, model_type: str, shape: tuple[int, ...], shapes: Shapes
 ) -> Parameter:
     """The matrices or biases of all experts of a block."""
-    end = ".bias" if name.endswith("_bias") else ".weight"
-    transposed = end == ".weight" and model_type in _TRANSPOSED
+    suffix = ".bias" if name.endswith("_bias") else ".weight"
+    transposed = suffix == ".weight" and model_type in _TRANSPOSED
     if ".down_proj" in name:
         return Parameter(
-            shape, (f"{block}ffn_down_exps{end}",),
-            lambda given: given[0].mT.contiguous() if transposed else given[0],
+            shape, (f"{block}ffn_down_exps{suffix}",),
+            lambda inputs: inputs[0].mT.contiguous() if transposed else inputs[0],
             lambda value: [value.mT.contiguous() if transposed else value],
         )  # fmt: skip
     interleaved = model_type in _INTERLEAVED
-    fused = f"{block}ffn_gate_up_exps{end}"
+    fused = f"{block}ffn_gate_up_exps{suffix}"
 
-    def expand(given: Sequence[Tensor]) -> Tensor:
-        gate, up = given[0].chunk(2, 1) if len(given) == 1 else given
+    def expand(inputs: Sequence[Tensor]) -> Tensor:
+        gate, up = inputs[0].chunk(2, 1) if len(inputs) == 1 else inputs
         joined = (
             torch.stack([gate, up], 2).flatten(1, 2) if interleaved else torch.cat([gate, up], 1)
         )
@@ -244,23 +253,23 @@ def _stack(
         pair = (rows[:, ::2], rows[:, 1::2]) if interleaved else rows.chunk(2, 1)
         return [torch.cat(pair, 1)] if fused in shapes else [part.contiguous() for part in pair]
 
-    tensors = tuple(f"{block}ffn_{part}_exps{end}" for part in ("gate", "up"))
+    tensors = tuple(f"{block}ffn_{part}_exps{suffix}" for part in ("gate", "up"))
     return Parameter(shape, (fused,) if fused in shapes else tensors, expand, compress)
 
 
-def _latent(block: str, shape: tuple[int, ...], shapes: Shapes) -> Parameter:
-    """The matrix from latent vectors to keys and values, which llama.cpp keeps apart per head.
+def _latent_projection(block: str, shape: tuple[int, ...], shapes: Shapes) -> Parameter:
+    """The matrix from latent vectors to keys and values, which a file stores as two tensors.
 
-    The keys' part (heads, latent, key) is transposed, the values' part is (heads, value, latent).
+    The tensor of keys is (heads, latent, key), transposed; that of values (heads, value, latent).
     """
     tensors = (f"{block}attn_k_b.weight", f"{block}attn_v_b.weight")
-    heads, _, key = shapes[tensors[0]]
+    heads, _, key_size = shapes[tensors[0]]
 
-    def expand(given: Sequence[Tensor]) -> Tensor:
-        return torch.cat([given[0].mT, given[1]], 1).reshape(shape)
+    def expand(inputs: Sequence[Tensor]) -> Tensor:
+        return torch.cat([inputs[0].mT, inputs[1]], 1).reshape(shape)
 
     def compress(value: Tensor) -> Sequence[Tensor]:
-        each = value.reshape(heads, -1, shape[1])
-        return [each[:, :key].mT.contiguous(), each[:, key:].contiguous()]
+        head_rows = value.reshape(heads, -1, shape[1])
+        return [head_rows[:, :key_size].mT.contiguous(), head_rows[:, key_size:].contiguous()]
 
     return Parameter(shape, tensors, expand, compress, by_rows=False)

@@ -16,7 +16,7 @@ from typing import Any
 Pair = Sequence[str]
 SPACE = "▁"
 _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_NO_WORDS = {
+_CUT_AT_SPACES = {
     "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False
 }  # fmt: skip
 _PREFIXES = {"always": True, "first": True, "never": False}
@@ -82,7 +82,7 @@ def _score_groups(merges: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
 
 
 def _grow_from_the_left(merges: Sequence[Pair]) -> bool:
-    """True if pairs of one score have the same order by rank as from the left."""
+    """True if merges with the same score also join the leftmost pair first in transformers."""
     if len({"".join(pair) for pair in merges}) == 1:
         return True
     lengths = [(len(first), len(second)) for first, second in merges]
@@ -98,9 +98,10 @@ def _prefix(record: dict[str, Any]) -> bool | None:
         and pre_tokenizer.get("type") == "Metaspace"
         and normalizer is None
     ):
-        marks = pre_tokenizer.get("replacement") == SPACE and not pre_tokenizer.get("split", True)
-        return _PREFIXES[pre_tokenizer["prepend_scheme"]] if marks else None
-    if pre_tokenizer not in (None, _NO_WORDS):  # no spaces are left to cut at
+        splits = pre_tokenizer.get("split", True)
+        only_marks = pre_tokenizer.get("replacement") == SPACE and not splits
+        return _PREFIXES[pre_tokenizer["prepend_scheme"]] if only_marks else None
+    if pre_tokenizer not in (None, _CUT_AT_SPACES):  # no spaces are left to cut at
         return None
     if normalizer == _SPACES:
         return False
@@ -110,7 +111,7 @@ def _prefix(record: dict[str, Any]) -> bool | None:
 
 def _pairs_of(token: str, vocabulary: Collection[str]) -> Iterator[tuple[str, str]]:
     """The pairs of pieces that form a token; a piece is a token or a single character."""
-    for at in range(1, len(token)):
-        pair = token[:at], token[at:]
+    for cut in range(1, len(token)):
+        pair = token[:cut], token[cut:]
         if all(len(piece) == 1 or piece in vocabulary for piece in pair):
             yield pair

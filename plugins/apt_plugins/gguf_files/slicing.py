@@ -1,7 +1,7 @@
 """A smaller model as a GGUF file with the stored bytes of a larger one.
 
-Entries and tensors keep their order, their types and the alignment. Changed are only the entries
-for the number of blocks, of experts and of weights, and those with a value for each block.
+Entries and tensors keep their order, their types and the alignment. Only these entries change:
+the numbers of blocks, experts and weights, and lists with a value for each block.
 """
 
 import re
@@ -23,23 +23,23 @@ from torch import Tensor
 
 from apt.checkpoints.quantised import Slices
 from apt.errors import AptError
-from apt_plugins.gguf_files.configuration import Shapes, reread
+from apt_plugins.gguf_files.configuration import Shapes, smaller_config
 from apt_plugins.gguf_files.header import SCALARS, Entry
 from apt_plugins.gguf_files.parameters import Parameter, parameters_of
 from apt_plugins.gguf_files.stored import StoredFile
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _EXPERTS = "_exps."
-_SIZE, _BLOCKS = "general.size_label", "block_count"
+_SIZE_LABEL, _BLOCK_COUNT = "general.size_label", "block_count"
 _NOT_PER_BLOCK = ("rope.dimension_sections",)
 _CONFIGURED = {
     "expert_used_count": "num_experts_per_tok", "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
 }  # fmt: skip
-"""Entries for values that may change with the number of experts, by field."""
-_LITE = (26, 27)
-"""The numbers of blocks of a deepseek2 without a bottleneck of queries that llama.cpp opens."""
-_KINDS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+"""Entries that may change with the number of experts, and their fields of configurations."""
+_LITE_BLOCK_COUNTS = (26, 27)
+"""The only numbers of blocks with which llama.cpp opens a deepseek2 without ``q_lora_rank``."""
+_KIND_FIELDS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Fields of configurations with the kind of each block."""
 
 
@@ -49,7 +49,7 @@ class Sliced:
 
     Attributes:
         name: its name.
-        source: the tensor whose bytes it has.
+        source: the tensor of the original that it is made from.
         rows: the kept entries of the first dimension of the source; None for all.
         values: returns new values in fp32; None for the bytes of the source.
     """
@@ -72,7 +72,7 @@ def _check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
             raise AptError(f"the entries of {tensor} share scales ({kind}) in {file.path}", hint)
 
 
-def planned(
+def plan_slices(
     file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices
 ) -> tuple[list[Sliced], dict[str, Any]]:
     """The tensors of the smaller model, and the entries that change.
@@ -97,7 +97,7 @@ def write_sliced(
     Raises:
         AptError: the format cannot express the smaller model.
     """
-    tensors, changes = planned(file, config, parameters, slices)
+    tensors, changes = plan_slices(file, config, parameters, slices)
     try:
         with target.open("xb") as output:
             digests = _write(output, file, changes, tensors)
@@ -110,7 +110,7 @@ def write_sliced(
 def _tensors(file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices) -> list[Sliced]:
     """The tensors of the smaller file, in the order of the original."""
     renamed = _renamed(file, slices.blocks)
-    chosen = _chosen(file, parameters, slices, renamed)
+    chosen = _tensors_of_parameters(file, parameters, slices, renamed)
     used = {tensor for parameter in parameters.values() for tensor in parameter.tensors}
     return [
         chosen[source] if source in used else Sliced(name, source)
@@ -121,21 +121,21 @@ def _tensors(file: StoredFile, parameters: Mapping[str, Parameter], slices: Slic
 
 def _renamed(file: StoredFile, blocks: Sequence[int]) -> dict[str, str]:
     """The names of tensors in the smaller file by their names in the original."""
-    count = int(file.entries[_BLOCKS])
+    count = int(file.entries[_BLOCK_COUNT])
     if not blocks or list(blocks) != sorted(set(blocks) & set(range(count))):
         raise AptError(f"{file.path} has blocks 0 to {count - 1}", f"not {list(blocks)}")
-    places = {block: place for place, block in enumerate(blocks)}
+    new_indices = {block: new_index for new_index, block in enumerate(blocks)}
     renamed = dict[str, str]()
     for name in file.shapes:
-        found = _BLOCK.match(name)
-        if found is None:
+        match = _BLOCK.match(name)
+        if match is None:
             renamed[name] = name
-        elif int(found[1]) in places:
-            renamed[name] = f"blk.{places[int(found[1])]}.{name[found.end() :]}"
+        elif int(match[1]) in new_indices:
+            renamed[name] = f"blk.{new_indices[int(match[1])]}.{name[match.end() :]}"
     return renamed
 
 
-def _chosen(
+def _tensors_of_parameters(
     file: StoredFile,
     parameters: Mapping[str, Parameter],
     slices: Slices,
@@ -158,34 +158,36 @@ def _chosen(
             message = f"{name} of the smaller model is made of no tensor of {file.path}"
             raise AptError(message, "only experts and blocks are removed from a GGUF file")
         source, rows = slices.sources[name], slices.rows.get(name)
-        before = parameters[source]
-        if tuple(map(renamed.get, before.tensors)) != parameter.tensors:
+        original = parameters[source]
+        if tuple(map(renamed.get, original.tensors)) != parameter.tensors:
             message = f"{name} of the smaller model cannot be made of {source}"
             raise AptError(message, "blocks keep their order in a GGUF file")
         if rows is not None:
-            _check_rows(file, source, before)
+            _check_rows(file, source, original)
         new_values = _new_values(name, parameter, slices.values)
-        pairs = zip(before.tensors, parameter.tensors, strict=True)
-        for place, (tensor, new) in enumerate(pairs):
-            chosen[tensor] = Sliced(new, tensor, rows, new_values and partial(new_values, place))
+        pairs = zip(original.tensors, parameter.tensors, strict=True)
+        for index, (tensor, new_name) in enumerate(pairs):
+            chosen[tensor] = Sliced(
+                new_name, tensor, rows, new_values and partial(new_values, index)
+            )
     return chosen
 
 
 def _new_values(
     name: str, parameter: Parameter, values: Mapping[str, Tensor]
 ) -> Callable[[int], Tensor] | None:
-    """A function that returns new values of a tensor of a parameter; None without new values."""
+    """A function from the index of a parameter's tensor to its new values; None if it has none."""
     compress = parameter.compress
     if name not in values:
         return None
     if compress is None:
         raise AptError(f"new values of {name} cannot be written in a GGUF file", "keep them")
 
-    def of(place: int) -> Tensor:
+    def values_of_tensor(index: int) -> Tensor:
         value = values[name].detach().to("cpu", torch.float32)
-        return compress(value.reshape(parameter.shape))[place]
+        return compress(value.reshape(parameter.shape))[index]
 
-    return of
+    return values_of_tensor
 
 
 def _check_types(file: StoredFile, tensors: Sequence[Sliced]) -> None:
@@ -204,14 +206,14 @@ def _check_types(file: StoredFile, tensors: Sequence[Sliced]) -> None:
 def _changed_entries(
     file: StoredFile, config: Any, slices: Slices, tensors: Sequence[Sliced]
 ) -> dict[str, Any]:
-    """The entries with new values, by their whole keys.
+    """The entries with new values, by their keys with the name of the architecture.
 
     Raises:
-        AptError: the smaller model needs other entries than those that are known to follow.
+        AptError: the entries of a GGUF file cannot express the smaller model.
     """
     before, after = dict(file.entries), dict(file.entries)
-    count, kept = int(before[_BLOCKS]), list(slices.blocks)
-    after[_BLOCKS] = len(kept)
+    count, kept = int(before[_BLOCK_COUNT]), list(slices.blocks)
+    after[_BLOCK_COUNT] = len(kept)
     per_block = {
         key: value for key, value in before.items()
         if isinstance(value, list) and len(value) == count and key not in _NOT_PER_BLOCK
@@ -225,19 +227,21 @@ def _changed_entries(
         value = getattr(slices.config, name, None)
         if isinstance(value, int) and isinstance(before.get(key), int):
             after[key] = value
-    lite = file.architecture == "deepseek2" and "attention.q_lora_rank" not in before
-    if lite and len(kept) not in (count, *_LITE):
+    is_lite = file.architecture == "deepseek2" and "attention.q_lora_rank" not in before
+    if is_lite and len(kept) not in (count, *_LITE_BLOCK_COUNTS):
         message = f"llama.cpp opens {file.path} with 26 or 27 blocks only"
         raise AptError(message, "remove experts, or another number of blocks", ("drop",))
     shapes = _shapes(file, tensors)
     kinds = getattr(config, "layer_types", None) if per_block else None
-    found = reread(file, config, after, shapes, kinds and [kinds[block] for block in kept])
-    _check_kinds(file, config, slices, found)
+    output_config = smaller_config(
+        file, config, after, shapes, kinds and [kinds[block] for block in kept]
+    )
+    _check_kinds(file, config, slices, output_config)
     changes = {
         f"{file.architecture}.{key}": value for key, value in after.items() if value != before[key]
     }
-    if _SIZE in file.header.entries and shapes != file.shapes:
-        changes[_SIZE] = _size_label(shapes)
+    if _SIZE_LABEL in file.header.entries and shapes != file.shapes:
+        changes[_SIZE_LABEL] = _size_label(shapes)
     return changes
 
 
@@ -249,51 +253,56 @@ def _shapes(file: StoredFile, tensors: Sequence[Sliced]) -> dict[str, tuple[int,
     return shapes
 
 
-def _check_kinds(file: StoredFile, config: Any, slices: Slices, found: Any) -> None:
-    """Raise if llama.cpp would compute the smaller model otherwise.
+def _check_kinds(file: StoredFile, config: Any, slices: Slices, output_config: Any) -> None:
+    """Raise if llama.cpp would compute another function than the smaller model.
 
     Args:
         config: the configuration of the original.
-        found: that of the smaller model by the entries of its file.
+        output_config: the configuration that a loader would read from the smaller file.
     """
-    if _kinds_of(config, slices.blocks) != _kinds_of(found, range(found.num_hidden_layers)):
+    if _kinds_of(config, slices.blocks) != _kinds_of(
+        output_config, range(output_config.num_hidden_layers)
+    ):
         message = f"the blocks of {file.path} are of several kinds, which follow from positions"
         raise AptError(message, "drop blocks so that the kinds keep their pattern", ("drop",))
-    before, after, wanted = config.to_dict(), found.to_dict(), slices.config.to_dict()
-    same = before.keys() & after.keys() - _FOLLOWING if slices.experts is not None else set()
-    for name in sorted(same):
-        if before[name] != after[name]:
+    original, output, wanted = config.to_dict(), output_config.to_dict(), slices.config.to_dict()
+    unchanging = (
+        original.keys() & output.keys() - _DERIVED_FIELDS if slices.experts is not None else set()
+    )
+    for name in sorted(unchanging):
+        if original[name] != output[name]:
             message = f"llama.cpp computes {name} of {file.architecture} from the number of experts"
             raise AptError(message, f"{file.path} keeps its number of experts")
-    for name in sorted(after.keys() & wanted.keys() & _SIZES):
-        if wanted[name] != after[name]:
+    for name in sorted(output.keys() & wanted.keys() & _SIZE_FIELDS):
+        if wanted[name] != output[name]:
             message = f"the smaller model of {file.path} has another {name}: {wanted[name]}"
             raise AptError(message, "only experts and blocks are removed from a GGUF file")
 
 
 def _kinds_of(config: Any, blocks: Sequence[int]) -> list[list[Any]]:
-    """The kinds of some blocks by each field of a configuration that has kinds."""
-    fields = (getattr(config, name, None) for name in _KINDS)
+    """The kinds of some blocks: a list for each field of the configuration that has kinds."""
+    fields = (getattr(config, name, None) for name in _KIND_FIELDS)
     kinds = [[kinds[block] for block in blocks] for kinds in fields if isinstance(kinds, list)]
     if isinstance(layers := getattr(config, "moe_layers", None), list):
         kinds.append([block in layers for block in blocks])
     return kinds
 
 
-_FOLLOWING = {
-    *_KINDS, *_CONFIGURED.values(), "moe_layers", "num_hidden_layers", "num_experts",
+_DERIVED_FIELDS = {
+    *_KIND_FIELDS, *_CONFIGURED.values(), "moe_layers", "num_hidden_layers", "num_experts",
     "num_local_experts", "n_routed_experts", "first_k_dense_replace", "max_window_layers",
 }  # fmt: skip
-"""Fields that follow from the number of blocks and of experts."""
-_SIZES = {
+"""Fields that may change if the numbers of blocks and experts do."""
+_SIZE_FIELDS = {
     "num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "hidden_size",
     "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
     "first_k_dense_replace", "vocab_size", "num_experts_per_tok", "n_group", "topk_group",
 }  # fmt: skip
-"""Fields in which the smaller model and its file must agree."""
+"""Fields that must be equal in the smaller model and in the configuration of its file."""
 
 
 def _size_label(shapes: Shapes) -> str:
+    """The label of a model's size, such as ``8x7B``."""
     total = sum(map(prod, shapes.values()))
     experts = {name: shape for name, shape in shapes.items() if _EXPERTS in name}
     if not experts:
@@ -309,12 +318,12 @@ def _write(
     entries, version = file.header.entries, file.header.version
     output.write(struct.pack("<IIQQ", gguf.GGUF_MAGIC, version, len(tensors), len(entries)))
     for key, entry in entries.items():
-        output.write(_entry(key, entry, changes[key]) if key in changes else entry.stored)
+        output.write(_entry_bytes(key, entry, changes[key]) if key in changes else entry.raw)
     alignment, offset = file.header.alignment, 0
     shapes = _shapes(file, tensors)
     for tensor in tensors:
         shape, kind = shapes[tensor.name], file.type_of(tensor.source)
-        output.write(_string(tensor.name) + struct.pack("<I", len(shape)))
+        output.write(_string_bytes(tensor.name) + struct.pack("<I", len(shape)))
         output.write(struct.pack(f"<{len(shape)}QIQ", *reversed(shape), kind, offset))
         size = file.row_bytes(tensor.source) * shape[0]
         offset += size + -size % alignment
@@ -322,7 +331,7 @@ def _write(
     digests = []
     for tensor in tensors:
         digest = blake2b(digest_size=16)
-        for data in _data(file, tensor):
+        for data in _tensor_bytes(file, tensor):
             output.write(data)
             digest.update(data)
         output.write(bytes(-output.tell() % alignment))
@@ -330,24 +339,25 @@ def _write(
     return digests
 
 
-def _entry(key: str, entry: Entry, value: Any) -> bytes:
+def _entry_bytes(key: str, entry: Entry, value: Any) -> bytes:
     """An entry with another value of the same kind."""
-    header = _string(key) + struct.pack("<I", entry.kind)
-    if entry.inside is not None:
-        codes = f"<IQ{len(value)}{SCALARS[entry.inside]}"
-        return header + struct.pack(codes, entry.inside, len(value), *value)
+    header = _string_bytes(key) + struct.pack("<I", entry.kind)
+    if entry.item_kind is not None:
+        codes = f"<IQ{len(value)}{SCALARS[entry.item_kind]}"
+        return header + struct.pack(codes, entry.item_kind, len(value), *value)
     if entry.kind is Kind.STRING:
-        return header + _string(value)
+        return header + _string_bytes(value)
     return header + struct.pack(f"<{SCALARS[entry.kind]}", value)
 
 
-def _string(text: str) -> bytes:
+def _string_bytes(text: str) -> bytes:
+    """A string as GGUF stores it: the number of its bytes, and the bytes."""
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def _data(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
-    """The bytes of a tensor of the smaller file, in parts."""
+def _tensor_bytes(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
+    """The bytes of a tensor of the smaller file, part by part."""
     if tensor.values is not None:
         values = np.ascontiguousarray(tensor.values().numpy())
         with np.errstate(over="ignore"):
@@ -371,19 +381,19 @@ def _verify(
     digests: Sequence[bytes],
 ) -> None:
     """Raise if the file was not written as planned."""
-    written = StoredFile(target)
+    output = StoredFile(target)
     for key, entry in file.header.entries.items():
-        expected = _entry(key, entry, changes[key]) if key in changes else entry.stored
-        if written.header.entries[key].stored != expected:
+        expected = _entry_bytes(key, entry, changes[key]) if key in changes else entry.raw
+        if output.header.entries[key].raw != expected:
             raise RuntimeError(f"{key} of {target} was not written as it is")
     kinds = [file.type_of(tensor.source) for tensor in tensors]
-    if list(written.shapes.items()) != list(_shapes(file, tensors).items()) or kinds != [
-        written.type_of(name) for name in written.shapes
+    if list(output.shapes.items()) != list(_shapes(file, tensors).items()) or kinds != [
+        output.type_of(name) for name in output.shapes
     ]:
         raise RuntimeError(f"{target} was not written as it is")
-    for name, digest in zip(written.shapes, digests, strict=True):
-        found = blake2b(digest_size=16)
-        for data in written.chunks(name, 0, written.shapes[name][0]):
-            found.update(data)
-        if found.digest() != digest:
+    for name, digest in zip(output.shapes, digests, strict=True):
+        output_digest = blake2b(digest_size=16)
+        for data in output.chunks(name, 0, output.shapes[name][0]):
+            output_digest.update(data)
+        if output_digest.digest() != digest:
             raise RuntimeError(f"{name} of {target} was not written as it is")

@@ -1,4 +1,4 @@
-"""A GGUF file that is read in parts: its entries, and the bytes of its tensors.
+"""Reading of a GGUF file in parts: its entries, and the bytes of its tensors.
 
 Bytes are read, not mapped into memory: a map of a file counts as memory of the process, and files
 are larger than the memory of most machines.
@@ -31,7 +31,7 @@ class StoredFile:
     """A GGUF file.
 
     Attributes:
-        header: its entries and the places of its tensors.
+        header: the entries and the positions of the tensors.
         architecture: the name of the architecture.
         shapes: the shapes of the tensors by name, with the columns last, as in numpy and torch.
     """
@@ -39,24 +39,24 @@ class StoredFile:
     def __init__(self, path: Path) -> None:
         """Read the header; raises `AptError` as `read_header` does."""
         self.path, self.header = path, read_header(path)
-        self.shapes = {name: place.shape for name, place in self.header.tensors.items()}
+        self.shapes = {name: location.shape for name, location in self.header.tensors.items()}
         if _ARCHITECTURE not in self.header.entries:
             raise AptError(f"{path} names no architecture", "is it a model?")
         self.architecture = str(self.header.entries[_ARCHITECTURE].value)
 
     @cached_property
     def entries(self) -> Mapping[str, Any]:
-        """The entries of the architecture, by their keys without its name; no lists of strings."""
+        """The entries of the architecture, except lists of strings; keys lack the architecture."""
         prefix = f"{self.architecture}."
         return {
-            key.removeprefix(prefix): _shortest(entry.value)
+            key.removeprefix(prefix): _shortest_decimal(entry.value)
             for key, entry in self.header.entries.items()
-            if key.startswith(prefix) and entry.inside is not Kind.STRING
+            if key.startswith(prefix) and entry.item_kind is not Kind.STRING
         }
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """The numbers of special tokens, by the names of transformers."""
+        """The ids of special tokens, by the names of transformers."""
         entries = self.header.entries
         return {
             name: int(entries[key].value) for name, key in _SPECIAL_TOKENS.items() if key in entries
@@ -66,7 +66,7 @@ class StoredFile:
     def token_count(self) -> int:
         """The number of tokens; 0 in a file without a tokenizer."""
         entry = self.header.entries.get(_TOKENS)
-        return int(entry.value) if entry is not None and entry.inside is Kind.STRING else 0
+        return int(entry.value) if entry is not None and entry.item_kind is Kind.STRING else 0
 
     def type_of(self, name: str) -> gguf.GGMLQuantizationType:
         """The type of the numbers of a tensor."""
@@ -99,7 +99,7 @@ class StoredFile:
         data = np.frombuffer(bytearray().join(self.chunks(name, start, stop)), np.uint8)
         try:
             with np.errstate(over="ignore", invalid="ignore"):
-                flat = gguf.dequantize(data.reshape(-1, self._last_bytes(name)), kind)
+                flat = gguf.dequantize(data.reshape(-1, self._bytes_of_last_dimension(name)), kind)
         except (NotImplementedError, ValueError) as error:
             message = f"{name} of {self.path} has numbers of type {kind.name}, which are not read"
             raise AptError(message, "get a file of another type") from error
@@ -109,12 +109,12 @@ class StoredFile:
             raise AptError(message, "the file is damaged; get it again")
         return values
 
-    def _last_bytes(self, name: str) -> int:
+    def _bytes_of_last_dimension(self, name: str) -> int:
         """The bytes of one row of the last dimension."""
-        block, size = gguf.GGML_QUANT_SIZES[self.type_of(name)]
-        return self.shapes[name][-1] // block * size
+        block_numbers, block_bytes = gguf.GGML_QUANT_SIZES[self.type_of(name)]
+        return self.shapes[name][-1] // block_numbers * block_bytes
 
 
-def _shortest(value: Any) -> Any:
-    """A number of fp32 with the fewest digits that name it: 1e-06, not 9.999999974752427e-07."""
+def _shortest_decimal(value: Any) -> Any:
+    """An fp32 number by its shortest decimal form: 1e-06, not 9.999999974752427e-07."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

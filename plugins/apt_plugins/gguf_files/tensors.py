@@ -16,7 +16,7 @@ _INTEGER_TYPES = {"int8": Type.Q8_0, "int4": Type.Q4_0}
 _FEW_BITS = (Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0)
 _EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
 # llama.cpp's converter writes these tensors as f32 too, as it does norms, biases and vectors.
-_EXACT = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "position_embd.weight", "_norm.weight")
+_ALWAYS_F32 = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "position_embd.weight", "_norm.weight")
 _HEAD = "output.weight"  # a file without it has a tied head
 
 
@@ -26,8 +26,10 @@ def tensor_names(model: Exportable, architecture: str) -> dict[str, str]:
     Raises:
         AptError: a parameter has no name in GGUF.
     """
-    kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    name_map = gguf.get_tensor_name_map(kind, len(model.blocks))
+    architecture_id = next(
+        member for member, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture
+    )
+    name_map = gguf.get_tensor_name_map(architecture_id, len(model.blocks))
     names = dict[str, str]()
     for name in model.shapes:
         tensor = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -70,7 +72,7 @@ def type_of(name: str, shape: Sequence[int], kind: Type) -> Type:
     Beside weights of 4 or 5 bits, the embeddings and the head have 8 bits: llama.cpp too stores
     them with more bits. A matrix whose rows end with a partial block is f16.
     """
-    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(_EXACT):
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(_ALWAYS_F32):
         return Type.F32
     if has_partial_blocks(shape, kind):
         return Type.F16

@@ -1,8 +1,9 @@
 """The tokenizer of a checkpoint as entries of GGUF.
 
-llama.cpp cuts text into words by steps of its own, and ``tokenizer.ggml.pre`` names them. Its
-converter recognises a tokenizer by the tokens of a sample text. Here the steps of the tokenizer
-must be the same as those of llama.cpp. Tokenizers of SentencePiece do not cut text into words.
+llama.cpp has its own code to cut text into words, and the entry ``tokenizer.ggml.pre`` names the
+variant. llama.cpp's converter recognises a tokenizer by the tokens of a sample text. This module
+compares the steps of the tokenizer with those of llama.cpp's variants. Tokenizers of SentencePiece
+do not cut text into words.
 """
 
 import json
@@ -22,16 +23,16 @@ _WORDS = (
     r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES, _WORDS_AND_BYTES = ("ByteLevel", False, False), ("ByteLevel", False, True)
-_STEPS = {
+_NAMES_OF_STEPS = {
     (_WORDS_AND_BYTES,): "gpt-2",
     (("Digits", True), _WORDS_AND_BYTES): "smollm",
     (("Split", _WORDS.format(digits="{1,3}")), _BYTES): "llama-bpe",
     (("Split", _WORDS.format(digits="")), _BYTES): "qwen2",
 }
-"""The names in llama.cpp of sequences of steps."""
+"""The names that llama.cpp has for sequences of steps."""
 
-_WHOLE_WORDS = ("llama-bpe",)  # with a lookup of each word before its bytes are merged
-_UNNEEDED = ("NFC",)  # a normalizer that the converter ignores too
+_LOOKS_UP_WORDS = ("llama-bpe",)  # each word is looked up before its bytes are merged
+_IGNORED_NORMALIZERS = ("NFC",)  # llama.cpp's converter ignores it too
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, model: Exportable) -> None:
@@ -71,12 +72,12 @@ def name_of_steps(record: dict[str, Any]) -> str | None:
         if pre_tokenizer.get("type") == "Sequence"
         else [pre_tokenizer]
     )
-    name = _STEPS.get(tuple(map(_step_key, steps)))
+    name = _NAMES_OF_STEPS.get(tuple(map(_step_key, steps)))
     supported = (
         model.get("type") == "BPE"
         and not any(model.get(key) for key in ("byte_fallback", "dropout", "unk_token"))
-        and bool(model.get("ignore_merges")) == (name in _WHOLE_WORDS)
-        and (normalizer is None or normalizer.get("type") in _UNNEEDED)
+        and bool(model.get("ignore_merges")) == (name in _LOOKS_UP_WORDS)
+        and (normalizer is None or normalizer.get("type") in _IGNORED_NORMALIZERS)
     )
     return name if supported else None
 
@@ -97,20 +98,23 @@ def _add_tokens(
 ) -> None:
     """Add the list of tokens, with their kinds and the scores of ``pieces``.
 
-    A number without a token gets an unused token.
+    An id without a token gets a token of the type UNUSED.
     """
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    tokens = [(texts.get(at, f"[PAD{at}]"), _kind(at, texts, added)) for at in range(count)]
+    tokens = [
+        (texts.get(number, f"[PAD{number}]"), _token_type(number, texts, added))
+        for number in range(count)
+    ]
     if pieces is not None:
-        tokens = [_piece(*token, tokenizer.unk_token) for token in tokens]
+        tokens = [_sentencepiece_token(*token, tokenizer.unk_token) for token in tokens]
         writer.add_token_scores([pieces.score(text) for text, _ in tokens])
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
 
 
-def _kind(number: int, numbers: Container[int], added: Mapping[int, Any]) -> TokenType:
-    """The kind of a token; ``numbers`` are the tokens with a text."""
+def _token_type(number: int, numbers: Container[int], added: Mapping[int, Any]) -> TokenType:
+    """The type of a token; ``numbers`` has the ids of the tokens that have a text."""
     if number not in numbers:
         return TokenType.UNUSED
     if number not in added:
@@ -118,8 +122,8 @@ def _kind(number: int, numbers: Container[int], added: Mapping[int, Any]) -> Tok
     return TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
 
 
-def _piece(text: str, kind: TokenType, unknown: str | None) -> tuple[str, TokenType]:
-    """A token of SentencePiece, which has two more kinds."""
+def _sentencepiece_token(text: str, kind: TokenType, unknown: str | None) -> tuple[str, TokenType]:
+    """The text and the type of a token of SentencePiece, which has two more types."""
     if text == unknown:
         return text, TokenType.UNKNOWN
     if text in BYTES:
@@ -131,7 +135,7 @@ def _piece(text: str, kind: TokenType, unknown: str | None) -> tuple[str, TokenT
 def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, model: Exportable) -> None:
     """Add the special tokens, and the entries for the tokens added at the ends of a text."""
     ids = {
-        kind: _number(model.config, kind)
+        kind: _configured_id(model.config, kind)
         if tokenizer_id is None
         else tokenizer_id  # the first token is number 0
         for kind in ("bos", "eos", "unk", "pad")
@@ -152,7 +156,7 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, model: Exportable) -> 
     raise AptError(message, f"{CONVERTER} {model.directory}")
 
 
-def _number(config: Any, kind: str) -> int | None:
-    """A special token in the configuration; None if it has several of that kind."""
+def _configured_id(config: Any, kind: str) -> int | None:
+    """The id of a special token by the configuration; None for several tokens of that kind."""
     number = getattr(config, f"{kind}_token_id", None)
     return number if isinstance(number, int) else None

@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 BLOCK = 32
 """The columns that share a scale in ``q4_0``."""
 
-_SCALE_ERROR = 2.0**-9  # the error of a scale in fp16, relative to it: half a step of bf16
+_SCALE_ERROR = 2.0**-9  # the largest relative error of a scale in fp16: half a step of bf16
 
 
 @dataclass(frozen=True)
@@ -135,24 +135,24 @@ def as_q4_0(values: Array) -> Array | None:
         The bytes; None if the matrix does not consist of integers from −7 to 7 times a scale for
         each block, or if fp16 cannot express a scale.
     """
-    stored = _in_narrowest_dtype(torch.from_numpy(values).flatten(0, -2))
-    first = exact_integers(stored[:8], "int4", BLOCK)  # most matrices end here, after little work
-    grid = first and exact_integers(stored, "int4", BLOCK)
-    if grid is None:
+    narrow = _in_narrowest_dtype(torch.from_numpy(values).flatten(0, -2))
+    sample = exact_integers(narrow[:8], "int4", BLOCK)  # cheap: most matrices fail on a few rows
+    rounding = sample and exact_integers(narrow, "int4", BLOCK)
+    if rounding is None:
         return None
-    integers, scales = grid[0], grid[1].float()
-    half = scales.half()
-    if ((half.float() - scales).abs() > _SCALE_ERROR * scales).any():
+    integers, scales = rounding[0], rounding[1].float()
+    fp16_scales = scales.half()
+    if ((fp16_scales.float() - scales).abs() > _SCALE_ERROR * scales).any():
         return None
     rows, groups = scales.shape
     levels = (integers + 8).to(torch.uint8).view(rows, groups, 2, BLOCK // 2)
     halves = levels[:, :, 0] | (levels[:, :, 1] << 4)
-    packed = torch.cat([half.view(rows, groups, 1).view(torch.uint8), halves], 2)
+    packed = torch.cat([fp16_scales.view(rows, groups, 1).view(torch.uint8), halves], 2)
     return packed.view(*values.shape[:-1], -1).numpy()
 
 
 def _in_narrowest_dtype(values: Tensor) -> Tensor:
-    """Values in the narrowest dtype that expresses them, to which the products were rounded."""
+    """Values in the narrowest dtype that expresses them: the dtype of the checkpoint."""
     for dtype in (torch.bfloat16, torch.float16):
         narrow = values.to(dtype)
         if torch.equal(narrow.float(), values):

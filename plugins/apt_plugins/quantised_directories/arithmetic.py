@@ -17,17 +17,17 @@ _LARGEST_FP8 = 448.0
 
 
 def grouped(values: Tensor, size: int) -> Tensor:
-    """The last dimension in groups, as another dimension."""
+    """Values (…, n) in groups of the last dimension: (…, n / size, size)."""
     return values.reshape(*values.shape[:-1], -1, size)
 
 
 def unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` integers from 0 on of each row, which lie bit after bit, lowest first.
+    """The first ``count`` integers of each row, which are packed without gaps, lowest bits first.
 
     Args:
-        stored: (…, words), of any integers.
-        bits: the bits of each integer, 1 to 8.
-        count: the integers of a row.
+        stored: (…, words) of any integer dtype.
+        bits: the number of bits of each integer, 1 to 8.
+        count: the number of integers of a row.
 
     Returns:
         uint8 (…, count).
@@ -39,52 +39,55 @@ def unpacked(stored: Tensor, bits: int, count: int) -> Tensor:
         return torch.stack([data & 15, data >> 4], -1).flatten(-2)[..., :count]
     data = torch.nn.functional.pad(data, (0, -data.shape[-1] % bits))
     groups = grouped(data, bits).to(torch.int64)  # 8 integers in each group of bytes
-    words = sum(groups[..., place] << (8 * place) for place in range(bits))
+    words = sum(groups[..., index] << (8 * index) for index in range(bits))
     assert isinstance(words, Tensor)
-    values = torch.stack([(words >> (place * bits)) & (2**bits - 1) for place in range(8)], -1)
+    values = torch.stack([(words >> (index * bits)) & (2**bits - 1) for index in range(8)], -1)
     return values.flatten(-2).to(torch.uint8)[..., :count]
 
 
 def packed(values: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of `unpacked`, in rows of whole words of a dtype; the rest of a row is 0."""
+    """The inverse of `unpacked`: rows of words of a dtype, the last of which may end with zeros."""
     words = -(-values.shape[-1] * bits // (8 * dtype.itemsize))
     padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % 8))
     groups = grouped(padded, 8).to(torch.int64)
-    joined = sum(groups[..., place] << (place * bits) for place in range(8))
+    joined = sum(groups[..., index] << (index * bits) for index in range(8))
     assert isinstance(joined, Tensor)
-    raw = torch.stack([(joined >> (8 * place)) & 255 for place in range(bits)], -1)
-    data = raw.flatten(-2).to(torch.uint8)
+    row_bytes = torch.stack([(joined >> (8 * index)) & 255 for index in range(bits)], -1)
+    data = row_bytes.flatten(-2).to(torch.uint8)
     size = words * dtype.itemsize
     data = torch.nn.functional.pad(data, (0, max(0, size - data.shape[-1])))
     return data[..., :size].contiguous().view(dtype)
 
 
-def group_sizes(shape: Sequence[int], grid: Sequence[int], given: Sequence[int] = ()) -> list[int]:
+def group_sizes(
+    shape: Sequence[int], grid: Sequence[int], configured: Sequence[int] = ()
+) -> list[int]:
     """The size of a group in each dimension of a matrix, by the shape of its grid of scales.
 
     Args:
         shape: the shape of the matrix.
-        grid: that of the scales, of as many dimensions.
-        given: the sizes by the configuration, for the last dimensions; 0 if it does not tell.
+        grid: the shape of the scales, with as many dimensions.
+        configured: the sizes of groups by the configuration, for the last dimensions; 0 for an
+            unknown size.
 
     Raises:
         ValueError: the grid does not fit the matrix.
     """
-    stated = [*[0] * (len(shape) - len(given)), *given][-len(shape) :]
+    all_configured = [*[0] * (len(shape) - len(configured)), *configured][-len(shape) :]
     sizes = []
-    for size, count, known in zip(shape, grid, stated, strict=True):
-        if known and -(-size // known) == count:
-            sizes.append(known)
-        elif not known and count and size % count == 0:
+    for size, count, group in zip(shape, grid, all_configured, strict=True):
+        if group and -(-size // group) == count:
+            sizes.append(group)
+        elif not group and count and size % count == 0:
             sizes.append(size // count)
         else:
             raise ValueError(f"scales of shape {tuple(grid)} for {tuple(shape)}")
     return sizes
 
 
-def spread(scales: Tensor, shape: Sequence[int], given: Sequence[int] = ()) -> Tensor:
+def spread(scales: Tensor, shape: Sequence[int], configured: Sequence[int] = ()) -> Tensor:
     """Scales for each value of a matrix, from a grid of scales; see `group_sizes`."""
-    for dim, size in enumerate(group_sizes(shape, scales.shape, given)):
+    for dim, size in enumerate(group_sizes(shape, scales.shape, configured)):
         if scales.shape[dim] not in (1, shape[dim]):
             scales = scales.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
     return scales

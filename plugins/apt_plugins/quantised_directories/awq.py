@@ -22,8 +22,8 @@ from apt_plugins.quantised_directories.format import (
     unsupported,
 )
 
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each output within a word
-_BITS, _IN_WORD = 4, 8
+_POSITIONS = (0, 4, 1, 5, 2, 6, 3, 7)  # of each output within a word
+_BITS, _PER_WORD = 4, 8
 
 
 class Awq(Format):
@@ -37,24 +37,24 @@ class Awq(Format):
     @classmethod
     def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The ``quantization_config`` of method awq."""
-        about = quantization_of(record, "awq")
-        if about is None:
+        quantization = quantization_of(record, "awq")
+        if quantization is None:
             return None
-        version = str(about.get("version", about.get("format", "gemm"))).lower()
-        if version != "gemm" or about.get("bits", about.get("w_bit", _BITS)) != _BITS:
+        version = str(quantization.get("version", quantization.get("format", "gemm"))).lower()
+        if version != "gemm" or quantization.get("bits", quantization.get("w_bit", _BITS)) != _BITS:
             raise unsupported("AWQ of another version than gemm, or of other than 4 bits")
-        return about
+        return quantization
 
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
-        """A matrix, whose outputs are packed with one another."""
+        """A matrix of which no output can be cut out: 8 of them share each word."""
         integers, zeros, scales = (entries[role] for role in self.endings)
         check_words(integers, zeros)
         check_floats(scales)
         rows, words = integers.shape
         groups, out = scales.shape
-        if zeros.shape != (groups, words) or out != words * _IN_WORD or rows % groups:
+        if zeros.shape != (groups, words) or out != words * _PER_WORD or rows % groups:
             raise ValueError(
                 f"{integers.shape} words with zero points {zeros.shape} and scales {scales.shape}"
             )
@@ -72,5 +72,5 @@ class Awq(Format):
 
 def _in_order(words: Tensor, count: int) -> Tensor:
     """Integers in the order of the outputs, fp32 (rows, count)."""
-    values = grouped(unpacked(words, _BITS, count), _IN_WORD)
-    return values[..., torch.tensor(_PLACES)].flatten(-2).float()
+    values = grouped(unpacked(words, _BITS, count), _PER_WORD)
+    return values[..., torch.tensor(_POSITIONS)].flatten(-2).float()

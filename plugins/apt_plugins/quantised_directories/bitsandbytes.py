@@ -1,6 +1,6 @@
-"""The 4-bit numbers of bitsandbytes: NF4 and FP4, in groups with the largest value of each.
+"""The 4-bit numbers of bitsandbytes: NF4 and FP4, in groups scaled by their largest value.
 
-These values may be quantised again, as bytes with a table, in groups of their own.
+The largest values may themselves be quantised, to bytes with a table, in groups of another size.
 """
 
 import json
@@ -41,15 +41,17 @@ class BitsAndBytes(Format):
     @classmethod
     def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The ``quantization_config`` of method bitsandbytes."""
-        about = quantization_of(record, "bitsandbytes")
-        if about is not None and not about.get("load_in_4bit", about.get("_load_in_4bit")):
+        quantization = quantization_of(record, "bitsandbytes")
+        if quantization is not None and not quantization.get(
+            "load_in_4bit", quantization.get("_load_in_4bit")
+        ):
             raise unsupported("bitsandbytes in 8 bits")
-        return about
+        return quantization
 
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
-        """A matrix, whose groups do not end with its rows."""
+        """A matrix of which no row can be cut out: groups do not end with rows."""
         state = self._state(stem)
         shape, dtype = tuple(int(n) for n in state["shape"]), _DTYPES[state["dtype"]]
         count, size = math.prod(shape), int(state["blocksize"])
@@ -76,14 +78,16 @@ class BitsAndBytes(Format):
         state = self._state(stem)
         largest = parts["largest"].flatten()
         if "nested_largest" in parts:
-            scales = parts["nested_largest"].repeat_interleave(int(state["nested_blocksize"]))
-            values = parts["nested_values"][largest.long()] * scales[: len(largest)]
+            nested_scales = parts["nested_largest"].repeat_interleave(
+                int(state["nested_blocksize"])
+            )
+            values = parts["nested_values"][largest.long()] * nested_scales[: len(largest)]
             largest = values + float(state["nested_offset"])
         data = parts["numbers"].flatten().view(torch.uint8)
         codes = torch.stack([data >> 4, data & 15], -1).flatten()[: math.prod(shape)]
         numbers = parts["values"][codes.int()]
-        each = largest.float().repeat_interleave(int(state["blocksize"]))[: len(numbers)]
-        return (numbers * each).reshape(shape)
+        scales = largest.float().repeat_interleave(int(state["blocksize"]))[: len(numbers)]
+        return (numbers * scales).reshape(shape)
 
     def _state(self, stem: str) -> Mapping[str, Any]:
         """The description of a matrix, which is stored as text beside it."""

@@ -12,7 +12,7 @@ from apt.errors import AptError
 from apt.extending import Slices
 from apt_plugins.quantised_directories.configuration import (
     smaller_record,
-    write_beside,
+    write_other_descriptions,
     write_record,
 )
 from apt_plugins.quantised_directories.format import (
@@ -21,18 +21,18 @@ from apt_plugins.quantised_directories.format import (
     Format,
     Matrix,
     damaged,
-    is_beside,
+    is_auxiliary,
     plain_tensors,
     quantised_matrices,
 )
 from apt_plugins.quantised_directories.renaming import Renaming
 from apt_plugins.quantised_directories.writing import (
     Sliced,
-    new_values,
+    copied,
+    copied_rows,
     remove_partial,
-    row_of,
-    some_rows,
-    whole,
+    replaced,
+    row_range,
     write_shards,
 )
 
@@ -42,9 +42,9 @@ class QuantisedDirectory:
 
     Args:
         directory: the directory.
-        record: its ``config.json``.
+        record: the content of ``config.json``.
         config: the configuration of transformers, without quantisation.
-        scheme: the format, with the files.
+        scheme: the format, which has the files of weights.
 
     Raises:
         AptError: a part of a matrix is missing, or the parts do not fit.
@@ -108,7 +108,7 @@ class QuantisedDirectory:
     def write_sliced(self, slices: Slices, target: Path) -> None:
         """Write a smaller model, whose tensors have the stored bytes of their sources.
 
-        These are the files of weights, which keep their split, their index and ``config.json``.
+        The weights, split into files as before, their index, and ``config.json`` are written.
 
         Args:
             slices: the smaller model.
@@ -121,12 +121,12 @@ class QuantisedDirectory:
         self.check_slices(slices)
         renaming = self._renaming(slices)
         record = smaller_record(self._record, self.config, slices.config, renaming)
-        tensors = [*self._sliced(slices), *self._beside(renaming)]
+        tensors = [*self._sliced(slices), *self._auxiliary_tensors(renaming)]
         parameters = sum(torch.Size(self._shape(name, slices)).numel() for name in slices.sources)
         target.mkdir()
         try:
             write_record(record, target / "config.json")
-            write_beside(self._directory, target, renaming)
+            write_other_descriptions(self._directory, target, renaming)
             write_shards(tensors, self._shards, target, parameters)
         except BaseException:
             remove_partial(target)
@@ -146,45 +146,45 @@ class QuantisedDirectory:
         return (len(slices.rows[name]), *shape[1:]) if name in slices.rows else shape
 
     def _renaming(self, slices: Slices) -> Renaming:
-        """The new names of modules, by the expanded and by the stored names."""
+        """The new names of modules, for expanded and for stored names."""
         pairs = [(source, name) for name, source in slices.sources.items()]
         for name, source in slices.sources.items():
             keys = self._matrices[source].keys
-            new = self._scheme.keys(name, keys)
-            pairs += [(key, new[role]) for role, key in keys.items()]
+            new_keys = self._scheme.keys(name, keys)
+            pairs += [(key, new_keys[role]) for role, key in keys.items()]
         return Renaming(pairs, [*self.tensors, *self._shards.entries])
 
     def _sliced(self, slices: Slices) -> Iterator[Sliced]:
-        """The tensors of the smaller model; the matrices of a stack are collected."""
+        """The stored tensors of the smaller model; matrices of one stack become one tensor."""
         stacks: dict[str, dict[int, tuple[str, range | Tensor]]] = {}
         for name, source in slices.sources.items():
-            matrix, new = self._matrices[source], self._new_parts(name, slices)
+            matrix, new_parts = self._matrices[source], self._new_parts(name, slices)
             _, place = self._scheme.location(name)
             for role, key in self._scheme.keys(name, matrix.keys).items():
                 entry = self._shards.entries[matrix.keys[role]]
                 if matrix.place is not None and place is not None:
-                    content = new.get(role, row_of(entry, matrix.place))
+                    content = new_parts.get(role, row_range(entry, matrix.place))
                     stacks.setdefault(key, {})[place] = (matrix.keys[role], content)
-                elif role in new:
-                    yield new_values(key, entry, new[role])
+                elif role in new_parts:
+                    yield replaced(key, entry, new_parts[role])
                 elif name in slices.rows:
                     yield self._cut(source, key, role, slices.rows[name])
                 else:
-                    yield whole(key, entry)
+                    yield copied(key, entry)
         for key, places in stacks.items():
             yield self._stack(key, places)
 
     def _cut(self, source: str, key: str, role: str, rows: Any) -> Sliced:
-        """A part of a tensor that has fewer rows."""
+        """The stored tensor of a role, for a matrix that loses rows."""
         matrix = self._matrices[source]
         entry = self._shards.entries[matrix.keys[role]]
         if matrix.cuts[role] is Cut.ROWS:
-            return some_rows(key, entry, rows)
+            return copied_rows(key, entry, rows)
         if matrix.cuts[role] is Cut.SHAPE:
             shape = self._shards.read(matrix.keys[role])
             shape.view(-1)[0] = len(rows)
-            return new_values(key, entry, shape)
-        return whole(key, entry)
+            return replaced(key, entry, shape)
+        return copied(key, entry)
 
     def _new_parts(self, name: str, slices: Slices) -> dict[str, Tensor]:
         """The parts of a tensor with new values; empty if it keeps its own."""
@@ -199,23 +199,27 @@ class QuantisedDirectory:
         if PLAIN in parts:
             return {PLAIN: values.detach().cpu().to(parts[PLAIN].dtype)}
         stem = self._scheme.stem(source)
-        new = self._scheme.rounded(stem, values.detach().cpu().float(), parts)
-        if name in slices.rows and (rest := matrix.keys.keys() - new.keys()):
-            raise ValueError(f"{name} has new values, but not of {', '.join(rest)}")
-        return new
+        new_parts = self._scheme.rounded(stem, values.detach().cpu().float(), parts)
+        if name in slices.rows and (unchanged := matrix.keys.keys() - new_parts.keys()):
+            raise ValueError(f"{name} has new values, but not of {', '.join(unchanged)}")
+        return new_parts
 
     def _stack(self, key: str, places: Mapping[int, tuple[str, range | Tensor]]) -> Sliced:
-        """A stack of matrices, which come from one stack."""
+        """A stack of matrices that all come from the same stack of the checkpoint."""
         if sorted(places) != list(range(len(places))) or len({k for k, _ in places.values()}) > 1:
             raise ValueError(f"{key} would have the matrices {sorted(places)} of several stacks")
         entry = self._shards.entries[places[0][0]]
         content = [places[place][1] for place in range(len(places))]
         return Sliced(key, entry.dtype, (len(content), *entry.shape[1:]), entry, content)
 
-    def _beside(self, renaming: Renaming) -> Iterator[Sliced]:
-        """The scales of activations and the like, which follow their modules."""
+    def _auxiliary_tensors(self, renaming: Renaming) -> Iterator[Sliced]:
+        """Scales of activations and the like, for modules that the smaller model has."""
         used = {key for matrix in self._matrices.values() for key in matrix.keys.values()}
         for key, entry in self._shards.entries.items():
-            module, _, last = key.rpartition(".")
-            if key not in used and is_beside(key) and (new := renaming.new(module)) is not None:
-                yield whole(f"{new}.{last}", entry)
+            module, _, ending = key.rpartition(".")
+            if (
+                key not in used
+                and is_auxiliary(key)
+                and (new_module := renaming.new(module)) is not None
+            ):
+                yield copied(f"{new_module}.{ending}", entry)

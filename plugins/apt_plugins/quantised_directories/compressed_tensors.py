@@ -1,6 +1,7 @@
 """Compressed-tensors: packed integers of 4 or 8 bits, single bytes, and FP8.
 
-The formats are ``pack-quantized``, ``int-quantized``, ``float-quantized`` and ``naive-quantized``.
+The supported formats are ``pack-quantized``, ``int-quantized``, ``float-quantized`` and
+``naive-quantized``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,16 +52,16 @@ class CompressedTensors(Format):
     @classmethod
     def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The ``quantization_config`` of method compressed-tensors."""
-        about = quantization_of(record, "compressed-tensors")
-        if about is None:
+        quantization = quantization_of(record, "compressed-tensors")
+        if quantization is None:
             return None
-        groups = [group for group in _groups(about) if group.get("format") is not None]
-        kinds = [str(each.get("format")) for each in [about, *groups]]
+        groups = [group for group in _groups(quantization) if group.get("format") is not None]
+        kinds = [str(group.get("format")) for group in [quantization, *groups]]
         if groups and kinds[0] == _MIXED:
             kinds = kinds[1:]
         if other := [kind for kind in kinds if kind not in _FORMATS]:
             raise unsupported(f"compressed-tensors with the format {other[0]}")
-        return about
+        return quantization
 
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
@@ -76,11 +77,11 @@ class CompressedTensors(Format):
             stored = f"int{self._bits(shape[-1], numbers.shape[-1])}"
         grid = _grid(entries["scales"].shape, len(shape))
         sizes = group_sizes(shape, grid, self._block)
-        follow = Cut.WHOLE if grid[0] == 1 else Cut.ROWS if sizes[0] == 1 else Cut.NEVER
+        scales_cut = Cut.WHOLE if grid[0] == 1 else Cut.ROWS if sizes[0] == 1 else Cut.NEVER
         _check_zeros(entries, shape, grid, stored)
-        zeros = Cut.NEVER if "packed" in entries and len(shape) == 2 else follow
+        zeros_cut = Cut.NEVER if "packed" in entries and len(shape) == 2 else scales_cut
         cuts = {
-            "packed": Cut.ROWS, "values": Cut.ROWS, "scales": follow, "zeros": zeros,
+            "packed": Cut.ROWS, "values": Cut.ROWS, "scales": scales_cut, "zeros": zeros_cut,
             "shape": Cut.SHAPE, "order": Cut.WHOLE,
         }  # fmt: skip
         cuts = {role: cut for role, cut in cuts.items() if role in entries}
@@ -100,16 +101,18 @@ class CompressedTensors(Format):
             values = parts["values"].float()
         scales = self._spread(stem, scales.float().reshape(grid), shape, parts.get("order"))
         if zeros is not None:
-            each = self._spread(stem, zeros.float().reshape(grid), shape, parts.get("order"))
-            values = values - each
+            zeros_of_values = self._spread(
+                stem, zeros.float().reshape(grid), shape, parts.get("order")
+            )
+            values = values - zeros_of_values
         return scales.mul(values)
 
     def can_round(self, stem: str, roles: Iterable[str]) -> bool:
-        """True for symmetric numbers in groups of neighbours."""
+        """True without zero points, and if each group consists of neighbouring columns."""
         return not {"zeros", "order"}.intersection(roles)
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
-        """Symmetric integers, or FP8, whose largest number is that of each group."""
+        """Symmetric integers or FP8; the scale of a group follows from its largest value."""
         dtype = stored["scales"].dtype
         numbers = stored["values"] if "values" in stored else stored["packed"]
         rows = (numbers.shape[0], *values.shape[1:])
@@ -120,28 +123,29 @@ class CompressedTensors(Format):
         new_shape = grid[: stored["scales"].ndim]
         if numbers.dtype.is_floating_point:
             scales = fp8_scales(largest, dtype)
-            each = spread(scales.float(), values.shape, sizes)
+            scales_of_values = spread(scales.float(), values.shape, sizes)
             return {
-                "values": as_fp8(values / each, numbers.dtype), "scales": scales.reshape(new_shape)
+                "values": as_fp8(values / scales_of_values, numbers.dtype),
+                "scales": scales.reshape(new_shape),
             }  # fmt: skip
         bits = self._bits(values.shape[-1], numbers.shape[-1]) if "packed" in stored else 8
         half = 2 ** (bits - 1)
         scales = torch.where(largest > 0, largest / (half - 0.5), torch.ones_like(largest))
         scales = scales.to(dtype)
-        each = spread(scales.float(), values.shape, sizes)
-        integers = (values / each).round().clamp(-half, half - 1)
-        new = {"scales": scales.reshape(new_shape)}
+        scales_of_values = spread(scales.float(), values.shape, sizes)
+        integers = (values / scales_of_values).round().clamp(-half, half - 1)
+        new_scales = {"scales": scales.reshape(new_shape)}
         if "packed" not in stored:
-            return {"values": integers.to(torch.int8), **new}
+            return {"values": integers.to(torch.int8), **new_scales}
         return {
             "packed": packed((integers + half).to(torch.uint8), bits, torch.int32),
-            "shape": torch.tensor(values.shape, dtype=stored["shape"].dtype), **new,
+            "shape": torch.tensor(values.shape, dtype=stored["shape"].dtype), **new_scales,
         }  # fmt: skip
 
     @property
     def _block(self) -> list[int]:
-        """The sizes of blocks by the configuration, if all groups of modules have the same."""
-        weights = [group.get("weights") or {} for group in _groups(self.about)]
+        """The sizes of blocks by the configuration; empty if groups of modules differ."""
+        weights = [group.get("weights") or {} for group in _groups(self.quantization)]
         blocks = [each.get("block_structure") or (1, each.get("group_size")) for each in weights]
         strategies = {str(each.get("strategy", "group")) for each in weights}
         if not strategies <= {"group", "block"} or any(each != blocks[0] for each in blocks):
@@ -159,13 +163,15 @@ class CompressedTensors(Format):
         return shape
 
     def _bits(self, columns: int, words: int) -> int:
-        """The bits of packed integers; by their number where groups of modules differ."""
-        given = {(group.get("weights") or {}).get("num_bits") for group in _groups(self.about)}
+        """The number of bits of packed integers: a configured one that fits the number of words."""
+        configured = {
+            (group.get("weights") or {}).get("num_bits") for group in _groups(self.quantization)
+        }
         fitting = [bits for bits in _BITS if -(-columns * bits // 32) == words]
-        found = [bits for bits in fitting if bits in given]
-        if not found:
+        possible = [bits for bits in fitting if bits in configured]
+        if not possible:
             raise ValueError(f"{columns} columns in {words} words of 32 bits")
-        return found[0]
+        return possible[0]
 
     def _spread(
         self, stem: str, grid: Tensor, shape: tuple[int, ...], order: Tensor | None
@@ -184,17 +190,17 @@ def _check_zeros(
     """Raise `ValueError` if zero points, which are packed along the rows, do not fit the scales."""
     if "zeros" not in entries:
         return
-    found, expected = _grid(entries["zeros"].shape, len(shape)), grid
+    zeros_shape, expected = _grid(entries["zeros"].shape, len(shape)), grid
     if "packed" in entries:
         words = -(-grid[-2] * int(stored.removeprefix("int")) // 32)
         expected = (*grid[:-2], words, grid[-1])
-    if found != expected:
-        raise ValueError(f"zero points of shape {found} with scales of {grid}")
+    if zeros_shape != expected:
+        raise ValueError(f"zero points of shape {zeros_shape} with scales of {grid}")
 
 
-def _groups(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _groups(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The groups of modules of a ``quantization_config``."""
-    groups = about.get("config_groups")
+    groups = quantization.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         if not isinstance(group, dict):
             raise AptError("config_groups of quantization_config is damaged", "get it again")
@@ -202,7 +208,7 @@ def _groups(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _grid(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape of scales with as many dimensions as the matrix has."""
+    """The shape of scales, extended to the number of dimensions of the matrix."""
     if len(shape) > count:
         raise ValueError(f"scales of shape {tuple(shape)}")
     return (*shape, *[1] * (count - len(shape)))

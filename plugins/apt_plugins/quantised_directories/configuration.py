@@ -1,4 +1,4 @@
-"""The ``config.json`` of a smaller model: that of the checkpoint, with other sizes and names."""
+"""The ``config.json`` of a smaller model: the one of the checkpoint, with new sizes and names."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,14 @@ from apt_plugins.quantised_directories.renaming import Renaming
 _QUANTISATION = ("quantization_config", "quantization", "compression_config")
 """The fields of ``config.json`` that describe the quantisation."""
 
-_BESIDE = ("quantize_config.json", "quant_config.json")
+_OTHER_DESCRIPTIONS = ("quantize_config.json", "quant_config.json")
 """Files of GPTQ and AWQ with the same description."""
 
 _NOT_SIZES = (*_QUANTISATION, "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 def without_quantisation(config: Any) -> Any:
-    """A configuration of transformers without the description of the quantisation; it changes."""
+    """The same configuration of transformers; the description of the quantisation is deleted."""
     for field in _QUANTISATION:
         if field in vars(config):
             delattr(config, field)
@@ -31,24 +31,27 @@ def smaller_record(
     """The ``config.json`` of a smaller model.
 
     Args:
-        record: that of the checkpoint.
+        record: the ``config.json`` of the checkpoint.
         before, after: the configurations of the checkpoint and of the smaller model.
+        renaming: the names of modules in the smaller model.
 
     Raises:
-        AptError: the file cannot express the smaller model, or a pattern of modules would match
-            others.
+        AptError: the file cannot express the smaller model, or a pattern would match other
+            modules.
     """
-    written = _resized(record, before, after)
-    plain = {field: value for field, value in written.items() if field not in _QUANTISATION}
-    again = type(after).from_dict(plain).to_dict()
+    resized = _resized(record, before, after)
+    plain = {field: value for field, value in resized.items() if field not in _QUANTISATION}
+    loaded = type(after).from_dict(plain).to_dict()
     for field, value in _changed(before, after):
-        if again.get(field) != value:
+        if loaded.get(field) != value:
             raise AptError(
-                f"config.json of the smaller model would have {field} {again.get(field)!r}",
+                f"config.json of the smaller model would have {field} {loaded.get(field)!r}",
                 f"{value!r} is needed: is the field written in another way there?",
             )
-    about = {field: renaming.apply(written[field]) for field in _QUANTISATION if field in written}
-    return {**written, **about}
+    quantization = {
+        field: renaming.apply(resized[field]) for field in _QUANTISATION if field in resized
+    }
+    return {**resized, **quantization}
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
@@ -56,15 +59,15 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_beside(source: Path, target: Path, renaming: Renaming) -> None:
-    """Write other descriptions of the quantisation in which names of modules change."""
-    for path in (source / name for name in _BESIDE):
+def write_other_descriptions(source: Path, target: Path, renaming: Renaming) -> None:
+    """Write the other files that describe the quantisation, if names of modules change in them."""
+    for path in (source / name for name in _OTHER_DESCRIPTIONS):
         if path.is_file():
             try:
-                about = json.loads(path.read_text(encoding="utf-8"))
+                quantization = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError):
                 continue  # no loader reads it; the copy stays
-            if (renamed := renaming.apply(about)) != about:
+            if (renamed := renaming.apply(quantization)) != quantization:
                 write_record(renamed, target / path.name)
 
 
@@ -79,12 +82,12 @@ def _changed(before: Any, after: Any) -> Iterator[tuple[str, Any]]:
 def _resized(record: Mapping[str, Any], before: Any, after: Any) -> dict[str, Any]:
     """A record with the fields that differ; nested configurations keep their other fields."""
     result = dict(record)
-    former = getattr(after, "attribute_map", {})  # names in files to those of the class
+    aliases = getattr(after, "attribute_map", {})  # the field of the class for each name in files
     for field, value in _changed(before, after):
         inner, parts = record.get(field), [getattr(each, field, None) for each in (before, after)]
         if isinstance(inner, dict) and all(hasattr(part, "to_dict") for part in parts):
             result[field] = _resized(inner, *parts)
             continue
-        names = [field, *(name for name, own in former.items() if own == field)]
+        names = [field, *(name for name, target in aliases.items() if target == field)]
         result |= dict.fromkeys([name for name in names if name in record] or [field], value)
     return result

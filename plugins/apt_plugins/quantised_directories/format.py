@@ -1,7 +1,8 @@
-"""What a format of quantised matrices declares: its stored tensors, and the values that they have.
+"""The base class of formats: how quantised matrices are stored, and how they are expanded.
 
-A quantised matrix lies in several stored tensors, its parts: the small numbers, the scales, and
-what else the format needs. Their names have a common beginning, the stem.
+A quantised matrix is stored as several tensors, its parts: the small numbers, the scales, and what
+else the format needs. Each part has a role, such as ``scales``. The names of the parts of a matrix
+have a common beginning, the stem.
 """
 
 import re
@@ -38,7 +39,7 @@ class Cut(Enum):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor of the model, by its parts.
+    """A tensor of the model, quantised or plain, and where its parts are stored.
 
     Attributes:
         expanded: the tensor as transformers has it without quantisation.
@@ -58,25 +59,27 @@ class Format(ABC):
 
     Args:
         record: the ``config.json``.
-        about: the description of the quantisation in it.
-        shards: the files.
+        quantization: the description of the quantisation in ``record``.
+        shards: the files of weights.
 
     Attributes:
         title: the name of the format, for messages.
         marker: the ending of a part that every quantised matrix has, and no other tensor.
         endings: the endings of the parts after the stem, by their roles.
         needed: the roles without which a matrix is damaged.
-        last: the end of the name of an expanded tensor, after the stem.
+        expanded_ending: the ending of the name of an expanded tensor, after the stem.
     """
 
     title: ClassVar[str]
     marker: ClassVar[str]
     endings: ClassVar[Mapping[str, str]]
     needed: ClassVar[tuple[str, ...]]
-    last: ClassVar[str] = "weight"
+    expanded_ending: ClassVar[str] = "weight"
 
-    def __init__(self, record: Mapping[str, Any], about: Mapping[str, Any], shards: Shards) -> None:
-        self.record, self.about, self.shards = record, about, shards
+    def __init__(
+        self, record: Mapping[str, Any], quantization: Mapping[str, Any], shards: Shards
+    ) -> None:
+        self.record, self.quantization, self.shards = record, quantization, shards
         self.dtype = model_dtype(record)
 
     @classmethod
@@ -92,7 +95,7 @@ class Format(ABC):
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
-        """The expanded tensor of the parts at a stem, and how each of them loses rows.
+        """The expanded tensor that parts with a common stem make, and how each part loses rows.
 
         Raises:
             ValueError: the parts do not fit.
@@ -107,17 +110,17 @@ class Format(ABC):
         return False
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
-        """The parts for new values, by their roles; parts that are not among them stay.
+        """The new parts for new values, by their roles; the other parts stay as they are.
 
         Args:
-            stem: the stem of the source, of which `can_round` is true.
+            stem: the stem of the original matrix, for which `can_round` is true.
             values: the new values, in fp32.
-            stored: the parts of the source, which may have more rows.
+            stored: the parts of the original matrix, which may have more rows.
         """
         raise NotImplementedError
 
     def names(self, key: str, count: int) -> list[tuple[str, int | None]]:
-        """The expanded names for a stored name, and the index of each in the stack.
+        """The expanded names for a stored name, each with its index in the stack or None.
 
         Args:
             key: the name of a stored tensor, or of a matrix at a stem.
@@ -126,12 +129,12 @@ class Format(ABC):
         return [(key, None)]
 
     def location(self, name: str) -> tuple[str, int | None]:
-        """The stored name for an expanded name, and its place: the inverse of `names`."""
+        """The stored name for an expanded name, and the index in the stack; inverse of `names`."""
         return name, None
 
     def stem(self, name: str) -> str:
         """The stem of a quantised matrix by its expanded name."""
-        return self.location(name)[0].removesuffix(self.last)
+        return self.location(name)[0].removesuffix(self.expanded_ending)
 
     def keys(self, name: str, roles: Iterable[str]) -> dict[str, str]:
         """The names of the parts of a tensor by its expanded name, by their roles."""
@@ -144,16 +147,16 @@ def model_dtype(record: Mapping[str, Any]) -> torch.dtype:
     text = record.get("text_config")
     records = [record, *([text] if isinstance(text, dict) else [])]
     names = [each.get(field) for each in records for field in ("dtype", "torch_dtype")]
-    known = {"float16": torch.float16, "float32": torch.float32}
-    found = next((name for name in names if isinstance(name, str)), "")
-    return known.get(found.removeprefix("torch."), torch.bfloat16)
+    dtypes = {"float16": torch.float16, "float32": torch.float32}
+    first_name = next((name for name in names if isinstance(name, str)), "")
+    return dtypes.get(first_name.removeprefix("torch."), torch.bfloat16)
 
 
 def quantization_of(record: Mapping[str, Any], method: str) -> Mapping[str, Any] | None:
     """The ``quantization_config`` of a ``config.json`` if it has this method."""
-    about = record.get("quantization_config")
-    if isinstance(about, dict) and about.get("quant_method") == method:
-        return about
+    quantization = record.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == method:
+        return quantization
     return None
 
 
@@ -176,24 +179,26 @@ def quantised_matrices(scheme: Format) -> dict[str, Matrix]:
     Raises:
         AptError: a part is missing, or the parts of a matrix do not fit.
     """
-    found: dict[str, Matrix] = {}
+    matrices: dict[str, Matrix] = {}
     for key in [key for key in scheme.shards.entries if key.endswith(scheme.marker)]:
         stem = key.removesuffix(scheme.marker)
         keys = {role: f"{stem}{ending}" for role, ending in scheme.endings.items()}
-        keys = {role: each for role, each in keys.items() if each in scheme.shards}
-        if lacking := [role for role in scheme.needed if role not in keys]:
-            missing = f"{stem}{scheme.endings[lacking[0]]}"
-            raise damaged(f"{stem}{scheme.last}", f"{missing} is missing")
-        entries = {role: scheme.shards.entries[each] for role, each in keys.items()}
+        keys = {role: part_key for role, part_key in keys.items() if part_key in scheme.shards}
+        if missing_roles := [role for role in scheme.needed if role not in keys]:
+            missing_key = f"{stem}{scheme.endings[missing_roles[0]]}"
+            raise damaged(f"{stem}{scheme.expanded_ending}", f"{missing_key} is missing")
+        entries = {role: scheme.shards.entries[part_key] for role, part_key in keys.items()}
         try:
             expanded, cuts = scheme.matrix(stem, entries)
             if 0 in expanded.shape:
                 raise ValueError(f"its shape would be {expanded.shape}")
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-            raise damaged(f"{stem}{scheme.last}", str(error) or type(error).__name__) from error
-        for name, place in scheme.names(f"{stem}{scheme.last}", expanded.shape[0]):
-            found[name] = Matrix(_slice_of(expanded, place), keys, cuts, place)
-    return found
+            raise damaged(
+                f"{stem}{scheme.expanded_ending}", str(error) or type(error).__name__
+            ) from error
+        for name, place in scheme.names(f"{stem}{scheme.expanded_ending}", expanded.shape[0]):
+            matrices[name] = Matrix(_member_of(expanded, place), keys, cuts, place)
+    return matrices
 
 
 def check_words(*entries: Entry) -> None:
@@ -210,15 +215,15 @@ def check_floats(*entries: Entry) -> None:
             raise ValueError(f"its scales are {entry.dtype}")
 
 
-_BESIDE = re.compile(r"(^|[._])([qkv]|kv|input|activation|output)_(global_)?(scale|zero_point)$")
+_AUXILIARY = re.compile(r"(^|[._])([qkv]|kv|input|activation|output)_(global_)?(scale|zero_point)$")
 
 
-def is_beside(key: str) -> bool:
-    """True for a tensor of the quantised model alone, such as the scale of activations.
+def is_auxiliary(key: str) -> bool:
+    """True for a tensor that only a quantised model has, such as the scale of activations.
 
-    It belongs to a module, and has no part in the values of a matrix.
+    It belongs to a module, but the values of matrices do not depend on it.
     """
-    return bool(_BESIDE.search(key))
+    return bool(_AUXILIARY.search(key))
 
 
 def plain_tensors(scheme: Format, used: Iterable[str]) -> dict[str, Matrix]:
@@ -227,30 +232,30 @@ def plain_tensors(scheme: Format, used: Iterable[str]) -> dict[str, Matrix]:
     Raises:
         AptError: a tensor is a part of a quantised matrix that lacks another part.
     """
-    others = scheme.shards.entries.keys() - set(used)
-    found: dict[str, Matrix] = {}
-    for key in (key for key in scheme.shards.entries if key in others and not is_beside(key)):
+    unused = scheme.shards.entries.keys() - set(used)
+    tensors: dict[str, Matrix] = {}
+    for key in (key for key in scheme.shards.entries if key in unused and not is_auxiliary(key)):
         entry = scheme.shards.entries[key]
         _check_plain(scheme, key, entry)
         expanded = ExpandedTensor(entry.shape, entry.dtype, kind_of(entry.dtype))
         for name, place in scheme.names(key, entry.shape[0] if entry.shape else 0):
             cuts = {PLAIN: Cut.ROWS if entry.shape else Cut.WHOLE}
-            found[name] = Matrix(_slice_of(expanded, place), {PLAIN: key}, cuts, place)
-    return found
+            tensors[name] = Matrix(_member_of(expanded, place), {PLAIN: key}, cuts, place)
+    return tensors
 
 
 def _check_plain(scheme: Format, key: str, entry: Entry) -> None:
     """Raise if a tensor is a part of a matrix that lacks the part with the ``marker``."""
     if entry.dtype.itemsize == 1 and entry.dtype.is_floating_point:
         raise damaged(key, "it is FP8, and its scales are missing")
-    for ending in set(scheme.endings.values()) - {"", scheme.last}:
+    for ending in set(scheme.endings.values()) - {"", scheme.expanded_ending}:
         if key.endswith(ending):
             stem = key.removesuffix(ending)
-            raise damaged(f"{stem}{scheme.last}", f"{stem}{scheme.marker} is missing")
+            raise damaged(f"{stem}{scheme.expanded_ending}", f"{stem}{scheme.marker} is missing")
 
 
-def _slice_of(stack: ExpandedTensor, place: int | None) -> ExpandedTensor:
-    """A matrix of a stack, or the whole tensor."""
+def _member_of(stack: ExpandedTensor, place: int | None) -> ExpandedTensor:
+    """A matrix of a stack; the tensor itself if ``place`` is None."""
     if place is None:
         return stack
     return ExpandedTensor(stack.shape[1:], stack.dtype, stack.stored)

@@ -1,6 +1,6 @@
 """FP8 with a scale for each block of 128 × 128, as the checkpoints of DeepSeek and Qwen have it.
 
-Scales are those by which the stored numbers are multiplied, in spite of their name.
+The stored numbers are multiplied by ``weight_scale_inv``, in spite of its name.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ class BlockFp8(Format):
         "values": "", "scales": "_scale_inv", "activations": "_activation_scale",
     }  # fmt: skip
     needed = ("values",)
-    last = ""
+    expanded_ending = ""
 
     @classmethod
     def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -40,7 +40,8 @@ class BlockFp8(Format):
 
     @property
     def _block(self) -> list[int]:
-        return [int(size) for size in self.about.get("weight_block_size") or []]
+        """The sizes of blocks by the configuration; empty if it has none."""
+        return [int(size) for size in self.quantization.get("weight_block_size") or []]
 
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
@@ -53,9 +54,9 @@ class BlockFp8(Format):
         sizes = group_sizes(values.shape, grid, self._block)
         rows = Cut.ROWS if sizes[0] == 1 else Cut.NEVER
         cuts = {"values": Cut.ROWS, "scales": Cut.WHOLE if grid[0] == 1 else rows}
-        if "activations" in entries:  # of a stack; those of a matrix are tensors of its module
-            each = entries["activations"].shape[:1] == values.shape[:1]
-            cuts["activations"] = Cut.ROWS if each else Cut.WHOLE
+        if "activations" in entries:  # of a stack; a single matrix has none here
+            per_matrix = entries["activations"].shape[:1] == values.shape[:1]
+            cuts["activations"] = Cut.ROWS if per_matrix else Cut.WHOLE
         return ExpandedTensor(values.shape, self.dtype, "fp8"), cuts
 
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
@@ -65,26 +66,26 @@ class BlockFp8(Format):
         return parts["values"].float() * spread(scales, shape, self._block)
 
     def can_round(self, stem: str, roles: Iterable[str]) -> bool:
-        """True."""
+        """True for all matrices."""
         return True
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
-        """Numbers whose largest of each block is the largest of FP8."""
+        """Numbers and scales by which the largest value of each block is the largest of FP8."""
         scales = stored["scales"]
         grid = _grid(scales.shape, values.ndim)
         sizes = group_sizes(stored["values"].shape, grid, self._block)
         grid = tuple(-(-n // size) for n, size in zip(values.shape, sizes, strict=True))
         largest = largest_of_groups(values, grid, sizes)
-        powers = self.about.get("scale_fmt") == "ue8m0"
-        new = fp8_scales(largest, scales.dtype, powers)
+        power_of_two = self.quantization.get("scale_fmt") == "ue8m0"
+        new_scales = fp8_scales(largest, scales.dtype, power_of_two)
         numbers = as_fp8(
-            values / spread(as_scales(new), values.shape, sizes), stored["values"].dtype
+            values / spread(as_scales(new_scales), values.shape, sizes), stored["values"].dtype
         )
-        return {"values": numbers, "scales": new.reshape(_shape(scales.shape, grid))}
+        return {"values": numbers, "scales": new_scales.reshape(_shape(scales.shape, grid))}
 
 
 def _grid(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape of scales with as many dimensions as the matrix has."""
+    """The shape of scales, extended to the number of dimensions of the matrix."""
     if len(shape) > count:
         raise ValueError(f"scales of shape {shape}")
     return (*shape, *[1] * (count - len(shape)))

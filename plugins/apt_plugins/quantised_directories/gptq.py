@@ -1,6 +1,6 @@
 """GPTQ: integers packed along the inputs of a matrix that is (in, out), in groups of inputs.
 
-The first version of the format stores zero points less 1.
+The first version of the format stores each zero point minus 1.
 """
 
 from collections.abc import Mapping
@@ -41,28 +41,28 @@ class Gptq(Format):
     @classmethod
     def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The ``quantization_config`` of method gptq."""
-        about = quantization_of(record, "gptq")
-        if about is None:
+        quantization = quantization_of(record, "gptq")
+        if quantization is None:
             return None
-        kind = about.get("checkpoint_format", about.get("format")) or "gptq"
-        if kind not in ("gptq", "gptq_v2") or about.get("bits") not in _BITS:
-            raise unsupported(f"GPTQ with the format {kind} and {about.get('bits')} bits")
-        return about
+        kind = quantization.get("checkpoint_format", quantization.get("format")) or "gptq"
+        if kind not in ("gptq", "gptq_v2") or quantization.get("bits") not in _BITS:
+            raise unsupported(f"GPTQ with the format {kind} and {quantization.get('bits')} bits")
+        return quantization
 
     @property
     def _bits(self) -> int:
-        return int(self.about["bits"])
+        return int(self.quantization["bits"])
 
     @property
-    def _stored_less(self) -> int:
-        """The number by which stored zero points are less."""
-        kind = self.about.get("checkpoint_format", self.about.get("format"))
+    def _zero_point_offset(self) -> int:
+        """The number to add to stored zero points."""
+        kind = self.quantization.get("checkpoint_format", self.quantization.get("format"))
         return 0 if kind == "gptq_v2" else 1
 
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
-        """A matrix, whose outputs are packed with one another in the zero points."""
+        """A matrix of which no output can be cut out: the zero points of several share a word."""
         integers, zeros, scales = (entries[role] for role in ("integers", "zeros", "scales"))
         check_words(integers, zeros)
         check_floats(scales)
@@ -84,7 +84,7 @@ class Gptq(Format):
         """The integers less the zero points of their groups, times the scales."""
         out, columns = shape
         values = unpacked(parts["integers"].T, self._bits, columns).float()  # (out, in)
-        zeros = unpacked(parts["zeros"], self._bits, out).float() + self._stored_less
+        zeros = unpacked(parts["zeros"], self._bits, out).float() + self._zero_point_offset
         scales = parts["scales"].float()
         order = parts.get("order", arange(columns) // (columns // len(scales))).long()
         if int(order.min()) < 0 or int(order.max()) >= len(scales):

@@ -25,7 +25,7 @@ _MIXTURES = (
     "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1",
     "ernie4_5_moe",
 )  # fmt: skip
-_BY_NUMBER = ("mixtral", "phimoe")  # their matrices are w1, w2 and w3
+_NUMBERED = ("mixtral", "phimoe")  # their matrices are named w1, w2 and w3
 _NUMBERS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _STACK = re.compile(r"\.switch_mlp\.(gate_proj|up_proj|down_proj)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.")
@@ -38,39 +38,43 @@ class Mlx(Format):
     marker = ".scales"
     endings: ClassVar = {"numbers": ".weight", "scales": ".scales", "biases": ".biases"}
     needed = ("numbers",)
-    last = ".weight"
+    expanded_ending = ".weight"
 
     @classmethod
     def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The ``quantization`` of a family whose tensors mlx-lm renames and stacks, no more."""
-        about = record.get("quantization")
-        if not isinstance(about, dict) or not {"group_size", "bits"} <= about.keys():
+        """The ``quantization``, if mlx-lm only renames and stacks the tensors of the family."""
+        quantization = record.get("quantization")
+        if not isinstance(quantization, dict) or not {"group_size", "bits"} <= quantization.keys():
             return None
         kind = record.get("model_type")
-        if kind not in (*_DENSE, *_MIXTURES, *_BY_NUMBER):
+        if kind not in (*_DENSE, *_MIXTURES, *_NUMBERED):
             raise unsupported(f"MLX with models of type '{kind}'")
-        modes = {each.get("mode", "affine") for each in (about, *about.values())
+        modes = {each.get("mode", "affine") for each in (quantization, *quantization.values())
                  if isinstance(each, dict)}  # fmt: skip
         if other := modes - {"affine", "mxfp4"}:
             raise unsupported(f"MLX in the mode {min(map(str, other))}")
-        return about
+        return quantization
 
-    def _scheme(self, stem: str) -> tuple[int, int, str]:
+    def _grouping(self, stem: str) -> tuple[int, int, str]:
         """The size of groups, the bits and the mode of a module, which may have its own."""
-        own = self.about.get(stem)
-        about = {**self.about, **own} if isinstance(own, dict) else self.about
-        return int(about["group_size"]), int(about["bits"]), str(about.get("mode", "affine"))
+        own = self.quantization.get(stem)
+        quantization = {**self.quantization, **own} if isinstance(own, dict) else self.quantization
+        return (
+            int(quantization["group_size"]),
+            int(quantization["bits"]),
+            str(quantization.get("mode", "affine")),
+        )
 
     @cached_property
     def _stacked(self) -> bool:
-        """True if experts are in stacks; those of a few families are stored one by one."""
+        """True if experts are in stacks; some families have them one by one."""
         return any(_STACK.search(key) for key in self.shards.entries)
 
     def matrix(
         self, stem: str, entries: Mapping[str, Entry]
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
         """A matrix, or a stack of experts."""
-        group, bits, mode = self._scheme(stem)
+        group, bits, mode = self._grouping(stem)
         numbers, scales = entries["numbers"], entries["scales"]
         columns = scales.shape[-1] * group
         affine = mode == "affine"
@@ -93,7 +97,7 @@ class Mlx(Format):
 
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
         """The integers times the scales of their groups, plus the biases."""
-        group, bits, mode = self._scheme(stem)
+        group, bits, mode = self._grouping(stem)
         if mode == "mxfp4":
             numbers = fp4(parts["numbers"].view(torch.uint8), torch.float32)
             return (grouped(numbers, group) * as_scales(parts["scales"]).unsqueeze(-1)).flatten(-2)
@@ -103,21 +107,21 @@ class Mlx(Format):
 
     def can_round(self, stem: str, roles: Iterable[str]) -> bool:
         """True for integers with scales and biases."""
-        return self._scheme(stem)[2] == "affine"
+        return self._grouping(stem)[2] == "affine"
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """Integers, scales and biases by the rule of MLX: the value farthest from 0 is exact."""
-        group, bits, _ = self._scheme(stem)
-        groups, most = grouped(values, group), 2**bits - 1
+        group, bits, _ = self._grouping(stem)
+        groups, largest = grouped(values, group), 2**bits - 1
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         from_low = low.abs() > high.abs()
-        scales = ((high - low) / most).clamp(min=1e-7)
+        scales = ((high - low) / largest).clamp(min=1e-7)
         scales = torch.where(from_low, scales, -scales)
         edge = torch.where(from_low, low, high)
         steps = (edge / scales).round()
         scales = torch.where(steps != 0, edge / steps, scales)
         biases = torch.where(steps != 0, edge, torch.zeros_like(edge))
-        integers = ((groups - biases) / scales).round().clamp(0, most).flatten(-2)
+        integers = ((groups - biases) / scales).round().clamp(0, largest).flatten(-2)
         dtype = stored["scales"].dtype
         return {
             "numbers": packed(integers.to(torch.uint8), bits, torch.uint32),
@@ -132,7 +136,7 @@ class Mlx(Format):
                 raise AptError(f"{key} is not in a stack, as other experts are", "convert it again")
             return [(key, None)]
         matrix = stack[1]
-        if self.record["model_type"] in _BY_NUMBER:
+        if self.record["model_type"] in _NUMBERED:
             matrix = _NUMBERS[matrix]
         return [(_STACK.sub(f".experts.{place}.{matrix}.", key), place) for place in range(count)]
 

@@ -1,6 +1,6 @@
 """MXFP4, the format of gpt-oss: stacks of experts in FP4, with a power of two for each 32 numbers.
 
-The stored stacks are (experts, out, groups, 16 bytes); those of the model are (experts, in, out).
+Stored stacks are (experts, out, groups, 16 bytes); the parameters are (experts, in, out).
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from apt_plugins.quantised_directories.arithmetic import as_mxfp4, as_scales, fp
 from apt_plugins.quantised_directories.format import Cut, Format, Parts, quantization_of
 
 _GROUP = 32  # numbers with one scale
-_BYTES = 16
+_GROUP_BYTES = 16
 
 
 class Mxfp4(Format):
@@ -25,7 +25,7 @@ class Mxfp4(Format):
     marker = "_blocks"
     endings: ClassVar = {"blocks": "_blocks", "scales": "_scales"}
     needed = ("scales",)
-    last = ""
+    expanded_ending = ""
 
     @classmethod
     def description(cls, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -37,7 +37,7 @@ class Mxfp4(Format):
     ) -> tuple[ExpandedTensor, dict[str, Cut]]:
         """A stack of experts."""
         blocks, scales = entries["blocks"], entries["scales"]
-        if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, _BYTES):
+        if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, _GROUP_BYTES):
             raise ValueError(f"blocks of shape {blocks.shape} with scales of {scales.shape}")
         if {blocks.dtype, scales.dtype} != {torch.uint8}:
             raise ValueError(f"blocks are {blocks.dtype} and scales {scales.dtype}, not bytes")
@@ -57,11 +57,11 @@ class Mxfp4(Format):
         return stack
 
     def can_round(self, stem: str, roles: Iterable[str]) -> bool:
-        """True."""
+        """True for all stacks."""
         return True
 
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """The nearest numbers, by the rule of the MX formats."""
-        found = [as_mxfp4(grouped(expert.T, _GROUP)) for expert in values]
-        blocks, scales = (torch.stack(parts) for parts in zip(*found, strict=True))
+        pairs = [as_mxfp4(grouped(expert.T, _GROUP)) for expert in values]
+        blocks, scales = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return {"blocks": blocks, "scales": scales}

@@ -1,4 +1,4 @@
-"""The format of a directory, which its ``config.json`` tells."""
+"""Opening of a directory with the format that its ``config.json`` declares."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from apt_plugins.quantised_directories.mxfp4 import Mxfp4
 _FORMATS: tuple[type[Format], ...] = (
     Mlx, BlockFp8, Mxfp4, CompressedTensors, Awq, Gptq, BitsAndBytes,
 )  # fmt: skip
-_UNREAD = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*/*.safetensors", "consolidated*"]
+_NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*/*.safetensors", "consolidated*"]
 
 
 def open_directory(source: Source) -> QuantisedDirectory | None:
@@ -38,10 +38,10 @@ def open_directory(source: Source) -> QuantisedDirectory | None:
     record = _record(path) if path is not None else None
     if record is None:
         return None
-    for kind in _FORMATS:
-        about = kind.description(record)
-        if about is not None:
-            return _opened(source, record, kind, about)
+    for format_class in _FORMATS:
+        quantization = format_class.description(record)
+        if quantization is not None:
+            return _opened(source, record, format_class, quantization)
     return None
 
 
@@ -55,13 +55,16 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _opened(
-    source: Source, record: Mapping[str, Any], kind: type[Format], about: Mapping[str, Any]
+    source: Source,
+    record: Mapping[str, Any],
+    format_class: type[Format],
+    quantization: Mapping[str, Any],
 ) -> QuantisedDirectory:
-    directory = local_copy(source, _UNREAD)
+    directory = local_copy(source, _NOT_DOWNLOADED)
     shards = Shards(directory, fp8=True)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=source.trust_remote_code)
-        scheme = kind(record, about, shards)
+        scheme = format_class(record, quantization, shards)
         config = without_quantisation(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"config.json of {source.reference} cannot be read: {describe(error)}"

@@ -1,4 +1,4 @@
-"""Smaller safetensors files: tensors of ranges of the bytes of other files, and new ones."""
+"""Writing of smaller safetensors files, from ranges of the bytes of larger files and new values."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +26,12 @@ class Sliced:
     """A tensor to write.
 
     Attributes:
-        source: the tensor that it is made of: it lies in the file of the same name, in this order.
-        content: its bytes, as ranges of the file of ``source`` and new values.
+        key: the name in the smaller model.
+        dtype: the stored dtype.
+        shape: the stored shape.
+        source: the original tensor. The new tensor is written to a file of the same name, and the
+            tensors of a file keep the order of their sources.
+        content: the bytes, as ranges of the file of ``source`` and new values.
     """
 
     key: str
@@ -45,24 +49,24 @@ class Sliced:
         )
 
 
-def whole(key: str, entry: Entry) -> Sliced:
+def copied(key: str, entry: Entry) -> Sliced:
     """A copy of a tensor."""
     content = [range(entry.start, entry.start + entry.size)]
     return Sliced(key, entry.dtype, entry.shape, entry, content)
 
 
-def new_values(key: str, entry: Entry, values: Tensor) -> Sliced:
+def replaced(key: str, entry: Entry, values: Tensor) -> Sliced:
     """New values in the place of a tensor."""
     return Sliced(key, values.dtype, tuple(values.shape), entry, [values])
 
 
-def some_rows(key: str, entry: Entry, rows: Iterable[int]) -> Sliced:
+def copied_rows(key: str, entry: Entry, rows: Iterable[int]) -> Sliced:
     """Some slices of the first dimension of a tensor."""
-    ranges = [row_of(entry, row) for row in rows]
+    ranges = [row_range(entry, row) for row in rows]
     return Sliced(key, entry.dtype, (len(ranges), *entry.shape[1:]), entry, ranges)
 
 
-def row_of(entry: Entry, row: int) -> range:
+def row_range(entry: Entry, row: int) -> range:
     """The bytes of one slice of the first dimension."""
     if not 0 <= row < entry.shape[0]:
         raise ValueError(f"row {row} of {entry.shape}")
@@ -72,7 +76,7 @@ def row_of(entry: Entry, row: int) -> range:
 
 
 def write_shards(tensors: Iterable[Sliced], shards: Shards, target: Path, parameters: int) -> None:
-    """Write tensors to files of the same names as those that they come from, and their index.
+    """Write tensors, each to a file of the same name as its source's file, and the index.
 
     A file that would have no tensors is not written.
 
@@ -82,64 +86,65 @@ def write_shards(tensors: Iterable[Sliced], shards: Shards, target: Path, parame
         target: an existing directory.
         parameters: the number of weights, for the index.
     """
-    ordered = sorted(tensors, key=lambda each: (each.source.file, each.source.start))
+    ordered = sorted(tensors, key=lambda tensor: (tensor.source.file, tensor.source.start))
     file_of: dict[str, str] = {}
-    for file, group in groupby(ordered, key=lambda each: each.source.file):
+    for file, group in groupby(ordered, key=lambda tensor: tensor.source.file):
         _write_file(list(group), file, target / file.name)
-    for each in ordered:
-        file_of[each.key] = each.source.file.name
+    for tensor in ordered:
+        file_of[tensor.key] = tensor.source.file.name
     index = shards.files[0].with_name(_INDEX)
     if shards.files[0].name != "model.safetensors" and index.is_file():
-        about: dict[str, Any] = {**shards.about, "total_size": sum(each.size for each in ordered)}
-        if "total_parameters" in about:
-            about["total_parameters"] = parameters
-        write_index(target / _INDEX, about, file_of)
+        total_size = sum(tensor.size for tensor in ordered)
+        metadata: dict[str, Any] = {**shards.about, "total_size": total_size}
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = parameters
+        write_index(target / _INDEX, metadata, file_of)
         synchronise(target / _INDEX)
 
 
 def _write_file(tensors: Sequence[Sliced], source: Path, target: Path) -> None:
     header = write_header(
-        ((each.key, each.dtype, each.shape) for each in tensors), read_metadata(source)
+        ((tensor.key, tensor.dtype, tensor.shape) for tensor in tensors), read_metadata(source)
     )
-    with source.open("rb") as old, target.open("xb") as new:
-        new.write(header)
-        for each in tensors:
-            for part in _joined(each.content):
+    with source.open("rb") as source_file, target.open("xb") as target_file:
+        target_file.write(header)
+        for tensor in tensors:
+            for part in _joined(tensor.content):
                 if isinstance(part, range):
-                    _copy(old, part, new, each.key)
+                    _copy(source_file, part, target_file, tensor.key)
                 else:
                     values: Any = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    new.write(values.numpy())
+                    target_file.write(values.numpy())
     synchronise(target)
 
 
 def _joined(content: Content) -> Iterator[range | Tensor]:
-    """The same bytes in fewer ranges."""
-    last: range | None = None
+    """The same content; ranges that follow each other in the file are joined."""
+    pending: range | None = None
     for part in content:
-        if isinstance(part, range) and last is not None and last.stop == part.start:
-            last = range(last.start, part.stop)
+        if isinstance(part, range) and pending is not None and pending.stop == part.start:
+            pending = range(pending.start, part.stop)
             continue
-        if last is not None:
-            yield last
-        last = part if isinstance(part, range) else None
+        if pending is not None:
+            yield pending
+        pending = part if isinstance(part, range) else None
         if isinstance(part, Tensor):
             yield part
-    if last is not None:
-        yield last
+    if pending is not None:
+        yield pending
 
 
-def _copy(old: IO[bytes], part: range, new: IO[bytes], key: str) -> None:
-    old.seek(part.start)
-    left = len(part)
-    while left:
-        data = old.read(min(left, _CHUNK))
+def _copy(source: IO[bytes], part: range, target: IO[bytes], key: str) -> None:
+    source.seek(part.start)
+    remaining = len(part)
+    while remaining:
+        data = source.read(min(remaining, _CHUNK))
         if not data:
-            raise AptError(f"{old.name} ends within {key}", "is it complete?")
-        new.write(data)
-        left -= len(data)
+            raise AptError(f"{source.name} ends within {key}", "is it complete?")
+        target.write(data)
+        remaining -= len(data)
 
 
 def remove_partial(target: Path) -> None:
-    """Delete a directory that was not written to its end."""
+    """Delete a directory after an error or an interruption of its writing."""
     shutil.rmtree(target, ignore_errors=True)
