@@ -35,6 +35,19 @@ class Exported:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class EncodedRows:
+    """A matrix in the form in which a file stores it.
+
+    Attributes:
+        level: the name of its kind of numbers in the format, such as ``q4_K``.
+        rows: the bytes of each row (out, bytes) in uint8, or (experts, out, bytes) for a stack.
+    """
+
+    level: str
+    rows: Tensor
+
+
 class Exportable:
     """A model on disk, of which one parameter at a time is in memory.
 
@@ -45,6 +58,8 @@ class Exportable:
         original: the file of the same format from which the model was made; None without one.
         integers: ``"int8"`` or ``"int4"`` if the weights of the blocks are integers of that type
             times scales; else None.
+        encoded: the matrices that are written as they are here, in place of those on disk, by the
+            names of their parameters.
 
     Attributes:
         config: the configuration, as an object of transformers.
@@ -58,12 +73,18 @@ class Exportable:
         type: str | None = None,
         original: Path | None = None,
         integers: str | None = None,
+        encoded: Mapping[str, EncodedRows] | None = None,
     ) -> None:
         self.type, self.original, self.integers = type, original, integers
+        self.encoded = encoded or {}
         self.config: Any = opened.config
         self.module: nn.Module = opened.module
         self.name = opened.source.reference
         self._opened = opened
+
+    def with_encoded(self, encoded: Mapping[str, EncodedRows]) -> "Exportable":
+        """The same model, with these matrices in place of those on disk."""
+        return Exportable(self._opened, self.type, self.original, self.integers, encoded)
 
     @cached_property
     def _stored(self) -> Stored:

@@ -45,7 +45,7 @@ def export_model(
         raise AptError(f"{source.reference} is packed", "write it dense first: apt-prune unpack")
     opened = open_skeleton(source, registry, run.adapter)
     directory = local_directory(opened)
-    original = sources[0] if sources else _original_file(directory, spec)
+    original = sources[0] if sources else original_file(directory, spec)
     integers = integers_of(directory)
     write: Export = spec.load()
     with staged_file(output, run.overwrite) as partial:
@@ -73,7 +73,7 @@ def check_exportable(
         return
     spec = check_export(ExportRun(model=run.model, output=run.export), registry)
     if spec.check is not None:
-        original = None if opened.source.gguf else _original_file(local_directory(opened), spec)
+        original = None if opened.source.gguf else original_file(local_directory(opened), spec)
         spec.examine(Exportable(opened, original=original))
 
 
@@ -100,7 +100,7 @@ def export_output(
         raise AptError(message, error.hint) from error
 
 
-def _original_file(directory: Path, spec: ExportSpec) -> Path | None:
+def original_file(directory: Path, spec: ExportSpec) -> Path | None:
     """The file of this format from which a model was made, by its report; None if there is none.
 
     The report has the name of the file alone.

@@ -13,6 +13,7 @@ from apt.locations.model_source import Source, find
 from apt.options import (
     DEFAULT_PATTERN,
     ExportRun,
+    FitRun,
     MeasuringOptions,
     ModelRun,
     PatternOptions,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from apt.patterns import Pattern
     from apt.planning.plan import Selection
 
-AnyRun = PruneRun | ShrinkRun | RecoverRun | ReapplyRun
+AnyRun = PruneRun | ShrinkRun | FitRun | RecoverRun | ReapplyRun
 R = TypeVar("R", bound=AnyRun)
 W = TypeVar("W", bound=PruneRun | ShrinkRun | RecoverRun)
 
@@ -121,9 +122,8 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
     _check_packages(options)
     if not options.model and not isinstance(options, RecoverRun):
         choose(model=_embedded_model(options, registry))
-    resolved = replace(
-        resolved, metrics=_metrics(options, registry), **_plugin_name(options, registry)
-    )
+    names = {} if isinstance(options, FitRun) else _plugin_name(options, registry)
+    resolved = replace(resolved, metrics=_metrics(options, registry), **names)
     source = find_source(resolved.model, options, registry)
     if isinstance(options, PruneRun):
         if pattern_of(options) is None:
@@ -132,6 +132,10 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
     has_scores = isinstance(options, ShrinkRun) and options.scores_from is not None
     if options.calibration == MeasuringOptions.calibration and not has_scores:
         notice(f"calibration: {options.calibration} (default)")
+    if isinstance(options, FitRun):
+        if options.output is None:
+            choose(output=Path(f"{source.name}-fit.gguf"))
+        return RunRequest(resolved, source)
     if options.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(resolved, registry)])))
     if _is_cut_out(resolved, source, registry):

@@ -36,7 +36,7 @@ from apt.errors import AptError
 from apt.files.journal import Line
 from apt.locations.paths import portable
 from apt.locations.text_sources import portable_sources
-from apt.options import PruneRun, ShrinkRun
+from apt.options import FitRun, PruneRun, ShrinkRun
 from apt.output.report import Report
 from apt.patterns import Pattern
 from apt.planning.plan import Plan
@@ -56,57 +56,22 @@ _ORDER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneTask(Task):
-    """The pruning of a model on disk, to a sparse or to a smaller one.
+class CalibratedTask(Task):
+    """A task whose loop over blocks solves weights on calibration text.
 
     Attributes:
-        training: the distillation in the rest of a given time; None if no time is given.
+        job: the loop over blocks.
         notice: called with a line about a result of the run.
     """
 
-    options: PruneRun | ShrinkRun
+    options: PruneRun | ShrinkRun | FitRun
     job: Pruning
-    method: MethodSpec
-    training: RecoverTask | None = None
     notice: Notice = field(default=lambda line: None, repr=False, compare=False)
-    event = " pruning"
-
-    @property
-    def pattern(self) -> Pattern | None:
-        """The pattern of a sparse model, with the unit in which it is counted."""
-        pattern = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
-        return pattern and pattern.counted(self.method.per)
-
-    @property
-    def changes_kept_weights(self) -> bool:
-        """See `Task`."""
-        return self.job.recipe.changes_kept_weights
 
     @property
     def samples(self) -> int:
         """The number of all calibration samples."""
         return self.job.augmentation.samples(self.options.samples, self.options.seqlen)
-
-    def record(self) -> dict[str, Any]:
-        """All options with defaults filled in, as values for JSON, for the report."""
-        pattern_record: dict[str, Any] = {"per": self.job.plan.per}
-        if isinstance(self.options, PruneRun):
-            pattern_record |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
-        settings = record(self.job.recipe, self.job.augmentation, self.job.plan.grid)
-        return in_order(self.options.record() | pattern_record | settings, (*_ORDER, *settings))
-
-    def space(self, written: int) -> int:
-        """The bytes of the output, and of the temporary files of a streamed run."""
-        options, skeleton = self.options, self.skeleton
-        if self.training is not None:
-            return self.training.space(written)
-        if not options.stream:
-            return written
-        if options.activations == "disk":
-            tokens = self.samples * options.seqlen
-            aware = self.job.recipe.error_aware
-            written += activations_on_disk(skeleton, self.job.plan, tokens, error_aware=aware)
-        return written * 2 if self.job.structure else written  # the smaller model and the copy
 
     def read_text(self, ranks: Ranks) -> Text:
         """The calibration samples, and at most the same number of windows to measure on."""
@@ -134,28 +99,23 @@ class PruneTask(Task):
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """A report with the options, the model and the text."""
-        options, skeleton = self.options, self.skeleton
-        model = model_entry(options.model, skeleton.config.model_type, skeleton.spec.name)
-        model |= {"sha256": store.weights} | store.precision.record()
-        if isinstance(options, ShrinkRun) and options.scores_from is not None:
-            scored = KeptScores.read(options.scores_from)
-            scored.check_model(model, stream=options.stream)
-            earlier, report = report_beside(skeleton.source), scored.report
-            return Report(
-                self.record(), model, report.calibration, earlier=earlier, routing=report.routing
-            )
         return Report(
             options=self.record(),
-            model=model,
+            model=self._model_entry(store),
             calibration={
-                "source": portable_sources(options.calibration),
+                "source": portable_sources(self.options.calibration),
                 **text.source_record,
                 "own_samples": self.job.augmentation.own_samples,
                 "bos": text.bos,
                 **calibration_of(text.tokens),
             },
-            earlier=report_beside(skeleton.source),
+            earlier=report_beside(self.skeleton.source),
         )
+
+    def _model_entry(self, store: ModelStore) -> dict[str, Any]:
+        skeleton = self.skeleton
+        entry = model_entry(self.options.model, skeleton.config.model_type, skeleton.spec.name)
+        return entry | {"sha256": store.weights} | store.precision.record()
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
         """All inputs of the result."""
@@ -165,6 +125,70 @@ class PruneTask(Task):
             "evaluation": None if text.held_out is None else digest(text.held_out),
             "options": {k: v for k, v in report.options.items() if k not in WITHOUT_EFFECT},
         }
+
+    def finished(
+        self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
+    ) -> Report:
+        """The report with the metrics, the timeline and the time of the run."""
+        return replace(report, scores=scores, timeline=timeline).timed(seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTask(CalibratedTask):
+    """The pruning of a model on disk, to a sparse or to a smaller one.
+
+    Attributes:
+        training: the distillation in the rest of a given time; None if no time is given.
+    """
+
+    options: PruneRun | ShrinkRun
+    method: MethodSpec
+    training: RecoverTask | None = None
+    event = " pruning"
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern of a sparse model, with the unit in which it is counted."""
+        pattern = pattern_of(self.options) if isinstance(self.options, PruneRun) else None
+        return pattern and pattern.counted(self.method.per)
+
+    @property
+    def changes_kept_weights(self) -> bool:
+        """See `Task`."""
+        return self.job.recipe.changes_kept_weights
+
+    def record(self) -> dict[str, Any]:
+        """All options with defaults filled in, as values for JSON, for the report."""
+        pattern_record: dict[str, Any] = {"per": self.job.plan.per}
+        if isinstance(self.options, PruneRun):
+            pattern_record |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
+        settings = record(self.job.recipe, self.job.augmentation, self.job.plan.grid)
+        return in_order(self.options.record() | pattern_record | settings, (*_ORDER, *settings))
+
+    def space(self, written: int) -> int:
+        """The bytes of the output, and of the temporary files of a streamed run."""
+        options, skeleton = self.options, self.skeleton
+        if self.training is not None:
+            return self.training.space(written)
+        if not options.stream:
+            return written
+        if options.activations == "disk":
+            tokens = self.samples * options.seqlen
+            aware = self.job.recipe.error_aware
+            written += activations_on_disk(skeleton, self.job.plan, tokens, error_aware=aware)
+        return written * 2 if self.job.structure else written  # the smaller model and the copy
+
+    def begin(self, store: ModelStore, text: Text) -> Report:
+        """A report with the options, the model and the text."""
+        options = self.options
+        if not (isinstance(options, ShrinkRun) and options.scores_from is not None):
+            return super().begin(store, text)
+        model, scored = self._model_entry(store), KeptScores.read(options.scores_from)
+        scored.check_model(model, stream=options.stream)
+        earlier, report = report_beside(self.skeleton.source), scored.report
+        return Report(
+            self.record(), model, report.calibration, earlier=earlier, routing=report.routing
+        )
 
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
         """The text with generated samples, and the plan with the allocation or the structure."""
@@ -199,12 +223,6 @@ class PruneTask(Task):
         if short := sum(bool(entry.get("unprotected")) for entry in blocks.values()):
             sources = " and ".join(removal.protect)
             self.notice(f"protect: {short} blocks keep fewer experts than {sources} needs")
-
-    def finished(
-        self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
-    ) -> Report:
-        """The report with the metrics, the timeline and the time of the run."""
-        return replace(report, scores=scores, timeline=timeline).timed(seconds)
 
     def forget(self) -> None:
         """Delete the journal of a search."""
@@ -281,7 +299,7 @@ def prepare_pruning(
         dtype=read_dtype(options.dtype), plan=None if training else _writable_plan(skeleton, job),
         job=job, method=method, training=training, notice=notice,
     )  # fmt: skip
-    _check_memory(task)
+    check_memory(task)
     if options.stream:
         _check_streamable(task)
     return task
@@ -332,12 +350,12 @@ def _writable_plan(skeleton: Opened, job: Pruning) -> Plan:
     )
 
 
-def _check_memory(task: PruneTask) -> None:
+def check_memory(task: CalibratedTask) -> None:
     """Raise if the samples and one stream of activations do not fit into memory."""
     options, skeleton = task.options, task.skeleton
     stream_bytes = (
         0
-        if options.activations == "disk"
+        if getattr(options, "activations", None) == "disk"
         else hidden_size(skeleton.config) * skeleton.runs_in.itemsize
     )
     ranks = whole_number("WORLD_SIZE", 1, least=1)

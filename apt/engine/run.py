@@ -10,6 +10,7 @@ from apt.checkpoints.exporting import Exported
 from apt.distributed.ranks import Ranks
 from apt.engine.costs import PlannedRun
 from apt.engine.export import export_output
+from apt.engine.fit_task import prepare_fit
 from apt.engine.forecast import forecast
 from apt.engine.opening import AnyRun, RunRequest, resolve_names
 from apt.engine.packing import pack_output
@@ -21,7 +22,7 @@ from apt.engine.run_output import RunOutput
 from apt.engine.task import Task, shared_settings
 from apt.events import with_site_observer
 from apt.modes import default_modes
-from apt.options import PruneRun, ReapplyRun, RecoverRun, ShrinkRun
+from apt.options import FitRun, PruneRun, ReapplyRun, RecoverRun, ShrinkRun
 from apt.output.report import Report
 from apt.output.timeline import Timeline
 from apt.packing.directory import Packed
@@ -144,7 +145,7 @@ def drive(
         with watcher.during("packing", task):
             packed = pack_output(options, plugins, watcher.notice)
         watcher.packed(packed)
-    if not isinstance(options, ReapplyRun) and options.export is not None:
+    if not isinstance(options, ReapplyRun | FitRun) and options.export is not None:
         with watcher.during("exporting", task):
             exported = export_output(request, plugins, watcher.notice)
         watcher.exported(exported)
@@ -197,6 +198,8 @@ def resolve(
     """
     if isinstance(request.options, PruneRun | ShrinkRun):
         return prepare_pruning(request, registry, notice, ranks)
+    if isinstance(request.options, FitRun):
+        return prepare_fit(request, registry, notice)
     if isinstance(request.options, RecoverRun):
         return prepare_recovery(request, registry, notice)
     return prepare_reapplying(request, registry, notice)

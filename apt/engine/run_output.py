@@ -17,6 +17,7 @@ from apt.checkpoints.masks import MASKS, Masks, block_masks, filled, write_masks
 from apt.checkpoints.stored import local_directory
 from apt.checkpoints.verify import zeros_of
 from apt.distributed.ranks import Ranks
+from apt.engine.fit_task import FitTask, InFile
 from apt.engine.in_memory import InMemory
 from apt.engine.in_place import InPlace
 from apt.engine.streamed import Streamed
@@ -61,10 +62,9 @@ class RunOutput:
 
     def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
         self.task, self.ranks, self._timeline = task, ranks, timeline
-        kind = InPlace if task.in_place else Streamed if task.stream else InMemory
+        kind = _store_kind(task)
         self.store: InMemory | Streamed = kind(task, ranks, timeline.observe, timeline.status)
-        self._is_file = task.skeleton.source.has_kind_of(task.options.output)
-        staging = FileStaging if self._is_file else Staging
+        staging = FileStaging if task.writes_file else Staging
         self.work = staging(task.options.output, task.options.overwrite)
         self.store.folder = self.work.folder
         self._resumable = (task.stream and not task.in_place) or task.resumable
@@ -242,7 +242,7 @@ class RunOutput:
         report = self.task.finished(report, scores, self._timeline.record(), seconds)
         if self._problem is not None:
             report = replace(report, problems=[*report.problems, self._problem.record])
-        if not self._is_file:
+        if not self.task.writes_file:
             original = None if skeleton.source.gguf else local_directory(skeleton)
             write_card(directory, report, original)
         return report.write(directory, changed)
@@ -264,6 +264,13 @@ class RunOutput:
         if self._problem is not None:
             raise self._problem
         return report
+
+
+def _store_kind(task: Task) -> type[InMemory] | type[Streamed]:
+    """The kind of store of a task."""
+    if isinstance(task, FitTask):
+        return InFile
+    return InPlace if task.in_place else Streamed if task.stream else InMemory
 
 
 def _has_report(directory: Path, record: dict[str, Any]) -> bool:

@@ -89,6 +89,11 @@ class Task:
         return False
 
     @property
+    def writes_file(self) -> bool:
+        """True if the output is one file, with its report beside it."""
+        return self.skeleton.source.has_kind_of(self.options.output)
+
+    @property
     def resume(self) -> bool:
         """True to continue an interrupted run."""
         return bool(getattr(self.options, "resume", False))

@@ -9,6 +9,7 @@ one or two tensors at a time, as long as the loss falls and the file fits.
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from apt.fit.levels import FileForm
 from apt.fit.table import LossTable, MeasuredLevel
 
 _PAIRED = 64
@@ -25,6 +26,11 @@ class DoesNotFitError(ValueError):
     def __init__(self, smallest: int) -> None:
         super().__init__(f"the smallest file has {smallest:,} bytes")
         self.smallest = smallest
+
+
+def smallest_size(form: FileForm) -> int:
+    """The bytes of the smallest file."""
+    return form.rest + sum(min(x.size for x in levels) for levels in form.levels.values())
 
 
 def choose(table: LossTable, budget: int) -> dict[str, str]:

@@ -10,8 +10,8 @@ independently, so the expected square of its norm in row i is ``Σ g_i² ‖x‖
     loss(D) = ½ Σ_i b_i (D G Dᵀ)_ii
 
 An embedding has the frequencies of its tokens in place of ``b``, and the Gram matrix of the
-gradients after it in place of G. For a head, ``b_v`` is the variance ``p_v (1 − p_v)`` of its token,
-which needs no sampling. An embedding that is the head too has the sum of both losses.
+gradients after it in place of G. For a head, ``b_v`` is the variance ``p_v (1 − p_v)`` of its
+token, which needs no sampling. An embedding that is the head too has the sum of both losses.
 
 The change D of a level is that of the rounding itself, with its error feedback (`rounded`). So the
 losses are comparable between grids of any kind, and between tensors.

@@ -10,6 +10,7 @@ from apt.options.declaration import (
     warn_renamed,
 )
 from apt.options.files import read_options, write_options
+from apt.options.fit import FitRun
 from apt.options.others import (
     ANY_MODEL,
     CheckRun,
@@ -84,7 +85,7 @@ __all__ = [
     "RUNNING", "SELECTION", "SHRINK_TUNING_RATE", "SIZE", "STEPS", "TEXT", "TRAINING",
     "Activations", "AdapterOptions", "Budget", "CalibrationOptions", "CheckRun", "Compute",
     "ComputeOptions", "ConfigOptions", "ConvertRun", "Declared", "DeviceOptions", "DryRunOptions",
-    "DtypeOptions", "Effort", "ExportRun", "InspectRun", "MachineName", "MaskOptions",
+    "DtypeOptions", "Effort", "ExportRun", "FitRun", "InspectRun", "MachineName", "MaskOptions",
     "MeasuringOptions", "MethodOptions", "Mode", "ModelOptions", "ModelRun", "Option", "Options",
     "OutputOptions", "PackRun", "PatternOptions", "Preset", "PrintingOptions", "PruneOptions",
     "PruneRun", "ReapplyRun", "RecoverOptions", "RecoverRun", "RemoteOptions", "SampleOptions",

@@ -58,6 +58,9 @@ class Report:
         recovery: the record of a training after the pruning; empty if there was none.
         reapplied: the masks that were applied to a fine-tuned model, and the number of weights
             that they removed; empty if there were none.
+        fit: of a run that fits a model into a budget, the ``budget`` in bytes, the ``size`` of the
+            file, the ``levels`` of its tensors, the predicted rise of the ``loss``, and the
+            ``table`` of losses; else empty.
         structure: the kept and removed parts of a smaller model; empty for a sparse one.
         routing: the routing of the experts of each block, by the source of the calibration text:
             ``tokens``, the numbers of tokens, and ``weights``, the sums of the router's weights,
@@ -85,6 +88,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     structure: dict[str, Any] = field(default_factory=dict)
     routing: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     reapplied: dict[str, Any] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)
@@ -220,12 +224,13 @@ def _write(record: dict[str, Any], directory: Path) -> None:
 _ENTRY_ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "structure", "routing", "recovery", "reapplied", "timeline", "earlier", "problems", "files",
+    "structure", "routing", "fit", "recovery", "reapplied", "timeline", "earlier", "problems",
+    "files",
 )  # fmt: skip
 
 
 # Reports of early versions lack these entries.
-_LATER_ENTRIES = ("structure", "routing", "recovery", "reapplied", "timeline", "earlier")
+_LATER_ENTRIES = ("structure", "routing", "fit", "recovery", "reapplied", "timeline", "earlier")
 
 
 def read_site(entry: Mapping[str, Any]) -> SitePruned:

@@ -195,7 +195,7 @@ _REPORT = object_with(
     },
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
-        "routing": object_of(_ROUTED), "reapplied": object_of(anything),
+        "routing": object_of(_ROUTED), "fit": object_of(anything), "reapplied": object_of(anything),
         "earlier": object_of(anything), "timeline": _TIMELINE,
     },
 )  # fmt: skip

@@ -141,6 +141,9 @@ class ExportSpec(Spec):
         check: ``"module:function"`` of a function of an `apt.extending.Exportable` that raises
             `apt.AptError` if the format cannot express the model. A run with an export calls it
             first, with the input model. None without a check.
+        form: ``"module:function"`` of a function of an `apt.extending.Exportable` that returns the
+            levels of its tensors, an `apt.extending.FileForm`; None for a format without levels.
+            ``apt-prune fit`` needs them.
     """
 
     suffix: str = ""
@@ -148,6 +151,14 @@ class ExportSpec(Spec):
     requires: tuple[str, ...] = ()
     install: str = ""
     check: str | None = None
+    form: str | None = None
+
+    def file_form(self, model: Any) -> Any:
+        """The levels of the tensors of a model."""
+        assert self.form is not None
+        with self.loading(self.form):
+            form = resolve_name(self.form)
+        return form(model)
 
     def examine(self, model: Any) -> None:
         """Call the check of a model; without a check, do nothing."""

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt.adapter import Site
 from apt.calibration.storage import MemoryStore, Store
 from apt.compute import round_parameter
 from apt.distributed.ranks import Ranks
 from apt.events import BlockRecord
+from apt.solver import Rounded
 
 
 class BlockStore:
@@ -55,6 +57,15 @@ class BlockStore:
 
     def read_kept(self, name: str, block: nn.Module) -> None:
         """Load the kept weights of an earlier run into an open block."""
+
+    def keep_rounded(self, name: str, site: Site, weight: Rounded) -> None:
+        """Keep the stored form of a rounded weight, for a file that stores its integers.
+
+        Args:
+            name: the full name of its parameter.
+            site: the site of the weight: a parameter may be a stack of several weights.
+            weight: the weight on its grid.
+        """
 
     def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
         """Keep a changed block, with its records.

@@ -21,6 +21,7 @@ from apt.solver import (
     GroupRemoval,
     MethodError,
     Pattern,
+    Rounded,
     SitePattern,
     Solution,
     SolverError,
@@ -257,21 +258,26 @@ def _solution(
 
 def round_site(
     block: nn.Module, solved: SolvedSite, damping: float | None, stored: torch.dtype | None = None
-) -> None:
+) -> Rounded | None:
     """Round the kept weights of a site, as written to its module, if its target form has a grid.
+
+    Returns:
+        The weight on its grid; None without a grid.
 
     Args:
         stored: the dtype in which the integers times their scales are stored; None for the dtype of
             the weight.
     """
     if (grid := solved.planned.grid) is None:
-        return
+        return None
     weight = solved.planned.site.oriented(solved.planned.site.weight(block).data)
     matrix = solved.matrix / max(solved.tokens, 1)
     mean = float(matrix.diagonal().mean())
     more = mean * (damping or DAMPING) or 1.0  # above 0, because of dead inputs
     matrix = matrix + more * torch.eye(len(matrix), device=matrix.device)
-    weight.copy_(rounded(weight.float(), matrix, grid, stored or weight.dtype).weight)
+    result = rounded(weight.float(), matrix, grid, stored or weight.dtype)
+    weight.copy_(result.weight)
+    return result
 
 
 def measured(block: nn.Module, solved: SolvedSite) -> SitePruned:

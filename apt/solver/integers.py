@@ -19,11 +19,13 @@ class Rounded:
         weight: the points (out, in) in fp32.
         indices: the index of the level of each point (out, in).
         points: the points of the grid for this weight.
+        grid: the grid.
     """
 
     weight: Tensor
     indices: Tensor
     points: Points
+    grid: Grid
 
 
 @full_precision()
@@ -50,7 +52,7 @@ def rounded(
     values, indices = weight.clone(), torch.empty_like(weight)
     for _ in range(passes):
         _descend(values, indices, weight, matrix, kept, points)
-    return Rounded(values, indices, points)
+    return Rounded(values, indices, points, grid)
 
 
 def _descend(

@@ -1,0 +1,300 @@
+"""The task of ``apt-prune fit``: the best file of a given size."""
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from apt.adapter import Site
+from apt.checkpoints.exporting import EncodedRows, Export, Exportable, Exported
+from apt.checkpoints.load import load, open_skeleton
+from apt.checkpoints.opened import Opened
+from apt.checkpoints.stored import local_directory
+from apt.engine.export import original_file
+from apt.engine.in_memory import InMemory
+from apt.engine.machine import choose_device, read_dtype
+from apt.engine.opening import RunRequest, check_export
+from apt.engine.prepare import Notice, capped, input_paths, with_compute
+from apt.engine.prune_model import Pruning, prune_model, with_own_text
+from apt.engine.prune_task import CalibratedTask, check_memory
+from apt.engine.pruning_plan import settings
+from apt.engine.recipes import record
+from apt.engine.store import ModelStore
+from apt.engine.task import TaskResult
+from apt.engine.text import Text
+from apt.errors import AptError
+from apt.files.writing import check_file
+from apt.fit.choice import choose, smallest_size
+from apt.fit.levels import FileForm, Level
+from apt.fit.losses import Outer, measured_levels, sensitivities
+from apt.fit.table import LossTable
+from apt.locations.model_source import find
+from apt.options import ExportRun, FitRun
+from apt.output.report import Report, read_report, report_beside
+from apt.output.staging import Staging, write_errors
+from apt.patterns import TargetForm, Unstructured
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite, make_plan
+from apt.plugin.registry import Registry, registry
+from apt.plugin.specs import ExportSpec
+from apt.solver import Rounded, rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTask(CalibratedTask):
+    """The choice of a level for each tensor under a budget, and the rounding to these levels.
+
+    Attributes:
+        export: the format of the file.
+        form: what the file can hold.
+        model: the model on disk, from which the tensors that keep their values are written.
+        budget: the largest size of the file in bytes.
+    """
+
+    options: FitRun
+    export: ExportSpec
+    form: FileForm
+    model: Exportable
+    budget: int
+    event = " fitting"
+
+    @property
+    def in_place(self) -> bool:
+        """False: the values are rounded, even if they come from a quantised checkpoint."""
+        return False
+
+    @property
+    def writes_file(self) -> bool:
+        """True: the output is one file."""
+        return True
+
+    def record(self) -> dict[str, Any]:
+        """All options with defaults filled in, as values for JSON."""
+        defaults = record(self.job.recipe, self.job.augmentation, None)
+        return self.options.record() | defaults | {"budget": self.budget}
+
+    def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
+        """The text with generated samples, and the plan with the grid of each site."""
+        assert isinstance(store, InFile)
+        text = with_own_text(store, text, self.job)
+        table, outer = self._measured(store, text)
+        levels = choose(table, self.budget)
+        store.choice = FitChoice(table, levels, outer)
+        return text, with_grids(self.job.plan, self.form, levels)
+
+    def _measured(self, store: ModelStore, text: Text) -> tuple[LossTable, Outer]:
+        """The table of losses, from an earlier run or measured, and the matrices outside blocks."""
+        store.status("allocation", "measuring the gradients of the dense model")
+        family = (store.model, self.job.adapter, self.job.plan)
+        given = sensitivities(*family, text.tokens)
+        if self.options.table_from is not None:
+            return read_table(self.options.table_from, self.form), given.outer
+        store.status("allocation", "measuring the loss of each level")
+        return LossTable(
+            measured_levels(*family, given, self.form.levels), self.form.rest
+        ), given.outer
+
+    def change(
+        self, store: ModelStore, text: Text, plan: Plan | None, report: Report
+    ) -> TaskResult:
+        """Round the embedding and the head, then each block after the other."""
+        assert isinstance(store, InFile)
+        assert store.choice is not None
+        assert plan is not None
+        choice = store.choice
+        for name in choice.outer.names:
+            if name in choice.levels:
+                self._round_outer(store, name, choice)
+        report = prune_model(store, text, replace(self.job, plan=plan), report)
+        table, levels = choice.table, choice.levels
+        fit = {
+            "budget": self.budget, "size": table.size(levels), "loss": table.loss(levels),
+            "levels": levels, "table": table.record(),
+        }  # fmt: skip
+        return TaskResult(replace(report, fit=fit), plan)
+
+    def _round_outer(self, store: "InFile", name: str, choice: "FitChoice") -> None:
+        grid = level_of(self.form, name, choice.levels[name]).grid
+        if grid is None:
+            return
+        store.status("pruning", f"rounding {name} to {grid.name}")
+        weight = store.model.get_parameter(name).data
+        result = rounded(weight.float(), choice.outer.matrix(name), grid)
+        weight.copy_(result.weight)
+        store.keep_rounded(name, None, result)
+
+    def write_file(self, encoded: Mapping[str, EncodedRows], target: Path) -> Exported:
+        """Write the file; other tensors have the values of the model on disk."""
+        write: Export = self.export.load()
+        return write(self.model.with_encoded(encoded), target)
+
+    def open(self, written: Path) -> Opened:
+        """The written file, without weights."""
+        source = find(str(written), self.registry)
+        return open_skeleton(source, self.registry, self.skeleton.spec.name)
+
+
+@dataclass(frozen=True)
+class FitChoice:
+    """The result of the choice under a budget.
+
+    Attributes:
+        table: the table of losses.
+        levels: the name of the level of each tensor.
+        outer: the statistics of the embedding and the head.
+    """
+
+    table: LossTable
+    levels: Mapping[str, str]
+    outer: Outer
+
+
+class InFile(InMemory):
+    """A model in memory, of which the rounded weights are kept as the file stores them.
+
+    Attributes:
+        choice: the chosen levels; None before the choice.
+    """
+
+    choice: FitChoice | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._parts = dict[str, dict[int, EncodedRows]]()
+
+    def output_bytes(self) -> int:
+        """The bytes of the largest file."""
+        return cast(FitTask, self._task).budget
+
+    def keep_rounded(self, name: str, site: Site | None, weight: Rounded) -> None:
+        """Keep the bytes of a rounded weight."""
+        index = 0 if site is None or site.expert is None else site.expert
+        rows = weight.grid.encoded(weight.points, weight.indices)
+        if rows is None:
+            raise RuntimeError(f"the grid {weight.grid.name} has no bytes for a file")
+        self._parts.setdefault(name, {})[index] = EncodedRows(weight.grid.name, rows.cpu())
+
+    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
+        """Write the file and read it back; the file is then measured."""
+        self.status("writing", "writing and verifying")
+        task = cast(FitTask, self._task)
+        self.restore()
+        del self.model
+        gc.collect()
+        target = work.out / work.output.name
+        encoded = {name: _joined(parts) for name, parts in self._parts.items()}
+        with write_errors(work.name):
+            task.write_file(encoded, target)
+        size = target.stat().st_size
+        if size != result.report.fit["size"]:
+            raise RuntimeError(f"the file has {size:,} bytes, not {result.report.fit['size']:,}")
+        self.model = load(task.open(target), torch.float32, task.device).module
+        return work.out
+
+
+def _joined(parts: Mapping[int, EncodedRows]) -> EncodedRows:
+    """The rows of a parameter, which may be a stack of the weights of experts."""
+    rows = [parts[index].rows for index in sorted(parts)]
+    level = next(iter(parts.values())).level
+    return EncodedRows(level, rows[0] if len(rows) == 1 else torch.stack(rows))
+
+
+def level_of(form: FileForm, name: str, level: str) -> Level:
+    """A level of a tensor, by the names of its parameter and of the level."""
+    return next(each for each in form.levels[name] if each.name == level)
+
+
+def with_grids(plan: Plan, form: FileForm, levels: Mapping[str, str]) -> Plan:
+    """The plan with the grid of the chosen level of each site; other sites stay as they are."""
+
+    def changed(block: PlannedBlock, entry: PlannedSite) -> PlannedSite:
+        name = f"{block.name}.{entry.site.parameter}"
+        grid = level_of(form, name, levels[name]).grid if name in levels else None
+        target = None if grid is None else TargetForm(Unstructured(0.0), grid)
+        return replace(entry, form=target)
+
+    blocks = (
+        replace(block, sites=tuple(changed(block, entry) for entry in block.sites))
+        for block in plan.blocks
+    )
+    return replace(plan, blocks=tuple(blocks))
+
+
+def read_table(output: Path, form: FileForm) -> LossTable:
+    """The table of losses in the report of an earlier run, for the same model and format.
+
+    Raises:
+        AptError: there is none, or it has other tensors, sizes or levels.
+    """
+    record = read_report(output) or {}
+    hint = "leave out --from: the losses are then measured"
+    if not record.get("fit"):
+        raise AptError(f"{output} has no table of losses", hint, ("table_from",))
+    try:
+        table = LossTable.read(record["fit"].get("table"))
+    except ValueError as error:
+        raise AptError(f"the report of {output} is damaged: {error}", hint) from error
+    sizes = {name: [(x.name, x.size) for x in levels] for name, levels in form.levels.items()}
+    if sizes != {name: [(x.name, x.size) for x in row] for name, row in table.tensors.items()}:
+        message = f"{output} was made from another model, or for another format"
+        raise AptError(message, hint, ("table_from",))
+    return replace(table, rest=form.rest)
+
+
+def prepare_fit(request: RunRequest[FitRun], registry: Registry, notice: Notice) -> FitTask:
+    """Check a run that fits a model into a budget.
+
+    Raises:
+        AptError: an option does not fit the model, the machine or the disk, or even the smallest
+            file is larger than the budget.
+    """
+    options, source = request.options, request.source
+    output = options.directory
+    spec = check_export(ExportRun(model=options.model, output=output), registry, ("output",))
+    if spec.form is None:
+        raise AptError(f"{spec.name} files have no levels to choose from", options=("output",))
+    texts = [options.calibration, options.evaluation, options.tokenizer]
+    inputs = input_paths(source, texts)
+    for path in (output, report_beside(output)):
+        check_file(path, overwrite=options.overwrite, inputs=inputs, options=("output",))
+    skeleton = open_skeleton(source, registry, options.adapter, expanded=True)
+    device = choose_device(options.device)
+    skeleton = with_compute(skeleton, options, device, notice)
+    original = source.files()[0] if source.gguf else original_file(local_directory(skeleton), spec)
+    model = Exportable(skeleton, original=original)
+    spec.examine(model)
+    form: FileForm = spec.file_form(model)
+    weights = sum(parameter.numel() for parameter in skeleton.module.parameters())
+    budget = options.budget(weights)
+    if (smallest := smallest_size(form)) > budget:
+        raise AptError(
+            f"{options.model} does not fit into {budget:,} bytes: its smallest {spec.name} file "
+            f"has {smallest:,} ({smallest / 2**20:.1f} MiB)",
+            "give a larger size, or make it smaller first: apt-prune shrink",
+            ("size", "bits"),
+        )
+    options = replace(
+        options, adapter=skeleton.spec.name, seqlen=capped(options.seqlen, skeleton, notice)
+    )
+    task = FitTask(
+        options=options, registry=registry, skeleton=skeleton, device=device,
+        dtype=read_dtype(options.dtype), job=fit_job(skeleton, options, notice), notice=notice,
+        export=spec, form=form, model=model, budget=budget,
+    )  # fmt: skip
+    check_memory(task)
+    return task
+
+
+def fit_job(skeleton: Opened, options: FitRun, notice: Notice) -> Pruning:
+    """The loop over blocks that rounds each site; no weight is removed."""
+    spec = registry().default_method()
+    epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
+    chosen = replace(options, tuning_epochs=epochs, random_tokens=copies)
+    recipe, augmentation = settings(skeleton, chosen, chosen, spec, notice)
+    recipe = replace(recipe, permute=False, row_importance=None)
+    plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0))
+    return Pruning(
+        skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed
+    )
