@@ -3,12 +3,12 @@
 import gguf
 import pytest
 import torch
+from apt_plugins.gguf_files.grids import GRIDS, encode, grids_for
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt.solver import rounded
-from apt_plugins.gguf_files.grids import GRIDS, encode, grids_for
 from tests.helpers.problems import seeds
 
 CASES = [

@@ -1,33 +1,44 @@
 """The scales and offsets of groups of weights with the least weighted squared error.
 
-Tensors of weights have the shape (columns of a group, groups, rows): a group is summed over the
-first dimension, so that all other dimensions are contiguous. Weightings are (columns of a group,
-groups, 1). Scales and offsets are (groups, rows).
+Tensors of weights have the shape (columns of a group, groups, rows): sums over a group are over the
+first dimension, so that the numbers that are added at the same time lie side by side. Scales and
+offsets are (groups, rows).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 LEAST = 2.0**-24
-"""The least number above 0 in fp16."""
+"""The least number of fp16 above 0."""
 
-MOST = 65504.0
-"""The largest number in fp16."""
+_MOST = 65504.0  # the largest number of fp16
+_TINY = 1e-30  # in place of a divisor 0
+_TILE = 2**17  # weights whose scales are searched at a time: they stay in the cache
+_TILE_COLUMNS = 1024
+_LEAST_WEIGHTING = 1e-6  # relative to the mean: a group without importance has an error too
+_POLISHES = 2  # fits to the levels that are nearest with the best pair so far
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of a grid, ascending.
+    """The levels of a grid.
 
     Attributes:
-        values: the levels.
+        values: the levels, ascending.
     """
 
     values: tuple[int, ...]
+
+    @classmethod
+    def between(cls, first: int, last: int) -> "Levels":
+        """All integers from the first to the last."""
+        return cls(tuple(range(first, last + 1)))
 
     @property
     def first(self) -> int:
@@ -39,48 +50,32 @@ class Levels:
         """The highest level."""
         return self.values[-1]
 
-    @property
-    def is_uniform(self) -> bool:
-        """True if levels are consecutive integers."""
-        return len(self.values) == self.last - self.first + 1
-
-    def tensor(self, like: Tensor) -> Tensor:
-        """The levels as a tensor on the device of another."""
-        return torch.tensor(self.values, dtype=torch.float32, device=like.device)
+    def tensor(self, device: torch.device) -> Tensor:
+        """The levels in fp32."""
+        return torch.tensor(self.values, dtype=torch.float32, device=device)
 
     def nearest_(self, ratios: Tensor) -> Tensor:
         """The level nearest to each number; the numbers are overwritten."""
-        if self.is_uniform:
+        if len(self.values) == self.last - self.first + 1:
             return ratios.round_().clamp_(self.first, self.last)
-        # Middles between levels are multiples of 0.5: the nearest level is the same from one
+        # The middles between levels are multiples of 0.5: the nearest level is the same from one
         # multiple to the next, and a table has it.
-        steps = ratios.mul_(2).floor_().clamp_(2 * self.first, 2 * self.last).sub_(2 * self.first)
-        return self._table(ratios)[steps.int()]
-
-    def _table(self, like: Tensor) -> Tensor:
-        levels = self.tensor(like)
-        points = torch.arange(2 * self.first, 2 * self.last + 1, device=like.device) / 2 + 0.25
-        return levels[torch.bucketize(points, (levels[1:] + levels[:-1]) / 2)]
+        steps = ratios.mul_(2).sub_(2 * self.first).clamp_(0, 2 * (self.last - self.first)).int()
+        table = _nearest_levels(self, ratios.device)
+        return table.index_select(0, steps.view(-1)).view_as(ratios)
 
 
-def to_half(values: Tensor) -> Tensor:
-    """Values rounded to fp16, in fp32, with at most the largest number in fp16."""
-    return values.clamp(-MOST, MOST).half().float()
-
-
-def not_zero(values: Tensor) -> Tensor:
-    """Values of fp16 with the least positive number in place of 0."""
-    return torch.where(values == 0, LEAST, values)
-
-
-def inverse(values: Tensor) -> Tensor:
-    """``1 / values``, and 0 for 0."""
-    return torch.where(values == 0, 0.0, 1 / values)
+@lru_cache
+def _nearest_levels(levels: Levels, device: torch.device) -> Tensor:
+    """The level nearest to the numbers between two multiples of 0.5, from the first level on."""
+    values = levels.tensor(device)
+    numbers = torch.arange(2 * levels.first, 2 * levels.last + 1, device=device) / 2 + 0.25
+    return values[torch.bucketize(numbers, (values[1:] + values[:-1]) / 2)]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of groups, and the weight of the squared error of each column.
+    """Weights in groups, and the weights of their squared errors.
 
     Attributes:
         values: the weights (columns of a group, groups, rows).
@@ -90,20 +85,51 @@ class Weights:
     values: Tensor
     weighting: Tensor
 
-    def error(self, scales: Tensor, levels: Levels, offsets: Tensor | None = None) -> Tensor:
-        """The weighted squared error of each group (groups, rows)."""
+    @property
+    def extremes(self) -> Tensor:
+        """The weight of the largest magnitude in each group (groups, rows)."""
+        return self.values.gather(0, self.values.abs().argmax(0, keepdim=True))[0]
+
+    def nearest(self, levels: Levels, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The levels of the nearest points (columns of a group, groups, rows)."""
+        shifted = self.values if offsets is None else self.values + offsets
+        return levels.nearest_(shifted * inverse(scales))
+
+    def error(self, levels: Levels, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The weighted squared error of the nearest points, summed over each group."""
         shifted = self.values if offsets is None else self.values + offsets
         points = levels.nearest_(shifted * inverse(scales)).mul_(scales)
         return points.sub_(shifted).square_().mul_(self.weighting).sum(0)
 
-    def nearest(self, scales: Tensor, levels: Levels, offsets: Tensor | None = None) -> Tensor:
-        """The nearest levels (columns of a group, groups, rows)."""
-        shifted = self.values if offsets is None else self.values + offsets
-        return levels.nearest_(shifted * inverse(scales))
+
+def inverse(values: Tensor) -> Tensor:
+    """``1 / values``, and 0 for 0."""
+    return torch.where(values == 0, 0.0, 1 / values)
+
+
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, for a denominator that is not below 0; 0 / 0 is 0."""
+    return numerator / denominator.clamp_min(_TINY)
+
+
+def to_half(values: Tensor) -> Tensor:
+    """Values rounded to finite numbers of fp16, in fp32."""
+    return values.clamp(-_MOST, _MOST).half().float()
+
+
+def to_half_above_0(values: Tensor) -> Tensor:
+    """As `to_half`, with the least number above 0 in place of 0."""
+    half = to_half(values)
+    return torch.where(half == 0, LEAST, half)
+
+
+def where(condition: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    """`torch.where` for several tensors."""
+    return [torch.where(condition, a, b) for a, b in zip(first, second, strict=True)]
 
 
 def fitted_scales(weights: Weights, levels: Levels, ends: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The scale of each group, and the sum of the squares of its levels.
+    """The scale of each group, and the weighted sum of the squares of its levels.
 
     For each candidate, the weight of the largest magnitude has a given ratio to the scale. Each
     weight has the nearest level; then the scale is the best for these levels.
@@ -111,375 +137,185 @@ def fitted_scales(weights: Weights, levels: Levels, ends: Sequence[float]) -> tu
     Args:
         weights: the weights.
         levels: the levels.
-        ends: the ratios to try; a negative ratio flips the sign of the scale.
+        ends: the ratios to try; a negative ratio reverses the order of the points.
     """
-    values, weighting = weights.values, weights.weighting
-    extreme = values.gather(0, values.abs().argmax(0, keepdim=True))[0]
-    weighted = values * weighting
-    best, scales, curvature = (torch.zeros_like(extreme) for _ in range(3))
-    factors = inverse(extreme)
+    factors = inverse(weights.extremes)
+    weighted = weights.values * weights.weighting
+    best = [torch.zeros_like(factors)] * 3
     for end in ends:
-        nearest = levels.nearest_(values * (factors * end))
+        nearest = levels.nearest_(weights.values * (factors * end))
         product = (nearest * weighted).sum(0)
-        square = nearest.square_().mul_(weighting).sum(0)
-        gain = product.square() / square.clamp_min(1e-30)
-        better = gain > best
-        best = torch.where(better, gain, best)
-        scales = torch.where(better, product / square.clamp_min(1e-30), scales)
-        curvature = torch.where(better, square, curvature)
-    return scales, curvature
+        square = nearest.square_().mul_(weights.weighting).sum(0)
+        scale = quotient(product, square)
+        gain = scale * product
+        best = where(gain > best[0], (gain, scale, square), best)
+    return best[1], best[2]
 
 
-def refitted(weights: Weights, scales: Tensor, levels: Levels) -> Tensor:
-    """The best scale for the levels that are nearest with the given scales."""
-    nearest = weights.nearest(scales, levels)
+def refitted(weights: Weights, levels: Levels, scales: Tensor) -> Tensor:
+    """The best scales for the levels that are nearest with the given scales."""
+    nearest = weights.nearest(levels, scales)
     product = (nearest * weights.values).mul_(weights.weighting).sum(0)
-    square = nearest.square_().mul_(weights.weighting).sum(0)
-    return product / square.clamp_min(1e-30)
+    return quotient(product, nearest.square_().mul_(weights.weighting).sum(0))
 
 
-def half_scales(
-    weights: Weights, levels: Levels, ends: Sequence[float], exact: Sequence[float] = ()
-) -> Tensor:
+def half_scales(weights: Weights, levels: Levels, ends: Sequence[float]) -> Tensor:
     """The scale of each group in fp16 (see `fitted_scales`).
 
-    Args:
-        weights: the weights.
-        levels: the levels.
-        ends: the ratios to try.
-        exact: ratios to try without a fit.
+    A scale is 0 only if 0 is no level.
     """
-    extreme = weights.values.gather(0, weights.values.abs().argmax(0, keepdim=True))[0]
-    fitted, _ = fitted_scales(weights, levels, ends)
-    keep = not_zero if 0 in levels.values else lambda scales: scales
-    best = keep(to_half(fitted))
-    error = weights.error(best, levels)
-    again = refitted(weights, best, levels)
-    for scales in (again, *(extreme / end for end in exact)):
-        tried = keep(to_half(scales))
-        best, error = _better(best, error, tried, weights.error(tried, levels))
-    return best
+    half = to_half_above_0 if 0 in levels.values else to_half
+    fitted = half(fitted_scales(weights, levels, ends)[0])
+    best = [weights.error(levels, fitted), fitted]
+    for scales in (refitted(weights, levels, fitted), weights.extremes / levels.first):
+        tried = half(scales)
+        error = weights.error(levels, tried)
+        best = where(error < best[0], (error, tried), best)
+    return best[1]
 
 
-def _better(best: Tensor, error: Tensor, tried: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    better = new < error
-    return torch.where(better, tried, best), torch.where(better, new, error)
+def clips(first: float, last: float, count: int) -> list[tuple[float, float]]:
+    """Candidates of `fitted_pairs`: how far weights are above and below the levels, in steps.
+
+    The sums of both are from ``first`` to ``last``. The differences vary by the golden ratio.
+    """
+    sums = torch.linspace(first, last, count).tolist()
+    below = [each / 2 + (place * _GOLDEN) % 1 - 0.5 for place, each in enumerate(sums)]
+    return [(low, both - low) for low, both in zip(below, sums, strict=True)]
 
 
 def fitted_pairs(
-    weights: Weights, top: int, steps: Sequence[float], signed: bool
+    weights: Weights, top: int, candidates: Sequence[tuple[float, float]], *, signed: bool
 ) -> tuple[Tensor, Tensor]:
     """The scale and the offset of each group, for levels from 0 to ``top``.
 
-    Candidates as in llama.cpp: the range of the weights has ``top`` plus a given number of steps.
-    Each weight has the nearest level; then scale and offset are the best for these levels.
+    For each candidate, the lowest and the highest weight lie by given steps beyond the levels. Each
+    weight has the nearest level; then scale and offset are the best for these levels.
 
     Args:
         weights: the weights.
         top: the highest level.
-        steps: the numbers of steps to try beyond ``top``.
+        candidates: the steps below and above the levels.
         signed: True if offsets may be below 0.
     """
-    values, weighting = weights.values, weights.weighting
-    levels = Levels(tuple(range(top + 1)))
-    low, high = values.amin(0), values.amax(0)
+    fit = _PairFit.of(weights, signed)
+    levels = Levels.between(0, top)
+    low, high = weights.values.amin(0), weights.values.amax(0)
     if not signed:
         low = low.clamp_max(0)
-    total = weighting.sum(0)
-    weighted = values * weighting
-    mean = weighted.sum(0) / total
-    scales, offsets = (high - low).clamp_min(0) / top, -low
-    best = weights.error(scales, levels, offsets)
-    for step in steps:
-        inverse_scale = inverse(high - low) * (top + step)
-        nearest = levels.nearest_((values - low) * inverse_scale)
-        scale, offset = _best_pair(nearest, weights, weighted, mean, total, signed)
-        tried = weights.error(scale, levels, offset)
-        better = tried < best
-        best = torch.where(better, tried, best)
-        scales, offsets = torch.where(better, scale, scales), torch.where(better, offset, offsets)
-    return scales, offsets
+    raised, factors = weights.values - low, inverse(high - low)
+    best = [torch.full_like(low, -math.inf), torch.zeros_like(low), -low]
+    for below, above in candidates:
+        ratios = (raised * (factors * (top + below + above))).sub_(below)
+        tried = fit.best(levels.nearest_(ratios))
+        best = where(tried[0] > best[0], tried, best)
+    for _ in range(_POLISHES):
+        tried = fit.best(weights.nearest(levels, best[1], best[2]))
+        best = where(tried[0] > best[0], tried, best)
+    return best[1], best[2]
 
 
-def _best_pair(
-    nearest: Tensor, weights: Weights, weighted: Tensor, mean: Tensor, total: Tensor, signed: bool
+@dataclass(frozen=True)
+class _PairFit:
+    """The fit of scales and offsets to given levels.
+
+    Attributes:
+        weighting: the weights of errors (columns of a group, groups, 1).
+        total: the sum of the weights of errors of each group (groups, 1).
+        mean: the weighted mean of each group (groups, rows).
+        deviations: the weights minus the mean, times the weights of errors.
+        signed: True if offsets may be below 0.
+    """
+
+    weighting: Tensor
+    total: Tensor
+    mean: Tensor
+    deviations: Tensor
+    signed: bool
+
+    @classmethod
+    def of(cls, weights: Weights, signed: bool) -> "_PairFit":
+        values, weighting = weights.values, weights.weighting
+        total = weighting.sum(0)
+        mean = (values * weighting).sum(0) / total
+        return cls(weighting, total, mean, (values - mean).mul_(weighting), signed)
+
+    def best(self, nearest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The decrease of the error, the scale and the offset; the levels are overwritten."""
+        product = (nearest * self.deviations).sum(0)
+        sums = nearest * self.weighting
+        level_sum, square = sums.sum(0), sums.mul_(nearest).sum(0)
+        variance = square - level_sum.square() / self.total
+        scale = product / torch.where(variance > 1e-5 * square, variance, math.inf)
+        gain = scale * product
+        offset = level_sum / self.total * scale - self.mean
+        if not self.signed:
+            whole_product = product + self.mean * level_sum
+            without = quotient(whole_product, square)
+            other_gain = without * whole_product - self.mean.square() * self.total
+            gain, scale = where(offset < 0, (other_gain, without), (gain, scale))
+            offset = offset.clamp_min(0)
+        return gain, scale.clamp_min(0), offset
+
+
+def half_pairs(
+    weights: Weights, top: int, candidates: Sequence[tuple[float, float]]
 ) -> tuple[Tensor, Tensor]:
-    """The best scale and offset for given levels."""
-    product = (nearest * weighted).sum(0)
-    level_sums = nearest * weights.weighting
-    square = (level_sums * nearest).sum(0)
-    level_mean = level_sums.sum(0) / total
-    variance = square - level_mean.square() * total
-    scale = (product - level_mean * mean * total) / variance.clamp_min(1e-30)
-    scale = torch.where(variance > 1e-6 * square, scale, 0.0)
-    offset = level_mean * scale - mean
-    if not signed:
-        through_zero = product / square.clamp_min(1e-30)
-        scale = torch.where(offset < 0, through_zero, scale)
-        offset = offset.clamp_min(0)
-    return scale.clamp_min(0), offset
-
-
-def half_pairs(weights: Weights, top: int, steps: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The scale and the offset of each group in fp16 (see `fitted_pairs`)."""
-    levels = Levels(tuple(range(top + 1)))
-    scales, offsets = fitted_pairs(weights, top, steps, signed=True)
+    """The scale above 0 and the offset of each group in fp16 (see `fitted_pairs`)."""
+    levels = Levels.between(0, top)
     low, high = weights.values.amin(0), weights.values.amax(0)
-    best = None
-    for scale, offset in ((scales, offsets), ((high - low) / top, -low)):
-        scale, offset = not_zero(to_half(scale)), to_half(offset)
-        error = weights.error(scale, levels, offset)
-        if best is None:
-            best = scale, offset, error
-        better = error < best[2]
-        best = tuple(
-            torch.where(better, new, old)
-            for new, old in zip((scale, offset, error), best, strict=True)
-        )
-    return best[0], best[1]
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Integers of groups, and their unit for each super-block.
-
-    Attributes:
-        unit: the unit in fp16 (super-blocks, rows).
-        integers: the integers (groups, rows).
-    """
-
-    unit: Tensor
-    integers: Tensor
-
-    @property
-    def values(self) -> Tensor:
-        """The products (groups, rows)."""
-        return spread(self.unit, len(self.integers)) * self.integers
-
-
-def spread(units: Tensor, groups: int) -> Tensor:
-    """The units of super-blocks (super-blocks, rows) for each of their groups (groups, rows)."""
-    return units.repeat_interleave(groups // len(units), 0)
-
-
-def _summed(values: Tensor, blocks: int) -> Tensor:
-    """Sums over the groups of each super-block (super-blocks, rows)."""
-    return values.unflatten(0, (blocks, -1)).sum(1)
-
-
-@dataclass(frozen=True)
-class Integers:
-    """The integers that super-blocks have for scales or offsets.
-
-    Attributes:
-        first: the lowest.
-        last: the highest.
-        zero: True if 0 is used.
-    """
-
-    first: int
-    last: int
-    zero: bool = True
-
-    def nearest(self, ratios: Tensor) -> Tensor:
-        """The nearest integers."""
-        nearest = ratios.round().clamp(self.first, self.last)
-        return nearest if self.zero else torch.where(nearest == 0, 1.0, nearest)
-
-    def shared(
-        self, values: Tensor, curvature: Tensor, blocks: int, ends: Sequence[float]
-    ) -> Shared:
-        """Values (groups, rows) as integers times a unit.
-
-        Args:
-            values: the values.
-            curvature: the weight of the squared error of each value.
-            blocks: the number of super-blocks.
-            ends: ratios of the largest value to the unit that are tried.
-        """
-        parts = values.unflatten(0, (blocks, -1))
-        extreme = parts.gather(1, parts.abs().argmax(1, keepdim=True))[:, 0]
-        best = error = None
-        for end in ends:
-            unit = not_zero(to_half(extreme / end))
-            for _ in range(2):
-                wide = spread(unit, len(values))
-                integers = self.nearest(values / wide)
-                new = _summed((integers * wide - values).square_().mul_(curvature), blocks)
-                if best is None:
-                    best, error = unit, new
-                best, error = _better(best, error, unit, new)
-                product = _summed(integers * values * curvature, blocks)
-                square = _summed(integers.square() * curvature, blocks)
-                unit = not_zero(to_half(product / square.clamp_min(1e-30)))
-        return Shared(best, self.nearest(values / spread(best, len(values))))
-
-
-def shared_scales(
-    weights: Weights,
-    levels: Levels,
-    integers: Integers,
-    blocks: int,
-    ends: Sequence[float],
-    unit_ends: Sequence[float],
-) -> Shared:
-    """The scales of groups, which are integers times a unit of their super-block."""
-    scales, curvature = fitted_scales(weights, levels, ends)
-    shared = integers.shared(scales, curvature, blocks, unit_ends)
-    return _descended(weights, levels, integers, blocks, shared)
-
-
-def _descended(
-    weights: Weights, levels: Levels, integers: Integers, blocks: int, shared: Shared
-) -> Shared:
-    """Integers that are changed by 1, and units that are fitted again, while the error falls."""
-    unit, best = shared.unit, shared.integers
-    error = weights.error(shared.values, levels)
-    for _ in range(2):
-        wide = spread(unit, len(best))
-        start = best
-        for change in (-1, 1):
-            tried = integers.nearest(start + change)
-            best, error = _better(best, error, tried, weights.error(wide * tried, levels))
-        nearest = weights.nearest(wide * best, levels).mul_(best)
-        product = _summed((nearest * weights.values).mul_(weights.weighting).sum(0), blocks)
-        square = _summed(nearest.square_().mul_(weights.weighting).sum(0), blocks)
-        tried_unit = not_zero(to_half(product / square.clamp_min(1e-30)))
-        new = weights.error(spread(tried_unit, len(best)) * best, levels)
-        better = _summed(new, blocks) < _summed(error, blocks)
-        unit = torch.where(better, tried_unit, unit)
-        error = torch.where(spread(better, len(best)), new, error)
-    return Shared(unit, best)
-
-
-def shared_pairs(
-    weights: Weights,
-    top: int,
-    most: int,
-    blocks: int,
-    steps: Sequence[float],
-    unit_ends: Sequence[float],
-) -> tuple[Shared, Shared]:
-    """The scales and offsets of groups, as integers times units of their super-block."""
-    levels = Levels(tuple(range(top + 1)))
-    of_scales, of_offsets = Integers(1, most), Integers(0, most)
-    scales, offsets = fitted_pairs(weights, top, steps, signed=False)
-    total = weights.weighting.sum(0)
-    nearest = weights.nearest(scales, levels, offsets)
-    level_sums = nearest * weights.weighting
-    curvature = (level_sums * nearest).sum(0) - level_sums.sum(0).square() / total
-    scale = of_scales.shared(scales, curvature, blocks, unit_ends)
-    nearest = weights.nearest(scale.values, levels, offsets)
-    rest = (nearest.mul_(scale.values).sub_(weights.values)).mul_(weights.weighting).sum(0)
-    offset = of_offsets.shared(
-        (rest / total).clamp_min_(0), total.expand_as(rest), blocks, unit_ends
-    )
-    return _descended_pairs(weights, levels, (of_scales, of_offsets), blocks, (scale, offset))
-
-
-def _descended_pairs(
-    weights: Weights,
-    levels: Levels,
-    kinds: tuple[Integers, Integers],
-    blocks: int,
-    shared: tuple[Shared, Shared],
-) -> tuple[Shared, Shared]:
-    """Integers that are changed by 1, and units that are fitted again, while the error falls."""
-    (unit, minimum), (best, lows) = ((each.unit for each in shared), (s.integers for s in shared))
-    groups = len(best)
-    error = weights.error(shared[0].values, levels, shared[1].values)
-    for _ in range(2):
-        wide, wide_minimum = spread(unit, groups), spread(minimum, groups)
-        start, start_lows = best, lows
-        for change, change_low in ((-1, 0), (1, 0), (0, -1), (0, 1), (1, 1), (-1, -1)):
-            tried = kinds[0].nearest(start + change)
-            tried_lows = kinds[1].nearest(start_lows + change_low)
-            new = weights.error(wide * tried, levels, wide_minimum * tried_lows)
-            better = new < error
-            best, lows = torch.where(better, tried, best), torch.where(better, tried_lows, lows)
-            error = torch.where(better, new, error)
-        units = _best_units(weights, levels, blocks, (wide, best), (wide_minimum, lows))
-        new = weights.error(
-            spread(units[0], groups) * best, levels, spread(units[1], groups) * lows
-        )
-        better = _summed(new, blocks) < _summed(error, blocks)
-        unit = torch.where(better, units[0], unit)
-        minimum = torch.where(better, units[1], minimum)
-        error = torch.where(spread(better, groups), new, error)
-    return Shared(unit, best), Shared(minimum, lows)
-
-
-def _best_units(
-    weights: Weights,
-    levels: Levels,
-    blocks: int,
-    scale: tuple[Tensor, Tensor],
-    offset: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The best units of scales and offsets for given levels and integers."""
-    (unit, best), (minimum, lows) = scale, offset
-    nearest = weights.nearest(unit * best, levels, minimum * lows).mul_(best)
-    sums = nearest * weights.weighting
-
-    def total(values: Tensor) -> Tensor:
-        return _summed(values.sum(0), blocks)
-
-    aa, bb = total(sums * nearest), total(lows.square() * weights.weighting)
-    ab, ax = -total(sums * lows), total(sums * weights.values)
-    bx = -total(weights.values * weights.weighting * lows)
-    determinant = aa * bb - ab * ab
-    valid = determinant > 1e-6 * aa * bb
-    safe = torch.where(valid, determinant, 1.0)
-    first = torch.where(valid, (ax * bb - bx * ab) / safe, ax / aa.clamp_min(1e-30))
-    second = torch.where(valid, (bx * aa - ax * ab) / safe, 0.0)
-    return to_half(first).clamp_min(LEAST), to_half(second).clamp_min(0)
-
-
-def tiles(
-    weight: Tensor, importance: Tensor, group: int, block: int, size: int
-) -> "list[tuple[slice, slice]]":
-    """Slices of rows and columns with about ``size`` weights, with whole blocks."""
-    rows, columns = weight.shape
-    width = min(columns, max(1, 1024 // block) * block)
-    height = max(1, size // width)
-    return [
-        (slice(row, min(row + height, rows)), slice(column, min(column + width, columns)))
-        for column in range(0, columns, width)
-        for row in range(0, rows, height)
-    ]
-
-
-Search = Callable[[Weights], tuple[Tensor, ...]]
+    best = [torch.full_like(low, math.inf), low, low]
+    pairs = (fitted_pairs(weights, top, candidates, signed=True), ((high - low) / top, -low))
+    for scale, offset in pairs:
+        tried = to_half_above_0(scale), to_half(offset)
+        error = weights.error(levels, *tried)
+        best = where(error < best[0], (error, *tried), best)
+    return best[1], best[2]
 
 
 def searched(
-    weight: Tensor, importance: Tensor, group: int, block: int, search: Search
+    weight: Tensor,
+    importance: Tensor,
+    group: int,
+    block: int,
+    search: Callable[[Weights], Sequence[Tensor]],
 ) -> list[Tensor]:
-    """The results of a search for all groups of a matrix, each (out, groups or blocks).
+    """The results of a search for a matrix, each (out, groups or super-blocks).
 
     Args:
         weight: the weights (out, in).
         importance: the weight of the squared error of each column (in,).
         group: the columns of a group.
-        block: the columns of a super-block.
+        block: the columns of a super-block, or of a group.
         search: returns tensors (groups or super-blocks, rows) for some of the weights.
     """
-    rows, columns = weight.shape
+    width = max(1, _TILE_COLUMNS // block) * block
+    height = max(1, _TILE // min(width, weight.shape[1]))
+    weighting = _relative(importance.float())
+    slabs = []
+    for columns in _slices(weight.shape[1], width):
+        own = weighting[columns].view(-1, group).t().unsqueeze(2).contiguous()
+        parts = [
+            search(Weights(_grouped(weight[rows, columns], group), own))
+            for rows in _slices(len(weight), height)
+        ]
+        slabs.append([torch.cat(results, 1) for results in zip(*parts, strict=True)])
+    return [torch.cat(results).t().contiguous() for results in zip(*slabs, strict=True)]
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    """Weights (rows, columns) as (columns of a group, groups, rows)."""
+    return weight.float().unflatten(1, (-1, group)).permute(2, 1, 0).contiguous()
+
+
+def _relative(importance: Tensor) -> Tensor:
+    """Importance relative to its mean, and not 0."""
     mean = importance.mean()
-    even = importance / mean if math.isfinite(mean) and mean > 0 else torch.ones_like(importance)
-    weighting = even.clamp_min(1e-6)  # a group without importance has an error too
-    results: list[Tensor] = []
-    for row, column in tiles(weight, importance, group, block, 2**17):
-        part = weight[row, column].float()
-        values = part.unflatten(1, (-1, group)).permute(2, 1, 0).contiguous()
-        own = weighting[column].view(-1, group).t().unsqueeze(2).contiguous()
-        found = search(Weights(values, own))
-        width = columns * len(values[0]) // part.shape[1]
-        for place, result in enumerate(found):
-            if len(results) <= place:
-                whole = width * len(result) // len(values[0])
-                results.append(result.new_empty(rows, whole))
-            step = part.shape[1] // len(result)
-            first = column.start // step
-            results[place][row, first : first + len(result)] = result.t()
-    return results
+    if not mean > 0:
+        return torch.ones_like(importance)
+    return (importance / mean).clamp_min(_LEAST_WEIGHTING)
