@@ -25,7 +25,8 @@ class Points:
 
     Attributes:
         levels: the possible levels (levels,), ascending.
-        scales: the scale of each group of columns of a row (out, groups), above 0.
+        scales: the scale of each group of columns of a row (out, groups). It is not 0 if levels are
+            consecutive integers. If it is below 0, points descend.
         offsets: the offset of each group (out, groups); None for no offsets.
         columns: the number of columns of a group; the last group of a row may have fewer.
         dtype: the dtype in which points are stored: a product is rounded to it.

@@ -73,10 +73,10 @@ def _descend(
         for offset in range(block.stop - start):
             column = start + offset
             optimum = values[:, column] - local[:, offset] / diagonal[column]
+            if kept is not None:
+                optimum *= kept[:, column]  # before the choice of a level: indices agree with zeros
             index = points.nearest(optimum, column)
             value = points.points(index, column) + 0.0  # no negative zeros
-            if kept is not None:
-                value *= kept[:, column]
             local += (value - values[:, column]).unsqueeze(1) * inside[offset]
             values[:, column] = value
             indices[:, column] = index
