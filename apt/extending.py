@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apt.engine.machine import choose_device, read_dtype
     from apt.engine.prepare import capped
     from apt.engine.text import check_same_vocabulary
+    from apt.fit.levels import FileForm, Level
     from apt.locations.model_source import Source
     from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
     from apt.planning.plan import Plan, PlannedBlock, PlannedSite
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allocation", "Batch", "BlockChoice", "Checkpoint", "Conversation", "Document",
-    "ExpandedTensor", "ExpertChoice", "Export", "Exportable", "Exported", "Finding",
-    "GroupScores", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite",
+    "ExpandedTensor", "ExpertChoice", "Export", "Exportable", "Exported", "FileForm", "Finding",
+    "GroupScores", "Level", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite",
     "QuantisedCheckpoint", "Recovery", "Registry", "RoutedExperts", "Slices", "Source", "Split",
     "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
     "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
@@ -65,6 +66,7 @@ _LAZY = {
     "apt.engine.machine": ("choose_device", "read_dtype"),
     "apt.engine.prepare": ("capped",),
     "apt.engine.text": ("check_same_vocabulary",),
+    "apt.fit.levels": ("FileForm", "Level"),
     "apt.text.ids": ("check_vocabulary",),
     "apt.locations.model_source": ("Source",),
     "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.opening import selection_of
-from apt.engine.prune_task import PruneTask
+from apt.engine.prune_task import CalibratedTask, PruneTask
 from apt.options import PruneRun
 from apt.output.report import Report, by_kind, peak_memory
 
@@ -17,17 +17,13 @@ _MAX_CANDIDATES = 10  # candidates in the table, beside the Pareto front
 
 def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
     """Print the summary of a run and the place of the result."""
-    options, registry = task.options, task.registry
+    options = task.options
     if as_json:
         show_json(_record(report, task))
         return
     _show_kinds(report)
     _show_warnings(report)
-    for metric in options.metrics if report.scores else ():
-        before, after = report.scores["before"][metric], report.scores["after"][metric]
-        change = _change(before, after, registry.evaluators.get(metric).better)
-        line = f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{change}"
-        say(line)
+    show_scores(report, task)
     if report.structure:
         _show_candidates(report.structure["candidates"])
     if task.training is not None:
@@ -39,6 +35,15 @@ def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
         f"{options.output}: {result}, verified on disk; {error}{duration(report.seconds)}, "
         f"peak memory {size(sum(peak_memory().values()))}"
     )
+
+
+def show_scores(report: Report, task: CalibratedTask) -> None:
+    """Print each metric before and after."""
+    options = task.options
+    for metric in options.metrics if report.scores else ():
+        before, after = report.scores["before"][metric], report.scores["after"][metric]
+        change = _change(before, after, task.registry.evaluators.get(metric).better)
+        say(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{change}")
 
 
 def _sparsity_line(report: Report, task: PruneTask) -> str:

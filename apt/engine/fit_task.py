@@ -295,6 +295,4 @@ def fit_job(skeleton: Opened, options: FitRun, notice: Notice) -> Pruning:
     recipe, augmentation = settings(skeleton, chosen, chosen, spec, notice)
     recipe = replace(recipe, permute=False, row_importance=None)
     plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0))
-    return Pruning(
-        skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed
-    )
+    return Pruning(skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed)

@@ -119,8 +119,9 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
             notice(f"{name}: {value} (default)")
         resolved = replace(resolved, **values)
 
-    _check_packages(options)
-    if not options.model and not isinstance(options, RecoverRun):
+    if isinstance(options, PruneRun | ShrinkRun | RecoverRun):
+        _check_packages(options)
+    if isinstance(options, ModelRun) and not options.model:
         choose(model=_embedded_model(options, registry))
     names = {} if isinstance(options, FitRun) else _plugin_name(options, registry)
     resolved = replace(resolved, metrics=_metrics(options, registry), **names)

@@ -8,7 +8,7 @@ from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
 from apt.engine.recipes import augmentation_of, grid_of, recipe_of
 from apt.errors import AptError, name_of
-from apt.options import ModelRun, PruneOptions, PruneRun, SolveOptions
+from apt.options import PruneOptions, PruneRun, SampleOptions, SolveOptions
 from apt.patterns import Pattern, keeps_all
 from apt.planning.allocation import (
     Allocation,
@@ -27,7 +27,7 @@ from apt.text.self_generated import writes
 
 
 def settings(
-    opened: Opened, run: ModelRun, options: SolveOptions, method: MethodSpec, notice: Notice
+    opened: Opened, run: SampleOptions, options: SolveOptions, method: MethodSpec, notice: Notice
 ) -> tuple[Recipe, Augmentation]:
     """The settings of the loop over blocks, with all defaults filled in.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from apt.patterns import Grid
 
@@ -22,7 +21,8 @@ class Level:
     grid: Grid | None = None
 
 
-class FileForm(Protocol):
+@dataclass(frozen=True)
+class FileForm:
     """What a file of one model can hold.
 
     Attributes:

@@ -33,7 +33,9 @@ def read_bytes(text: Any) -> int:
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
-        raise AptError(f"{text} is not a size", "write 73MiB, 1.5GB or a number of bytes", ("size",))
+        raise AptError(
+            f"{text} is not a size", "write 73MiB, 1.5GB or a number of bytes", ("size",)
+        )
     return size
 
 

@@ -323,12 +323,11 @@ class CurrentBlock(OpenBlock):
         """
         if any(entry.grid for entry in self.planned.pruned):
             for _, each in solved:
-                site = each.planned.site
-                parameter = f"{self.planned.name}.{site.parameter}"
+                parameter = f"{self.planned.name}.{each.planned.site.parameter}"
                 stored = self.store.dtypes.get(parameter)
                 result = round_site(self.module, each, self.job.recipe.solver.damping, stored)
                 if result is not None:
-                    self.store.keep_rounded(parameter, site, result)
+                    self.store.keep_rounded(parameter, each.planned.site, result)
             for turns in rounds:
                 self._exchange(turns)
         own = [(turn, self._record(each)) for turn, each in solved]

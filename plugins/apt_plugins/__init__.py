@@ -124,8 +124,12 @@ def apt_exports() -> list[ExportSpec]:
         ExportSpec(
             "gguf", "for llama.cpp and Ollama, with metadata and tokenizer",
             "apt_plugins.gguf_files.export:export", ".gguf",
-            ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+            (
+                "f32", "bf16", "f16", "q8_0", "q6_K", "q5_1", "q5_K", "q5_0", "q4_1", "q4_K",
+                "q4_0", "iq4_nl", "mxfp4", "iq4_xs", "q3_K", "q2_K",
+            ),
             ("gguf",), "pip install 'apt-prune[gguf]'", "apt_plugins.gguf_files.export:check",
+            "apt_plugins.gguf_files.file_form:file_form",
         )
     ]  # fmt: skip
 

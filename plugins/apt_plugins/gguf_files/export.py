@@ -9,7 +9,7 @@ from apt.extending import Exportable, Exported
 from apt_plugins.gguf_files.checkpoint import from_checkpoint
 from apt_plugins.gguf_files.layouts import architecture_of
 from apt_plugins.gguf_files.original import from_original
-from apt_plugins.gguf_files.tensors import has_partial_blocks, weight_type
+from apt_plugins.gguf_files.tensors import has_partial_blocks, most_common_type, weight_type
 from apt_plugins.gguf_files.writing import Counts, Planned, write_file
 
 
@@ -24,11 +24,12 @@ def export(model: Exportable, target: Path) -> Exported:
         AptError: the format cannot express the model, or its family or tokenizer is not supported.
     """
     kind = weight_type(model)
-    writer, tensors = _planned(model, target, kind)
-    counts = write_file(writer, tensors, kind)
+    writer, tensors = plan_file(model, target, kind)
+    counts = write_file(writer, tensors)
+    written = most_common_type(tensors) if kind is None or model.encoded else kind
     return Exported(
-        kind.name.lower(), len(tensors), target.stat().st_size, counts.zeros, counts.kept,
-        _notes(tensors, kind, counts),
+        written.name.lower().replace("_k", "_K"), len(tensors), target.stat().st_size,
+        counts.zeros, counts.kept, _notes(tensors, kind, counts),
     )  # fmt: skip
 
 
@@ -36,25 +37,32 @@ def check(model: Exportable) -> None:
     """Raise `AptError` if the format cannot express a model, or the model is not supported."""
     architecture_of(model)
     if model.is_stored:  # else the tensors are only known after the run
-        _planned(model, Path(model.name), weight_type(model))
+        plan_file(model, Path(model.name), weight_type(model))
 
 
-def _planned(
-    model: Exportable, target: Path, kind: gguf.GGMLQuantizationType
+def plan_file(
+    model: Exportable, target: Path, kind: gguf.GGMLQuantizationType | None
 ) -> tuple[gguf.GGUFWriter, list[Planned]]:
-    """A writer with all metadata, which has written nothing yet, and the tensors to write."""
-    plan_of = from_checkpoint if model.original is None else from_original
-    return plan_of(model, target, kind)
+    """A writer with all metadata, which has written nothing yet, and the tensors to write.
+
+    Args:
+        kind: the type of the weights; None for the types of the tensors in the original file.
+    """
+    if model.original is not None:
+        return from_original(model, target, kind)
+    assert kind is not None
+    return from_checkpoint(model, target, kind)
 
 
 def _notes(
-    tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType, counts: Counts
+    tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType | None, counts: Counts
 ) -> list[str]:
     """Notes on matrices that are not of the requested type, and on copied integers."""
-    f16_tensors = (planned for planned in tensors if planned.type is gguf.GGMLQuantizationType.F16)
-    partial = sum(has_partial_blocks(planned.shape, kind) for planned in f16_tensors)
+    f16_tensors = [planned for planned in tensors if planned.type is gguf.GGMLQuantizationType.F16]
+    partial = sum(kind is not None and has_partial_blocks(t.shape, kind) for t in f16_tensors)
+    name = "" if kind is None else kind.name
     lines = {
-        f"matrices are f16: their rows are not multiples of {kind.name}'s blocks": partial,
+        f"matrices are f16: their rows are not multiples of {name}'s blocks": partial,
         "matrices have the integers of the model": counts.integers,
     }
     return [f"{count} {line}" for line, count in lines.items() if count]

@@ -19,7 +19,14 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from apt.errors import AptError, describe
 from apt.extending import Exportable
 from apt_plugins.gguf_files.layouts import architecture_of
-from apt_plugins.gguf_files.tensors import file_type, planned_of, tensor_names
+from apt_plugins.gguf_files.tensors import (
+    can_write,
+    file_type,
+    has_partial_blocks,
+    most_common_type,
+    planned_of,
+    tensor_names,
+)
 from apt_plugins.gguf_files.writing import Planned
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -29,9 +36,12 @@ _ALTERNATING = ("gemma2", "gemma3")  # every second or sixth block has no window
 
 
 def from_original(
-    model: Exportable, target: Path, kind: Type
+    model: Exportable, target: Path, kind: Type | None
 ) -> tuple[gguf.GGUFWriter, list[Planned]]:
     """A writer with the metadata of the original, and the tensors to write.
+
+    Args:
+        kind: the type of the weights; None for the type of each tensor in the original.
 
     Raises:
         AptError: the original is damaged or belongs to another model, or the format cannot express
@@ -42,8 +52,10 @@ def from_original(
     architecture = architecture_of(model)
     if (stored_name := _text(reader, _ARCHITECTURE)) != architecture:
         raise _wrong_original(model, f"its architecture is {stored_name}, not {architecture}")
-    changes = {**_changes(model, reader, architecture), _FILE_TYPE: int(file_type(kind))}
     tensors = list(_tensors(model, reader, architecture, kind))
+    changes = _changes(model, reader, architecture)
+    if kind is not None or model.encoded:
+        changes[_FILE_TYPE] = int(file_type(kind or most_common_type(tensors)))
     before = sum(int(tensor.n_elements) for tensor in reader.tensors)
     after = sum(int(np.prod(planned.shape)) for planned in tensors)
     if after != before and _SIZE_LABEL in reader.fields:
@@ -155,7 +167,7 @@ def _copy_entries(
 
 
 def _tensors(
-    model: Exportable, reader: gguf.GGUFReader, architecture: str, kind: Type
+    model: Exportable, reader: gguf.GGUFReader, architecture: str, kind: Type | None
 ) -> Iterator[Planned]:
     """The tensors in the order of the original; tensors that the model does not have are copied.
 
@@ -170,13 +182,25 @@ def _tensors(
         if block is not None and int(block[1]) >= blocks:
             continue
         if (name := remaining.pop(tensor.name, None)) is not None:
-            yield planned_of(model, tensor.name, name, architecture, kind)
+            yield _planned_tensor(model, tensor, name, architecture, kind)
         elif block is None:
             yield _copied_tensor(tensor)
         else:
             raise _wrong_original(model, f"{tensor.name} belongs to no parameter of the model")
     for tensor_name, name in remaining.items():
         raise _wrong_original(model, f"it has no {tensor_name} for {name}")
+
+
+def _planned_tensor(
+    model: Exportable, tensor: gguf.ReaderTensor, name: str, architecture: str, kind: Type | None
+) -> Planned:
+    """The tensor to write for a parameter, in the type of the file or in its own type."""
+    own_type = tensor.tensor_type
+    if kind is not None:
+        return planned_of(model, tensor.name, name, architecture, kind)
+    if not can_write(own_type) or has_partial_blocks(model.shapes[name], own_type):
+        return planned_of(model, tensor.name, name, architecture, Type.F16)
+    return planned_of(model, tensor.name, name, architecture, own_type, lambda: tensor.data)
 
 
 def _copied_tensor(tensor: gguf.ReaderTensor) -> Planned:

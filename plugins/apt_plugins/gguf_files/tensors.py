@@ -1,6 +1,8 @@
 """The tensors of a file: the names of parameters in GGUF, and the types of numbers."""
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import gguf
 import torch
@@ -8,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 
 from apt.errors import AptError
 from apt.extending import Exportable
+from apt_plugins.gguf_files.grids import GRIDS
 from apt_plugins.gguf_files.layouts import CHANGES, CONVERTER
 from apt_plugins.gguf_files.writing import Array, Planned
 
@@ -41,29 +44,64 @@ def tensor_names(model: Exportable, architecture: str) -> dict[str, str]:
     return names
 
 
-def planned_of(model: Exportable, tensor: str, name: str, architecture: str, kind: Type) -> Planned:
-    """The tensor to write for a parameter."""
+def planned_of(
+    model: Exportable,
+    tensor: str,
+    name: str,
+    architecture: str,
+    kind: Type,
+    stored: Callable[[], Array] | None = None,
+) -> Planned:
+    """The tensor to write for a parameter.
+
+    Args:
+        tensor, name: its names in GGUF and in the model.
+        kind: the type of the weights of the file, or with ``stored`` the type of this tensor.
+        stored: returns its bytes in the original file.
+    """
     change = CHANGES[architecture]
+    if (encoded := model.encoded.get(name)) is not None:
+        encoded_type, rows = Type[encoded.level.upper()], encoded.rows.numpy()
+        return Planned(
+            tensor, model.shapes[name], encoded_type, lambda: change(tensor, rows, model.config),
+            raw=True, parameter=name,
+        )  # fmt: skip
 
     def values() -> Array:
-        stored: Array = model.read(name).to(torch.float32).numpy()
-        return change(tensor, stored, model.config)
+        read: Array = model.read(name).to(torch.float32).numpy()
+        return change(tensor, read, model.config)
 
     shape = model.shapes[name]
     if tensor.endswith("ssm_conv1d.weight"):
         shape = (shape[0], shape[-1])
-    return Planned(tensor, shape, type_of(tensor, shape, kind), values)
+    own_type = type_of(tensor, shape, kind) if stored is None else kind
+    return Planned(tensor, shape, own_type, values, parameter=name, stored=stored)
 
 
-def weight_type(model: Exportable) -> Type:
-    """The type of the weights: the requested type, or that of the integers or of the checkpoint."""
+def weight_type(model: Exportable) -> Type | None:
+    """The type of the weights.
+
+    It is the requested type, or that of the integers, or that of the checkpoint. None for the type
+    of each tensor in the file from which the model was made.
+    """
     if model.type is not None:
         return Type[model.type.upper()]
-    return (
-        _INTEGER_TYPES[model.integers]
-        if model.integers
-        else _DTYPE_TYPES.get(model.dtype, Type.F32)
-    )
+    if model.integers:
+        return _INTEGER_TYPES[model.integers]
+    return None if model.original is not None else _DTYPE_TYPES.get(model.dtype, Type.F32)
+
+
+def most_common_type(tensors: Sequence[Planned]) -> Type:
+    """The type of most weights."""
+    sizes = Counter[Type]()
+    for planned in tensors:
+        sizes[planned.type] += math.prod(planned.shape)
+    return max(sizes, key=lambda kind: sizes[kind])
+
+
+def can_write(kind: Type) -> bool:
+    """True if values can be written in a type."""
+    return kind in _DTYPE_TYPES.values() or any(grid.type is kind for grid in GRIDS)
 
 
 def type_of(name: str, shape: Sequence[int], kind: Type) -> Type:
@@ -72,11 +110,16 @@ def type_of(name: str, shape: Sequence[int], kind: Type) -> Type:
     Beside weights of 4 or 5 bits, the embeddings and the head have 8 bits: llama.cpp too stores
     them with more bits. A matrix whose rows end with a partial block is f16.
     """
-    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(_ALWAYS_F32):
+    if is_always_f32(name, shape):
         return Type.F32
     if has_partial_blocks(shape, kind):
         return Type.F16
     return Type.Q8_0 if kind in _FEW_BITS and name in _EMBEDDING_AND_HEAD else kind
+
+
+def is_always_f32(name: str, shape: Sequence[int]) -> bool:
+    """True for a tensor that is f32 in every file: a vector, a norm, a router or a convolution."""
+    return len(shape) < 2 or not name.endswith(".weight") or name.endswith(_ALWAYS_F32)
 
 
 def has_partial_blocks(shape: Sequence[int], kind: Type) -> bool:
@@ -86,4 +129,8 @@ def has_partial_blocks(shape: Sequence[int], kind: Type) -> bool:
 
 def file_type(kind: Type) -> gguf.LlamaFileType:
     """The value of the entry ``general.file_type``."""
-    return gguf.LlamaFileType["ALL_F32" if kind is Type.F32 else f"MOSTLY_{kind.name}"]
+    if kind is Type.F32:
+        return gguf.LlamaFileType.ALL_F32
+    names = (f"MOSTLY_{kind.name}", f"MOSTLY_{kind.name}_M", f"MOSTLY_{kind.name}_MOE")
+    found = [name for name in names if name in gguf.LlamaFileType.__members__]
+    return gguf.LlamaFileType[found[0]] if found else gguf.LlamaFileType.GUESSED

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apt.errors import AptError
 from apt.runtime.rounding import exact_integers
+from apt_plugins.gguf_files.grids import GRIDS, encode
 
 Array = np.ndarray[Any, Any]
 
@@ -35,8 +36,11 @@ class Planned:
         name: the name in GGUF.
         shape: the shape, with the columns last, as in numpy and torch.
         type: the type in the file.
-        values: returns the values in fp32; or, if ``raw``, the bytes from another file.
+        values: returns the values in fp32; or, if ``raw``, the bytes to write.
         raw: True to write the result of ``values`` as it is.
+        parameter: the name of the parameter in the model; None for a tensor that is not in it.
+        stored: returns the bytes of the tensor in the file from which the model was made, in the
+            same type; None without one. They are written again if the values are the same.
     """
 
     name: str
@@ -44,6 +48,8 @@ class Planned:
     type: Type
     values: Callable[[], Array]
     raw: bool = False
+    parameter: str | None = None
+    stored: Callable[[], Array] | None = None
 
     @property
     def size(self) -> int:
@@ -67,18 +73,15 @@ class Counts:
     integers: int = 0
 
 
-def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned], kind: Type) -> Counts:
-    """Write a file, and read it back.
+def write_header(writer: gguf.GGUFWriter, tensors: Sequence[Planned]) -> None:
+    """Write everything before the tensors.
 
     Args:
-        writer: the writer, with all metadata except the version of the quantisation.
-
-    Raises:
-        AptError: a value is too large for its type.
+        writer: the writer, with all metadata except the version of the quantisation. Every file has
+            this version, so that the size of a file depends only on the types of its tensors.
     """
-    quantised = kind not in (Type.F32, Type.F16, Type.BF16)
     version = gguf.Keys.General.QUANTIZATION_VERSION
-    if quantised and not any(version in entries for entries in writer.kv_data):
+    if not any(version in entries for entries in writer.kv_data):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for planned in tensors:
         writer.add_tensor_info(
@@ -87,6 +90,18 @@ def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned], kind: Type) 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+
+def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned]) -> Counts:
+    """Write a file, and read it back.
+
+    Args:
+        writer: see `write_header`.
+
+    Raises:
+        AptError: a value is too large for its type.
+    """
+    write_header(writer, tensors)
     counts, digests = Counts(), []
     for planned in tensors:
         data = _data(planned, counts)
@@ -107,10 +122,7 @@ def _data(planned: Planned, counts: Counts) -> Array:
     values = np.ascontiguousarray(planned.values())
     if planned.raw:
         return values
-    stored_integers = as_q4_0(values) if planned.type is Type.Q4_0 else None
-    counts.integers += stored_integers is not None
-    with np.errstate(over="ignore"):
-        data = gguf.quantize(values, planned.type) if stored_integers is None else stored_integers
+    data = _converted(planned, values, counts)
     if planned.type is Type.F16 and not np.isfinite(data).all():
         message = f"{planned.name} has values beyond 65,504, the largest of f16"
         raise AptError(message, "write bf16 or f32", ("type",))
@@ -119,6 +131,25 @@ def _data(planned: Planned, counts: Counts) -> Array:
         counts.zeros += int(zero.sum())
         counts.kept += int((gguf.dequantize(data, planned.type)[zero] == 0).sum())
     return data
+
+
+def _converted(planned: Planned, values: Array, counts: Counts) -> Array:
+    """The values of a tensor in its type; exact integers and unchanged tensors keep their bytes."""
+    if planned.stored is not None:
+        stored = planned.stored()
+        if np.array_equal(gguf.dequantize(stored, planned.type), values):
+            return stored
+    integers = as_q4_0(values) if planned.type is Type.Q4_0 else None
+    if integers is not None:
+        counts.integers += 1
+        return integers
+    grid = next((grid for grid in GRIDS if grid.type is planned.type), None)
+    if grid is not None:
+        rows = torch.from_numpy(values).flatten(0, -2)
+        encoded: Array = encode(rows, grid).numpy()
+        return encoded.reshape(*values.shape[:-1], -1)
+    with np.errstate(over="ignore"):
+        return gguf.quantize(values, planned.type)
 
 
 def _hash(data: Array) -> bytes:

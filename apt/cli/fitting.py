@@ -1,0 +1,58 @@
+"""The output of ``apt-prune fit``."""
+
+from collections import Counter
+
+import typer
+
+from apt.cli.output import duration, say, show, show_json, size, table
+from apt.cli.progress import Progress, PruningProgress
+from apt.cli.running import CommandWatcher
+from apt.cli.summary import first_not_finite, show_scores
+from apt.engine.fit_task import FitTask
+from apt.engine.task import Task
+from apt.output.report import Report, peak_memory
+
+
+class FitWatcher(CommandWatcher):
+    """Prints the progress and the summary of a fit."""
+
+    def progress(self, task: Task) -> Progress:
+        """The display of the rounding."""
+        assert isinstance(task, FitTask)
+        return PruningProgress(task.job.plan, self.notices)
+
+    def written(self, task: Task, report: Report) -> None:
+        """Print the levels, the metrics and the size.
+
+        Raises:
+            typer.Exit: a metric is not a finite number.
+        """
+        assert isinstance(task, FitTask)
+        if self.as_json:
+            record = {key: value for key, value in report.fit.items() if key != "table"}
+            show_json({"output": str(self.options.output), **record, "scores": report.scores})
+        else:
+            _show_levels(report)
+            show_scores(report, task)
+            written, budget = report.fit["size"], report.fit["budget"]
+            say(
+                f"{self.options.output}: {written:,} bytes of {budget:,} ({written / 2**20:.1f} of "
+                f"{budget / 2**20:.1f} MiB); predicted rise of the loss {report.fit['loss']:.4f} "
+                f"nats; {duration(report.seconds)}, "
+                f"peak memory {size(sum(peak_memory().values()))}"
+            )
+        if first_not_finite(report.scores, self.options.metrics):
+            raise typer.Exit(1)
+        self.report = report
+
+
+def _show_levels(report: Report) -> None:
+    """Print the number of tensors of each kind at each level."""
+    counts = dict[str, Counter[str]]()
+    for name, level in report.fit["levels"].items():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        counts.setdefault(kind, Counter())[level] += 1
+    levels_table = table("tensor", "levels")
+    for kind, levels in counts.items():
+        levels_table.add_row(kind, ", ".join(f"{n} × {name}" for name, n in levels.most_common()))
+    show(levels_table)

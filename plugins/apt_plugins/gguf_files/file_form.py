@@ -1,0 +1,49 @@
+"""What a GGUF file of a model can hold: the levels of each tensor, and the bytes of the rest."""
+
+import math
+import tempfile
+from pathlib import Path
+
+from apt.extending import Exportable, FileForm, Level
+from apt_plugins.gguf_files.export import plan_file
+from apt_plugins.gguf_files.grids import BlockGrid, grids_for
+from apt_plugins.gguf_files.tensors import is_always_f32, weight_type
+from apt_plugins.gguf_files.writing import Planned, write_header
+
+
+def file_form(model: Exportable) -> FileForm:
+    """The levels of the matrices of a model in a GGUF file.
+
+    A tensor keeps its values at the level with its stored type. The first dimension of a matrix is
+    the outputs, so that its rows have the blocks of the grids.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer, tensors = plan_file(model, path, weight_type(model))
+        write_header(writer, tensors)
+        alignment = int(writer.data_alignment)
+        writer.close()
+        rest = _padded(path.stat().st_size, alignment)
+    levels = dict[str, tuple[Level, ...]]()
+    for planned in tensors:
+        if planned.parameter is None or is_always_f32(planned.name, planned.shape):
+            rest += _padded(planned.size, alignment)
+        else:
+            levels[planned.parameter] = _levels(planned, alignment)
+    return FileForm(levels, rest)
+
+
+def _levels(planned: Planned, alignment: int) -> tuple[Level, ...]:
+    """The levels of a matrix: its stored type, and all grids."""
+    rows = math.prod(planned.shape[:-1])
+    stored = Level(planned.type.name.lower(), _padded(planned.size, alignment))
+    grids = (grid for grid in grids_for(planned.shape[-1]) if grid.type is not planned.type)
+    return (stored, *(_level(grid, rows, planned.shape[-1], alignment) for grid in grids))
+
+
+def _level(grid: BlockGrid, rows: int, columns: int, alignment: int) -> Level:
+    return Level(grid.name, _padded(rows * grid.row_bytes(columns), alignment), grid)
+
+
+def _padded(size: int, alignment: int) -> int:
+    return math.ceil(size / alignment) * alignment
