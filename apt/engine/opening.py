@@ -112,6 +112,8 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
     if isinstance(options, ReapplyRun):
         return RunRequest(options, find_source(options.model, options, registry))
     resolved: Any = options
+    if isinstance(options, FitRun):
+        return _resolve_fit(resolved, registry, notice)  # type: ignore[return-value]
 
     def choose(**values: Any) -> None:
         nonlocal resolved
@@ -119,29 +121,40 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
             notice(f"{name}: {value} (default)")
         resolved = replace(resolved, **values)
 
-    if isinstance(options, PruneRun | ShrinkRun | RecoverRun):
-        _check_packages(options)
+    _check_packages(resolved)
     if isinstance(options, ModelRun) and not options.model:
         choose(model=_embedded_model(options, registry))
-    names = {} if isinstance(options, FitRun) else _plugin_name(options, registry)
-    resolved = replace(resolved, metrics=_metrics(options, registry), **names)
+    resolved = replace(
+        resolved, metrics=_metrics(resolved, registry), **_plugin_name(resolved, registry)
+    )
     source = find_source(resolved.model, options, registry)
     if isinstance(options, PruneRun):
         if pattern_of(options) is None:
             choose(pattern=DEFAULT_PATTERN)
         resolved = replace(resolved, allocation=_allocation(resolved, registry))
     has_scores = isinstance(options, ShrinkRun) and options.scores_from is not None
-    if options.calibration == MeasuringOptions.calibration and not has_scores:
-        notice(f"calibration: {options.calibration} (default)")
-    if isinstance(options, FitRun):
-        if options.output is None:
-            choose(output=Path(f"{source.name}-fit.gguf"))
-        return RunRequest(resolved, source)
-    if options.output is None:
+    if resolved.calibration == MeasuringOptions.calibration and not has_scores:
+        notice(f"calibration: {resolved.calibration} (default)")
+    if resolved.output is None:
         choose(output=Path("-".join([source.name, *_suffixes(resolved, registry)])))
     if _is_cut_out(resolved, source, registry):
         return RunRequest(resolved, source)
     return RunRequest(_with_export(resolved, registry, notice), source)
+
+
+def _resolve_fit(
+    options: FitRun, registry: Registry, notice: Callable[[str], None]
+) -> RunRequest[FitRun]:
+    """`resolve_names` for a run that fits a model into a budget."""
+    source = find_source(options.model, options, registry)
+    if options.calibration == MeasuringOptions.calibration:
+        notice(f"calibration: {options.calibration} (default)")
+    output = options.output
+    if output is None:
+        output = Path(f"{source.name}-fit.gguf")
+        notice(f"output: {output} (default)")
+    metrics = _metrics(options, registry)
+    return RunRequest(replace(options, metrics=metrics, output=output), source)
 
 
 def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:

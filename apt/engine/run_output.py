@@ -76,6 +76,11 @@ class RunOutput:
         self._scores: dict[str, Any] = {}
         self._problem: MeasurementError | None = None
 
+    @property
+    def _measures_first(self) -> bool:
+        """True if the written model is measured before it is published."""
+        return self.task.stream or self.task.writes_file
+
     def check_space(self) -> None:
         """Raise if the disk has too little space, unless the run is resumed."""
         if self.ranks.first and not self.task.resume:
@@ -188,12 +193,12 @@ class RunOutput:
     def write(self, result: TaskResult) -> Report:
         """Write the model and the report, verify the written model, and publish it.
 
-        A streamed run, which can be resumed, is measured before the report is written. Other runs
-        are measured after the publication, see `complete`.
+        A streamed run, which can be resumed, and a run that writes one file are measured before
+        the report is written. Other runs are measured after the publication, see `complete`.
         """
         work = self.work
         directory = self.store.write(result, work, self.text)
-        if self.task.stream:
+        if self._measures_first:
             self._measure_after()
         zeros, masks = self.verify(result)
         report = result.report.with_zeros(zeros)
@@ -253,7 +258,7 @@ class RunOutput:
         Raises:
             AptError: a measurement failed, or another run has replaced the output in the meantime.
         """
-        if self.text.held_out is not None and not self.task.stream:
+        if self.text.held_out is not None and not self._measures_first:
             output, published = self.work.name, report.to_dict()
             self._measure_after()
             if not _has_report(output, published):
