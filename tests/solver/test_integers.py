@@ -78,3 +78,11 @@ def test_relative_rounding_error_does_not_depend_on_the_size(dtype):
         result = rounded(small, matrix, IntegerGrid(8), dtype).weight
         errors.append(float(quadratic_loss(small, result, matrix).sum()) / size**2)
     assert errors[1] < 1.5 * errors[0]
+
+
+def test_indices_of_levels_give_the_weights_and_their_zeros():
+    weight, matrix = pruned_problem(5, 8, 150)
+    result = rounded(weight, matrix, IntegerGrid(4, 64))
+    for column in range(weight.shape[1]):
+        points = result.points.points(result.indices[:, column], column)
+        assert torch.equal(points, result.weight[:, column])

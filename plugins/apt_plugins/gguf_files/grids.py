@@ -5,6 +5,7 @@ A point is computed in fp32 as llama.cpp computes it, so that a file decodes to 
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -183,7 +184,7 @@ class OffsetGrid(BlockGrid):
         """See `Grid.points`; points are numbers of fp32."""
         top = _TOPS[self.type]
 
-        def search(weights: Weights) -> list[Tensor]:
+        def search(weights: Weights) -> Sequence[Tensor]:
             return half_pairs(weights, top, _CLIPS[top])
 
         scales, offsets = searched(weight, importance, self.block, self.block, search)
@@ -215,7 +216,7 @@ class SuperBlockGrid(BlockGrid):
 
     def _bytes(self, integers: Tensor) -> Tensor:
         """Integers of groups (out, groups) as (out, super-blocks, groups) in uint8."""
-        return integers.to(torch.uint8).unflatten(1, (-1, self.block // self.group))
+        return integers.to(torch.uint8).view(len(integers), -1, self.block // self.group)
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class SuperScaledGrid(SuperBlockGrid):
 
         def search(weights: Weights) -> list[Tensor]:
             blocks = self._blocks(weights)
-            found = shared_scales(weights, levels, integers, blocks, ends, changes)
+            (found,) = shared_scales(weights, levels, integers, blocks, ends, changes)
             return [found.unit, found.integers]
 
         units, factors = searched(weight, importance, self.group, self.block, search)

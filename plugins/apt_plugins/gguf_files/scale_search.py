@@ -310,7 +310,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
     """Weights (rows, columns) as (columns of a group, groups, rows)."""
-    return weight.float().unflatten(1, (-1, group)).permute(2, 1, 0).contiguous()
+    return weight.float().reshape(len(weight), -1, group).permute(2, 1, 0).contiguous()
 
 
 def _relative(importance: Tensor) -> Tensor:

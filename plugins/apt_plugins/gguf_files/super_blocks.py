@@ -64,12 +64,10 @@ class Integers:
 
     @property
     def ends(self) -> list[int]:
-        """Integers for the value of the largest magnitude: the upper half of each sign."""
+        """Integers that are tried for the value of the largest magnitude, of both signs."""
         low = range(self.first, self.first // 2, max(1, -self.first // 32))
-        return [
-            *(low if self.first < 0 else ()),
-            *range(self.last, self.last // 2, -max(1, self.last // 63)),
-        ]
+        high = range(self.last, self.last // 2, -max(1, self.last // 63))
+        return [*(low if self.first < 0 else ()), *high]
 
     def nearest(self, ratios: Tensor) -> Tensor:
         """The nearest integers."""
@@ -84,7 +82,7 @@ class Integers:
             curvature: the weight of the squared error of each value (groups, rows).
             blocks: the number of super-blocks.
         """
-        parts = values.unflatten(0, (blocks, -1))
+        parts = values.view(blocks, -1, values.shape[1])
         extreme = parts.gather(1, parts.abs().argmax(1, keepdim=True))[:, 0]
         best = [torch.full_like(extreme, math.inf), extreme]
         for end in self.ends:
@@ -95,16 +93,16 @@ class Integers:
                 error = _summed((integers * wide - values).square_().mul_(curvature), blocks)
                 best = where(error < best[0], (error, unit), best)
                 weighted = integers * curvature
-                unit = quotient(
-                    _summed(weighted * values, blocks), _summed(weighted * integers, blocks)
+                products, squares = weighted * values, weighted * integers
+                unit = to_half_above_0(
+                    quotient(_summed(products, blocks), _summed(squares, blocks))
                 )
-                unit = to_half_above_0(unit)
         return Shared(best[1], self.nearest(values / spread(best[1], values)))
 
 
 def _summed(values: Tensor, blocks: int) -> Tensor:
     """Sums over the groups of each super-block (super-blocks, rows)."""
-    return values.unflatten(0, (blocks, -1)).sum(1)
+    return values.view(blocks, -1, values.shape[1]).sum(1)
 
 
 def shared_scales(
@@ -114,7 +112,7 @@ def shared_scales(
     blocks: int,
     ends: Sequence[float],
     changes: Sequence[int],
-) -> Shared:
+) -> list[Shared]:
     """The scales of groups.
 
     Args:
@@ -126,31 +124,8 @@ def shared_scales(
         changes: the largest changes of an integer in each round of the search.
     """
     scales, curvature = fitted_scales(weights, levels, ends)
-    shared = integers.fitted(scales, curvature, blocks)
-    unit, best = shared.unit, [weights.error(levels, shared.values), shared.integers]
-    for most in changes:
-        start, wide = best[1], spread(unit, best[1])
-        for change in (*range(-most, 0), *range(1, most + 1)):
-            tried = integers.nearest(start + change)
-            best = where(
-                (error := weights.error(levels, wide * tried)) < best[0], (error, tried), best
-            )
-        tried_unit = _best_unit(weights, levels, wide, best[1], blocks)
-        error = weights.error(levels, spread(tried_unit, wide) * best[1])
-        better = _summed(error, blocks) < _summed(best[0], blocks)
-        unit = torch.where(better, tried_unit, unit)
-        best[0] = torch.where(spread(better, wide), error, best[0])
-    return Shared(unit, best[1])
-
-
-def _best_unit(
-    weights: Weights, levels: Levels, wide: Tensor, integers: Tensor, blocks: int
-) -> Tensor:
-    """The best unit for the levels that are nearest with the present unit."""
-    nearest = weights.nearest(levels, wide * integers).mul_(integers)
-    weighted = nearest * weights.weighting
-    products, squares = (weighted * weights.values).sum(0), weighted.mul_(nearest).sum(0)
-    return to_half_above_0(quotient(_summed(products, blocks), _summed(squares, blocks)))
+    first = integers.fitted(scales, curvature, blocks)
+    return _descended(weights, levels, [integers], [first], changes)
 
 
 def shared_pairs(
@@ -160,7 +135,7 @@ def shared_pairs(
     blocks: int,
     candidates: Sequence[tuple[float, float]],
     changes: Sequence[int],
-) -> tuple[Shared, Shared]:
+) -> list[Shared]:
     """The scales and the offsets of groups, for levels from 0 to ``top``.
 
     Args:
@@ -171,37 +146,8 @@ def shared_pairs(
         candidates: the pairs to try, see `fitted_pairs`.
         changes: the largest changes of an integer in each round of the search.
     """
-    levels, kinds = Levels.between(0, top), (Integers(1, most), Integers(0, most))
-    scale, offset = _first_pairs(weights, levels, kinds, blocks, candidates)
-    units = [scale.unit, offset.unit]
-    best = [weights.error(levels, scale.values, offset.values), scale.integers, offset.integers]
-    for change in changes:
-        wide = [spread(unit, best[0]) for unit in units]
-        start = best[1:]
-        for step in product(range(-change, change + 1), repeat=2):
-            tried = [
-                kind.nearest(old + by) for kind, old, by in zip(kinds, start, step, strict=True)
-            ]
-            error = weights.error(levels, wide[0] * tried[0], wide[1] * tried[1])
-            best = where(error < best[0], (error, *tried), best)
-        tried_units = _best_units(weights, levels, wide, best[1:], blocks)
-        wide = [spread(unit, best[0]) for unit in tried_units]
-        error = weights.error(levels, wide[0] * best[1], wide[1] * best[2])
-        better = _summed(error, blocks) < _summed(best[0], blocks)
-        units = where(better, tried_units, units)
-        best[0] = torch.where(spread(better, error), error, best[0])
-    return Shared(units[0], best[1]), Shared(units[1], best[2])
-
-
-def _first_pairs(
-    weights: Weights,
-    levels: Levels,
-    kinds: tuple[Integers, Integers],
-    blocks: int,
-    candidates: Sequence[tuple[float, float]],
-) -> tuple[Shared, Shared]:
-    """Scales that are near the best of each group, and the best offsets for these scales."""
-    scales, offsets = fitted_pairs(weights, levels.last, candidates, signed=False)
+    levels, kinds = Levels.between(0, top), [Integers(1, most), Integers(0, most)]
+    scales, offsets = fitted_pairs(weights, top, candidates, signed=False)
     total = weights.weighting.sum(0)
     nearest = weights.nearest(levels, scales, offsets)
     weighted = nearest * weights.weighting
@@ -209,7 +155,48 @@ def _first_pairs(
     scale = kinds[0].fitted(scales, curvature, blocks)
     nearest = weights.nearest(levels, scale.values, offsets).mul_(scale.values)
     excess = nearest.sub_(weights.values).mul_(weights.weighting).sum(0) / total
-    return scale, kinds[1].fitted(excess.clamp_min_(0), total.expand_as(excess), blocks)
+    offset = kinds[1].fitted(excess.clamp_min_(0), total.expand_as(excess), blocks)
+    return _descended(weights, levels, kinds, [scale, offset], changes)
+
+
+def _descended(
+    weights: Weights,
+    levels: Levels,
+    kinds: Sequence[Integers],
+    shared: Sequence[Shared],
+    changes: Sequence[int],
+) -> list[Shared]:
+    """Other integers for each group, and other units, while they decrease the error.
+
+    Args:
+        weights: the weights.
+        levels: the levels.
+        kinds: the integers of scales, and those of offsets if there are offsets.
+        shared: the first scales, and the first offsets.
+        changes: the largest changes of an integer in each round.
+    """
+    units, blocks = [each.unit for each in shared], len(shared[0].unit)
+    best = [each.integers for each in shared]
+    error = weights.error(levels, *(each.values for each in shared))
+    for change in changes:
+        wide, start = [spread(unit, error) for unit in units], best
+        for steps in product(range(-change, change + 1), repeat=len(kinds)):
+            tried = [
+                kind.nearest(old + step)
+                for kind, old, step in zip(kinds, start, steps, strict=True)
+            ]
+            new = weights.error(levels, *_products(wide, tried))
+            error, *best = where(new < error, (new, *tried), (error, *best))
+        tried_units = _best_units(weights, levels, wide, best, blocks)
+        new = weights.error(levels, *_products([spread(unit, error) for unit in tried_units], best))
+        better = _summed(new, blocks) < _summed(error, blocks)
+        units = where(better, tried_units, units)
+        error = torch.where(spread(better, error), new, error)
+    return [Shared(unit, integers) for unit, integers in zip(units, best, strict=True)]
+
+
+def _products(units: Sequence[Tensor], integers: Sequence[Tensor]) -> list[Tensor]:
+    return [unit * integer for unit, integer in zip(units, integers, strict=True)]
 
 
 def _best_units(
@@ -219,20 +206,24 @@ def _best_units(
     integers: Sequence[Tensor],
     blocks: int,
 ) -> list[Tensor]:
-    """The best units for the levels that are nearest with the present units."""
-    factors, lows = integers
-    nearest = weights.nearest(levels, wide[0] * factors, wide[1] * lows).mul_(factors)
-    weighted = nearest * weights.weighting
-    # The normal equations of ``unit · nearest − minimum · lows``.
-    ab = -_summed(weighted.sum(0) * lows, blocks)
-    ax = _summed((weighted * weights.values).sum(0), blocks)
-    aa = _summed(weighted.mul_(nearest).sum(0), blocks)
-    bb = _summed(lows.square() * weights.weighting.sum(0), blocks)
-    bx = -_summed((weights.values * weights.weighting).sum(0) * lows, blocks)
+    """The best units for the levels that are nearest with the present units.
+
+    They solve the normal equations of ``unit · a − minimum · b``, where ``a`` is the level times
+    the integer of the scale, and ``b`` is the integer of the offset.
+    """
+    values, weighting = weights.values, weights.weighting
+    a = weights.nearest(levels, *_products(wide, integers)).mul_(integers[0])
+    weighted = a * weighting
+    sums, ax = weighted.sum(0), _summed((weighted * values).sum(0), blocks)
+    aa = _summed(weighted.mul_(a).sum(0), blocks)
+    if len(integers) == 1:
+        return [to_half_above_0(quotient(ax, aa))]
+    b = integers[1]
+    ab, bx = -_summed(sums * b, blocks), -_summed((values * weighting).sum(0) * b, blocks)
+    bb = _summed(b.square() * weighting.sum(0), blocks)
     determinant = aa * bb - ab * ab
-    solvable = determinant > 1e-6 * aa * bb
     unit, minimum = where(
-        solvable,
+        determinant > 1e-6 * aa * bb,
         ((ax * bb - bx * ab) / determinant, (bx * aa - ax * ab) / determinant),
         (quotient(ax, aa), torch.zeros_like(ax)),
     )
