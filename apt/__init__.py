@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from apt.engine.run import run
     from apt.evaluation.metrics import accuracy, perplexity
     from apt.options import (
+        FitRun,
         PruneOptions,
         PruneRun,
         ReapplyRun,
@@ -43,15 +44,15 @@ if TYPE_CHECKING:
     from apt.text.self_generated import own_text
 
 __all__ = [
-    "AptError", "KeepZeros", "PruneOptions", "PruneRun", "Ranks", "ReapplyRun", "RecoverOptions",
-    "RecoverRun", "Report", "Selection", "ShrinkOptions", "ShrinkRun", "__version__", "accuracy",
-    "calibration_tokens", "evaluation_tokens", "keep_zeros", "own_text", "perplexity", "prune",
-    "prune_copy", "recover", "run", "shrink",
+    "AptError", "FitRun", "KeepZeros", "PruneOptions", "PruneRun", "Ranks", "ReapplyRun",
+    "RecoverOptions", "RecoverRun", "Report", "Selection", "ShrinkOptions", "ShrinkRun",
+    "__version__", "accuracy", "calibration_tokens", "evaluation_tokens", "keep_zeros", "own_text",
+    "perplexity", "prune", "prune_copy", "recover", "run", "shrink",
 ]  # fmt: skip
 __version__ = "0.1.0"
 _LAZY = {
     **dict.fromkeys(("PruneOptions", "RecoverOptions", "ShrinkOptions"), "apt.options"),
-    **dict.fromkeys(("PruneRun", "ReapplyRun", "RecoverRun", "ShrinkRun"), "apt.options"),
+    **dict.fromkeys(("FitRun", "PruneRun", "ReapplyRun", "RecoverRun", "ShrinkRun"), "apt.options"),
     **dict.fromkeys(("calibration_tokens", "evaluation_tokens"), "apt.engine.api"),
     **dict.fromkeys(("prune", "prune_copy", "recover", "shrink"), "apt.engine.api"),
     **dict.fromkeys(("KeepZeros", "keep_zeros"), "apt.engine.keep_zeros"),

@@ -13,8 +13,9 @@ An embedding has the frequencies of its tokens in place of ``b``, and the Gram m
 gradients after it in place of G. For a head, ``b_v`` is the variance ``p_v (1 − p_v)`` of its
 token, which needs no sampling. An embedding that is the head too has the sum of both losses.
 
-The change D of a level is that of the rounding itself, with its error feedback (`rounded`). So the
-losses are comparable between grids of any kind, and between tensors.
+The change D of a level is that of the nearest points. The error feedback of the rounding lowers the
+loss, in some tensors more than in others (`rounded`). The share that is left is measured at one
+level of each tensor. So the losses are comparable between grids of any kind, and between tensors.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,14 +38,14 @@ from apt.solver import Gram, rounded
 Levels = Mapping[str, Sequence[Level]]
 """The levels of each tensor, by the name of its parameter."""
 
-TOKENS, _SAMPLE = 8192, 512
+TOKENS, _SAMPLE = 4096, 512
 """The calibration tokens for the losses, and the tokens of a sample whose gradient is taken."""
 
 DAMPING = 0.01
 """The damping of the matrices with which tensors outside the blocks are rounded."""
 
-_ROWS = 128  # rows of a weight whose losses are computed; the other rows are like them
-_OUTER_ROWS = 2048  # the same for the embedding and the head
+_ROWS = 64  # rows of a weight whose losses are computed; the other rows are like them
+_OUTER_ROWS = 1024  # the same for the embedding and the head
 _EXPERTS = 4  # the experts of a stack whose losses are computed
 
 
@@ -321,11 +322,9 @@ def _site_losses(
         if not energy or not float(importance.sum()):
             continue
         seen += float(importance.sum())
-        matrix = _damped(gram)
-        for index, level in enumerate(levels):
-            change = _change(weight, matrix, level)
-            errors = ((change @ gram) * change).sum(1)
-            losses[index] += float((errors * importance).sum()) / energy / tokens / 2
+        weighting = importance / energy / tokens / 2
+        for index, loss in enumerate(_losses(weight, _damped(gram), [(weighting, gram)], levels)):
+            losses[index] += loss
     scale = total / seen if seen else 0.0
     return _with_losses(levels, [loss * scale for loss in losses])
 
@@ -335,22 +334,35 @@ def _outer_losses(
 ) -> tuple[MeasuredLevel, ...]:
     """The losses of the levels of the embedding or the head, from some rows."""
     rows = _spaced(len(weight), _OUTER_ROWS).to(weight.device)
-    part, matrix, losses = weight[rows].float(), outer.matrix(name), []
-    for level in levels:
-        change, loss = _change(part, matrix, level), 0.0
-        for importance, gram in outer.terms(name):
-            errors = ((change @ gram) * change).sum(1)
-            mean = (errors * importance[rows]).sum() / importance[rows].sum()
-            loss += float(mean * importance.sum()) / 2
-        losses.append(loss)
-    return _with_losses(levels, losses)
+    terms = [
+        (part[rows] * part.sum() / part[rows].sum() / 2, gram) for part, gram in outer.terms(name)
+    ]
+    return _with_losses(levels, _losses(weight[rows].float(), outer.matrix(name), terms, levels))
 
 
-def _change(weight: Tensor, matrix: Tensor, level: Level) -> Tensor:
-    """The change (out, in) of a weight by the rounding to a level."""
-    if level.grid is None:
-        return torch.zeros_like(weight)
-    return rounded(weight, matrix, level.grid, passes=1).weight - weight
+def _losses(
+    weight: Tensor, matrix: Tensor, terms: Sequence[tuple[Tensor, Tensor]], levels: Sequence[Level]
+) -> list[float]:
+    """The loss of each level for a weight (out, in).
+
+    Args:
+        matrix: the matrix H (in, in) of the rounding.
+        terms: the pairs of b (out,) and G (in, in), with all factors.
+    """
+
+    def loss(rounded_weight: Tensor) -> float:
+        change = rounded_weight - weight
+        return sum(float((((change @ g) * change).sum(1) * b).sum()) for b, g in terms)
+
+    grids = [level.grid for level in levels]
+    found = {grid: grid.points(weight, matrix.diagonal(), torch.float32) for grid in grids if grid}
+    plain = {grid: loss(points.rounded(weight)) for grid, points in found.items()}
+    # The loss of the grid in the middle: the share at very small losses is lost in rounding.
+    middle = sorted(plain, key=lambda grid: plain[grid])[len(plain) // 2] if plain else None
+    share = 1.0
+    if middle is not None and plain[middle] > 0:
+        share = loss(rounded(weight, matrix, middle, passes=1).weight) / plain[middle]
+    return [plain[grid] * share if grid else 0.0 for grid in grids]
 
 
 def _with_losses(levels: Sequence[Level], losses: Sequence[float]) -> tuple[MeasuredLevel, ...]:

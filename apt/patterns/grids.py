@@ -51,6 +51,21 @@ class Points:
     def _middles(self) -> Tensor:
         return (self.levels[1:] + self.levels[:-1]) / 2
 
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The nearest points (out, in) of all weights of the matrix (out, in)."""
+        width = weight.shape[1]
+        scales = self.scales.repeat_interleave(self.columns, 1)[:, :width]
+        offsets = None
+        if self.offsets is not None:
+            offsets = self.offsets.repeat_interleave(self.columns, 1)[:, :width]
+        ratios = (weight if offsets is None else weight + offsets) / scales
+        if self._is_uniform:
+            levels = ratios.round_().clamp_(self._first, self._first + len(self.levels) - 1)
+        else:
+            levels = self.levels[torch.bucketize(ratios, self._middles)]
+        points = levels * scales
+        return points if offsets is None else points - offsets
+
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """The indices (out,) of the levels of the points nearest to the values of a column."""
         group = column // self.columns
