@@ -121,6 +121,7 @@ class FitTask(CalibratedTask):
             return
         store.status("pruning", f"rounding {name} to {grid.name}")
         weight = store.model.get_parameter(name).data
+        store.dense_outer = {**store.dense_outer, name: weight.clone()}
         result = rounded(weight.float(), choice.outer.matrix(name), grid)
         weight.copy_(result.weight)
         store.keep_rounded(name, None, result)

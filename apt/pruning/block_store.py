@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt.adapter import Site
 from apt.calibration.storage import MemoryStore, Store
@@ -27,6 +27,8 @@ class BlockStore:
         activations: the store of the activations between two blocks. If activations leave the
             device of the model, products are not stored either. The whole block is then run again
             for each stage of sites that is solved in order.
+        dense_outer: the dense values of parameters outside the blocks that have changed before the
+            first block, such as a rounded embedding: the dense stream begins with them.
         dtypes: the dtypes in which parameters are stored, by their full names.
         repeatable: True if a resumed run must get bit-identical activations before a block when it
             computes them again from kept blocks.
@@ -44,6 +46,7 @@ class BlockStore:
             self.model = model
         self.ranks, self.observe = ranks or Ranks(), observe
         self.activations: Store = MemoryStore()
+        self.dense_outer: Mapping[str, Tensor] = {}
         self.dtypes: Mapping[str, torch.dtype] = {}
         self.repeatable = False
 

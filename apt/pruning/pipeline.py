@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -154,10 +155,31 @@ def _batches(
 ) -> list[Batch]:
     """This rank's batches, of about ``size`` tokens, from ``tokens`` (samples, seqlen)."""
     size = min(size, math.ceil(len(tokens) / store.ranks.size) * tokens.shape[1])
-    return enter(
-        job.adapter, store.model, tokens, size, with_dense=job.recipe.error_aware,
-        ranks=store.ranks, store=store.activations, sources=sources.of,
-    )  # fmt: skip
+    given = (job.adapter, store.model, tokens, size)
+    aware, ranks = job.recipe.error_aware, store.ranks
+    batches = enter(
+        *given, with_dense=aware, ranks=ranks, store=store.activations, sources=sources.of
+    )
+    if aware and store.dense_outer:
+        with _exchanged(store.model, store.dense_outer):
+            dense_batches = enter(*given, ranks=ranks)
+        for batch, dense in zip(batches, dense_batches, strict=True):
+            assert batch.dense is not None
+            batch.dense.state = dense.state
+    return batches
+
+
+@contextmanager
+def _exchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the context, the model has other values of some parameters."""
+    before = {name: model.get_parameter(name).data for name in weights}
+    try:
+        for name, weight in weights.items():
+            model.get_parameter(name).data = weight
+        yield
+    finally:
+        for name, weight in before.items():
+            model.get_parameter(name).data = weight
 
 
 def _prune_opened(current: CurrentBlock, *, last: bool) -> list[BlockRecord]:
