@@ -65,6 +65,7 @@ class Exportable:
         config: the configuration, as an object of transformers.
         module: the model without weights, on the meta device.
         name: the user's name for the model.
+        is_fitted: True if the levels of the tensors were chosen for a budget.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Exportable:
         encoded: Mapping[str, EncodedRows] | None = None,
     ) -> None:
         self.type, self.original, self.integers = type, original, integers
-        self.encoded = encoded or {}
+        self.encoded, self.is_fitted = encoded or {}, encoded is not None
         self.config: Any = opened.config
         self.module: nn.Module = opened.module
         self.name = opened.source.reference

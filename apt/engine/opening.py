@@ -81,7 +81,7 @@ def check_export(
     if run.output.suffix != spec.suffix:
         message = f"the output {run.output} is not a {spec.suffix} file"
         raise AptError(message, "choose another name", ("output",))
-    if run.type is not None and run.type not in spec.types:
+    if run.type is not None and run.type.lower() not in map(str.lower, spec.types):
         types = ", ".join(spec.types) or "none to choose from"
         raise AptError(f"{spec.name} has no type '{run.type}'", f"it writes {types}", ("type",))
     for module in spec.requires:

@@ -82,8 +82,10 @@ class ExportRun(AdapterOptions, RemoteOptions):
         default=None, panel=OUTPUT, metavar="NAME",
     )  # fmt: skip
     type: str | None = option(
-        "Type of the weights; by default that of the checkpoint or of its integers. "
-        "gguf: f32, bf16, f16, q8_0, q5_1, q5_0, q4_1 or q4_0.",
+        "Type of the weights; by default that of the checkpoint, of its integers, or of each "
+        "tensor of the quantised file that the model was made from. "
+        "gguf: f32, bf16, f16, q8_0, q6_K, q5_1, q5_K, q5_0, q4_1, q4_K, q4_0, iq4_nl, mxfp4, "
+        "iq4_xs, q3_K or q2_K.",
         default=None, panel=OUTPUT, metavar="TYPE",
     )  # fmt: skip
     source: Path | None = option(

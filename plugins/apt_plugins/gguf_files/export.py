@@ -25,8 +25,8 @@ def export(model: Exportable, target: Path) -> Exported:
     """
     kind = weight_type(model)
     writer, tensors = plan_file(model, target, kind)
-    counts = write_file(writer, tensors)
-    written = most_common_type(tensors) if kind is None or model.encoded else kind
+    counts = write_file(writer, tensors, versioned=model.is_fitted)
+    written = most_common_type(tensors) if kind is None or model.is_fitted else kind
     return Exported(
         written.name.lower().replace("_k", "_K"), len(tensors), target.stat().st_size,
         counts.zeros, counts.kept, _notes(tensors, kind, counts),

@@ -20,7 +20,7 @@ def file_form(model: Exportable) -> FileForm:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
         writer, tensors = plan_file(model, path, weight_type(model))
-        write_header(writer, tensors)
+        write_header(writer, tensors, versioned=True)
         alignment = int(writer.data_alignment)
         writer.close()
         rest = _padded(path.stat().st_size, alignment)

@@ -20,10 +20,12 @@ from apt.errors import AptError, describe
 from apt.extending import Exportable
 from apt_plugins.gguf_files.layouts import architecture_of
 from apt_plugins.gguf_files.tensors import (
+    PLAIN_TYPES,
     can_write,
     file_type,
     has_partial_blocks,
     most_common_type,
+    plain_type,
     planned_of,
     tensor_names,
 )
@@ -52,9 +54,9 @@ def from_original(
     architecture = architecture_of(model)
     if (stored_name := _text(reader, _ARCHITECTURE)) != architecture:
         raise _wrong_original(model, f"its architecture is {stored_name}, not {architecture}")
-    tensors = list(_tensors(model, reader, architecture, kind))
     changes = _changes(model, reader, architecture)
-    if kind is not None or model.encoded:
+    tensors = list(_tensors(model, reader, architecture, kind))
+    if kind is not None or model.is_fitted:
         changes[_FILE_TYPE] = int(file_type(kind or most_common_type(tensors)))
     before = sum(int(tensor.n_elements) for tensor in reader.tensors)
     after = sum(int(np.prod(planned.shape)) for planned in tensors)
@@ -194,10 +196,13 @@ def _tensors(
 def _planned_tensor(
     model: Exportable, tensor: gguf.ReaderTensor, name: str, architecture: str, kind: Type | None
 ) -> Planned:
-    """The tensor to write for a parameter, in the type of the file or in its own type."""
+    """The tensor to write for a parameter, in the type of the file or in its own type.
+
+    Only a quantised tensor keeps its own type: other tensors have the dtype of the model.
+    """
     own_type = tensor.tensor_type
-    if kind is not None:
-        return planned_of(model, tensor.name, name, architecture, kind)
+    if kind is not None or own_type in PLAIN_TYPES:
+        return planned_of(model, tensor.name, name, architecture, kind or plain_type(model))
     if not can_write(own_type) or has_partial_blocks(model.shapes[name], own_type):
         return planned_of(model, tensor.name, name, architecture, Type.F16)
     return planned_of(model, tensor.name, name, architecture, own_type, lambda: tensor.data)

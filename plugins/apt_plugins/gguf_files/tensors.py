@@ -15,6 +15,9 @@ from apt_plugins.gguf_files.layouts import CHANGES, CONVERTER
 from apt_plugins.gguf_files.writing import Array, Planned
 
 _DTYPE_TYPES = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
+PLAIN_TYPES = tuple(_DTYPE_TYPES.values())
+"""The types of numbers that are not quantised."""
+
 _INTEGER_TYPES = {"int8": Type.Q8_0, "int4": Type.Q4_0}
 _FEW_BITS = (Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0)
 _EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
@@ -81,14 +84,19 @@ def planned_of(
 def weight_type(model: Exportable) -> Type | None:
     """The type of the weights.
 
-    It is the requested type, or that of the integers, or that of the checkpoint. None for the type
-    of each tensor in the file from which the model was made.
+    It is the requested type, or that of the integers, or that of the checkpoint. None if the model
+    was made from a file, whose quantised tensors keep their types.
     """
     if model.type is not None:
         return Type[model.type.upper()]
     if model.integers:
         return _INTEGER_TYPES[model.integers]
-    return None if model.original is not None else _DTYPE_TYPES.get(model.dtype, Type.F32)
+    return None if model.original is not None else plain_type(model)
+
+
+def plain_type(model: Exportable) -> Type:
+    """The type of the dtype of a model."""
+    return _DTYPE_TYPES.get(model.dtype, Type.F32)
 
 
 def most_common_type(tensors: Sequence[Planned]) -> Type:
@@ -101,7 +109,7 @@ def most_common_type(tensors: Sequence[Planned]) -> Type:
 
 def can_write(kind: Type) -> bool:
     """True if values can be written in a type."""
-    return kind in _DTYPE_TYPES.values() or any(grid.type is kind for grid in GRIDS)
+    return kind in PLAIN_TYPES or any(grid.type is kind for grid in GRIDS)
 
 
 def type_of(name: str, shape: Sequence[int], kind: Type) -> Type:

@@ -73,15 +73,19 @@ class Counts:
     integers: int = 0
 
 
-def write_header(writer: gguf.GGUFWriter, tensors: Sequence[Planned]) -> None:
+def write_header(
+    writer: gguf.GGUFWriter, tensors: Sequence[Planned], *, versioned: bool = False
+) -> None:
     """Write everything before the tensors.
 
     Args:
-        writer: the writer, with all metadata except the version of the quantisation. Every file has
-            this version, so that the size of a file depends only on the types of its tensors.
+        writer: the writer, with all metadata except the version of the quantisation.
+        versioned: True to write this version even if no tensor is quantised, so that the size of
+            the header does not depend on the types of the tensors.
     """
     version = gguf.Keys.General.QUANTIZATION_VERSION
-    if not any(version in entries for entries in writer.kv_data):
+    quantised = any(each.type not in (Type.F32, Type.F16, Type.BF16) for each in tensors)
+    if (quantised or versioned) and not any(version in entries for entries in writer.kv_data):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for planned in tensors:
         writer.add_tensor_info(
@@ -92,16 +96,18 @@ def write_header(writer: gguf.GGUFWriter, tensors: Sequence[Planned]) -> None:
     writer.write_ti_data_to_file()
 
 
-def write_file(writer: gguf.GGUFWriter, tensors: Sequence[Planned]) -> Counts:
+def write_file(
+    writer: gguf.GGUFWriter, tensors: Sequence[Planned], *, versioned: bool = False
+) -> Counts:
     """Write a file, and read it back.
 
     Args:
-        writer: see `write_header`.
+        writer, versioned: see `write_header`.
 
     Raises:
         AptError: a value is too large for its type.
     """
-    write_header(writer, tensors)
+    write_header(writer, tensors, versioned=versioned)
     counts, digests = Counts(), []
     for planned in tensors:
         data = _data(planned, counts)
