@@ -1,17 +1,34 @@
 """``apt-prune fit``."""
 
-from apt.options import ConfigOptions, FitRun, PrintingOptions
+from pathlib import Path
+
+from apt.options import ConfigOptions, FitRun, Options, PrintingOptions, options, plot_option
 
 
-def fit(run: FitRun, config: ConfigOptions, printing: PrintingOptions) -> None:
+@options
+class PlotOptions(Options):
+    """Options for the picture of the frontier."""
+
+    plot: Path | None = plot_option("the predicted loss of the best files of ten sizes")
+
+
+def fit(
+    run: FitRun, picture: PlotOptions, config: ConfigOptions, printing: PrintingOptions
+) -> None:
     """Write the best file of a given size: a kind of numbers for each tensor, rounded in turn.
 
     For example: apt-prune fit MODEL --size 73MiB -o small.gguf
     """
-    from apt.cli.opening import run_request
+    from apt.cli.opening import check_plot, run_request
 
+    check_plot(picture.plot, run.model, run.calibration, run.evaluation, overwrite=run.overwrite)
     request, notices = run_request(run)
 
     from apt.cli.fitting import FitWatcher
 
-    FitWatcher(request, config, notices, as_json=printing.as_json).perform(request)
+    watcher = FitWatcher(request, config, notices, as_json=printing.as_json)
+    watcher.perform(request)
+    if picture.plot is not None and watcher.report is not None:
+        from apt.cli.plots import draw_frontier
+
+        draw_frontier(watcher.report.fit, picture.plot, overwrite=run.overwrite)

@@ -34,6 +34,7 @@ class FitWatcher(CommandWatcher):
         else:
             _show_levels(report)
             show_scores(report, task)
+            _show_frontier(report)
             written, budget = report.fit["size"], report.fit["budget"]
             say(
                 f"{self.options.output}: {written:,} bytes of {budget:,} ({written / 2**20:.1f} of "
@@ -44,6 +45,12 @@ class FitWatcher(CommandWatcher):
         if first_not_finite(report.scores, self.options.metrics):
             raise typer.Exit(1)
         self.report = report
+
+
+def _show_frontier(report: Report) -> None:
+    """Print the predicted loss of the best files of other sizes."""
+    files = [f"{bytes_ / 2**20:.1f} MiB {loss:.4f}" for bytes_, loss in report.fit["frontier"]]
+    say(f"predicted rise of the loss in nats at other sizes: {', '.join(files)}")
 
 
 def _show_levels(report: Report) -> None:

@@ -1,4 +1,4 @@
-"""The plots of ``shrink --search`` and ``recover``."""
+"""The plots of ``shrink --search``, ``fit`` and ``recover``."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -37,6 +37,24 @@ def draw_candidates(
         axes.set_xlabel(label)
     left.set_ylabel("loss on calibration text")
     left.legend()
+    write_figure(figure, path, overwrite=overwrite)
+
+
+def draw_frontier(fit: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> None:
+    """Draw the predicted loss of the best files of ten sizes, and that of the written file.
+
+    Args:
+        fit: the report's entry of a fit.
+        path: the file to write.
+        overwrite: True if a file there may be replaced.
+    """
+    figure, axes = pyplot().subplots(figsize=(7, 4))
+    sizes, losses = zip(*fit["frontier"], strict=True)
+    axes.plot([size / 2**20 for size in sizes], losses, "-o", color="tab:blue", label="best files")
+    axes.plot(fit["size"] / 2**20, fit["loss"], "s", color="tab:red", label="this file")
+    axes.set_xlabel("MiB")
+    axes.set_ylabel("predicted rise of the loss, nats per token")
+    axes.legend()
     write_figure(figure, path, overwrite=overwrite)
 
 

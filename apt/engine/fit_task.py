@@ -27,9 +27,9 @@ from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
 from apt.files.writing import check_file
-from apt.fit.choice import choose, smallest_size
+from apt.fit.choice import choose, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import Outer, measured_levels, sensitivities
+from apt.fit.losses import Outer, forward_sums, measured_levels, sensitivities
 from apt.fit.table import LossTable
 from apt.locations.model_source import find
 from apt.options import ExportRun, FitRun
@@ -51,6 +51,7 @@ class FitTask(CalibratedTask):
         form: what the file can hold.
         model: the model on disk, from which the tensors that keep their values are written.
         budget: the largest size of the file in bytes.
+        table: the table of losses of an earlier run; None to measure them.
     """
 
     options: FitRun
@@ -58,6 +59,7 @@ class FitTask(CalibratedTask):
     form: FileForm
     model: Exportable
     budget: int
+    table: LossTable | None = None
     event = " fitting"
 
     @property
@@ -86,15 +88,15 @@ class FitTask(CalibratedTask):
 
     def _measured(self, store: ModelStore, text: Text) -> tuple[LossTable, Outer]:
         """The table of losses, from an earlier run or measured, and the matrices outside blocks."""
+        model, adapter, plan = store.model, self.job.adapter, self.job.plan
+        if self.table is not None:
+            store.status("allocation", "running the dense model")
+            return self.table, forward_sums(model, adapter, text.tokens, self.table.gradient)
         store.status("allocation", "measuring the gradients of the dense model")
-        family = (store.model, self.job.adapter, self.job.plan)
-        given = sensitivities(*family, text.tokens)
-        if self.options.table_from is not None:
-            return read_table(self.options.table_from, self.form), given.outer
+        given = sensitivities(model, adapter, plan, text.tokens)
         store.status("allocation", "measuring the loss of each level")
-        return LossTable(
-            measured_levels(*family, given, self.form.levels), self.form.rest
-        ), given.outer
+        levels = measured_levels(model, adapter, plan, given, self.form.levels)
+        return LossTable(levels, self.form.rest, given.outer.gradient), given.outer
 
     def change(
         self, store: ModelStore, text: Text, plan: Plan | None, report: Report
@@ -111,7 +113,7 @@ class FitTask(CalibratedTask):
         table, levels = choice.table, choice.levels
         fit = {
             "budget": self.budget, "size": table.size(levels), "loss": table.loss(levels),
-            "levels": levels, "table": table.record(),
+            "levels": levels, "frontier": frontier(table), "table": table.record(),
         }  # fmt: skip
         return TaskResult(replace(report, fit=fit), plan)
 
@@ -283,6 +285,7 @@ def prepare_fit(request: RunRequest[FitRun], registry: Registry, notice: Notice)
         options=options, registry=registry, skeleton=skeleton, device=device,
         dtype=read_dtype(options.dtype), job=fit_job(skeleton, options, notice), notice=notice,
         export=spec, form=form, model=model, budget=budget,
+        table=read_table(options.table_from, form) if options.table_from is not None else None,
     )  # fmt: skip
     check_memory(task)
     return task

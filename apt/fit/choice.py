@@ -58,6 +58,20 @@ def choose(table: LossTable, budget: int) -> dict[str, str]:
     return {name: level.name for name, level in chosen.items()}
 
 
+def frontier(table: LossTable, count: int = 10) -> list[tuple[int, float]]:
+    """The bytes and the loss of the best files of ``count`` budgets, from the smallest file on.
+
+    The budgets end at the smallest file without a loss, if there is one.
+    """
+    lossless = sum(
+        min(level.size for level in levels if level.loss == min(x.loss for x in levels))
+        for levels in table.tensors.values()
+    )
+    step = (table.rest + lossless - table.smallest) / (count - 1)
+    choices = [choose(table, int(table.smallest + step * place)) for place in range(count)]
+    return [(table.size(choice), table.loss(choice)) for choice in choices]
+
+
 def lower_hull(levels: Sequence[MeasuredLevel]) -> list[MeasuredLevel]:
     """The levels on the lower convex hull of the loss over the size, from small to large.
 

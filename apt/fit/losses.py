@@ -86,6 +86,12 @@ class Outer:
             terms.append((self.variances / self.tokens, self.hidden / self.tokens))
         return terms
 
+    @property
+    def gradient(self) -> float:
+        """The mean square of a gradient after the embedding, for each token."""
+        width = len(self.gradients)
+        return float(self.gradients.diagonal().sum()) / self.tokens / width if width else 0.0
+
     def matrix(self, name: str) -> Tensor:
         """The damped matrix H (hidden, hidden) for the rounding of a weight, for a mean row."""
         return _damped(
@@ -124,8 +130,7 @@ def sensitivities(
         tokens: token ids (samples, seqlen), of which about `TOKENS` are used.
         progress: called after each sample.
     """
-    tokens = tokens[:, :_SAMPLE]
-    tokens = tokens[: max(1, TOKENS // tokens.shape[1])]
+    tokens = _first_tokens(tokens)
     sites = {
         f"{block.name}.{planned.site.parameter}": planned.site
         for block in plan.blocks
@@ -150,11 +155,38 @@ def sensitivities(
                 if gradient is not None:
                     rows = gradient.float().flatten(0, -2)
                     result.outer.gradients += rows.T @ rows
-            counts = torch.bincount(sample, minlength=len(result.outer.counts))
-            result.outer.counts += counts.to(result.outer.counts)
-            result.outer.tokens += len(sample)
+            _count(sample, result.outer)
             progress()
     return result
+
+
+def forward_sums(model: nn.Module, adapter: Adapter, tokens: Tensor, gradient: float) -> Outer:
+    """The sums for the embedding and the head from forwards alone.
+
+    The gradients after the embedding are taken as uncorrelated, with this mean square.
+    """
+    tokens, outer = _first_tokens(tokens), _empty_outer(model)
+    device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    with torch.no_grad(), eval_mode(model), adapter.running(model), _watched(model, outer):
+        for sample in tokens:
+            logits = model(input_ids=sample[None].to(device), use_cache=False).logits[0]
+            _draw_labels(logits, draw, outer)
+            _count(sample, outer)
+    outer.gradients += gradient * outer.tokens * torch.eye(len(outer.gradients), device=device)
+    return outer
+
+
+def _first_tokens(tokens: Tensor) -> Tensor:
+    """About `TOKENS` of the tokens (samples, seqlen)."""
+    tokens = tokens[:, :_SAMPLE]
+    return tokens[: max(1, TOKENS // tokens.shape[1])]
+
+
+def _count(sample: Tensor, outer: Outer) -> None:
+    """Add the tokens (seqlen,) of a sample."""
+    counts = torch.bincount(sample, minlength=len(outer.counts))
+    outer.counts += counts.to(outer.counts)[: len(outer.counts)]
+    outer.tokens += len(sample)
 
 
 def _modules(model: nn.Module) -> tuple[nn.Embedding | None, nn.Linear | None]:

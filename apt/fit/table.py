@@ -28,10 +28,13 @@ class LossTable:
     Attributes:
         tensors: the levels of each tensor, by the name of its parameter.
         rest: the bytes of the file without these tensors.
+        gradient: the mean square of a gradient after the embedding, for each token, with which
+            another run rounds the embedding.
     """
 
     tensors: Mapping[str, Sequence[MeasuredLevel]]
     rest: int
+    gradient: float = 0.0
 
     @property
     def smallest(self) -> int:
@@ -64,7 +67,7 @@ class LossTable:
             name: [[level.name, level.size, level.loss] for level in levels]
             for name, levels in self.tensors.items()
         }
-        return {"rest": self.rest, "tensors": tensors}
+        return {"rest": self.rest, "gradient": self.gradient, "tensors": tensors}
 
     @classmethod
     def read(cls, record: Any) -> "LossTable":
@@ -78,7 +81,7 @@ class LossTable:
                 str(name): tuple(MeasuredLevel(str(n), int(s), float(x)) for n, s, x in levels)
                 for name, levels in record["tensors"].items()
             }
-            table = cls(tensors, int(record["rest"]))
+            table = cls(tensors, int(record["rest"]), float(record["gradient"]))
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError("the table of losses is damaged") from error
         if not all(table.tensors.values()):

@@ -22,7 +22,7 @@ def table_of(rows, rest=100):
         )
         for place, row in enumerate(rows)
     }
-    return LossTable(tensors, rest)
+    return LossTable(tensors, rest, 0.5)
 
 
 @given(st.lists(_LEVELS, min_size=1, max_size=6), st.integers(0, 460))
