@@ -70,9 +70,9 @@ def check_place(options: Any, source: Source, texts: Sequence[str | None], notic
             raise AptError(message, "choose another file", ("export",))
         check_file(file, overwrite=options.overwrite, inputs=inputs, options=("export",))
     if alone or cuts_file(options, source):
-        complete = resumed and output.is_file() and read_report(output) and not resumable(output)
+        continued = resumed and (resumable(output) or (output.is_file() and read_report(output)))
         for path in (output, report_beside(output)):
-            overwrite = options.overwrite or bool(complete)
+            overwrite = options.overwrite or bool(continued)
             check_file(path, overwrite=overwrite, inputs=inputs, options=("output",))
         return
     if resumed and (resumable(output) or read_report(output)):

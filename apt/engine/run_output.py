@@ -225,21 +225,19 @@ class RunOutput:
         return self._publish(report)
 
     def _publish(self, report: Report) -> Report:
-        """Publish the complete output, and return its report."""
+        """Publish the complete output, unless it is published, and return its report."""
         work = self.work
-        if self.task.exports_alone and not (work.out / work.output.name).exists():
-            report = self._export(report)
+        if isinstance(work, FileStaging) and self.task.exports_alone and work.has_directory:
+            report = self._export(work, report)
         (work.finish if self._resumable else work.publish)()
         return report
 
-    def _export(self, report: Report) -> Report:
+    def _export(self, work: FileStaging, report: Report) -> Report:
         """Replace the complete directory by the exported file, and return the report of the file.
 
         Raises:
             AptError: the export failed. The directory is then moved beside the place of the file.
         """
-        work = self.work
-        assert isinstance(work, FileStaging)
         if self._resumable:  # an interrupted export is repeated
             work.record_finished(work.out)
         folder = work.fresh("file")

@@ -155,11 +155,13 @@ class Staging:
         """The complete output of the interrupted run, published or not; None if there is none."""
         return next(filter(self._is_finished, (self.output, self.out)), None)
 
-    def _is_finished(self, directory: Path) -> bool:
+    def _is_recorded(self, report: Path) -> bool:
+        """True if the journal says that the output with this report is complete."""
         hashes = self.journal.values(_FINISHED)
-        if not hashes or not (directory / REPORT).is_file():
-            return False
-        if sha256(directory / REPORT) != hashes[-1]:
+        return bool(hashes) and report.is_file() and sha256(report) == hashes[-1]
+
+    def _is_finished(self, directory: Path) -> bool:
+        if not self._is_recorded(directory / REPORT):
             return False
         listed, unlisted = listed_files(read_report(directory) or {}), [REPORT, CARD]
         return file_hashes(directory, unlisted) == {k: v for k, v in listed.items() if k != CARD}
@@ -224,7 +226,22 @@ class Staging:
 
 
 class FileStaging(Staging):
-    """The staging folder of a run whose output is a file, with its report beside it."""
+    """The staging folder of a run whose output is a file, with its report beside it.
+
+    ``out`` has the file and the report. Before an export, it is the directory to export.
+    """
+
+    @property
+    def has_directory(self) -> bool:
+        """True if ``out`` is a complete directory to export."""
+        return self.complete and not (self.out / self.output.name).is_file()
+
+    def _is_finished(self, directory: Path) -> bool:
+        if directory != self.output:
+            return super()._is_finished(directory)
+        if not (directory.is_file() and self._is_recorded(report_beside(directory))):
+            return False
+        return listed_files(read_report(directory) or {}) == {directory.name: sha256(directory)}
 
     def move_directory_out(self) -> Path:
         """Move a complete directory, from which no file was made, to a free name beside the file.
