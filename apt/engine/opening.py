@@ -194,7 +194,11 @@ def _with_export(options: W, registry: Registry) -> W:
     if not alone:
         check_directory_name(output, registry)
     exporting = ExportRun(model=resolved.model, output=resolved.export, type=resolved.export_type)
-    check_export(exporting, registry, ("output",) if alone else ("export",))
+    try:
+        check_export(exporting, registry, ("output",) if alone else ("export",))
+    except AptError as error:
+        error.options = tuple("export_type" if name == "type" else name for name in error.options)
+        raise
     for name in ("save_masks", "save_adapter", "max_shard_size"):
         if alone and getattr(resolved, name, None):
             message = f"{name.replace('_', ' ')} has no effect on {output}, which is one file"

@@ -246,7 +246,7 @@ def test_failed_metric_does_not_lose_the_file(model, apt, monkeypatch):
     [
         (("-o", "x.gguf", "--save-masks"), "save masks has no effect on x.gguf", "--save-masks"),
         (("-o", "x.gguf", "--max-shard-size", "5GB"), "max shard size has no effect", "--output"),
-        (("-o", "x.gguf", "--export-type", "q9"), "gguf has no type 'q9'", "--type"),
+        (("-o", "x.gguf", "--export-type", "q9"), "gguf has no type 'q9'", "(--export-type)"),
         (("-o", "x", "--export-type", "q8_0"), "has no effect without a file", "--export-type"),
         (("-o", "x.gguf", "--pack", "x.gguf"), "pack x.gguf is the output itself", "--pack"),
         (("-o", "model/x.gguf"), "is inside an input of the run", "--output"),
