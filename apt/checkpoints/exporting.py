@@ -60,6 +60,7 @@ class Exportable:
             times scales; else None.
         encoded: the matrices that are written as they are here, in place of those on disk, by the
             names of their parameters.
+        title: the name of the model in the file; by default the name of its directory.
 
     Attributes:
         config: the configuration, as an object of transformers.
@@ -75,17 +76,19 @@ class Exportable:
         original: Path | None = None,
         integers: str | None = None,
         encoded: Mapping[str, EncodedRows] | None = None,
+        title: str | None = None,
     ) -> None:
         self.type, self.original, self.integers = type, original, integers
         self.encoded, self.is_fitted = encoded or {}, encoded is not None
         self.config: Any = opened.config
         self.module: nn.Module = opened.module
         self.name = opened.source.reference
-        self._opened = opened
+        self._opened, self._title = opened, title
 
     def with_encoded(self, encoded: Mapping[str, EncodedRows]) -> "Exportable":
         """The same model, with these matrices in place of those on disk."""
-        return Exportable(self._opened, self.type, self.original, self.integers, encoded)
+        parts = (self._opened, self.type, self.original, self.integers)
+        return Exportable(*parts, encoded, self._title)
 
     @cached_property
     def _stored(self) -> Stored:
@@ -105,6 +108,11 @@ class Exportable:
     def directory(self) -> Path:
         """The local directory, with the configuration and the tokenizer."""
         return self._stored.directory if self.is_stored else Path(self._opened.source.location)
+
+    @property
+    def title(self) -> str:
+        """The name of the model in the file."""
+        return self._title or self.directory.resolve().name
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -38,7 +38,11 @@ def export(run: ExportRun, printing: PrintingOptions) -> None:
 
 def exported_line(output: Path, exported: "Exported") -> str:
     """The size of an exported file, and its zeros."""
-    zeros = f"{exported.kept:,} of {exported.zeros:,} zeros kept" if exported.zeros else "no zeros"
+    zeros = "no zeros"
+    if exported.zeros:
+        zeros = f"{exported.kept:,} of {exported.zeros:,} zeros kept"
+    if exported.kept < exported.zeros:
+        zeros += f" ({exported.kept / exported.zeros:.2%})"
     return (
         f"{output}: {exported.tensors} tensors, {exported.type}, {exported.size:,} bytes, {zeros}"
     )

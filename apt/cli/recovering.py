@@ -8,7 +8,7 @@ import typer
 from apt.cli.output import duration, say, show_error, show_json
 from apt.cli.progress import Progress, TrainingProgress
 from apt.cli.running import CommandWatcher
-from apt.cli.summary import training_line
+from apt.cli.summary import lost_zeros, training_line
 from apt.engine.opening import RunRequest
 from apt.engine.recover_task import RecoverTask
 from apt.engine.task import Task
@@ -79,6 +79,7 @@ def _show(report: Report, task: RecoverTask, *, as_json: bool) -> None:
         say(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}")
     say(training_line(training))
     zeros = f"{record['zeros']:,} zeros kept" if record["zeros"] else "no zeros to keep"
+    zeros += lost_zeros(report)
     say(
         f"{options.output}: {zeros}, verified on disk; kind {task.spec.name}; "
         f"{duration(record['seconds'])}"

@@ -21,7 +21,7 @@ from apt.engine.run import Watcher, Work, drive
 from apt.engine.task import Task
 from apt.options import ConfigOptions, write_options
 from apt.output.report import Report, report_of
-from apt.output.staging import resumable
+from apt.output.staging import resumable, unpublished
 from apt.packing.directory import Packed
 
 
@@ -93,8 +93,10 @@ class CommandWatcher(Watcher):
         notice(packed_line(self.options.pack, packed))
 
     def exported(self, exported: Exported) -> None:
-        """Print the size of the exported file."""
+        """Print the size of the exported file, and how to keep the zeros that it lost."""
         notice(exported_line(self.options.export, exported))
+        if exported.kept < exported.zeros:
+            notice("to write a type that keeps all zeros: --export-type, see docs/serving.md")
 
     def _observe(self, event: Any) -> None:
         self._display.observe(event)
@@ -126,5 +128,7 @@ def _after_interruption(task: Task, time_before: int | None) -> str:
         return "the same command continues the search"
     if isinstance(task, FitTask) and task.journal.values("table"):
         return "the same command takes the measured losses, and goes on from there"
+    if (directory := unpublished(output)) is not None:
+        return f"the result is complete, in {directory}"
     complete = _report_time(output) not in (None, time_before)
     return f"{output} is complete" if complete else "nothing was written"

@@ -48,12 +48,18 @@ def show_scores(report: Report, task: CalibratedTask) -> None:
 
 def _sparsity_line(report: Report, task: PruneTask) -> str:
     """The share of zeros, and the number of sites that the allocation left dense."""
-    line = f"{report.sparsity:.2%} zeros in the pruned sites"
+    line = f"{report.sparsity:.2%} zeros in the pruned sites{lost_zeros(report)}"
     if task.pattern is None or not isinstance(task.options, PruneRun):
         return line
     pattern = partial(selection_of(task.options).pattern, default=task.pattern)
     dense = sum(pattern(name) is not None for name in report.skipped)
     return f"{line} ({dense} more left dense by {task.options.allocation})" if dense else line
+
+
+def lost_zeros(report: Report) -> str:
+    """The share of the zeros that an exported file keeps, if it is the output and lost some."""
+    zeros, kept = report.export.get("zeros", 0), report.export.get("kept", 0)
+    return f", of which the file keeps {kept / zeros:.2%}" if kept < zeros else ""
 
 
 def training_line(training: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The export of models to the file formats of other software."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from apt.checkpoints.exporting import Export, Exportable, Exported
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
-from apt.engine.opening import RunRequest, check_export, find_source
+from apt.engine.opening import check_export, find_source
 from apt.engine.packing import integers_of
 from apt.engine.prepare import Notice
+from apt.engine.task import Task
 from apt.errors import AptError, plugin_error
 from apt.files.writing import check_file
 from apt.options import ExportRun, PruneRun, RecoverRun, ShrinkRun
@@ -22,9 +24,12 @@ from apt.runtime.entries import is_packed
 
 
 def export_model(
-    run: ExportRun, registry: Registry, notice: Notice = lambda line: None
+    run: ExportRun, registry: Registry, notice: Notice = lambda line: None, title: str | None = None
 ) -> Exported:
     """Write a model as a file of another format, in one step.
+
+    Args:
+        title: the name of the model in the file; by default the name of its directory.
 
     Raises:
         AptError: the model cannot be read, the format cannot express it, or the file cannot be
@@ -49,7 +54,8 @@ def export_model(
     integers = integers_of(directory)
     write: Export = spec.load()
     with staged_file(output, run.overwrite) as partial:
-        model = Exportable(opened, run.type, original, integers.kind if integers else None)
+        kind = integers.kind if integers else None
+        model = Exportable(opened, run.type, original, kind, title=title)
         exported = write(model, partial)
         if not isinstance(exported, Exported) or not partial.is_file():
             message = "does not write a file, or does not say what it wrote"
@@ -71,33 +77,35 @@ def check_exportable(
     """
     if run.export is None:
         return
-    spec = check_export(ExportRun(model=run.model, output=run.export), registry)
+    exporting = ExportRun(model=run.model, output=run.export, type=run.export_type)
+    spec = check_export(exporting, registry)
     if spec.check is not None:
         original = None if opened.source.gguf else original_file(local_directory(opened), spec)
-        spec.examine(Exportable(opened, original=original))
+        spec.examine(Exportable(opened, run.export_type, original))
 
 
-def export_output(
-    request: RunRequest[PruneRun | ShrinkRun | RecoverRun], registry: Registry, notice: Notice
-) -> Exported:
-    """Export the output of a run with the option ``export``.
+def export_output(task: Task, directory: Path, file: Path, notice: Notice) -> Exported:
+    """Export the directory of a run with the option ``export``.
 
-    If the run has read a file, such as a GGUF file, this file is the original.
+    The original is the file that the run has read, or from which the model of the run was made.
+
+    Args:
+        task: the task of the run.
+        directory: the directory that the run has written.
+        file: the file to write.
 
     Raises:
-        AptError: see `export_model`. The output of the run is complete then.
+        AptError: see `export_model`. The directory is complete then.
     """
-    run, source = request.options, request.source
-    assert run.export is not None
+    run, opened = task.options, task.skeleton
     exporting = ExportRun(
-        model=str(run.directory), output=run.export, adapter=run.adapter, overwrite=run.overwrite,
-        trust_remote_code=run.trust_remote_code, source=source.files()[0] if source.gguf else None,
+        model=str(directory), output=file, type=run.export_type, adapter=run.adapter,
+        overwrite=run.overwrite, trust_remote_code=run.trust_remote_code,
     )  # fmt: skip
-    try:
-        return export_model(exporting, registry, notice)
-    except AptError as error:
-        message = f"{run.output} is written and verified, but not exported: {error.message}"
-        raise AptError(message, error.hint) from error
+    spec, source = check_export(exporting, task.registry), opened.source
+    original = source.files()[0] if source.gguf else original_file(local_directory(opened), spec)
+    exporting = replace(exporting, source=original)
+    return export_model(exporting, task.registry, notice, title=run.export.stem)
 
 
 def original_file(directory: Path, spec: ExportSpec) -> Path | None:

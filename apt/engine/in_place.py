@@ -153,6 +153,7 @@ def without_rounding(run: ShrinkRun, notice: Notice) -> ShrinkRun:
         "resume": (run.resume, "such a run cannot be resumed"),
         "max_shard_size": (run.max_shard_size, "the files stay as they are"),
         "export": (run.export, "the result has the format of the model"),
+        "export_type": (run.export_type, "the numbers keep their types"),
     }
     for name, (value, why) in refused.items():
         if value:

@@ -56,6 +56,11 @@ def find_source(reference: str, options: RemoteOptions, registry: Registry) -> S
     return find(reference, registry, trust_remote_code=trust, hub=hub)
 
 
+def cuts_file(options: Any, source: Source) -> bool:
+    """True if the output of a run has the stored bytes of the file of its model."""
+    return source.has_kind_of(options.output) and not getattr(options, "exports_alone", False)
+
+
 def check_export(
     run: ExportRun, registry: Registry, options: tuple[str, ...] = ("format",)
 ) -> ExportSpec:
@@ -139,7 +144,7 @@ def resolve_names(options: R, registry: Registry, notice: Callable[[str], None])
         choose(output=Path("-".join([source.name, *_suffixes(resolved, registry)])))
     if _is_cut_out(resolved, source, registry):
         return RunRequest(resolved, source)
-    return RunRequest(_with_export(resolved, registry, notice), source)
+    return RunRequest(_with_export(resolved, registry), source)
 
 
 def _resolve_fit(
@@ -170,21 +175,34 @@ def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:
     return options.mode == "depth" or (options.mode in (None, "width") and named == "experts")
 
 
-def _with_export(options: W, registry: Registry, notice: Callable[[str], None]) -> W:
-    """The options with a directory and a file to export, if the output has the suffix of a file.
+def _with_export(options: W, registry: Registry) -> W:
+    """The options with a file to export. It is the output, if that has the suffix of such a file.
 
     Raises:
-        AptError: no export writes a file of such a name.
+        AptError: no export writes a file of such a name, or an option has no effect on it.
     """
     resolved: Any = options
     suffixes = {spec.suffix for spec in registry.exports.specs.values()}
     if resolved.export is None and resolved.output.suffix in suffixes:
-        resolved = replace(resolved, output=resolved.output.with_suffix(""), export=resolved.output)
-        notice(f"output: {resolved.output}, and exported {resolved.export}")
-    elif resolved.export is not None:
-        check_directory_name(resolved.output, registry)
-    if resolved.export is not None:
-        check_export(ExportRun(model=resolved.model, output=resolved.export), registry, ("export",))
+        resolved = replace(resolved, export=resolved.output)
+    alone, output = resolved.exports_alone, resolved.output
+    if resolved.export is None:
+        if resolved.export_type is not None:
+            message = "export type has no effect without a file to export"
+            raise AptError(message, "leave it out, or add export", ("export_type", "export"))
+        return options
+    if not alone:
+        check_directory_name(output, registry)
+    exporting = ExportRun(model=resolved.model, output=resolved.export, type=resolved.export_type)
+    try:
+        check_export(exporting, registry, ("output",) if alone else ("export",))
+    except AptError as error:
+        error.options = tuple("export_type" if name == "type" else name for name in error.options)
+        raise
+    for name in ("save_masks", "save_adapter", "max_shard_size"):
+        if alone and getattr(resolved, name, None):
+            message = f"{name.replace('_', ' ')} has no effect on {output}, which is one file"
+            raise AptError(message, "name a directory, and export it", (name, "output", "export"))
     return resolved  # type: ignore[no-any-return]
 
 

@@ -95,12 +95,12 @@ def check_packed_place(run: PruneRun, inputs: list[Path]) -> None:
     check_output(run.pack, run.overwrite, inputs, "pack")
 
 
-def pack_output(run: PruneRun, registry: Registry, notice: Notice) -> Packed:
-    """Write the packed form of the output of a run with the option ``pack``."""
+def pack_output(run: PruneRun, directory: Path, registry: Registry, notice: Notice) -> Packed:
+    """Write the packed form of the directory of a run with the option ``pack``."""
     assert run.pack is not None
     remote = run.trust_remote_code
     packing = PackRun(
-        model=str(run.directory), output=run.pack, adapter=run.adapter, overwrite=run.overwrite,
+        model=str(directory), output=run.pack, adapter=run.adapter, overwrite=run.overwrite,
         trust_remote_code=remote,
     )  # fmt: skip
     return pack_model(packing, registry, notice)

@@ -10,7 +10,7 @@ from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.compute import dtype_name
 from apt.engine.machine import read_dtype
-from apt.engine.opening import RunRequest
+from apt.engine.opening import RunRequest, cuts_file
 from apt.engine.task import WITHOUT_EFFECT, Task
 from apt.errors import AptError
 from apt.files.journal import check_same
@@ -37,10 +37,10 @@ def open_model(
     """
     options, source = request.options, request.source
     check_place(options, source, texts, notice)
-    same = source.gguf is None or source.has_kind_of(options.output)
-    expanded = same and isinstance(options, ShrinkRun)
+    cuts = cuts_file(options, source)
+    expanded = (source.gguf is None or cuts) and isinstance(options, ShrinkRun)
     opened = open_skeleton(source, registry, options.adapter, expanded=expanded)
-    if source.has_kind_of(options.output) and opened.quantised is None:
+    if cuts and opened.quantised is None:
         fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
         raise AptError(fault, "name a directory as the output", ("output",))
     if options.adapter is None and opened.spec.default:
@@ -63,16 +63,19 @@ def with_compute(opened: Opened, options: Any, device: str, notice: Notice) -> O
 def check_place(options: Any, source: Source, texts: Sequence[str | None], notice: Notice) -> None:
     """Check the place of the output, with a notice about an earlier result to be replaced."""
     inputs, output = input_paths(source, texts), options.output
-    if (file := getattr(options, "export", None)) is not None:
+    alone, resumed = getattr(options, "exports_alone", False), getattr(options, "resume", False)
+    if (file := getattr(options, "export", None)) is not None and not alone:
         if file.resolve().is_relative_to(output.resolve()):
             message = f"export {file} is inside the output"
             raise AptError(message, "choose another file", ("export",))
         check_file(file, overwrite=options.overwrite, inputs=inputs, options=("export",))
-    if source.has_kind_of(output):
+    if alone or cuts_file(options, source):
+        continued = resumed and (resumable(output) or (output.is_file() and read_report(output)))
         for path in (output, report_beside(output)):
-            check_file(path, overwrite=options.overwrite, inputs=inputs, options=("output",))
+            overwrite = options.overwrite or bool(continued)
+            check_file(path, overwrite=overwrite, inputs=inputs, options=("output",))
         return
-    if getattr(options, "resume", False) and (resumable(output) or read_report(output)):
+    if resumed and (resumable(output) or read_report(output)):
         check_not_input(output, inputs)
         return
     for link in [] if source.gguf else links_outside(Path(source.location)):
@@ -102,6 +105,11 @@ def finished_report(task: Task) -> Report | None:
     hint = "choose another output, or overwrite it without resuming"
     record = json_value(task.record())
     check_same(message, task.recorded(report), record, hint, options, WITHOUT_EFFECT)
+    if task.exports_alone and getattr(task.options, "pack", None) is not None:
+        message = f"{output} is complete, and the directory to pack is deleted"
+        raise AptError(
+            message, "leave out pack, or begin anew: overwrite it", ("pack", "overwrite")
+        )
     return report
 
 

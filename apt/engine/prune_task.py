@@ -50,8 +50,9 @@ from apt.text.datasets import calibration_tokens, digest
 _ORDER = (
     "model", "pattern", "output", "adapter", "method", "calibration", "evaluation", "metrics",
     "allocation", "samples", "seqlen", "seed", "device", "dtype", "compute", "overwrite",
-    "max_shard_size", "also", "save_masks", "stream", "resume", "activations", "tokenizer",
-    "trust_remote_code", "bos", "revision", "only", "skip", "overrides", "shrink", "per",
+    "max_shard_size", "export_type", "also", "save_masks", "stream", "resume", "activations",
+    "tokenizer", "trust_remote_code", "bos", "revision", "only", "skip", "overrides", "shrink",
+    "per",
 )  # fmt: skip
 
 

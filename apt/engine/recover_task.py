@@ -40,7 +40,7 @@ _ADAPTER = "adapter"
 _ORDER = (
     "model", "kind", "dense", "calibration", "evaluation", "metrics", "samples", "seqlen", "seed",
     "save_masks", "save_adapter", "adapter", "tokenizer", "device", "compute", "max_shard_size",
-    "trust_remote_code", "bos", "revision",
+    "export_type", "trust_remote_code", "bos", "revision",
 )  # fmt: skip
 
 

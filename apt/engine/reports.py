@@ -1,6 +1,7 @@
 """The beginning of a report: its entries before the model changes."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,6 @@ def report_beside(source: Source) -> dict[str, Any]:
 def continued_report(record: dict[str, Any] | None, skeleton: Opened, where: Path) -> Report:
     """The report of the earlier pruning, from its record; without a record an empty report."""
     if record:
-        return Report.from_dict(record, f"the report in {where}")
+        return replace(Report.from_dict(record, f"the report in {where}"), export={})
     reference = skeleton.source.reference
     return Report({}, model_entry(reference, skeleton.config.model_type, skeleton.spec.name), {})

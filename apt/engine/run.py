@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from apt.arguments import checked
@@ -14,15 +15,16 @@ from apt.engine.fit_task import prepare_fit
 from apt.engine.forecast import forecast
 from apt.engine.opening import AnyRun, RunRequest, resolve_names
 from apt.engine.packing import pack_output
-from apt.engine.prepare import finished_report
+from apt.engine.prepare import Notice, finished_report
 from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.reapply_task import prepare_reapplying
 from apt.engine.recover_task import prepare_recovery
 from apt.engine.run_output import RunOutput
 from apt.engine.task import Task, shared_settings
+from apt.errors import AptError
 from apt.events import with_site_observer
 from apt.modes import default_modes
-from apt.options import FitRun, PruneRun, ReapplyRun, RecoverRun, ShrinkRun
+from apt.options import FitRun, PruneRun, RecoverRun, ShrinkRun
 from apt.output.report import Report
 from apt.output.timeline import Timeline
 from apt.packing.directory import Packed
@@ -79,7 +81,7 @@ def run(
     notice: Callable[[str], None] = lambda line: None,
     ranks: Ranks | None = None,
 ) -> Report:
-    """Do what a command does: read a model, change it, and write a directory.
+    """Do what a command does: read a model, change it, and write a directory or a file.
 
     An interrupted run that is streamed, or that trains, is continued by the same call with
     ``resume=True`` in its options.
@@ -98,7 +100,8 @@ def run(
     Raises:
         AptError: an option does not fit the model, the machine or the disk, or there is an error of
             the checkpoint, the text, the training or the disk. Nothing is written then, except for
-            the staging folder from which the run can be resumed.
+            the staging folder from which the run can be resumed. If only the export of the model
+            failed, its directory is kept, and the error names it.
     """
     options.check()
     request = resolve_names(options, registry(), notice)
@@ -138,18 +141,28 @@ def drive(
             watcher.written(task, report)
     elif ranks.first:
         watcher.complete(task)
-    # 4. Write the other forms of the output.
-    if not ranks.first:
+    # 4. Write the other forms of the output, unless step 3 has written the exported file alone.
+    if not ranks.first or task.exports_alone:
         return report
-    if isinstance(options, PruneRun) and options.pack is not None:
+    if getattr(options, "pack", None) is not None:
         with watcher.during("packing", task):
-            packed = pack_output(options, plugins, watcher.notice)
+            packed = pack_output(options, options.directory, plugins, watcher.notice)
         watcher.packed(packed)
-    if not isinstance(options, ReapplyRun | FitRun) and options.export is not None:
+    if (file := getattr(options, "export", None)) is not None:
         with watcher.during("exporting", task):
-            exported = export_output(request, plugins, watcher.notice)
+            exported = _export_beside(task, file, watcher.notice)
         watcher.exported(exported)
     return report
+
+
+def _export_beside(task: Task, file: Path, notice: Notice) -> Exported:
+    """Export the published directory of a run."""
+    directory = task.options.directory
+    try:
+        return export_output(task, directory, file, notice)
+    except AptError as error:
+        message = f"{directory} is written and verified, but not exported: {error.message}"
+        raise AptError(message, error.hint) from error
 
 
 def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
@@ -158,7 +171,18 @@ def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
     if ranks.first:
         observe = with_site_observer(observe, task.registry.site_pruned)
     timeline = Timeline(watcher.status, observe)
-    output = RunOutput(task, timeline, ranks)
+
+    def convert(directory: Path, file: Path) -> Exported:
+        if getattr(task.options, "pack", None) is not None:
+            timeline.status("writing", "packing")
+            packed = pack_output(task.options, directory, task.registry, watcher.notice)
+            watcher.packed(packed)
+        timeline.status("writing", "exporting")
+        exported = export_output(task, directory, file, watcher.notice)
+        watcher.exported(exported)
+        return exported
+
+    output = RunOutput(task, timeline, ranks, convert)
     ranks.check_alike(partial(shared_settings, task.record(), stream=task.stream))
     output.check_space()
     with output.opened():

@@ -1,7 +1,7 @@
 """The output of a run: staged, written, verified, measured, reported and published."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +13,7 @@ from torch import nn
 
 from apt.calibration.storage import DiskStore
 from apt.checkpoints.copies import CARD
+from apt.checkpoints.exporting import Exported
 from apt.checkpoints.masks import MASKS, Masks, block_masks, filled, write_masks
 from apt.checkpoints.stored import local_directory
 from apt.checkpoints.verify import zeros_of
@@ -56,16 +57,28 @@ class RunOutput:
 
     The methods are called in the order of their definition. Only the first rank writes.
 
+    Args:
+        task, timeline, ranks: the run.
+        convert: exports a directory, the first argument, to a file, the second, if the output is
+            the file alone; and writes all other forms of the directory.
+
     Attributes:
         store: the model.
     """
 
-    def __init__(self, task: Task, timeline: Timeline, ranks: Ranks) -> None:
-        self.task, self.ranks, self._timeline = task, ranks, timeline
+    def __init__(
+        self,
+        task: Task,
+        timeline: Timeline,
+        ranks: Ranks,
+        convert: Callable[[Path, Path], Exported],
+    ) -> None:
+        self.task, self.ranks, self._timeline, self._convert = task, ranks, timeline, convert
         kind = _store_kind(task)
         self.store: InMemory | Streamed = kind(task, ranks, timeline.observe, timeline.status)
-        staging = FileStaging if task.writes_file else Staging
-        self.work = staging(task.options.output, task.options.overwrite)
+        self._is_file = task.writes_file or task.exports_alone
+        place = (task.options.output, task.options.overwrite)
+        self.work = FileStaging(*place) if self._is_file else Staging(*place)
         self.store.folder = self.work.folder
         self._resumable = (task.stream and not task.in_place) or task.resumable
         if self._resumable:
@@ -79,7 +92,7 @@ class RunOutput:
     @property
     def _measures_first(self) -> bool:
         """True if the written model is measured before it is published."""
-        return self.task.stream or self.task.writes_file
+        return self.task.stream or self._is_file
 
     def check_space(self) -> None:
         """Raise if the disk has too little space, unless the run is resumed."""
@@ -164,9 +177,7 @@ class RunOutput:
         assert self._finished is not None
         report = Report.read(self._finished)
         self.ranks.wait()
-        if self.ranks.first:
-            self.work.finish()
-        return report
+        return self._publish(report) if self.ranks.first else report
 
     def measure(self, when: str) -> None:
         """Measure the model in its present state, unless an interrupted run has measured it."""
@@ -193,14 +204,14 @@ class RunOutput:
     def write(self, result: TaskResult) -> Report:
         """Write the model and the report, verify the written model, and publish it.
 
-        A streamed run, which can be resumed, and a run that writes one file are measured before
-        the report is written. Other runs are measured after the publication, see `complete`.
+        A streamed run, which can be resumed, and a run whose output is one file are measured
+        before the report is written. Other runs are measured after the publication, see `complete`.
         """
         work = self.work
         directory = self.store.write(result, work, self.text)
+        zeros, masks = self.verify(result)
         if self._measures_first:
             self._measure_after()
-        zeros, masks = self.verify(result)
         report = result.report.with_zeros(zeros)
         with self._errors():
             if result.save_masks:
@@ -211,7 +222,37 @@ class RunOutput:
             report = self._record(report, directory)
         if directory != work.out:
             work.replace_out(directory)
+        return self._publish(report)
+
+    def _publish(self, report: Report) -> Report:
+        """Publish the complete output, unless it is published, and return its report."""
+        work = self.work
+        if isinstance(work, FileStaging) and self.task.exports_alone and work.has_directory:
+            report = self._export(work, report)
         (work.finish if self._resumable else work.publish)()
+        return report
+
+    def _export(self, work: FileStaging, report: Report) -> Report:
+        """Replace the complete directory by the exported file, and return the report of the file.
+
+        Raises:
+            AptError: the export failed. The directory is then moved beside the place of the file.
+        """
+        if self._resumable:  # an interrupted export is repeated
+            work.record_finished(work.out)
+        folder = work.fresh("file")
+        try:
+            exported = self._convert(work.out, folder / work.output.name)
+            counts = {name: value for name, value in vars(exported).items() if name != "notes"}
+            report = replace(report, export=counts).write(folder)
+        except AptError as error:
+            place = work.move_directory_out()
+            raise AptError(
+                f"{work.name} is not written: {error.message}",
+                f"{error.hint}; the model is complete, in {place}: "
+                f"apt-prune export {place} -o {work.name}".removeprefix("; "),
+            ) from error
+        work.replace_out(folder)
         return report
 
     def verify(self, result: TaskResult) -> tuple[dict[str, int], Masks]:

@@ -10,6 +10,7 @@ from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.masks import Masks
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
+from apt.engine.opening import cuts_file
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
 from apt.files.journal import Line
@@ -90,8 +91,13 @@ class Task:
 
     @property
     def writes_file(self) -> bool:
-        """True if the output is one file, with its report beside it."""
-        return self.skeleton.source.has_kind_of(self.options.output)
+        """True if the store writes one file, not a directory."""
+        return cuts_file(self.options, self.skeleton.source)
+
+    @property
+    def exports_alone(self) -> bool:
+        """True if the output is an exported file alone, and the written directory is temporary."""
+        return bool(getattr(self.options, "exports_alone", False))
 
     @property
     def resume(self) -> bool:

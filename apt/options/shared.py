@@ -296,14 +296,18 @@ class OutputOptions(ShardOptions):
     """Options for the output of a run."""
 
     output: Path | None = option(
-        "Directory to write. NAME.gguf means the directory NAME, and --export NAME.gguf; where "
-        "shrink removes only experts or blocks from a GGUF file, the file alone.",
+        "Directory to write; or NAME.gguf, to write the model as this file alone, with its report "
+        "NAME.apt_report.json.",
         default=None, panel=OUTPUT, short="-o",
     )  # fmt: skip
     export: Path | None = option(
         "Also write the model to FILE in the format of other software, as apt-prune export does: "
         "NAME.gguf for llama.cpp.",
         default=None, panel=OUTPUT, metavar="FILE", recorded=False, effect=False,
+    )  # fmt: skip
+    export_type: str | None = option(
+        "Type of the weights of that file, as apt-prune export --type has it.",
+        default=None, panel=OUTPUT, metavar="TYPE",
     )  # fmt: skip
     overwrite: bool = option(
         "Replace the output of an earlier run.",
@@ -315,6 +319,11 @@ class OutputOptions(ShardOptions):
         """The directory to write, once it is chosen."""
         assert self.output is not None
         return self.output
+
+    @property
+    def exports_alone(self) -> bool:
+        """True if the output is the exported file alone, without a directory."""
+        return self.export is not None and self.export == self.output
 
 
 @options

@@ -55,6 +55,9 @@ class Report:
             if its text is conversations.
         sites: the record of each pruned site.
         skipped: the names of the sites that were left dense, on request or by an allocation.
+        export: of a run whose output is an exported file alone, the ``type`` of most weights, the
+            number of ``tensors``, the ``size`` in bytes, the ``zeros`` in the matrices of the
+            blocks before the export, and those that are ``kept`` in the file; else empty.
         recovery: the record of a training after the pruning; empty if there was none.
         reapplied: the masks that were applied to a fine-tuned model, and the number of weights
             that they removed; empty if there were none.
@@ -90,6 +93,7 @@ class Report:
     structure: dict[str, Any] = field(default_factory=dict)
     routing: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     reapplied: dict[str, Any] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)
@@ -225,13 +229,15 @@ def _write(record: dict[str, Any], directory: Path) -> None:
 _ENTRY_ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "structure", "routing", "fit", "recovery", "reapplied", "timeline", "earlier", "problems",
-    "files",
+    "structure", "routing", "fit", "export", "recovery", "reapplied", "timeline", "earlier",
+    "problems", "files",
 )  # fmt: skip
 
 
 # Reports of early versions lack these entries.
-_LATER_ENTRIES = ("structure", "routing", "fit", "recovery", "reapplied", "timeline", "earlier")
+_LATER_ENTRIES = (
+    "structure", "routing", "fit", "export", "recovery", "reapplied", "timeline", "earlier",
+)  # fmt: skip
 
 
 def read_site(entry: Mapping[str, Any]) -> SitePruned:

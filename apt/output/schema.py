@@ -170,6 +170,10 @@ _TIMELINE = object_with(
     },
 )  # fmt: skip
 
+_EXPORT = object_with(
+    {}, {"type": text, "tensors": count, "size": count, "zeros": count, "kept": count}
+)
+
 _RECOVERY = object_with(
     {},
     {
@@ -196,7 +200,7 @@ _REPORT = object_with(
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
         "routing": object_of(_ROUTED), "fit": object_of(anything), "reapplied": object_of(anything),
-        "earlier": object_of(anything), "timeline": _TIMELINE,
+        "export": or_empty(_EXPORT), "earlier": object_of(anything), "timeline": _TIMELINE,
     },
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -25,7 +26,7 @@ from apt.files.writing import check_file
 from apt.output.location import cannot_write, check_replaceable, staging_folder
 from apt.output.report import listed_files, read_report, report_beside
 
-_JOURNAL, _FINISHED = "journal.jsonl", "finished"
+_JOURNAL, _FINISHED, _OUT = "journal.jsonl", "finished", "out"
 
 
 class Staging:
@@ -47,7 +48,7 @@ class Staging:
     def __init__(self, output: Path, overwrite: bool = False) -> None:
         self.name, self.overwrite = output, overwrite
         self.output, self.folder = Path(os.path.realpath(output)), staging_folder(output)
-        self.out, self._old = self.folder / "out", self.folder / "old"
+        self.out, self._old = self.folder / _OUT, self.folder / "old"
         self._former = self.folder / "former"  # ``out`` while another folder replaces it
         self.scratch = self.folder / "scratch"
         self.journal = Journal(
@@ -131,7 +132,7 @@ class Staging:
 
         At every moment one of the two folders is at ``out``, or the next run puts it back there.
         """
-        self._finish(folder)
+        self.record_finished(folder)
         exchange(folder, self.out, self._former)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -142,10 +143,10 @@ class Staging:
             self._remove()
             return
         if finished is None:
-            self._finish(self.out)
+            self.record_finished(self.out)
         self.publish()
 
-    def _finish(self, directory: Path) -> None:
+    def record_finished(self, directory: Path) -> None:
         """Record a complete output by the hash of its report, which has the hashes of its files."""
         self.journal.add({_FINISHED: sha256(directory / REPORT)}, directory)
 
@@ -154,11 +155,13 @@ class Staging:
         """The complete output of the interrupted run, published or not; None if there is none."""
         return next(filter(self._is_finished, (self.output, self.out)), None)
 
-    def _is_finished(self, directory: Path) -> bool:
+    def _is_recorded(self, report: Path) -> bool:
+        """True if the journal says that the output with this report is complete."""
         hashes = self.journal.values(_FINISHED)
-        if not hashes or not (directory / REPORT).is_file():
-            return False
-        if sha256(directory / REPORT) != hashes[-1]:
+        return bool(hashes) and report.is_file() and sha256(report) == hashes[-1]
+
+    def _is_finished(self, directory: Path) -> bool:
+        if not self._is_recorded(directory / REPORT):
             return False
         listed, unlisted = listed_files(read_report(directory) or {}), [REPORT, CARD]
         return file_hashes(directory, unlisted) == {k: v for k, v in listed.items() if k != CARD}
@@ -194,13 +197,17 @@ class Staging:
 
     def _move_beside(self, reason: str) -> NoReturn:
         """Move the output to the first free name beside its place, and raise."""
-        number = 1
-        while os.path.lexists(place := self.output.with_name(f"{self.output.name}-{number}")):
-            number += 1
+        place = self._move_out(f"{self.output.name}-{number}" for number in count(1))
+        raise AptError(f"{reason}, and was not replaced", f"the result is complete, in {place}")
+
+    def _move_out(self, names: Iterable[str]) -> Path:
+        """Move the output to the first free name beside its place, and return its new path."""
+        places = map(self.output.with_name, names)
+        place = next(place for place in places if not os.path.lexists(place))
         rename_new(self.out, place)
+        self.journal.clear()
         self._remove()
-        beside = place if self.name.is_symlink() else self.name.with_name(place.name)
-        raise AptError(f"{reason}, and was not replaced", f"the result is complete, in {beside}")
+        return place if self.name.is_symlink() else self.name.with_name(place.name)
 
     def _remove(self) -> None:
         """Delete the folder.
@@ -219,7 +226,32 @@ class Staging:
 
 
 class FileStaging(Staging):
-    """The staging folder of a run whose output is a file, with its report beside it."""
+    """The staging folder of a run whose output is a file, with its report beside it.
+
+    ``out`` has the file and the report. Before an export, it is the directory to export.
+    """
+
+    @property
+    def has_directory(self) -> bool:
+        """True if ``out`` is a complete directory to export."""
+        return self.complete and not (self.out / self.output.name).is_file()
+
+    def _is_finished(self, directory: Path) -> bool:
+        if directory != self.output:
+            return super()._is_finished(directory)
+        if not (directory.is_file() and self._is_recorded(report_beside(directory))):
+            return False
+        return listed_files(read_report(directory) or {}) == {directory.name: sha256(directory)}
+
+    def move_directory_out(self) -> Path:
+        """Move a complete directory, from which no file was made, to a free name beside the file.
+
+        Returns:
+            The path: the name of the file without its suffix, if that is free.
+        """
+        set_permissions(self.out)
+        stem = self.output.stem
+        return self._move_out(chain([stem], (f"{stem}-{number}" for number in count(1))))
 
     def publish(self) -> None:
         """Move the file to its place, and then its report; delete the staging folder.
@@ -257,6 +289,12 @@ def _put_back(aside: Path, place: Path) -> None:
 def resumable(output: Path) -> bool:
     """True if there is an interrupted run of an output."""
     return (staging_folder(output) / _JOURNAL).exists()
+
+
+def unpublished(output: Path) -> Path | None:
+    """The complete result of a run that was interrupted before its publication, or None."""
+    out = staging_folder(output) / _OUT
+    return out if (out / REPORT).is_file() else None
 
 
 @contextmanager

@@ -487,14 +487,16 @@ def test_convert_refuses_an_output_named_like_a_file(apt):
     assert_one_line(run, "apt-prune export x -o x.gguf", "--output")
 
 
-def test_prune_writes_the_file_beside_its_directory(apt, original, tmp_path):
+def test_prune_writes_the_file_alone_or_beside_its_directory(apt, original, tmp_path):
     Path("elsewhere").mkdir()
     shutil.copyfile(original, "elsewhere/tiny.gguf")
-    run = apt("prune", "elsewhere/tiny.gguf", "--pattern", "2:4", "--method", "magnitude", *SHORT,
-              "-o", "x.gguf")  # fmt: skip
+    command = ("prune", "elsewhere/tiny.gguf", "--pattern", "2:4", "--method", "magnitude", *SHORT)
+    run = apt(*command, "-o", "x.gguf")
     assert run.code == 0, run.err
-    assert "output: x, and exported x.gguf" in run.err
     assert "zeros kept" in run.err
+    assert not Path("x").exists()
+    assert apt(*command, "-o", "x", "--export", "beside.gguf").code == 0
+    assert Path("x.gguf").read_bytes() == Path("beside.gguf").read_bytes()
     assert equal("x", tmp_path / "x.gguf")
     before, after = entries(original), entries(tmp_path / "x.gguf")
     assert [key for key in before if before[key] != after[key]] == []

@@ -156,7 +156,7 @@ def test_a_truncated_file_is_one_line(part, model, apt, tmp_path):
 def test_other_sizes_are_written_by_the_export(model, apt, tmp_path):
     result = apt("shrink", model("llama-dense"), "--size", "channels=32", *SMALL, "-o", "x.gguf")
     assert result.code == 0, result.err
-    assert names(tmp_path) == ["model.gguf", "x", "x.gguf"]
+    assert names(tmp_path) == ["model.gguf", "x.apt_report.json", "x.gguf"]
 
 
 MIX = ("--calibration", "builtin:chat,builtin:code")

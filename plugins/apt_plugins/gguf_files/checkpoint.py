@@ -56,7 +56,7 @@ def from_checkpoint(
     writer = gguf.GGUFWriter(target, architecture)
     total = sum(int(np.prod(planned.shape)) for planned in tensors)
     writer.add_type("model")
-    writer.add_name(model.directory.resolve().name)
+    writer.add_name(model.title)
     writer.add_size_label(gguf.size_label(total, total, 0, 0))
     _add_sizes(writer, config, float(rope["rope_theta"]))
     writer.add_file_type(file_type(kind))

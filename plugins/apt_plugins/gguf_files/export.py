@@ -28,7 +28,7 @@ def export(model: Exportable, target: Path) -> Exported:
     counts = write_file(writer, tensors, versioned=model.is_fitted)
     written = most_common_type(tensors) if kind is None or model.is_fitted else kind
     return Exported(
-        written.name.lower().replace("_k", "_K"), len(tensors), target.stat().st_size,
+        _type_name(written), len(tensors), target.stat().st_size,
         counts.zeros, counts.kept, _notes(tensors, kind, counts),
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ def plan_file(
 def _notes(
     tensors: Sequence[Planned], kind: gguf.GGMLQuantizationType | None, counts: Counts
 ) -> list[str]:
-    """Notes on matrices that are not of the requested type, and on copied integers."""
+    """Notes on matrices of another type than the requested one, copied integers, lost zeros."""
     f16_tensors = [planned for planned in tensors if planned.type is gguf.GGMLQuantizationType.F16]
     partial = sum(kind is not None and has_partial_blocks(t.shape, kind) for t in f16_tensors)
     name = "" if kind is None else kind.name
@@ -65,4 +65,17 @@ def _notes(
         f"matrices are f16: their rows are not multiples of {name}'s blocks": partial,
         "matrices have the integers of the model": counts.integers,
     }
-    return [f"{count} {line}" for line, count in lines.items() if count]
+    notes = [f"{count} {line}" for line, count in lines.items() if count]
+    if counts.without_zero:
+        types = " and ".join(sorted(map(_type_name, counts.without_zero)))
+        lost = counts.zeros - counts.kept
+        notes.append(
+            f"{lost:,} zeros are small numbers in the file: not every block of {types} has a zero, "
+            "as each block of q8_0, q6_K, q5_0 and q4_0 has"
+        )
+    return notes
+
+
+def _type_name(kind: gguf.GGMLQuantizationType) -> str:
+    """The name of a type, as llama.cpp writes it."""
+    return kind.name.lower().replace("_k", "_K")

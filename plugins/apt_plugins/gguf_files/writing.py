@@ -6,7 +6,7 @@ package gguf would round them again: its scale is the weight of the largest magn
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -66,11 +66,13 @@ class Counts:
         zeros: the number of zeros.
         kept: the number of these zeros that are zero in the file.
         integers: the number of matrices whose stored integers are in the file.
+        without_zero: the types of the matrices that lost zeros.
     """
 
     zeros: int = 0
     kept: int = 0
     integers: int = 0
+    without_zero: set[Type] = field(default_factory=set)
 
 
 def write_header(
@@ -134,8 +136,11 @@ def _data(planned: Planned, counts: Counts) -> Array:
         raise AptError(message, "write bf16 or f32", ("type",))
     if planned.name.startswith("blk.") and len(planned.shape) > 1:
         zero = values == 0
-        counts.zeros += int(zero.sum())
-        counts.kept += int((gguf.dequantize(data, planned.type)[zero] == 0).sum())
+        kept = gguf.dequantize(data, planned.type)[zero] == 0
+        counts.zeros += kept.size
+        counts.kept += int(kept.sum())
+        if not kept.all():
+            counts.without_zero.add(planned.type)
     return data
 
 
