@@ -7,6 +7,7 @@ import gguf
 
 from apt.extending import Exportable, Exported
 from apt_plugins.gguf_files.checkpoint import from_checkpoint
+from apt_plugins.gguf_files.grids import type_name
 from apt_plugins.gguf_files.layouts import architecture_of
 from apt_plugins.gguf_files.original import from_original
 from apt_plugins.gguf_files.tensors import has_partial_blocks, most_common_type, weight_type
@@ -28,7 +29,7 @@ def export(model: Exportable, target: Path) -> Exported:
     counts = write_file(writer, tensors, versioned=model.is_fitted)
     written = most_common_type(tensors) if kind is None or model.is_fitted else kind
     return Exported(
-        written.name.lower().replace("_k", "_K"), len(tensors), target.stat().st_size,
+        type_name(written), len(tensors), target.stat().st_size,
         counts.zeros, counts.kept, _notes(tensors, kind, counts),
     )  # fmt: skip
 
