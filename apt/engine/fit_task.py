@@ -13,6 +13,7 @@ from apt.checkpoints.exporting import EncodedRows, Export, Exportable, Exported
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
+from apt.distributed.ranks import Ranks
 from apt.engine.export import original_file
 from apt.engine.in_memory import InMemory
 from apt.engine.machine import choose_device, read_dtype
@@ -232,13 +233,14 @@ def read_table(output: Path, form: FileForm) -> LossTable:
         AptError: there is none, or it has other tensors, sizes or levels.
     """
     record = read_report(output) or {}
-    hint = "leave out --from: the losses are then measured"
+    hint = "leave it out: the losses are then measured"
     if not record.get("fit"):
         raise AptError(f"{output} has no table of losses", hint, ("table_from",))
     try:
         table = LossTable.read(record["fit"].get("table"))
     except ValueError as error:
-        raise AptError(f"the report of {output} is damaged: {error}", hint) from error
+        message = f"the report of {output} is damaged: {error}"
+        raise AptError(message, hint, ("table_from",)) from error
     sizes = {name: [(x.name, x.size) for x in levels] for name, levels in form.levels.items()}
     if sizes != {name: [(x.name, x.size) for x in row] for name, row in table.tensors.items()}:
         message = f"{output} was made from another model, or for another format"
@@ -246,14 +248,18 @@ def read_table(output: Path, form: FileForm) -> LossTable:
     return replace(table, rest=form.rest)
 
 
-def prepare_fit(request: RunRequest[FitRun], registry: Registry, notice: Notice) -> FitTask:
+def prepare_fit(
+    request: RunRequest[FitRun], registry: Registry, notice: Notice, ranks: Ranks
+) -> FitTask:
     """Check a run that fits a model into a budget.
 
     Raises:
-        AptError: an option does not fit the model, the machine or the disk, or even the smallest
-            file is larger than the budget.
+        AptError: an option does not fit the model, the machine or the disk, even the smallest file
+            is larger than the budget, or there are several processes.
     """
     options, source = request.options, request.source
+    if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
+        raise AptError("a model is fitted by one process", "start it without torchrun")
     output = options.directory
     spec = check_export(ExportRun(model=options.model, output=output), registry, ("output",))
     if spec.form is None:

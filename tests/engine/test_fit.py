@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -12,9 +13,12 @@ from apt_lab.reproduction import command_of
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
-from apt import FitRun, Report, run
+from apt import AptError, FitRun, Report, run
+from apt.engine.opening import resolve_names
+from apt.engine.run import resolve
 from apt.fit.table import LossTable
 from apt.options.fit import read_bytes
+from apt.plugin.registry import registry
 
 SMALL = ("--samples", 4, "--seqlen", 32)
 MODEL = "zoo:llama"
@@ -38,6 +42,8 @@ def test_file_has_exactly_the_promised_size_and_the_chosen_types(fitted):
     assert types["token_embd.weight"] == levels["model.embed_tokens.weight"]
     assert types["blk.2.ffn_down.weight"] == levels["model.layers.2.mlp.down_proj.weight"]
     assert types["blk.0.attn_norm.weight"] == "f32"
+    file_type = GGUFReader(folder / "a.gguf").fields["general.file_type"].contents()
+    assert gguf.LlamaFileType(file_type).name in ("MOSTLY_IQ4_NL", "MOSTLY_MXFP4_MOE")
     assert len(levels) == 1 + 4 * 7
 
 
@@ -56,8 +62,6 @@ def test_file_opens_with_the_values_of_its_types(fitted):
 
 def zoo_path():
     """The directory of the model."""
-    from apt.plugin.registry import registry
-
     return registry().adapters.get("llama").zoo_path()
 
 
@@ -205,3 +209,10 @@ def test_damaged_report_of_a_fit_is_an_error_of_one_line(fitted, apt, damage, me
         refused = apt(*words)
         assert refused.code == 2
         assert message in refused.err
+
+
+def test_several_processes_are_refused():
+    options = FitRun(model=MODEL, size="1.2MB", output=Path("a.gguf"))
+    request = resolve_names(options, registry(), lambda line: None)
+    with pytest.raises(AptError, match="a model is fitted by one process; start it without"):
+        resolve(request, registry(), lambda line: None, SimpleNamespace(size=2, first=True))
