@@ -1,7 +1,5 @@
 """The output of ``apt-prune fit``."""
 
-from collections import Counter
-
 import typer
 
 from apt.cli.output import duration, say, show, show_json, size, table
@@ -10,7 +8,7 @@ from apt.cli.running import CommandWatcher
 from apt.cli.summary import first_not_finite, show_scores
 from apt.engine.fit_task import FitTask
 from apt.engine.task import Task
-from apt.output.report import Report, peak_memory
+from apt.output.report import Report, levels_by_kind, peak_memory
 
 
 class FitWatcher(CommandWatcher):
@@ -55,11 +53,7 @@ def _show_frontier(report: Report) -> None:
 
 def _show_levels(report: Report) -> None:
     """Print the number of tensors of each kind at each level."""
-    counts = dict[str, Counter[str]]()
-    for name, level in report.fit["levels"].items():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        counts.setdefault(kind, Counter())[level] += 1
     levels_table = table("tensor", "levels")
-    for kind, levels in counts.items():
-        levels_table.add_row(kind, ", ".join(f"{n} × {name}" for name, n in levels.most_common()))
+    for kind, levels in levels_by_kind(report.fit["levels"]).items():
+        levels_table.add_row(kind, levels)
     show(levels_table)

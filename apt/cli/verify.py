@@ -23,15 +23,19 @@ def verify(run: VerifyRun, printing: PrintingOptions) -> None:
     Without a pattern, the sites are compared with the options of the run, and with the numbers of
     zeros in its report. With a pattern, the sites that the report lists as left dense on request
     are named and not counted, and --per is that of the run.
+
+    A model that is one file, such as NAME.gguf, is compared with its hash in the report beside it.
     """
-    if kind_at(run.directory) != "directory":
+    kind = kind_at(run.directory)
+    if kind not in ("directory", "file"):
         raise AptError(f"no such directory: {shortened(str(run.directory))}", "check the path")
 
     from apt.cli.output import notice
-    from apt.engine.verification import verify_directory
+    from apt.engine.verification import verify_directory, verify_file
     from apt.plugin.registry import registry
 
-    verified = verify_directory(run, registry(), notice)
+    is_file = kind == "file"
+    verified = verify_file(run) if is_file else verify_directory(run, registry(), notice)
     by_report = run.sparsity is None and run.pattern is None
     _show(run.directory, verified, by_report=by_report, as_json=printing.as_json)
     if verified.failed or verified.problems:

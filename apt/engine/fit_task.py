@@ -247,13 +247,14 @@ def read_table(output: Path, form: FileForm) -> LossTable:
         AptError: there is none, or it has other tensors, sizes or levels.
     """
     record = read_report(output) or {}
-    hint = "leave out --from: the losses are then measured"
+    hint = "leave it out: the losses are then measured"
     if not record.get("fit"):
         raise AptError(f"{output} has no table of losses", hint, ("table_from",))
     try:
         table = LossTable.read(record["fit"].get("table"))
     except ValueError as error:
-        raise AptError(f"the report of {output} is damaged: {error}", hint) from error
+        message = f"the report of {output} is damaged: {error}"
+        raise AptError(message, hint, ("table_from",)) from error
     sizes = {name: [(x.name, x.size) for x in levels] for name, levels in form.levels.items()}
     if sizes != {name: [(x.name, x.size) for x in row] for name, row in table.tensors.items()}:
         message = f"{output} was made from another model, or for another format"
@@ -280,13 +281,13 @@ def prepare_fit(
     """Check a run that fits a model into a budget.
 
     Raises:
-        AptError: an option does not fit the model, the machine or the disk, or even the smallest
-            file is larger than the budget.
+        AptError: an option does not fit the model, the machine or the disk, even the smallest file
+            is larger than the budget, or there are several processes.
     """
     options, source = request.options, request.source
+    if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
+        raise AptError("a model is fitted by one process", "start it without torchrun")
     output = options.directory
-    if ranks.size > 1:
-        raise AptError("fit runs in one process", "start it without torchrun")
     spec = check_export(ExportRun(model=options.model, output=output), registry, ("output",))
     if spec.form is None:
         raise AptError(f"{spec.name} files have no levels to choose from", options=("output",))

@@ -15,9 +15,9 @@ from apt.checkpoints.stored import find_stored, layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
 from apt.engine.opening import find_source, pattern_of, selection_of
 from apt.errors import AptError, describe
-from apt.files.hashes import changed_files
+from apt.files.hashes import changed_files, sha256
 from apt.options import VerifyRun
-from apt.output.report import listed_files, read_report
+from apt.output.report import listed_files, read_report, report_beside
 from apt.packing.directory import PackedShards
 from apt.patterns import Granularity, Pattern, SitePattern, Unstructured
 from apt.planning.allocation import is_needed, sparsity_of, step_of, unstructured
@@ -117,6 +117,26 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
     return Verification(
         expectation.pattern, tuple(verdicts), problems=(*problems, *expectation.problems)
     )
+
+
+def verify_file(run: VerifyRun) -> Verification:
+    """Compare a model that is one file with its hash in the report beside it.
+
+    Raises:
+        AptError: there is no report that lists the file, or options are given that choose sites or
+            patterns: the zeros of a file are not counted.
+    """
+    file, names = run.directory, ("sparsity", "pattern", "only", "skip", "overrides")
+    if given := tuple(name for name in names if getattr(run, name) not in (None, ())):
+        message = f"{file} is compared with its report alone: its zeros are not counted"
+        raise AptError(message, "leave these options out", given)
+    hashes = listed_files(read_report(file) or {})
+    if file.name not in hashes:
+        message = f"no report beside {file} lists it"
+        raise AptError(message, f"a file that APT wrote has one: {report_beside(file).name}")
+    if sha256(file) == hashes[file.name]:
+        return Verification()
+    return Verification(problems=(f"{file.name} was changed since it was written",))
 
 
 def _is_distributed(report: Mapping[str, Any], pattern: Pattern) -> bool:

@@ -119,7 +119,10 @@ class InspectRun(
 class VerifyRun(AdapterOptions, RemoteOptions, UnitOptions):
     """The options of ``apt-prune verify``."""
 
-    directory: Path = option("The model's directory.", positional=True, place=True)
+    directory: Path = option(
+        "The model's directory, or a file that APT wrote, such as NAME.gguf.",
+        positional=True, place=True,
+    )  # fmt: skip
     at_least: bool = option(
         "With a pattern: accept more zeros than it asks for, as other tools leave them.",
         default=False, panel=SELECTION,

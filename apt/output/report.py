@@ -5,7 +5,7 @@ import platform
 import re
 import resource
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -364,6 +364,22 @@ def by_kind(sites: Sequence[SitePruned]) -> list[KindSummary]:
     for site in sites:
         kinds[site.kind].append(site)
     return [_summary(kind, group) for kind, group in kinds.items()]
+
+
+def levels_by_kind(levels: Mapping[str, str]) -> dict[str, str]:
+    """The levels of each kind of tensor, such as ``2 × q4_K, 1 × q8_0``, the most frequent first.
+
+    Args:
+        levels: the level of each tensor, by the name of its parameter.
+    """
+    counts = dict[str, Counter[str]]()
+    for name, level in levels.items():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        counts.setdefault(kind, Counter())[level] += 1
+    return {
+        kind: ", ".join(f"{count} × {level}" for level, count in found.most_common())
+        for kind, found in counts.items()
+    }
 
 
 def _summary(kind: str, group: Sequence[SitePruned]) -> KindSummary:

@@ -156,6 +156,18 @@ _STRUCTURE = object_with(
         ),
     },
 )  # fmt: skip
+_TABLE = object_with(
+    {
+        "rest": count, "gradient": number,
+        "tensors": object_of(list_of(row_of(text, count, number))),
+    }
+)  # fmt: skip
+_FIT = object_with(
+    {
+        "budget": size, "size": size, "loss": number, "levels": object_of(text),
+        "frontier": list_of(row_of(count, number)), "table": _TABLE,
+    }
+)  # fmt: skip
 _ROUTED = object_with({"tokens": object_of(list_of(count)), "weights": object_of(list_of(number))})
 _SOURCE = object_with({"name": text, "share": number, "samples": count})
 _TRAINING = object_with(
@@ -199,7 +211,7 @@ _REPORT = object_with(
     },
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
-        "routing": object_of(_ROUTED), "fit": object_of(anything), "reapplied": object_of(anything),
+        "routing": object_of(_ROUTED), "fit": or_empty(_FIT), "reapplied": object_of(anything),
         "export": or_empty(_EXPORT), "earlier": object_of(anything), "timeline": _TIMELINE,
     },
 )  # fmt: skip

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from apt.options import Declared, PruneRun, ShrinkRun
+from apt.options import Declared, FitRun, PruneRun, ShrinkRun
 from apt.plugin.specs import UNIFORM
 
 _NEVER = ("model", "output", "overwrite", "resume", "pattern", "sparsity", "per", "overrides")
@@ -25,16 +25,17 @@ def command_of(report: Mapping[str, Any]) -> str:
     ):
         return ""
     size = options.pop("shrink", None)
-    if not options.get("model") or not (options.get("pattern") or size):
+    if not options.get("model") or not (options.get("pattern") or size or report.get("fit")):
         return ""
-    run_class = ShrinkRun if size else PruneRun
-    words = ["apt-prune", "shrink" if size else "prune", str(options["model"])]
+    run_class = FitRun if report.get("fit") else ShrinkRun if size else PruneRun
+    command = {FitRun: "fit", ShrinkRun: "shrink", PruneRun: "prune"}[run_class]
+    words = ["apt-prune", command, str(options["model"])]
     if size:
         options |= {**size, **size["search"]}
         explicit = size["sizes"] or size["blocks"] is not None or size["drop"]
         options |= {"keep": None, "budget": None} if explicit else {}
         options |= {} if size["mode"] == "search" else {"evaluations": None}
-    else:
+    elif run_class is PruneRun:
         words += _pattern(options)
     for declared in run_class.OPTIONS:
         if declared.name not in _NEVER:

@@ -14,9 +14,9 @@ from tests.helpers.families import STACKED
 from tests.helpers.releases import EXTRAS
 
 PAGES = {
-    "README.md": 14, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/mamba.md": 2,
-    "docs/migrating.md": 4, "docs/packing.md": 8, "docs/recovery.md": 11,
-    "docs/shrinking.md": 12 if STACKED else 7, "docs/usage.md": 22 if STACKED else 21,
+    "README.md": 15, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/fitting.md": 7,
+    "docs/mamba.md": 2, "docs/migrating.md": 4, "docs/packing.md": 8, "docs/recovery.md": 11,
+    "docs/shrinking.md": 12 if STACKED else 7, "docs/usage.md": 23 if STACKED else 22,
 }  # fmt: skip
 """The number of commands that are run for each page, so that a page without commands fails."""
 NOT_HERE = {
@@ -37,12 +37,13 @@ WORDS = {
 }  # fmt: skip
 INSTEAD = {
     "--minutes": "--steps 12", "--blocks": "--blocks 3", "--evaluations": "--evaluations 2",
-    "--samples": "", "--seqlen": "", "--batch": "",
+    "--samples": "", "--seqlen": "", "--batch": "", "--bits": "--bits 32",
 }  # fmt: skip
 SMALL = "--samples 2 --seqlen 16 --calibration text.txt"
 TRAIN = "--samples 60 --batch 4 --seqlen 32 --steps 12 --checks 2 --calibration builtin"
 ADDED = {
     "prune": f"{SMALL} --overwrite",
+    "fit": f"{SMALL} --overwrite",
     "shrink": f"{SMALL} --overwrite",
     "compare": f"{SMALL} --windows 2 --data text.txt",
     "eval": "--samples 2 --seqlen 16",

@@ -1,15 +1,25 @@
 """``apt-prune fit``: a file of a given size, with a level for each tensor."""
 
+import json
+import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import gguf
 import pytest
 import torch
+from apt_lab.reproduction import command_of
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
-from apt import FitRun, Report, run
+from apt import AptError, FitRun, Report, run
 from apt.engine import fit_task
+from apt.engine.opening import resolve_names
+from apt.engine.run import resolve
 from apt.fit.table import LossTable
 from apt.options.fit import read_bytes
+from apt.plugin.registry import registry
 
 SMALL = ("--samples", 4, "--seqlen", 32)
 MODEL = "zoo:llama"
@@ -33,6 +43,8 @@ def test_file_has_exactly_the_promised_size_and_the_chosen_types(fitted):
     assert types["token_embd.weight"] == levels["model.embed_tokens.weight"]
     assert types["blk.2.ffn_down.weight"] == levels["model.layers.2.mlp.down_proj.weight"]
     assert types["blk.0.attn_norm.weight"] == "f32"
+    file_type = GGUFReader(folder / "a.gguf").fields["general.file_type"].contents()
+    assert gguf.LlamaFileType(file_type).name in ("MOSTLY_IQ4_NL", "MOSTLY_MXFP4_MOE")
     assert len(levels) == 1 + 4 * 7
 
 
@@ -53,8 +65,6 @@ def test_file_opens_with_the_values_of_its_types(fitted):
 
 def zoo_path():
     """The directory of the model."""
-    from apt.plugin.registry import registry
-
     return registry().adapters.get("llama").zoo_path()
 
 
@@ -153,3 +163,89 @@ def test_no_budget_makes_a_file_larger_than_the_stored_model(apt, tmp_path):
     assert set(report.fit["levels"].values()) == {"bf16"}
     kinds = {tensor.tensor_type for tensor in GGUFReader(tmp_path / "b.gguf").tensors}
     assert kinds == {gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.F32}
+
+
+def test_quantised_file_has_one_name_for_each_type_and_keeps_its_tensors(fitted, apt, tmp_path):
+    folder, first = fitted
+    shutil.copy(folder / "a.gguf", "a.gguf")
+    assert apt("fit", "a.gguf", *SMALL, "--size", "1.19MB", "-o", "b.gguf").code == 0
+    second = Report.read(tmp_path / "b.gguf")
+    levels = first.fit["levels"]
+    for name, level in second.fit["levels"].items():
+        known = {found[0]: found[2] for found in second.fit["table"]["tensors"][name]}
+        assert known[levels[name]] == 0
+        assert len(known) == len({each.lower() for each in known})
+        assert (known[level] == 0) == (level == levels[name])
+    kept = {name for name, level in second.fit["levels"].items() if level == levels[name]}
+    assert 0 < len(kept) < len(levels)
+    stored = ({t.name: t for t in GGUFReader(name).tensors} for name in ("a.gguf", "b.gguf"))
+    before, after = stored
+    for block in range(4):
+        if f"model.layers.{block}.mlp.down_proj.weight" in kept:
+            name = f"blk.{block}.ffn_down.weight"
+            assert (before[name].data == after[name].data).all()
+
+
+def test_file_is_verified_by_its_hash_and_has_a_page(fitted, apt):
+    folder, report = fitted
+    for name in ("a.gguf", "a.apt_report.json"):
+        shutil.copy(folder / name, name)
+    done = apt("verify", "a.gguf")
+    assert (done.code, done.out) == (0, "a.gguf: its files are as the report says\n")
+    refused = apt("verify", "a.gguf", "--sparsity", 0.5)
+    assert refused.code == 2
+    assert "its zeros are not counted; leave these options out (--sparsity)" in refused.err
+    assert apt("report", "a.gguf", "-o", "page.html").code == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert f"<td>{report.fit['size']:,} bytes</td>" in page
+    assert "zeros in the pruned sites" not in page
+    for level in set(report.fit["levels"].values()):
+        assert f"× {level}" in page
+    with Path("a.gguf").open("ab") as file:
+        file.write(b"x")
+    changed = apt("verify", "a.gguf")
+    assert changed.code == 1
+    assert "a.gguf was changed since it was written" in changed.out
+    Path("a.apt_report.json").unlink()
+    refused = apt("verify", "a.gguf")
+    assert refused.code == 2
+    assert "no report beside a.gguf lists it" in refused.err
+    assert len(refused.err.splitlines()) == 1
+
+
+def test_command_of_the_report_writes_the_same_file(fitted, apt):
+    folder, report = fitted
+    command = shlex.split(command_of(report.to_dict()))
+    assert command[:3] == ["apt-prune", "fit", MODEL]
+    again = apt(*command[1:-1], "again.gguf")
+    assert again.code == 0, again.err
+    assert Path("again.gguf").read_bytes() == (folder / "a.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"levels": 3}, "fit.levels is no object"),
+        ({"table": {"rest": 1, "gradient": 0.0, "tensors": {"a": [["q8_0", -1, 0.0]]}}},
+         "fit.table.tensors.a[0][1] is no count"),
+        ({"frontier": [[1]]}, "fit.frontier[0] is no list of 2 values"),
+    ],
+)  # fmt: skip
+def test_damaged_report_of_a_fit_is_an_error_of_one_line(fitted, apt, damage, message):
+    folder, _ = fitted
+    shutil.copy(folder / "a.gguf", "a.gguf")
+    record = json.loads((folder / "a.apt_report.json").read_text())
+    record["fit"] |= damage
+    Path("a.apt_report.json").write_text(json.dumps(record))
+    options = (MODEL, *SMALL, "--size", "1.3MB", "-o", "b.gguf")
+    for words in (("report", "a.gguf", "-o", "p.html"), ("fit", *options, "--from", "a.gguf")):
+        refused = apt(*words)
+        assert refused.code == 2
+        assert message in refused.err
+
+
+def test_several_processes_are_refused():
+    options = FitRun(model=MODEL, size="1.2MB", output=Path("a.gguf"))
+    request = resolve_names(options, registry(), lambda line: None)
+    with pytest.raises(AptError, match="a model is fitted by one process; start it without"):
+        resolve(request, registry(), lambda line: None, SimpleNamespace(size=2, first=True))

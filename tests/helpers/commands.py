@@ -1,15 +1,16 @@
 """The commands whose options are declared: their classes, and options as words for a shell."""
 
 import inspect
+from dataclasses import MISSING
 from functools import cache
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import typer
 from typer.main import get_command
 
 from apt.cli import app
 from apt.cli.from_options import command
-from apt.options import Options
+from apt.options import FitRun, Options
 from apt.plugin.registry import listed_commands
 
 
@@ -32,6 +33,19 @@ def kinds_of(act):
     kinds = {name: hints.get(name) for name in inspect.signature(act).parameters}
     all_declared = all(isinstance(k, type) and issubclass(k, Options) for k in kinds.values())
     return kinds if all_declared else {}
+
+
+CHECKED = {FitRun: {"model": "given", "size": "1GB"}}
+"""Values of options with a default that `check` of their class refuses."""
+
+
+def needed_values(kind):
+    """Values of the required options."""
+    needed = [one for one in kind.OPTIONS if one.default is MISSING]
+    return CHECKED.get(kind, {}) | {
+        one.name: (get_args(one.kind)[0]("given"),) if one.repeatable else one.kind("given")
+        for one in needed
+    }
 
 
 def words(kind, given):

@@ -6,6 +6,7 @@ import pytest
 
 import apt as library
 from apt.options import (
+    FitRun,
     PruneOptions,
     PruneRun,
     ReapplyRun,
@@ -19,10 +20,14 @@ from tests.helpers import TEXT
 from tests.helpers.commands import words
 from tests.helpers.families import random_model, random_tokens
 
-RUNS = {"prune": PruneRun, "shrink": ShrinkRun, "recover": RecoverRun, "reapply": ReapplyRun}
+RUNS = {
+    "prune": PruneRun, "fit": FitRun, "shrink": ShrinkRun, "recover": RecoverRun,
+    "reapply": ReapplyRun,
+}  # fmt: skip
 TEXTS = {"samples": 2, "seqlen": 16, "calibration": str(TEXT)}
 USUAL = {
     "prune": {"pattern": "2:4", "output": "out", **TEXTS},
+    "fit": {"output": "out.gguf", **TEXTS},
     "shrink": {"output": "out", **TEXTS},
     "recover": {"output": "out", **TEXTS},
     "reapply": {"output": "out"},
@@ -98,11 +103,21 @@ BAD = [
     ("recover", {"dropout": 1.0}, "dropout is 1; it must be at least 0 and below 1"),
     ("recover", {"move_masks": True, "window": 1}, "move masks and window exclude each other"),
     ("reapply", {"masks": "./nowhere"}, "nowhere"),
+    ("fit", {}, "size and bits are missing"),
+    ("fit", {"size": "4MB", "bits": 4.0}, "size and bits are both given"),
+    ("fit", {"size": "little"}, "little is not a size; write 73MiB"),
+    ("fit", {"bits": 33.0}, "bits is 33; it must be above 0 and at most 32"),
+    ("fit", {"size": "4MB", "samples": 0}, "fit needs calibration text"),
+    ("fit", {"size": "4MB", "output": "out"}, "the suffix of out does not say the format"),
+    ("fit", {"size": "4MB", "table_from": "nowhere.gguf"}, "nowhere.gguf has no table of losses"),
+    ("fit", {"size": "4kB"}, "does not fit into 4,000 bytes"),
 ]
 
 
 def of_function(command, given):
     """The error of the function for a model in memory; None if it lacks these options."""
+    if command == "fit":  # it has no such function
+        return None
     model, tokens = random_model("llama"), random_tokens(2, 16)
     options = {"prune": PruneOptions, "shrink": ShrinkOptions, "recover": RecoverOptions}[command]
     arguments = {"prune": {"method", "allocation", "also"}, "shrink": {"method"}}

@@ -36,6 +36,10 @@ REFUSED = [
     (("convert", "zoo:llama", "-o", "out", "--dtype", "int4"), "dtype 'int4' is not one of auto"),
     (("verify", ".", "--pattern", "2:4", "--per", "row"), "needs a sparsity"),
     (("prune", "./nowhere", "--pattern", "2:4"), "no such model"),
+    (("fit", "zoo:llama", "--size", "little"), "little is not a size; write 73MiB, 1.5GB"),
+    (("fit", "zoo:llama", "--bits", "0"), "bits is 0; it must be above 0"),
+    (("fit", "zoo:llama"), "size and bits are missing: what must the model fit into?"),
+    (("fit", "--size", "1GB"), "no MODEL is given; name one"),
 ]
 
 

@@ -1,6 +1,5 @@
 """Each option is used or refused; no option is ignored."""
 
-from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import apt as library
 from apt.options import PruneOptions, RecoverOptions, RecoverRun, ShrinkOptions
 from apt.plugin.registry import registry
 from tests.helpers import TEXT
-from tests.helpers.commands import declared, kinds_of
+from tests.helpers.commands import declared, kinds_of, needed_values
 from tests.helpers.families import random_model, random_tokens
 
 KINDS = {kind for act in declared().values() for kind in kinds_of(act).values()}
@@ -26,20 +25,17 @@ OTHER = {"scale_group": 64, "metrics": ("accuracy",), "evaluations": 7, "minutes
 GIVEN = {"quantize": "int4", "evaluation": "builtin", "mode": "search"}
 
 
-def least(kind):
-    """Values of the required options."""
-    needed = [one for one in kind.OPTIONS if one.default is MISSING]
-    return {one.name: Path("out") if one.kind is Path else "given" for one in needed}
-
-
 @pytest.mark.parametrize(("kind", "one"), NEEDY)
 def test_option_without_the_needed_option_is_refused(kind, one):
-    needed, given = one.option.needs.partition("=")[0], least(kind) | {one.name: OTHER[one.name]}
+    needed, given = (
+        one.option.needs.partition("=")[0],
+        needed_values(kind) | {one.name: OTHER[one.name]},
+    )
     with pytest.raises(library.AptError, match=f"{one.words} has no effect without") as caught:
         kind(**given).check()
     assert caught.value.options == (one.name, needed)
     kind(**given, **{needed: GIVEN[needed]}).check()
-    kind(**least(kind), **{one.name: one.default}).check()
+    kind(**needed_values(kind), **{one.name: one.default}).check()
 
 
 def test_each_condition_names_an_option():

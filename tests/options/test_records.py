@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import apt as library
+from apt.output.report import report_of
 from tests.helpers import TEXT
 from tests.helpers.commands import words
 
@@ -25,6 +26,7 @@ RUNS = {
     "shrink": (library.ShrinkRun, {
         "sizes": {"channels": 32, "heads": 2}, "drop": (1,), "effort": "fast", "compensate": True,
     }),
+    "fit": (library.FitRun, {"size": "1MB", "damping": 0.02, "seed": 7, "tuning_epochs": 0}),
     "recover": (library.RecoverRun, {
         "kind": "layers", "blocks": 2, "steps": 8, "batch": 4, "micro_batch": 2, "checks": 2,
         "rate": 1e-2, "validation_share": 0.25, "samples": 32,
@@ -32,9 +34,9 @@ RUNS = {
 }  # fmt: skip
 
 
-def recorded(folder):
+def recorded(output):
     """The options in a report."""
-    report = json.loads((Path(folder) / "apt_report.json").read_text())
+    report = json.loads(report_of(Path(output)).read_text())
     del report["options"]["output"]
     return report["options"], (report.get("recovery") or {}).get("options")
 
@@ -46,10 +48,12 @@ def test_shell_file_and_program_leave_the_same_record(name, apt, checkpoint, out
     if name == "recover":
         model = output_of("prune", model, *words(library.PruneRun, TEXTS), "--method", "wanda")
     given = {"model": str(model), **TEXTS, **given}
-    run = apt(command, *words(kind, given), "-o", "shell", "--save-config", "run.toml")
+    end = ".gguf" if name == "fit" else ""
+    shell, file, program = f"shell{end}", f"file{end}", f"program{end}"
+    run = apt(command, *words(kind, given), "-o", shell, "--save-config", "run.toml")
     assert run.code == 0, run.err
     assert tomllib.loads(Path("run.toml").read_text())["seqlen"] == 16
-    run = apt(command, "--config", "run.toml", "-o", "file")
+    run = apt(command, "--config", "run.toml", "-o", file)
     assert run.code == 0, run.err
-    library.run(kind(**given, output="program"))
-    assert recorded("shell") == recorded("file") == recorded("program")
+    library.run(kind(**given, output=program))
+    assert recorded(shell) == recorded(file) == recorded(program)

@@ -1,7 +1,6 @@
 """Each option of each command has the same value from the shell, a file and a program."""
 
 import json
-from dataclasses import MISSING
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from apt.errors import AptError
 from apt.options import ConfigOptions, read_options, write_options
 from apt.options.declaration import _interval
-from tests.helpers.commands import declared, kinds_of, taken, words
+from tests.helpers.commands import declared, kinds_of, needed_values, taken, words
 
 CLASSES = {kind: name for name, act in declared().items() for kind in kinds_of(act).values()}
 KINDS = [pytest.param(kind, name, id=f"{name} {kind.__name__}") for kind, name in CLASSES.items()]
@@ -25,6 +24,7 @@ VALUES = {
     "overrides": st.sampled_from([("*.q_proj=0.4",), ("*.a=2:4", "*.b=dense"), ("no pattern",)]),
     "tokens": st.integers(1, 10**7) | st.just("auto"),
     "sizes": st.dictionaries(st.sampled_from(["a", "b"]), st.integers(1, 999), min_size=1),
+    "size": st.sampled_from(["73MiB", "1.5GB", "1000000", "5 bananas"]),
     "max_shard_size": st.sampled_from(["5GB", "500MB", "5 bananas"]),
     "scale_group": st.integers(1, 512) | st.just("row"),
 }  # fmt: skip
@@ -64,15 +64,6 @@ def strategies(kind):
     return {one.name: values(one) for one in shown if one.name != "config"}
 
 
-def least(kind):
-    """Values of the required options."""
-    needed = [one for one in kind.OPTIONS if one.default is MISSING]
-    return {
-        one.name: (get_args(one.kind)[0]("given"),) if one.repeatable else one.kind("given")
-        for one in needed
-    }
-
-
 def outcome(act):
     """The result of a function, or the message, hint and options of its error."""
     try:
@@ -91,7 +82,7 @@ def checked(kind, given):
 def rest(name, but):
     """Arguments for the other required options of a command."""
     others = [kind for kind in kinds_of(declared()[name]).values() if kind is not but]
-    return [word for kind in others for word in words(kind, least(kind))]
+    return [word for kind in others for word in words(kind, needed_values(kind))]
 
 
 def check(kind, name, given, folder):
@@ -118,7 +109,7 @@ def test_each_option_is_the_same_in_shell_file_and_program(kind, name, tmp_path)
     @given(st.fixed_dictionaries(strategies(kind)))
     def holds(values):
         for option, value in values.items():
-            check(kind, name, least(kind) | {option: value}, tmp_path)
+            check(kind, name, needed_values(kind) | {option: value}, tmp_path)
 
     holds()
 
@@ -126,7 +117,7 @@ def test_each_option_is_the_same_in_shell_file_and_program(kind, name, tmp_path)
 @pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_several_options_are_the_same_in_shell_file_and_program(kind, name, tmp_path):
     others = strategies(kind)
-    needed = {option: others.pop(option) for option in least(kind)}
+    needed = {option: others.pop(option) for option in needed_values(kind)}
 
     @settings(max_examples=10, deadline=None)
     @given(st.fixed_dictionaries(needed, optional=others))
@@ -138,6 +129,6 @@ def test_several_options_are_the_same_in_shell_file_and_program(kind, name, tmp_
 
 def test_each_command_of_apt_is_tested():
     assert set(declared()) >= {
-        "prune", "shrink", "recover", "reapply", "pack", "unpack", "inspect", "verify", "check",
-        "convert", "export", "eval", "compare", "bench", "report", "law",
+        "prune", "fit", "shrink", "recover", "reapply", "pack", "unpack", "export", "inspect",
+        "verify", "check", "convert", "eval", "compare", "bench", "report", "law",
     }  # fmt: skip

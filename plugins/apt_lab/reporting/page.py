@@ -1,7 +1,7 @@
 """One HTML page about one or several reports. It needs no network."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from apt import Report
 from apt.errors import AptError
 from apt.events import SitePruned
-from apt.output.report import by_kind, versions
+from apt.output.report import by_kind, levels_by_kind, versions
 from apt_lab.reporting.beside import Beside
 from apt_lab.reporting.charts import Bar, Line, bar_chart, line_chart
 from apt_lab.reporting.comparisons import ComparisonSection
@@ -44,10 +44,12 @@ class Subject:
         """The facts of the summary, each with its name."""
         report, options = self.report, self.report.options
         kept, error = report.structure.get("share"), f"{report.relative_layer_error:.4f}"
+        pruned = report.sites and not report.fit  # else zeros are those of a rounding
         entries = [
             ("original", report.model.get("reference")),
             ("pattern", options.get("pattern")),
-            ("zeros in the pruned sites", f"{report.sparsity:.2%}" if report.sites else None),
+            *_sizes(report.fit),
+            ("zeros in the pruned sites", f"{report.sparsity:.2%}" if pruned else None),
             ("parameters of the blocks kept", f"{kept:.2%}" if kept else None),
             ("method", options.get("method")),
             ("allocation", options.get("allocation")),
@@ -80,16 +82,27 @@ class Subject:
         sites = self.report.sites
         if not sites:
             return []
-        heats = [
-            heat("Relative layer error by block and kind", sites, _error, "{:.3f}".format),
-            heat("Sparsity by block and kind", sites, _sparsity, "{:.1%}".format),
-        ]
+        heats = [heat("Relative layer error by block and kind", sites, _error, "{:.3f}".format)]
+        if not self.report.fit:
+            heats += [heat("Sparsity by block and kind", sites, _sparsity, "{:.1%}".format)]
         if experts := [site for site in sites if expert_of(site)]:
             heats += [
                 heat("Tokens of each expert", experts, _tokens, "{:,.0f}".format, expert_of),
                 heat("Relative layer error by expert", experts, _error, "{:.3f}".format, expert_of),
             ]
         return heats
+
+    @property
+    def levels(self) -> list[tuple[str, str]]:
+        """The levels of each kind of tensor, of a run that fits a model into a budget."""
+        return list(levels_by_kind(self.report.fit.get("levels", {})).items())
+
+    @property
+    def frontier(self) -> str:
+        """A chart of the predicted loss of the best files of ten sizes."""
+        files = self.report.fit.get("frontier", [])
+        line = Line("best files", [(bytes_ / _MIB, float(loss)) for bytes_, loss in files])
+        return line_chart("Predicted loss by size", [line], "MiB", "nats per token")
 
     @property
     def experts(self) -> list[tuple[str, str, str]]:
@@ -161,6 +174,17 @@ def _tokens(site: SitePruned) -> float:
 
 def _sparsity(site: SitePruned) -> float:
     return site.sparsity
+
+
+def _sizes(fit: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The budget and the size of a file, and its predicted loss; empty for other runs."""
+    if not fit:
+        return []
+    return [
+        ("budget", f"{fit['budget']:,} bytes"),
+        ("size", f"{fit['size']:,} bytes"),
+        ("predicted rise of the loss", f"{float(fit['loss']):.4f} nats per token"),
+    ]
 
 
 def _scores(report: Report) -> list[tuple[str, float, float]]:

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from apt.errors import AptError
 from apt.extending import Exportable
 from apt_plugins.gguf_files.layouts import CONVERTER, architecture_of
-from apt_plugins.gguf_files.tensors import file_type, planned_of, tensor_names
+from apt_plugins.gguf_files.tensors import file_type, most_common_type, planned_of, tensor_names
 from apt_plugins.gguf_files.vocabulary import add_vocabulary
 from apt_plugins.gguf_files.writing import Planned
 
@@ -59,7 +59,7 @@ def from_checkpoint(
     writer.add_name(model.title)
     writer.add_size_label(gguf.size_label(total, total, 0, 0))
     _add_sizes(writer, config, float(rope["rope_theta"]))
-    writer.add_file_type(file_type(kind))
+    writer.add_file_type(file_type(most_common_type(tensors) if model.is_fitted else kind))
     add_vocabulary(writer, model)
     return writer, tensors
 

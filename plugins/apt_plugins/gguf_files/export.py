@@ -7,6 +7,7 @@ import gguf
 
 from apt.extending import Exportable, Exported
 from apt_plugins.gguf_files.checkpoint import from_checkpoint
+from apt_plugins.gguf_files.grids import type_name
 from apt_plugins.gguf_files.layouts import architecture_of
 from apt_plugins.gguf_files.original import from_original
 from apt_plugins.gguf_files.tensors import has_partial_blocks, most_common_type, weight_type
@@ -28,7 +29,7 @@ def export(model: Exportable, target: Path) -> Exported:
     counts = write_file(writer, tensors, versioned=model.is_fitted)
     written = most_common_type(tensors) if kind is None or model.is_fitted else kind
     return Exported(
-        _type_name(written), len(tensors), target.stat().st_size,
+        type_name(written), len(tensors), target.stat().st_size,
         counts.zeros, counts.kept, _notes(tensors, kind, counts),
     )  # fmt: skip
 
@@ -67,15 +68,10 @@ def _notes(
     }
     notes = [f"{count} {line}" for line, count in lines.items() if count]
     if counts.without_zero:
-        types = " and ".join(sorted(map(_type_name, counts.without_zero)))
+        types = " and ".join(sorted(map(type_name, counts.without_zero)))
         lost = counts.zeros - counts.kept
         notes.append(
             f"{lost:,} zeros are small numbers in the file: not every block of {types} has a zero, "
             "as each block of q8_0, q6_K, q5_0 and q4_0 has"
         )
     return notes
-
-
-def _type_name(kind: gguf.GGMLQuantizationType) -> str:
-    """The name of a type, as llama.cpp writes it."""
-    return kind.name.lower().replace("_k", "_K")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apt.extending import Exportable, FileForm, Level
 from apt_plugins.gguf_files.export import plan_file
-from apt_plugins.gguf_files.grids import BlockGrid, grids_for
+from apt_plugins.gguf_files.grids import BlockGrid, grids_for, type_name
 from apt_plugins.gguf_files.tensors import is_always_f32, weight_type
 from apt_plugins.gguf_files.writing import Planned, write_header
 
@@ -36,7 +36,7 @@ def file_form(model: Exportable) -> FileForm:
 def _levels(planned: Planned, alignment: int) -> tuple[Level, ...]:
     """The levels of a matrix: its stored type, and all grids."""
     rows = math.prod(planned.shape[:-1])
-    stored = Level(planned.type.name.lower(), _padded(planned.size, alignment))
+    stored = Level(type_name(planned.type), _padded(planned.size, alignment))
     grids = (grid for grid in grids_for(planned.shape[-1]) if grid.type is not planned.type)
     return (stored, *(_level(grid, rows, planned.shape[-1], alignment) for grid in grids))
 

@@ -64,6 +64,11 @@ _FLOAT_CODES = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
 _FLOAT_BIAS = 128  # the exponent of the scale in a file minus the exponent of the scale
 
 
+def type_name(kind: Type) -> str:
+    """The name of a type in llama.cpp, such as ``q4_K``."""
+    return kind.name.lower().replace("_k", "_K")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockPoints(Points):
     """Points whose scales and offsets are integers times a unit for each super-block.
@@ -94,7 +99,7 @@ class BlockGrid(Grid):
     @property
     def name(self) -> str:
         """The name in llama.cpp, such as ``q4_K``."""
-        return self.type.name.lower().replace("_k", "_K")
+        return type_name(self.type)
 
     @property
     def block(self) -> int:
