@@ -95,7 +95,7 @@ class CommandWatcher(Watcher):
         """Print the size of the exported file, and how to keep the zeros that it lost."""
         notice(exported_line(self.options.export, exported))
         if exported.kept < exported.zeros:
-            notice("to write a type that keeps all zeros: --export-type, see docs/serving.md")
+            notice("for another type of the weights: the same command with --export-type TYPE")
 
     def _observe(self, event: Any) -> None:
         self._display.observe(event)
