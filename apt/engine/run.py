@@ -223,7 +223,7 @@ def resolve(
     if isinstance(request.options, PruneRun | ShrinkRun):
         return prepare_pruning(request, registry, notice, ranks)
     if isinstance(request.options, FitRun):
-        return prepare_fit(request, registry, notice)
+        return prepare_fit(request, registry, notice, ranks)
     if isinstance(request.options, RecoverRun):
         return prepare_recovery(request, registry, notice)
     return prepare_reapplying(request, registry, notice)

@@ -243,7 +243,9 @@ def _solution(
             damped = gram.damped(options.damping)
             target = targets.weight(dense, planned.site, sums, damped)
         if keeps_all(planned.pattern):
-            return solve_masked(target * scale, gram, dense == 0, options)
+            holds_zero = planned.grid is None or planned.grid.holds_zero
+            zeros = dense == 0 if holds_zero else torch.zeros_like(dense, dtype=torch.bool)
+            return solve_masked(target * scale, gram, zeros, options)
         return solve_live(job.method, target * scale, gram, planned.pattern, options)
     except MethodError as error:
         raise _refused(job.method, f"{error}, for {planned.name}") from error
