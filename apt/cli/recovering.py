@@ -8,7 +8,7 @@ import typer
 from apt.cli.output import duration, say, show_error, show_json
 from apt.cli.progress import Progress, TrainingProgress
 from apt.cli.running import CommandWatcher
-from apt.cli.summary import lost_zeros, training_line
+from apt.cli.summary import lost_zeros, measured_on, training_line
 from apt.engine.opening import RunRequest
 from apt.engine.recover_task import RecoverTask
 from apt.engine.task import Task
@@ -76,7 +76,7 @@ def _show(report: Report, task: RecoverTask, *, as_json: bool) -> None:
     scores = record["scores"]
     for metric in options.metrics if scores else ():
         before, after = scores["before"][metric], scores["after"][metric]
-        say(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}")
+        say(f"{metric} on {measured_on(report, options)}: {before:.4g} → {after:.4g}")
     say(training_line(training))
     zeros = f"{record['zeros']:,} zeros kept" if record["zeros"] else "no zeros to keep"
     zeros += lost_zeros(report)

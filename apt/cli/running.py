@@ -96,7 +96,7 @@ class CommandWatcher(Watcher):
         """Print the size of the exported file, and how to keep the zeros that it lost."""
         notice(exported_line(self.options.export, exported))
         if exported.kept < exported.zeros:
-            notice("to write a type that keeps all zeros: --export-type, see docs/serving.md")
+            notice("for another type of the weights: the same command with --export-type TYPE")
 
     def _observe(self, event: Any) -> None:
         self._display.observe(event)
@@ -123,12 +123,12 @@ def _after_interruption(task: Task, time_before: int | None) -> str:
     output = task.options.output
     if (task.stream or task.resumable) and resumable(output):
         return "to continue, give the same command with --resume"
+    if (directory := unpublished(output)) is not None:
+        return f"the result is complete, in {directory}"
     structure = task.job.structure if isinstance(task, PruneTask) else None
     if structure is not None and structure.journal.lines:
         return "the same command continues the search"
     if isinstance(task, FitTask) and task.journal.values("table"):
         return "the same command takes the measured losses, and goes on from there"
-    if (directory := unpublished(output)) is not None:
-        return f"the result is complete, in {directory}"
     complete = _report_time(output) not in (None, time_before)
     return f"{output} is complete" if complete else "nothing was written"

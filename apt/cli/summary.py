@@ -9,7 +9,7 @@ from typing import Any
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.opening import selection_of
 from apt.engine.prune_task import CalibratedTask, PruneTask
-from apt.options import PruneRun
+from apt.options import MeasuringOptions, PruneRun
 from apt.output.report import Report, by_kind, peak_memory
 
 _MAX_CANDIDATES = 10  # candidates in the table, beside the Pareto front
@@ -43,7 +43,12 @@ def show_scores(report: Report, task: CalibratedTask) -> None:
     for metric in options.metrics if report.scores else ():
         before, after = report.scores["before"][metric], report.scores["after"][metric]
         change = _change(before, after, task.registry.evaluators.get(metric).better)
-        say(f"{metric} on {options.evaluation}: {before:.4g} → {after:.4g}{change}")
+        say(f"{metric} on {measured_on(report, options)}: {before:.4g} → {after:.4g}{change}")
+
+
+def measured_on(report: Report, options: MeasuringOptions) -> str:
+    """The text of the metrics, and whether they were measured before an export."""
+    return f"{options.evaluation}{', before the export' if report.export else ''}"
 
 
 def _sparsity_line(report: Report, task: PruneTask) -> str:

@@ -61,6 +61,7 @@ def test_file_and_report_are_left_alone(model, apt):
     assert run.code == 0, run.err
     assert names() == BOTH
     assert "x.gguf: 50.00% zeros in the pruned sites, verified on disk" in run.out
+    assert f"perplexity on {TEXT}, before the export: " in run.out
     report = Report.read("x.gguf")
     assert report.files == {"x.gguf": sha256(Path("x.gguf"))}
     assert report.options["output"] == "x.gguf"
