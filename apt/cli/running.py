@@ -13,6 +13,7 @@ from apt.cli.output import notice, say, show_json
 from apt.cli.packing import packed_line
 from apt.cli.progress import Progress
 from apt.distributed.launch import joined
+from apt.engine.fit_task import FitTask
 from apt.engine.opening import RunRequest
 from apt.engine.prepare import input_paths
 from apt.engine.prune_task import PruneTask
@@ -123,5 +124,7 @@ def _after_interruption(task: Task, time_before: int | None) -> str:
     structure = task.job.structure if isinstance(task, PruneTask) else None
     if structure is not None and structure.journal.lines:
         return "the same command continues the search"
+    if isinstance(task, FitTask) and task.journal.values("table"):
+        return "the same command takes the measured losses, and goes on from there"
     complete = _report_time(output) not in (None, time_before)
     return f"{output} is complete" if complete else "nothing was written"

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from apt.engine.store import ModelStore
 from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
+from apt.files.journal import Journal
 from apt.files.writing import check_file
 from apt.fit.choice import choose, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
@@ -34,7 +35,7 @@ from apt.fit.losses import Outer, forward_sums, measured_levels, sensitivities
 from apt.fit.table import LossTable
 from apt.locations.model_source import find
 from apt.options import ExportRun, FitRun
-from apt.output.report import Report, read_report, report_beside
+from apt.output.report import Report, read_report, report_beside, versions
 from apt.output.staging import Staging, write_errors
 from apt.patterns import TargetForm, Unstructured
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, make_plan
@@ -53,6 +54,7 @@ class FitTask(CalibratedTask):
         model: the model on disk, from which the tensors that keep their values are written.
         budget: the largest size of the file in bytes.
         table: the table of losses of an earlier run; None to measure them.
+        journal: the journal with the table of an interrupted run.
     """
 
     options: FitRun
@@ -61,6 +63,7 @@ class FitTask(CalibratedTask):
     model: Exportable
     budget: int
     table: LossTable | None = None
+    journal: Journal = field(default_factory=Journal)
     event = " fitting"
 
     @property
@@ -82,22 +85,33 @@ class FitTask(CalibratedTask):
         """The text with generated samples, and the plan with the grid of each site."""
         assert isinstance(store, InFile)
         text = with_own_text(store, text, self.job)
-        table, outer = self._measured(store, text)
+        table = self.table or self._measured(store, text)
+        store.status("allocation", "measuring the inputs of the head")
+        outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
         levels = choose(table, self.budget)
         store.choice = FitChoice(table, levels, outer)
         return text, with_grids(self.job.plan, self.form, levels)
 
-    def _measured(self, store: ModelStore, text: Text) -> tuple[LossTable, Outer]:
-        """The table of losses, from an earlier run or measured, and the matrices outside blocks."""
-        model, adapter, plan = store.model, self.job.adapter, self.job.plan
-        if self.table is not None:
-            store.status("allocation", "running the dense model")
-            return self.table, forward_sums(model, adapter, text.tokens, self.table.gradient)
-        store.status("allocation", "measuring the gradients of the dense model")
-        given = sensitivities(model, adapter, plan, text.tokens)
-        store.status("allocation", "measuring the loss of each level")
-        levels = measured_levels(model, adapter, plan, given, self.form.levels)
-        return LossTable(levels, self.form.rest, given.outer.gradient), given.outer
+    def _measured(self, store: ModelStore, text: Text) -> LossTable:
+        """The table of losses: that of an interrupted run with the same inputs, or a new one."""
+        sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
+        inputs = store.shared_inputs(text.tokens) | {"sizes": sizes, "versions": versions()}
+        if not self.journal.serves(inputs):
+            self.journal.begin(inputs)
+
+        def measure() -> dict[str, Any]:
+            model, adapter, plan = store.model, self.job.adapter, self.job.plan
+            store.status("allocation", "measuring the gradients of the dense model")
+            given = sensitivities(model, adapter, plan, text.tokens)
+            store.status("allocation", "measuring the loss of each level")
+            levels = measured_levels(model, adapter, plan, given, self.form.levels)
+            return LossTable(levels, self.form.rest, given.outer.gradient).record()
+
+        return LossTable.read(self.journal.remember("table", measure))
+
+    def forget(self) -> None:
+        """Delete the journal."""
+        self.journal.clear()
 
     def change(
         self, store: ModelStore, text: Text, plan: Plan | None, report: Report
@@ -248,6 +262,19 @@ def read_table(output: Path, form: FileForm) -> LossTable:
     return replace(table, rest=form.rest)
 
 
+def journal_beside(output: Path) -> Journal:
+    """The journal beside a file, with the table of an interrupted run.
+
+    Raises:
+        AptError: the journal is a link, was changed, or is not a journal.
+    """
+    real = output.resolve()
+    place = real.with_name(f".{real.name}.table.jsonl")
+    journal = Journal(place, "a fit", "move it to another place, or delete it")
+    journal.read()
+    return journal
+
+
 def prepare_fit(
     request: RunRequest[FitRun], registry: Registry, notice: Notice, ranks: Ranks
 ) -> FitTask:
@@ -258,9 +285,9 @@ def prepare_fit(
             is larger than the budget, or there are several processes.
     """
     options, source = request.options, request.source
-    if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
-        raise AptError("a model is fitted by one process", "start it without torchrun")
     output = options.directory
+    if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
+        raise AptError("fit runs in one process", "start it without torchrun")
     spec = check_export(ExportRun(model=options.model, output=output), registry, ("output",))
     if spec.form is None:
         raise AptError(f"{spec.name} files have no levels to choose from", options=("output",))
@@ -292,6 +319,7 @@ def prepare_fit(
         dtype=read_dtype(options.dtype), job=fit_job(skeleton, options, notice), notice=notice,
         export=spec, form=form, model=model, budget=budget,
         table=read_table(options.table_from, form) if options.table_from is not None else None,
+        journal=journal_beside(output),
     )  # fmt: skip
     check_memory(task)
     return task

@@ -14,6 +14,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 from apt import AptError, FitRun, Report, run
+from apt.engine import fit_task
 from apt.engine.opening import resolve_names
 from apt.engine.run import resolve
 from apt.fit.table import LossTable
@@ -56,7 +57,9 @@ def test_file_opens_with_the_values_of_its_types(fitted):
         if "norm" in name:
             assert torch.equal(parameter, original)
         else:
-            error = float((parameter.detach() - original).norm() / original.norm())
+            error = float(
+                (parameter.detach() - original.detach()).norm() / original.detach().norm()
+            )
             assert 0 < error < 0.6, name
 
 
@@ -73,6 +76,36 @@ def test_another_budget_takes_the_table_of_an_earlier_run(fitted, apt, tmp_path)
     assert second.fit["table"] == report.fit["table"]
     assert report.fit["size"] < second.fit["size"] <= 1_300_000
     assert second.fit["loss"] < report.fit["loss"]
+
+
+def test_same_budget_gives_the_same_bytes_again(fitted, apt, tmp_path):
+    folder, _ = fitted
+    options = (MODEL, *SMALL, "--size", "1.2MB", "-o", "b.gguf")
+    assert apt("fit", *options, "--from", folder / "a.gguf").code == 0
+    assert (tmp_path / "b.gguf").read_bytes() == (folder / "a.gguf").read_bytes()
+
+
+def test_interrupted_run_goes_on_with_its_table(fitted, apt, tmp_path, monkeypatch):
+    options = ("fit", MODEL, *SMALL, "--size", "1.2MB", "-o", "b.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_task, "prune_model", raises(KeyboardInterrupt))
+        interrupted = apt(*options)
+    assert interrupted.code == 130
+    assert "the same command takes the measured losses" in interrupted.err
+    assert [path.name for path in tmp_path.iterdir()] == [".b.gguf.table.jsonl"]
+    monkeypatch.setattr(fit_task, "sensitivities", raises(AssertionError))
+    assert apt(*options).code == 0
+    assert (tmp_path / "b.gguf").read_bytes() == (fitted[0] / "a.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.apt_report.json", "b.gguf"]
+
+
+def raises(error):
+    """A function that raises an error."""
+
+    def function(*arguments, **options):
+        raise error
+
+    return function
 
 
 def test_table_of_another_model_is_refused(fitted, apt, tmp_path):
@@ -214,5 +247,5 @@ def test_damaged_report_of_a_fit_is_an_error_of_one_line(fitted, apt, damage, me
 def test_several_processes_are_refused():
     options = FitRun(model=MODEL, size="1.2MB", output=Path("a.gguf"))
     request = resolve_names(options, registry(), lambda line: None)
-    with pytest.raises(AptError, match="a model is fitted by one process; start it without"):
+    with pytest.raises(AptError, match="fit runs in one process; start it without torchrun"):
         resolve(request, registry(), lambda line: None, SimpleNamespace(size=2, first=True))
