@@ -31,7 +31,7 @@ from apt.files.journal import Journal
 from apt.files.writing import check_file
 from apt.fit.choice import choose, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import Outer, forward_sums, measured_levels, sensitivities
+from apt.fit.losses import Outer, forward_sums, measured_levels, outer_names, sensitivities
 from apt.fit.table import LossTable
 from apt.locations.model_source import find
 from apt.options import ExportRun, FitRun
@@ -43,6 +43,8 @@ from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import ExportSpec
 from apt.solver import Rounded, rounded
 
+_MEASURE = "leave it out: the losses are then measured"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitTask(CalibratedTask):
@@ -53,7 +55,8 @@ class FitTask(CalibratedTask):
         form: what the file can hold.
         model: the model on disk, from which the tensors that keep their values are written.
         budget: the largest size of the file in bytes.
-        table: the table of losses of an earlier run; None to measure them.
+        table: the table of losses of an earlier run, and the hash of the weights of its model;
+            None to measure the losses.
         journal: the journal with the table of an interrupted run.
     """
 
@@ -62,7 +65,7 @@ class FitTask(CalibratedTask):
     form: FileForm
     model: Exportable
     budget: int
-    table: LossTable | None = None
+    table: tuple[LossTable, str] | None = None
     journal: Journal = field(default_factory=Journal)
     event = " fitting"
 
@@ -85,12 +88,21 @@ class FitTask(CalibratedTask):
         """The text with generated samples, and the plan with the grid of each site."""
         assert isinstance(store, InFile)
         text = with_own_text(store, text, self.job)
-        table = self.table or self._measured(store, text)
+        table = self._given(store) if self.table is not None else self._measured(store, text)
         store.status("allocation", "measuring the inputs of the head")
         outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
         levels = choose(table, self.budget)
         store.choice = FitChoice(table, levels, outer)
         return text, with_grids(self.job.plan, self.form, levels)
+
+    def _given(self, store: ModelStore) -> LossTable:
+        """The table of an earlier run; raises `AptError` if its model had other weights."""
+        assert self.table is not None
+        table, weights = self.table
+        if weights != store.weights:
+            message = f"{self.options.table_from} was made from a model with other weights"
+            raise AptError(message, _MEASURE, ("table_from",))
+        return table
 
     def _measured(self, store: ModelStore, text: Text) -> LossTable:
         """The table of losses: that of an interrupted run with the same inputs, or a new one."""
@@ -240,14 +252,13 @@ def with_grids(plan: Plan, form: FileForm, levels: Mapping[str, str]) -> Plan:
     return replace(plan, blocks=tuple(blocks))
 
 
-def read_table(output: Path, form: FileForm) -> LossTable:
-    """The table of losses in the report of an earlier run, for the same model and format.
+def read_table(output: Path, form: FileForm) -> tuple[LossTable, str]:
+    """The table of losses in the report of an earlier run, and the hash of the model's weights.
 
     Raises:
         AptError: there is none, or it has other tensors, sizes or levels.
     """
-    record = read_report(output) or {}
-    hint = "leave it out: the losses are then measured"
+    record, hint = read_report(output) or {}, _MEASURE
     if not record.get("fit"):
         raise AptError(f"{output} has no table of losses", hint, ("table_from",))
     try:
@@ -259,7 +270,7 @@ def read_table(output: Path, form: FileForm) -> LossTable:
     if sizes != {name: [(x.name, x.size) for x in row] for name, row in table.tensors.items()}:
         message = f"{output} was made from another model, or for another format"
         raise AptError(message, hint, ("table_from",))
-    return replace(table, rest=form.rest)
+    return replace(table, rest=form.rest), str(record["model"].get("sha256", ""))
 
 
 def journal_beside(output: Path) -> Journal:
@@ -285,9 +296,9 @@ def prepare_fit(
             is larger than the budget, or there are several processes.
     """
     options, source = request.options, request.source
-    if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
-        raise AptError("a model is fitted by one process", "start it without torchrun")
     output = options.directory
+    if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
+        raise AptError("fit runs in one process", "start it without torchrun")
     spec = check_export(ExportRun(model=options.model, output=output), registry, ("output",))
     if spec.form is None:
         raise AptError(f"{spec.name} files have no levels to choose from", options=("output",))
@@ -301,7 +312,7 @@ def prepare_fit(
     original = source.files()[0] if source.gguf else original_file(local_directory(skeleton), spec)
     model = Exportable(skeleton, original=original)
     spec.examine(model)
-    form: FileForm = spec.file_form(model)
+    form = _roundable(spec.file_form(model), skeleton)
     weights = sum(parameter.numel() for parameter in skeleton.module.parameters())
     budget = options.budget(weights)
     if (smallest := smallest_size(form)) > budget:
@@ -323,6 +334,18 @@ def prepare_fit(
     )  # fmt: skip
     check_memory(task)
     return task
+
+
+def _roundable(form: FileForm, skeleton: Opened) -> FileForm:
+    """The form with levels for sites, embedding and head alone; other tensors keep their values."""
+    names = {
+        f"{block}.{site.parameter}"
+        for block, module in skeleton.adapter.blocks(skeleton.module)
+        for site in skeleton.adapter.sites(module)
+    } | set(outer_names(skeleton.module))
+    kept = (levels for name, levels in form.levels.items() if name not in names)
+    rest = form.rest + sum(level.size for levels in kept for level in levels if not level.grid)
+    return FileForm({n: levels for n, levels in form.levels.items() if n in names}, rest)
 
 
 def fit_job(skeleton: Opened, options: FitRun, notice: Notice) -> Pruning:

@@ -12,6 +12,9 @@ from itertools import pairwise
 from apt.fit.levels import FileForm
 from apt.fit.table import LossTable, MeasuredLevel
 
+_NEGLIGIBLE = 1e-3
+"""A loss in nats for each token that no measurement shows."""
+
 _PAIRED = 64
 """The number of changes of one tensor that are tried in pairs, the best first."""
 
@@ -61,13 +64,16 @@ def choose(table: LossTable, budget: int) -> dict[str, str]:
 def frontier(table: LossTable, count: int = 10) -> list[tuple[int, float]]:
     """The bytes and the loss of the best files of ``count`` budgets, from the smallest file on.
 
-    The budgets end at the smallest file without a loss, if there is one.
+    The budgets end where the loss is at most `_NEGLIGIBLE`.
     """
-    lossless = sum(
-        min(level.size for level in levels if level.loss == min(x.loss for x in levels))
-        for levels in table.tensors.values()
-    )
-    step = (table.rest + lossless - table.smallest) / (count - 1)
+    low, high = table.smallest, table.largest
+    while high - low > (table.largest - table.smallest) / 1000 + 1:
+        middle = (low + high) // 2
+        if table.loss(choose(table, middle)) > _NEGLIGIBLE:
+            low = middle
+        else:
+            high = middle
+    step = (high - table.smallest) / (count - 1)
     choices = [choose(table, int(table.smallest + step * place)) for place in range(count)]
     return [(table.size(choice), table.loss(choice)) for choice in choices]
 

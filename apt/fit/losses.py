@@ -4,8 +4,9 @@ To second order, a change ``D`` of one weight raises the divergence of the model
 the dense model by ``½ E[(gᵀ D x)²]`` per token. Here x is the input of the weight, and g the
 gradient of the log-likelihood of a token that is drawn from the model (the Fisher information). The
 gradient of the weight over a sample is ``Σ g xᵀ``. The labels of the tokens are drawn
-independently, so the expected square of its norm in row i is ``Σ g_i² ‖x‖²``. This gives the mean
-``b_i`` of ``g_i²`` without hooks into products, and with the Gram matrix G of the inputs::
+independently, and products of different tokens are neglected. So the expected square of its norm in
+row i is ``Σ g_i² ‖x‖²``. This gives the mean ``b_i`` of ``g_i²`` without hooks into products, and
+with the Gram matrix G of the inputs::
 
     loss(D) = ½ Σ_i b_i (D G Dᵀ)_ii
 
@@ -61,6 +62,8 @@ class Outer:
         variances: the sum of ``p (1 − p)`` for each row of the head.
         hidden: the Gram matrix (hidden, hidden) of the inputs of the head.
         tokens: the number of tokens.
+        embedding_scale: the factor by which the embedding multiplies its rows, as in Gemma 3.
+        logit_scale: the factor between the products of the head and the logits, as in Granite.
     """
 
     embedding: str | None
@@ -70,6 +73,8 @@ class Outer:
     variances: Tensor
     hidden: Tensor
     tokens: int = 0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
     def names(self) -> list[str]:
@@ -81,9 +86,11 @@ class Outer:
         terms = []
         if name == self.embedding:
             smoothed = self.counts + 0.5  # rows without a token here have some in other text
-            terms.append((smoothed / smoothed.sum(), self.gradients / self.tokens))
+            scale = self.embedding_scale**2 / self.tokens
+            terms.append((smoothed / smoothed.sum(), self.gradients * scale))
         if name == self.head:
-            terms.append((self.variances / self.tokens, self.hidden / self.tokens))
+            scale = self.logit_scale**2 / self.tokens
+            terms.append((self.variances * scale, self.hidden / self.tokens))
         return terms
 
     @property
@@ -199,6 +206,11 @@ def _modules(model: nn.Module) -> tuple[nn.Embedding | None, nn.Linear | None]:
     )
 
 
+def outer_names(model: nn.Module) -> list[str]:
+    """The names of the weights of the embedding and the head, of the kinds that can be rounded."""
+    return _empty_outer(model).names
+
+
 def _empty_outer(model: nn.Module) -> Outer:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     embedding, head = _modules(model)
@@ -238,7 +250,10 @@ def _watched(model: nn.Module, outer: Outer) -> Iterator[list[Tensor]]:
     embedding, head = _modules(model)
     outputs = list[Tensor]()
 
-    def listed(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def listed(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert embedding is not None
+        rows = nn.functional.embedding(inputs[0], embedding.weight.detach())
+        outer.embedding_scale = _ratio(output, rows)
         outputs.append(output.detach().requires_grad_())
         return outputs[-1]
 
@@ -246,8 +261,12 @@ def _watched(model: nn.Module, outer: Outer) -> Iterator[list[Tensor]]:
         rows = inputs[0].detach().float().flatten(0, -2)
         outer.hidden += rows.T @ rows
 
+    def kept(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        outer.logit_scale = float(output.detach().float().norm())
+
     hooks = [] if embedding is None else [embedding.register_forward_hook(listed)]
-    hooks += [] if head is None else [head.register_forward_pre_hook(summed)]
+    if head is not None:
+        hooks += [head.register_forward_pre_hook(summed), head.register_forward_hook(kept)]
     try:
         yield outputs
     finally:
@@ -255,8 +274,16 @@ def _watched(model: nn.Module, outer: Outer) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def _ratio(output: Tensor, rows: Tensor) -> float:
+    """The norm of an output relative to that of its rows; 1 without rows."""
+    norm = float(rows.float().norm())
+    return float(output.detach().float().norm()) / norm if norm else 1.0
+
+
 def _draw_labels(logits: Tensor, draw: torch.Generator, outer: Outer) -> Tensor:
     """A token for each row of logits (tokens, vocabulary), drawn from their probabilities."""
+    if outer.head is not None:  # the hook has left the norm of the products
+        outer.logit_scale = float(logits.float().norm()) / (outer.logit_scale or 1.0)
     probabilities = logits.float().softmax(-1)
     labels = torch.multinomial(probabilities.cpu(), 1, generator=draw)[:, 0].to(logits.device)
     if len(outer.variances):
@@ -346,10 +373,12 @@ def _site_losses(
     losses, seen = [0.0] * len(levels), 0.0
     for site in chosen:
         gram = grams[site.input].matrix
+        if not squares.ndim:  # the weight has no gradient, as an expert without tokens
+            break
         of_site = squares if site.expert is None else squares[site.expert]
         weight = site.oriented(site.weight(block).detach())
         rows = _spaced(len(weight), _ROWS).to(weight.device)
-        weight, importance = weight[rows].float(), of_site.expand(len(of_site))[rows]
+        weight, importance = weight[rows].float(), of_site[rows]
         energy = float(gram.diagonal().sum())
         if not energy or not float(importance.sum()):
             continue

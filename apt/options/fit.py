@@ -5,10 +5,12 @@ from typing import Any
 
 from apt.errors import AptError
 from apt.options.declaration import option, options
-from apt.options.prune import SolveOptions
+from apt.options.prune import Effort, SolveOptions
 from apt.options.shared import (
+    ACCURACY,
     OUTPUT,
     SIZE,
+    TEXT,
     DeviceOptions,
     DtypeOptions,
     MeasuringOptions,
@@ -48,6 +50,22 @@ class FitRun(
     model: str = option(
         "Directory, hub name, .gguf file or zoo:NAME.", default="", positional=True, place=True
     )
+    effort: Effort = option(
+        "fast, default or best. With best, a fourth of --samples are added that the model "
+        "generates.",
+        default="default", panel=ACCURACY, metavar="LEVEL", used_if="efforts",
+    )  # fmt: skip
+    random_tokens: float | None = option(
+        "Copies with random tokens for each sample. By default 0.",
+        default=None, panel=TEXT, metavar="R", within="[0, 100]",
+        meaning="it is a number of copies for each sample, such as 0.25",
+    )  # fmt: skip
+    tuning_epochs: int | None = option(
+        "Passes of block tuning by gradients, before a block is rounded. By default 0.",
+        default=None, panel=ACCURACY, metavar="N", within="[0, 1000]", off="without tuning",
+        needs_in_run="error_aware",
+        meaning="it is a number of passes, such as 1",
+    )  # fmt: skip
     size: int | str | None = option(
         "Largest file, for example 73MiB or 1.5GB.", default=None, panel=SIZE, metavar="BYTES"
     )

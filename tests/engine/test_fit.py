@@ -247,5 +247,18 @@ def test_damaged_report_of_a_fit_is_an_error_of_one_line(fitted, apt, damage, me
 def test_several_processes_are_refused():
     options = FitRun(model=MODEL, size="1.2MB", output=Path("a.gguf"))
     request = resolve_names(options, registry(), lambda line: None)
-    with pytest.raises(AptError, match="a model is fitted by one process; start it without"):
+    with pytest.raises(AptError, match="fit runs in one process; start it without torchrun"):
         resolve(request, registry(), lambda line: None, SimpleNamespace(size=2, first=True))
+
+
+def test_table_of_a_model_with_other_weights_is_refused(fitted, apt, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(zoo_path(), dtype=torch.bfloat16)
+    model.model.norm.weight.data += 1
+    model.save_pretrained("other")
+    for path in zoo_path().glob("tokenizer*"):
+        (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
+    table = ("--from", fitted[0] / "a.gguf")
+    refused = apt("fit", "other", *SMALL, "--size", "1.2MB", "-o", "b.gguf", *table)
+    assert refused.code == 2
+    assert "was made from a model with other weights; leave it out" in refused.err
+    assert not (tmp_path / "b.gguf").exists()
