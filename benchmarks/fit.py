@@ -15,9 +15,11 @@ The sdist of llama-cpp-python has the source of llama.cpp, which is built with i
     cmake --build out/llama.cpp/build --target llama-quantize llama-imatrix
 
 ``llama.cpp`` makes the files of llama.cpp's own types, with an importance matrix of the calibration
-text of the other tables, and measures them. ``measure`` measures any files::
+text of the other tables, and measures them. ``apt`` makes files of given sizes with ``apt-prune
+fit``, from one table of losses. ``measure`` measures any files::
 
     python benchmarks/fit.py llama.cpp --json out/fit-llama-cpp.json
+    python benchmarks/fit.py apt --sizes 87MiB 80MiB 73MiB --json out/fit-apt.json
     python benchmarks/fit.py measure out/small.gguf --json out/fit.json
 """
 
@@ -33,7 +35,15 @@ from typing import Any
 
 import gguf
 import torch
-from common import FORTUNES, calibration_and_texts, known_rows, open_model, save, smollm2
+from common import (
+    FORTUNES,
+    calibration_and_texts,
+    calibration_file,
+    known_rows,
+    open_model,
+    save,
+    smollm2,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -72,7 +82,10 @@ def arguments() -> argparse.Namespace:
     baselines = commands.add_parser("llama.cpp", help="make and measure llama.cpp's own types")
     baselines.add_argument("--work", type=Path, default=Path("out/fit"))
     baselines.add_argument("--rows", nargs="+", default=RECIPES, help="types with options")
-    for command in (measure, baselines):
+    fits = commands.add_parser("apt", help="make and measure files of given sizes")
+    fits.add_argument("--work", type=Path, default=Path("out/fit"))
+    fits.add_argument("--sizes", nargs="+", default=["100MiB", "87MiB", "80MiB", "73MiB"])
+    for command in (measure, baselines, fits):
         command.add_argument("--bin", type=Path, default=Path("out/llama.cpp/build/bin"))
         command.add_argument("--samples", type=int, default=32)
         command.add_argument("--seqlen", type=int, default=512)
@@ -187,6 +200,20 @@ def quantized(recipe: str, source: Path, matrix: Path, options: argparse.Namespa
     return path
 
 
+def fitted(size: str, options: argparse.Namespace) -> Path:
+    """The file of a size; the first file has the table of losses for all others."""
+    folder: Path = options.work
+    first, path = folder / f"fit-{options.sizes[0]}.gguf", folder / f"fit-{size}.gguf"
+    words = [
+        "fit", smollm2(), "--size", size, "--output", path, "--calibration",
+        calibration_file(folder), "--samples", options.samples, "--seqlen", options.seqlen,
+        *(["--from", first] if path != first else []),
+    ]  # fmt: skip
+    if not path.is_file():
+        subprocess.run([sys.executable, "-m", "apt", *map(str, words)], check=True)
+    return path
+
+
 def show(rows: list[Row]) -> None:
     table = Table("model", "MiB", "wiki", "fortunes", "seconds", "types, MiB")
     for row in rows:
@@ -207,6 +234,10 @@ def main() -> None:
             rows.append(measured(path, texts, options))
             print(json.dumps(rows[-1]), flush=True)
         save(options.json, rows)
+    elif options.command == "apt":
+        options.work.mkdir(parents=True, exist_ok=True)
+        rows = [measured(fitted(size, options), texts, options) for size in options.sizes]
+        save(options.json, rows, options)
     else:
         options.work.mkdir(parents=True, exist_ok=True)
         source = dense(options)
