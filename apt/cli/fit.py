@@ -15,7 +15,9 @@ class PlotOptions(Options):
 def fit(
     run: FitRun, picture: PlotOptions, config: ConfigOptions, printing: PrintingOptions
 ) -> None:
-    """Write the best file of a given size: a kind of numbers for each tensor, rounded in turn.
+    """Write the best file of a given size.
+
+    Each tensor gets the kind of numbers that serves the whole best, and is rounded to it in turn.
 
     For example: apt-prune fit MODEL --size 73MiB -o small.gguf
     """

@@ -81,11 +81,11 @@ def test_resumed_run_measures_nothing_again(checkpoint, apt, monkeypatch):
         "apt.cli.progress.PruningProgress.status", lambda self, line: statuses.append(line)
     )
 
-    def failing(self, changed):
+    def failing(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("apt.engine.run_output.RunOutput.verify", failing)
+        patch.setattr("apt.engine.run_output.RunOutput._record", failing)
         assert apt(*command, "-o", "out").code == 130
     assert sum("measuring" in line for line in statuses) == 4
     statuses.clear()
