@@ -108,18 +108,16 @@ class FitTask(CalibratedTask):
         """The table of losses: that of an interrupted run with the same inputs, or a new one."""
         sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
         inputs = store.shared_inputs(text.tokens) | {"sizes": sizes, "versions": versions()}
-        if not self.journal.serves(inputs):
-            self.journal.begin(inputs)
-
-        def measure() -> dict[str, Any]:
+        if not self.journal.serves(inputs) or not self.journal.values("table"):
             model, adapter, plan = store.model, self.job.adapter, self.job.plan
             store.status("allocation", "measuring the gradients of the dense model")
             given = sensitivities(model, adapter, plan, text.tokens)
             store.status("allocation", "measuring the loss of each level")
             levels = measured_levels(model, adapter, plan, given, self.form.levels)
-            return LossTable(levels, self.form.rest, given.outer.gradient).record()
-
-        return LossTable.read(self.journal.remember("table", measure))
+            table = LossTable(levels, self.form.rest, given.outer.gradient)
+            self.journal.begin(inputs)
+            self.journal.add({"table": table.record()})
+        return LossTable.read(self.journal.values("table")[-1])
 
     def forget(self) -> None:
         """Delete the journal."""

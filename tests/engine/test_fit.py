@@ -88,6 +88,10 @@ def test_same_budget_gives_the_same_bytes_again(fitted, apt, tmp_path):
 def test_interrupted_run_goes_on_with_its_table(fitted, apt, tmp_path, monkeypatch):
     options = ("fit", MODEL, *SMALL, "--size", "1.2MB", "-o", "b.gguf")
     with monkeypatch.context() as patch:
+        patch.setattr(fit_task, "measured_levels", raises(KeyboardInterrupt))
+        assert apt(*options).code == 130
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
         patch.setattr(fit_task, "prune_model", raises(KeyboardInterrupt))
         interrupted = apt(*options)
     assert interrupted.code == 130
