@@ -54,23 +54,22 @@ WORKER = Path(__file__).parent / "clients" / "window_losses.cpp"
 _EMBEDDING = "--token-embedding-type"
 _BLOCKS = "--tensor-type blk="
 RECIPES = [
-    "F16",
-    "Q8_0",
+    "F16", "Q8_0",
     "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_1", "Q4_K_S",
     "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_M", "Q2_K", "Q2_K_S",
     "IQ3_XXS", "IQ2_M", "IQ1_S",
     *(f"Q4_0 {_EMBEDDING} {kind}" for kind in ("q5_0", "q4_0")),
-    *(f"IQ4_NL {_EMBEDDING} {kind}" for kind in ("q5_1", "q5_0", "iq4_nl")),
-    "Q4_0 --pure", "IQ4_NL --pure", "IQ4_XS --pure",
-    *(f"{name} {_EMBEDDING} {kind}" for name in ("Q2_K_S", "IQ3_XXS", "IQ2_M", "IQ1_S")
+    *(f"IQ4_NL {_EMBEDDING} {kind}" for kind in ("q5_1", "q5_0")),
+    "IQ4_NL --pure", "IQ4_XS --pure", "Q4_0 --pure",
+    *(f"{name} {_EMBEDDING} {kind}" for name in ("IQ3_XXS", "IQ2_M", "Q2_K_S", "IQ1_S")
       for kind in ("q5_0", "iq4_nl")),
     *(f"Q4_0 {_BLOCKS}{kind} {_EMBEDDING} iq4_nl" for kind in ("mxfp4", "nvfp4")),
-    "Q2_0",
-    f"Q2_0 {_EMBEDDING} iq4_nl",
-    "Q2_0 --pure",
+    "Q2_0", f"Q2_0 {_EMBEDDING} iq4_nl", "Q2_0 --pure",
 ]  # fmt: skip
-"""A type of ``llama-quantize``, and its options. In rows of 576 columns, which are not whole blocks
-of 256, it replaces k-quants and most i-quants by types of at least 4 bits: see ``types`` of a row.
+"""A type of ``llama-quantize``, and its options.
+
+Most rows of SmolLM2 have 576 columns. These are not whole blocks of 256, so that ``llama-quantize``
+replaces k-quants and most i-quants by types of 4 bits or more: see the entry ``types`` of a row.
 """
 
 
@@ -131,34 +130,44 @@ def perplexities(path: Path, texts: Texts, worker: Path, threads: int) -> dict[s
     return found
 
 
+def sizes(path: Path) -> dict[str, float]:
+    """MiB of the tensors of each type; nothing if the package gguf does not know a type."""
+    found: Counter[str] = Counter()
+    try:
+        tensors = gguf.GGUFReader(str(path)).tensors
+    except ValueError:
+        return {}
+    for tensor in tensors:
+        found[tensor.tensor_type.name.lower()] += tensor.n_bytes
+    return {name: round(count / 2**20, 1) for name, count in found.most_common()}
+
+
 def measured(path: Path, texts: Texts, options: argparse.Namespace) -> Row:
-    """The row of a file: bytes, MiB of each type of tensors, perplexities, seconds."""
-    types: Counter[str] = Counter()
-    for tensor in gguf.GGUFReader(str(path)).tensors:
-        types[tensor.tensor_type.name.lower()] += tensor.n_bytes
-    started = time.perf_counter()
-    found = perplexities(path, texts, built_worker(options.bin), options.threads)
+    """The row of a file."""
+    worker, started = built_worker(options.bin), time.perf_counter()
+    found = perplexities(path, texts, worker, options.threads)
     return {
         "model": path.name,
         "bytes": path.stat().st_size,
         **found,
-        "types": {name: round(count / 2**20, 1) for name, count in types.most_common()},
+        "types": sizes(path),
         "seconds": time.perf_counter() - started,
     }
 
 
 def dense(options: argparse.Namespace) -> Path:
-    """The dense model as f16, from which `docs/serving.md` advises to make k-quants."""
-    path, whole = options.work / "dense-f16.gguf", options.work / "whole"
-    words = ["convert", smollm2(), "--output", whole]
+    """The dense model as f16, from which ``docs/serving.md`` advises to make k-quants."""
+    whole, path = options.work / "whole", options.work / "dense-f16.gguf"
+    if not whole.is_dir():
+        call("convert", smollm2(), "--output", whole)
     if not path.is_file():
-        for part in (
-            [] if whole.is_dir() else words,
-            ["export", whole, "--type", "f16", "--source", smollm2(), "--output", path],
-        ):
-            if part:
-                subprocess.run([sys.executable, "-m", "apt", *map(str, part)], check=True)
+        call("export", whole, "--type", "f16", "--source", smollm2(), "--output", path)
     return path
+
+
+def call(*words: Any) -> None:
+    """Run a command of APT."""
+    subprocess.run([sys.executable, "-m", "apt", *map(str, words)], check=True)
 
 
 def importance(
