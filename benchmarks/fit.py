@@ -59,6 +59,7 @@ RECIPES = [
     "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_M", "Q2_K", "Q2_K_S",
     "IQ3_XXS", "IQ2_M", "IQ1_S",
     *(f"Q4_0 {_EMBEDDING} {kind}" for kind in ("q5_0", "q4_0")),
+    *(f"Q4_1 {_EMBEDDING} {kind}" for kind in ("q5_1", "q5_0", "iq4_nl")),
     *(f"IQ4_NL {_EMBEDDING} {kind}" for kind in ("q5_1", "q5_0")),
     "IQ4_NL --pure", "IQ4_XS --pure", "Q4_0 --pure",
     *(f"{name} {_EMBEDDING} {kind}" for name in ("IQ3_XXS", "IQ2_M", "Q2_K_S", "IQ1_S")
