@@ -7,8 +7,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Site
-from apt.calibration.batches import DenseActivations, OpenBlock
+from apt.adapter import Adapter, Site
+from apt.calibration.batches import Batch, DenseActivations, OpenBlock
 from apt.calibration.passing import BlockPass
 from apt.calibration.targets import Sums, Targets
 from apt.errors import AptError
@@ -189,6 +189,30 @@ class Capture:
                     f"the routed sites of order {order} saw {routed:,} tokens, not a multiple of "
                     f"{tokens:,}: the adapter's capture misses some of their inputs"
                 )
+
+
+def grams_of(
+    adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], batches: Iterable[Batch]
+) -> dict[str, Gram]:
+    """The Gram matrices of the inputs of dense sites, by input; the batches pass the block.
+
+    Args:
+        index: the index of the block in the model.
+    """
+    first, grams = dict[str, Site](), dict[str, Gram]()
+    weights = {site: site.oriented(site.weight(block).detach()) for site in sites}
+    for site in sites:
+        if first.setdefault(site.input, site) is site:
+            grams[site.input] = Gram(weights[site].shape[1], weights[site].device)
+
+    def add(site: Site, inputs: Tensor) -> None:
+        if first[site.input] is site:
+            grams[site.input].add(as_rows(site, inputs, weights[site]))
+
+    with adapter.capture(block, sites, add):
+        for batch in batches:
+            batch.state = adapter.step(block, batch.state, batch.calls[index])
+    return grams
 
 
 def as_rows(site: Site, inputs: Tensor, weight: Tensor) -> Tensor:

@@ -1,24 +1,20 @@
 """The task of ``apt-prune fit``: the best file of a given size."""
 
-import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from apt.adapter import Site
 from apt.checkpoints.exporting import EncodedRows, Export, Exportable, Exported
-from apt.checkpoints.load import load, open_skeleton
+from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
 from apt.engine.export import original_file
-from apt.engine.in_memory import InMemory
+from apt.engine.in_file import FitChoice, InFile
 from apt.engine.machine import choose_device, read_dtype
 from apt.engine.opening import RunRequest, check_export
-from apt.engine.prepare import Notice, capped, input_paths, with_compute
+from apt.engine.prepare import Notice, capped, input_paths, tell_adapter, with_compute
 from apt.engine.prune_model import Pruning, prune_model, with_own_text
 from apt.engine.prune_task import CalibratedTask, check_memory
 from apt.engine.pruning_plan import settings
@@ -27,21 +23,20 @@ from apt.engine.store import ModelStore
 from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.files.journal import Journal
+from apt.files.journal import Journal, journal_beside
 from apt.files.writing import check_file
 from apt.fit.choice import choose, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import Outer, forward_sums, measured_levels, outer_names, sensitivities
+from apt.fit.losses import forward_sums, measured_levels, outer_names, sensitivities
 from apt.fit.table import LossTable
 from apt.locations.model_source import find
 from apt.options import ExportRun, FitRun
 from apt.output.report import Report, read_report, report_beside, versions
-from apt.output.staging import Staging, write_errors
 from apt.patterns import TargetForm, Unstructured
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, make_plan
 from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import ExportSpec
-from apt.solver import Rounded, rounded
+from apt.solver import rounded
 
 _MEASURE = "leave it out: the losses are then measured"
 
@@ -108,12 +103,16 @@ class FitTask(CalibratedTask):
         """The table of losses: that of an interrupted run with the same inputs, or a new one."""
         sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
         inputs = store.shared_inputs(text.tokens) | {"sizes": sizes, "versions": versions()}
+
+        def step(work: str) -> Callable[[int, int], None]:
+            return lambda done, total: store.status("allocation", f"{work} {done} of {total}")
+
         if not self.journal.serves(inputs) or not self.journal.values("table"):
             model, adapter, plan = store.model, self.job.adapter, self.job.plan
-            store.status("allocation", "measuring the gradients of the dense model")
-            given = sensitivities(model, adapter, plan, text.tokens)
-            store.status("allocation", "measuring the loss of each level")
-            levels = measured_levels(model, adapter, plan, given, self.form.levels)
+            given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
+            levels = measured_levels(
+                model, adapter, plan, given, self.form.levels, step("losses of the levels: block")
+            )
             table = LossTable(levels, self.form.rest, given.outer.gradient)
             self.journal.begin(inputs)
             self.journal.add({"table": table.record()})
@@ -142,7 +141,7 @@ class FitTask(CalibratedTask):
         }  # fmt: skip
         return TaskResult(replace(report, fit=fit), plan)
 
-    def _round_outer(self, store: "InFile", name: str, choice: "FitChoice") -> None:
+    def _round_outer(self, store: InFile, name: str, choice: FitChoice) -> None:
         grid = level_of(self.form, name, choice.levels[name]).grid
         if grid is None:
             return
@@ -162,71 +161,6 @@ class FitTask(CalibratedTask):
         """The written file, without weights."""
         source = find(str(written), self.registry)
         return open_skeleton(source, self.registry, self.skeleton.spec.name)
-
-
-@dataclass(frozen=True)
-class FitChoice:
-    """The result of the choice under a budget.
-
-    Attributes:
-        table: the table of losses.
-        levels: the name of the level of each tensor.
-        outer: the statistics of the embedding and the head.
-    """
-
-    table: LossTable
-    levels: Mapping[str, str]
-    outer: Outer
-
-
-class InFile(InMemory):
-    """A model in memory, of which the rounded weights are kept as the file stores them.
-
-    Attributes:
-        choice: the chosen levels; None before the choice.
-    """
-
-    choice: FitChoice | None = None
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._parts = dict[str, dict[int, EncodedRows]]()
-
-    def output_bytes(self) -> int:
-        """The bytes of the largest file."""
-        return cast(FitTask, self._task).budget
-
-    def keep_rounded(self, name: str, site: Site | None, weight: Rounded) -> None:
-        """Keep the bytes of a rounded weight."""
-        index = 0 if site is None or site.expert is None else site.expert
-        rows = weight.grid.encoded(weight.points, weight.indices)
-        if rows is None:
-            raise RuntimeError(f"the grid {weight.grid.name} has no bytes for a file")
-        self._parts.setdefault(name, {})[index] = EncodedRows(weight.grid.name, rows.cpu())
-
-    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
-        """Write the file and read it back; the file is then measured."""
-        self.status("writing", "writing and verifying")
-        task = cast(FitTask, self._task)
-        self.restore()
-        del self.model
-        gc.collect()
-        target = work.out / work.output.name
-        encoded = {name: _joined(parts) for name, parts in self._parts.items()}
-        with write_errors(work.name):
-            task.write_file(encoded, target)
-        size = target.stat().st_size
-        if size != result.report.fit["size"]:
-            raise RuntimeError(f"the file has {size:,} bytes, not {result.report.fit['size']:,}")
-        self.model = load(task.open(target), torch.float32, task.device).module
-        return work.out
-
-
-def _joined(parts: Mapping[int, EncodedRows]) -> EncodedRows:
-    """The rows of a parameter, which may be a stack of the weights of experts."""
-    rows = [parts[index].rows for index in sorted(parts)]
-    level = next(iter(parts.values())).level
-    return EncodedRows(level, rows[0] if len(rows) == 1 else torch.stack(rows))
 
 
 def level_of(form: FileForm, name: str, level: str) -> Level:
@@ -271,19 +205,6 @@ def read_table(output: Path, form: FileForm) -> tuple[LossTable, str]:
     return replace(table, rest=form.rest), str(record["model"].get("sha256", ""))
 
 
-def journal_beside(output: Path) -> Journal:
-    """The journal beside a file, with the table of an interrupted run.
-
-    Raises:
-        AptError: the journal is a link, was changed, or is not a journal.
-    """
-    real = output.resolve()
-    place = real.with_name(f".{real.name}.table.jsonl")
-    journal = Journal(place, "a fit", "move it to another place, or delete it")
-    journal.read()
-    return journal
-
-
 def prepare_fit(
     request: RunRequest[FitRun], registry: Registry, notice: Notice, ranks: Ranks
 ) -> FitTask:
@@ -305,6 +226,8 @@ def prepare_fit(
     for path in (output, report_beside(output)):
         check_file(path, overwrite=options.overwrite, inputs=inputs, options=("output",))
     skeleton = open_skeleton(source, registry, options.adapter, expanded=True)
+    if options.adapter is None:
+        tell_adapter(skeleton, notice)
     device = choose_device(options.device)
     skeleton = with_compute(skeleton, options, device, notice)
     original = source.files()[0] if source.gguf else original_file(local_directory(skeleton), spec)
@@ -328,7 +251,7 @@ def prepare_fit(
         dtype=read_dtype(options.dtype), job=fit_job(skeleton, options, notice), notice=notice,
         export=spec, form=form, model=model, budget=budget,
         table=read_table(options.table_from, form) if options.table_from is not None else None,
-        journal=journal_beside(output),
+        journal=journal_beside(output, "table", "a fit"),
     )  # fmt: skip
     check_memory(task)
     return task

@@ -43,10 +43,16 @@ def open_model(
     if cuts and opened.quantised is None:
         fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
         raise AptError(fault, "name a directory as the output", ("output",))
-    if options.adapter is None and opened.spec.default:
+    if options.adapter is None:
+        tell_adapter(opened, notice)
+    return opened
+
+
+def tell_adapter(opened: Opened, notice: Notice) -> None:
+    """Say that a model has the default adapter, if no adapter is for its type alone."""
+    if opened.spec.default:
         kind = opened.config.model_type
         notice(f"adapter: {opened.spec.name} (default, since none is for type '{kind}' alone)")
-    return opened
 
 
 def with_compute(opened: Opened, options: Any, device: str, notice: Notice) -> Opened:

@@ -27,13 +27,13 @@ from apt.engine.pruning_plan import sparse_pruning
 from apt.engine.recipes import record
 from apt.engine.recover_task import RecoverTask
 from apt.engine.reports import calibration_of, in_order, model_entry, report_beside
-from apt.engine.shrink_plan import journal_beside, smaller_pruning
+from apt.engine.shrink_plan import smaller_pruning
 from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
 from apt.engine.text import Text, read_text
 from apt.engine.timed_run import fit_to_time, training_of
 from apt.errors import AptError
-from apt.files.journal import Line
+from apt.files.journal import Line, journal_beside
 from apt.locations.paths import portable
 from apt.locations.text_sources import portable_sources
 from apt.options import FitRun, PruneRun, ShrinkRun
@@ -332,7 +332,7 @@ def _smaller_job(
         )
     options, spec, job = smaller_pruning(skeleton, options, options, options.method, notice)
     if options.mode == "search" and job.structure is not None:
-        journal = journal_beside(options.directory)
+        journal = journal_beside(options.directory, "search", "a search")
         job = replace(job, structure=replace(job.structure, journal=journal))
     return replace(options, method=spec.name), spec, job
 

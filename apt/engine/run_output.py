@@ -18,7 +18,8 @@ from apt.checkpoints.masks import MASKS, Masks, block_masks, filled, write_masks
 from apt.checkpoints.stored import local_directory
 from apt.checkpoints.verify import zeros_of
 from apt.distributed.ranks import Ranks
-from apt.engine.fit_task import FitTask, InFile
+from apt.engine.fit_task import FitTask
+from apt.engine.in_file import InFile
 from apt.engine.in_memory import InMemory
 from apt.engine.in_place import InPlace
 from apt.engine.streamed import Streamed

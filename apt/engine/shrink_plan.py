@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from apt.checkpoints.opened import Opened
@@ -14,7 +13,6 @@ from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
 from apt.engine.pruning_plan import settings
 from apt.errors import AptError, name_of
-from apt.files.journal import Journal
 from apt.locations.text_sources import labels, text_sources
 from apt.options import Mode, ShrinkOptions, ShrinkRun, SolveOptions
 from apt.planning.structure import make_structured_plan
@@ -33,19 +31,6 @@ Choice = GroupChoice | ExpertChoice | GroupScores | BlockChoice
 """A choice of what to remove."""
 
 _PROMPT = 512  # tokens of the sample on which a latency is measured
-
-
-def journal_beside(output: Path) -> Journal:
-    """The journal beside an output, with the losses that a search has computed.
-
-    Raises:
-        AptError: the file is a link, was changed, or is not a journal.
-    """
-    real = output.resolve()
-    place = real.with_name(f".{real.name}.search.jsonl")
-    journal = Journal(place, "a search", "move it to another place, or delete it")
-    journal.read()
-    return journal
 
 
 def _only_blocks(run: ShrinkOptions) -> bool:

@@ -22,9 +22,10 @@ from apt.text.datasets import digest
 class ModelStore(BlockStore):
     """The model of a run, with the journal, folder and time of the run.
 
-    There are four kinds: a model of a program, `apt.engine.caller_model.CallerModel`; a checkpoint
+    There are five kinds: a model of a program, `apt.engine.caller_model.CallerModel`; a checkpoint
     in memory, `apt.engine.in_memory.InMemory`; a checkpoint whose blocks stay on disk,
-    `apt.engine.streamed.Streamed`; and a quantised checkpoint, `apt.engine.in_place.InPlace`.
+    `apt.engine.streamed.Streamed`; a quantised checkpoint, `apt.engine.in_place.InPlace`; and a
+    checkpoint in memory that becomes one file, `apt.engine.in_file.InFile`.
 
     Attributes:
         journal: the journal of the run.

@@ -150,6 +150,23 @@ class Journal:
         return results[-1]
 
 
+def journal_beside(output: Path, kind: str, run: str) -> Journal:
+    """The journal of an earlier run in a hidden file beside an output.
+
+    Args:
+        kind: the word for its content in the name of the file.
+        run: the run in words, for messages.
+
+    Raises:
+        AptError: the file is a link, was changed, or is not a journal.
+    """
+    real = output.resolve()
+    place = real.with_name(f".{real.name}.{kind}.jsonl")
+    journal = Journal(place, run, "move it to another place, or delete it")
+    journal.read()
+    return journal
+
+
 def check_same(
     message: str,
     recorded: Line,

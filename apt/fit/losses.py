@@ -21,7 +21,7 @@ level of each tensor. So the losses are comparable between grids of any kind, an
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site
 from apt.adapter.recording import eval_mode
-from apt.calibration.batches import Batch, enter
-from apt.calibration.capture import as_rows
+from apt.calibration.batches import enter
+from apt.calibration.capture import grams_of
 from apt.fit.levels import Level
 from apt.fit.table import MeasuredLevel
 from apt.planning.plan import Plan
@@ -127,7 +127,7 @@ def sensitivities(
     adapter: Adapter,
     plan: Plan,
     tokens: Tensor,
-    progress: Callable[[], None] = lambda: None,
+    step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivities:
     """The sums over the gradients of the log-likelihoods of tokens that the model draws.
 
@@ -135,7 +135,7 @@ def sensitivities(
 
     Args:
         tokens: token ids (samples, seqlen), of which about `TOKENS` are used.
-        progress: called after each sample.
+        step: called with the number of finished samples, and of all samples.
     """
     tokens = _first_tokens(tokens)
     sites = {
@@ -147,12 +147,13 @@ def sensitivities(
     result = Sensitivities({name: torch.zeros(()) for name in weights}, _empty_outer(model), tokens)
     draw, device = torch.Generator().manual_seed(0), next(model.parameters()).device
     with eval_mode(model), adapter.running(model), _differentiable(model, weights.values()):
-        for sample in tokens:
-            with torch.enable_grad(), _watched(model, result.outer) as embedded:
+        for index, sample in enumerate(tokens, 1):
+            with torch.enable_grad(), _watched(model, result.outer) as watched:
                 logits = model(input_ids=sample[None].to(device), use_cache=False).logits[0]
-                labels = _draw_labels(logits.detach(), draw, result.outer)
+                probabilities = _add_logits(logits.detach(), watched, result.outer)
+                labels = torch.multinomial(probabilities.cpu(), 1, generator=draw)[:, 0].to(device)
                 loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-                variables = [*weights.values(), *embedded]
+                variables = [*weights.values(), *watched.embedded]
                 gradients = torch.autograd.grad(loss, variables, allow_unused=True)
             for (name, site), gradient in zip(sites.items(), gradients, strict=False):
                 if gradient is not None:
@@ -163,7 +164,7 @@ def sensitivities(
                     rows = gradient.float().flatten(0, -2)
                     result.outer.gradients += rows.T @ rows
             _count(sample, result.outer)
-            progress()
+            step(index, len(tokens))
     return result
 
 
@@ -173,11 +174,13 @@ def forward_sums(model: nn.Module, adapter: Adapter, tokens: Tensor, gradient: f
     The gradients after the embedding are taken as uncorrelated, with this mean square.
     """
     tokens, outer = _first_tokens(tokens), _empty_outer(model)
-    device, draw = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    with torch.no_grad(), eval_mode(model), adapter.running(model), _watched(model, outer):
+    device = next(model.parameters()).device
+    with (
+        torch.no_grad(), eval_mode(model), adapter.running(model), _watched(model, outer) as watched
+    ):  # fmt: skip
         for sample in tokens:
             logits = model(input_ids=sample[None].to(device), use_cache=False).logits[0]
-            _draw_labels(logits, draw, outer)
+            _add_logits(logits, watched, outer)
             _count(sample, outer)
     outer.gradients += gradient * outer.tokens * torch.eye(len(outer.gradients), device=device)
     return outer
@@ -241,34 +244,44 @@ def _differentiable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[Non
             parameter.requires_grad_(required)
 
 
-@contextmanager
-def _watched(model: nn.Module, outer: Outer) -> Iterator[list[Tensor]]:
-    """Inside the context, inputs of the head are summed, and outputs of the embedding are listed.
+@dataclass
+class _Watched:
+    """What the forwards of a model have passed.
 
-    The outputs become variables, so that they have gradients.
+    Attributes:
+        embedded: the outputs of the embedding, as variables, so that they have gradients.
+        products: the norm of the last products of the head.
     """
+
+    embedded: list[Tensor] = field(default_factory=list)
+    products: float = 0.0
+
+
+@contextmanager
+def _watched(model: nn.Module, outer: Outer) -> Iterator[_Watched]:
+    """Inside the context, the inputs of the head are summed, and the embedding is watched."""
     embedding, head = _modules(model)
-    outputs = list[Tensor]()
+    watched = _Watched()
 
     def listed(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert embedding is not None
         rows = nn.functional.embedding(inputs[0], embedding.weight.detach())
         outer.embedding_scale = _ratio(output, rows)
-        outputs.append(output.detach().requires_grad_())
-        return outputs[-1]
+        watched.embedded.append(output.detach().requires_grad_())
+        return watched.embedded[-1]
 
     def summed(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].detach().float().flatten(0, -2)
         outer.hidden += rows.T @ rows
 
     def kept(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        outer.logit_scale = float(output.detach().float().norm())
+        watched.products = float(output.detach().float().norm())
 
     hooks = [] if embedding is None else [embedding.register_forward_hook(listed)]
     if head is not None:
         hooks += [head.register_forward_pre_hook(summed), head.register_forward_hook(kept)]
     try:
-        yield outputs
+        yield watched
     finally:
         for hook in hooks:
             hook.remove()
@@ -280,15 +293,14 @@ def _ratio(output: Tensor, rows: Tensor) -> float:
     return float(output.detach().float().norm()) / norm if norm else 1.0
 
 
-def _draw_labels(logits: Tensor, draw: torch.Generator, outer: Outer) -> Tensor:
-    """A token for each row of logits (tokens, vocabulary), drawn from their probabilities."""
-    if outer.head is not None:  # the hook has left the norm of the products
-        outer.logit_scale = float(logits.float().norm()) / (outer.logit_scale or 1.0)
+def _add_logits(logits: Tensor, watched: _Watched, outer: Outer) -> Tensor:
+    """The probabilities of logits (tokens, vocabulary); their variances are added up."""
     probabilities = logits.float().softmax(-1)
-    labels = torch.multinomial(probabilities.cpu(), 1, generator=draw)[:, 0].to(logits.device)
-    if len(outer.variances):
+    if outer.head is not None:
+        norm = float(logits.float().norm())
+        outer.logit_scale = norm / watched.products if watched.products else 1.0
         outer.variances += (probabilities * (1 - probabilities)).sum(0)[: len(outer.variances)]
-    return labels
+    return probabilities
 
 
 def measured_levels(
@@ -297,12 +309,12 @@ def measured_levels(
     plan: Plan,
     given: Sensitivities,
     levels: Levels,
-    progress: Callable[[], None] = lambda: None,
+    step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, tuple[MeasuredLevel, ...]]:
     """The loss of each level of each tensor, by the name of its parameter.
 
     Args:
-        progress: called after each block.
+        step: called with the number of finished blocks, and of all blocks.
 
     Raises:
         KeyError: a tensor of ``levels`` is neither a weight of a site, nor the embedding or the
@@ -323,36 +335,13 @@ def measured_levels(
                 sites.setdefault(f"{planned.name}.{entry.site.parameter}", []).append(entry.site)
             wanted = {name: members for name, members in sites.items() if name in levels}
             every = [site for members in wanted.values() for site in members]
-            grams = _grams(adapter, block, index, every, batches)
+            grams = grams_of(adapter, block, index, every, batches)
             for name, members in wanted.items():
                 result[name] = _site_losses(
                     block, members, given.rows[name], grams, given.tokens.numel(), levels[name]
                 )
-            progress()
-    missing = levels.keys() - result.keys()
-    if missing:
-        raise KeyError(min(missing))
+            step(index + 1, len(plan.blocks))
     return {name: result[name] for name in levels}
-
-
-def _grams(
-    adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], batches: list[Batch]
-) -> dict[str, Gram]:
-    """The Gram matrices of the inputs of sites, by input; the batches pass through the block."""
-    first, grams = dict[str, Site](), dict[str, Gram]()
-    weights = {site: site.oriented(site.weight(block).detach()) for site in sites}
-    for site in sites:
-        if first.setdefault(site.input, site) is site:
-            grams[site.input] = Gram(weights[site].shape[1], weights[site].device)
-
-    def add(site: Site, inputs: Tensor) -> None:
-        if first[site.input] is site:
-            grams[site.input].add(as_rows(site, inputs, weights[site]))
-
-    with adapter.capture(block, sites, add):
-        for batch in batches:
-            batch.state = adapter.step(block, batch.state, batch.calls[index])
-    return grams
 
 
 def _site_losses(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site
 from apt.calibration.batches import Batch
-from apt.calibration.capture import as_rows
+from apt.calibration.capture import grams_of
 from apt.planning.allocation import sparsity_of
 from apt.planning.plan import PlannedSite
 from apt.pruning.layer import mean_square
@@ -33,19 +33,7 @@ def site_grams(
     adapter: Adapter, block: nn.Module, index: int, sites: Sequence[Site], batches: list[Batch]
 ) -> dict[Site, Gram]:
     """The Gram matrices of the inputs of the sites; the batches are run through the block."""
-    sums, first_site = dict[str, Gram](), dict[str, Site]()
-    weights = {site: site.oriented(site.weight(block).data) for site in sites}
-    for site in sites:
-        first_site.setdefault(site.input, site)
-        sums.setdefault(site.input, Gram(weights[site].shape[1], weights[site].device))
-
-    def add(site: Site, inputs: Tensor) -> None:
-        if first_site[site.input] is site:
-            sums[site.input].add(as_rows(site, inputs, weights[site]))
-
-    with adapter.capture(block, sites, add):
-        for batch in batches:
-            batch.state = adapter.step(block, batch.state, batch.calls[index])
+    sums = grams_of(adapter, block, index, sites, batches)
     mean = mean_square(sums.values())
     complete = {name: gram.with_missing_tokens(mean) for name, gram in sums.items()}
     return {site: complete[site.input] for site in sites}
