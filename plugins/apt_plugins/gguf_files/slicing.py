@@ -44,7 +44,7 @@ _KIND_FIELDS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 @dataclass(frozen=True)
-class Sliced:
+class SlicedTensor:
     """A tensor of the smaller file.
 
     Attributes:
@@ -74,7 +74,7 @@ def _check_rows(file: StoredFile, name: str, parameter: Parameter) -> None:
 
 def plan_slices(
     file: StoredFile, config: Any, parameters: Mapping[str, Parameter], slices: Slices
-) -> tuple[list[Sliced], dict[str, Any]]:
+) -> tuple[list[SlicedTensor], dict[str, Any]]:
     """The tensors of the smaller model, and the entries that change.
 
     Raises:
@@ -107,13 +107,15 @@ def write_sliced(
         raise
 
 
-def _tensors(file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices) -> list[Sliced]:
+def _tensors(
+    file: StoredFile, parameters: Mapping[str, Parameter], slices: Slices
+) -> list[SlicedTensor]:
     """The tensors of the smaller file, in the order of the original."""
     renamed = _renamed(file, slices.blocks)
     chosen = _tensors_of_parameters(file, parameters, slices, renamed)
     used = {tensor for parameter in parameters.values() for tensor in parameter.tensors}
     return [
-        chosen[source] if source in used else Sliced(name, source)
+        chosen[source] if source in used else SlicedTensor(name, source)
         for source, name in renamed.items()
         if source in chosen or source not in used
     ]
@@ -140,7 +142,7 @@ def _tensors_of_parameters(
     parameters: Mapping[str, Parameter],
     slices: Slices,
     renamed: Mapping[str, str],
-) -> dict[str, Sliced]:
+) -> dict[str, SlicedTensor]:
     """The tensors of the parameters of the smaller model, by their names in the original."""
     shapes = {
         renamed[tensor]: (len(slices.rows.get(name, range(parameter.shape[0]))), *shape[1:])
@@ -152,7 +154,7 @@ def _tensors_of_parameters(
         if tensor in renamed
     }  # fmt: skip
     smaller = parameters_of(slices.config, file.architecture, shapes)
-    chosen = dict[str, Sliced]()
+    chosen = dict[str, SlicedTensor]()
     for name, parameter in smaller.items():
         if parameter is None or name not in slices.sources:
             message = f"{name} of the smaller model is made of no tensor of {file.path}"
@@ -167,7 +169,7 @@ def _tensors_of_parameters(
         new_values = _new_values(name, parameter, slices.values)
         pairs = zip(original.tensors, parameter.tensors, strict=True)
         for index, (tensor, new_name) in enumerate(pairs):
-            chosen[tensor] = Sliced(
+            chosen[tensor] = SlicedTensor(
                 new_name, tensor, rows, new_values and partial(new_values, index)
             )
     return chosen
@@ -190,7 +192,7 @@ def _new_values(
     return values_of_tensor
 
 
-def _check_types(file: StoredFile, tensors: Sequence[Sliced]) -> None:
+def _check_types(file: StoredFile, tensors: Sequence[SlicedTensor]) -> None:
     """Raise `AptError` if new values cannot be rounded to the type of their tensor."""
     for tensor in tensors:
         if tensor.values is not None:
@@ -204,7 +206,7 @@ def _check_types(file: StoredFile, tensors: Sequence[Sliced]) -> None:
 
 
 def _changed_entries(
-    file: StoredFile, config: Any, slices: Slices, tensors: Sequence[Sliced]
+    file: StoredFile, config: Any, slices: Slices, tensors: Sequence[SlicedTensor]
 ) -> dict[str, Any]:
     """The entries with new values, by their keys with the name of the architecture.
 
@@ -245,7 +247,7 @@ def _changed_entries(
     return changes
 
 
-def _shapes(file: StoredFile, tensors: Sequence[Sliced]) -> dict[str, tuple[int, ...]]:
+def _shapes(file: StoredFile, tensors: Sequence[SlicedTensor]) -> dict[str, tuple[int, ...]]:
     shapes = dict[str, tuple[int, ...]]()
     for tensor in tensors:
         first, *rest = file.shapes[tensor.source]
@@ -312,7 +314,7 @@ def _size_label(shapes: Shapes) -> str:
 
 
 def _write(
-    output: BinaryIO, file: StoredFile, changes: Mapping[str, Any], tensors: Sequence[Sliced]
+    output: BinaryIO, file: StoredFile, changes: Mapping[str, Any], tensors: Sequence[SlicedTensor]
 ) -> list[bytes]:
     """Write a file; returns the digests of the tensors."""
     entries, version = file.header.entries, file.header.version
@@ -356,7 +358,7 @@ def _string_bytes(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _tensor_bytes(file: StoredFile, tensor: Sliced) -> Iterator[bytes]:
+def _tensor_bytes(file: StoredFile, tensor: SlicedTensor) -> Iterator[bytes]:
     """The bytes of a tensor of the smaller file, part by part."""
     if tensor.values is not None:
         values = np.ascontiguousarray(tensor.values().numpy())
@@ -377,7 +379,7 @@ def _verify(
     file: StoredFile,
     target: Path,
     changes: Mapping[str, Any],
-    tensors: Sequence[Sliced],
+    tensors: Sequence[SlicedTensor],
     digests: Sequence[bytes],
 ) -> None:
     """Raise if the file was not written as planned."""

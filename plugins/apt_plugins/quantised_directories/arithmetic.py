@@ -85,6 +85,17 @@ def group_sizes(
     return sizes
 
 
+def scale_grid(shape: Sequence[int], count: int) -> tuple[int, ...]:
+    """The shape of scales, extended to ``count`` dimensions, those of the matrix.
+
+    Raises:
+        ValueError: the scales have more dimensions.
+    """
+    if len(shape) > count:
+        raise ValueError(f"scales of shape {tuple(shape)}")
+    return (*shape, *[1] * (count - len(shape)))
+
+
 def spread(scales: Tensor, shape: Sequence[int], configured: Sequence[int] = ()) -> Tensor:
     """Scales for each value of a matrix, from a grid of scales; see `group_sizes`."""
     for dim, size in enumerate(group_sizes(shape, scales.shape, configured)):

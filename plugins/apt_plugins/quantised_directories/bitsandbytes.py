@@ -66,8 +66,8 @@ class BitsAndBytes(Format):
             raise ValueError(f"{shape} numbers with {entries['largest'].dtype} for each group")
         if "nested_largest" in entries:
             nested = math.prod(entries["nested_largest"].shape)
-            size, table = int(state["nested_blocksize"]), entries["nested_values"].shape
-            if nested != -(-groups // size) or table != (256,) or "nested_values" not in entries:
+            size, table = int(state["nested_blocksize"]), entries.get("nested_values")
+            if nested != -(-groups // size) or table is None or table.shape != (256,):
                 raise ValueError(f"{nested} nested groups for {groups}")
             float(state["nested_offset"])
         expanded = ExpandedTensor(shape, dtype, str(state["quant_type"]))

@@ -27,7 +27,7 @@ from apt_plugins.quantised_directories.format import (
 )
 from apt_plugins.quantised_directories.renaming import Renaming
 from apt_plugins.quantised_directories.writing import (
-    Sliced,
+    NewTensor,
     copied,
     copied_rows,
     remove_partial,
@@ -154,7 +154,7 @@ class QuantisedDirectory:
             pairs += [(key, new_keys[role]) for role, key in keys.items()]
         return Renaming(pairs, [*self.tensors, *self._shards.entries])
 
-    def _sliced(self, slices: Slices) -> Iterator[Sliced]:
+    def _sliced(self, slices: Slices) -> Iterator[NewTensor]:
         """The stored tensors of the smaller model; matrices of one stack become one tensor."""
         stacks: dict[str, dict[int, tuple[str, range | Tensor]]] = {}
         for name, source in slices.sources.items():
@@ -174,7 +174,7 @@ class QuantisedDirectory:
         for key, places in stacks.items():
             yield self._stack(key, places)
 
-    def _cut(self, source: str, key: str, role: str, rows: Any) -> Sliced:
+    def _cut(self, source: str, key: str, role: str, rows: Any) -> NewTensor:
         """The stored tensor of a role, for a matrix that loses rows."""
         matrix = self._matrices[source]
         entry = self._shards.entries[matrix.keys[role]]
@@ -204,15 +204,15 @@ class QuantisedDirectory:
             raise ValueError(f"{name} has new values, but not of {', '.join(unchanged)}")
         return new_parts
 
-    def _stack(self, key: str, places: Mapping[int, tuple[str, range | Tensor]]) -> Sliced:
+    def _stack(self, key: str, places: Mapping[int, tuple[str, range | Tensor]]) -> NewTensor:
         """A stack of matrices that all come from the same stack of the checkpoint."""
         if sorted(places) != list(range(len(places))) or len({k for k, _ in places.values()}) > 1:
             raise ValueError(f"{key} would have the matrices {sorted(places)} of several stacks")
         entry = self._shards.entries[places[0][0]]
         content = [places[place][1] for place in range(len(places))]
-        return Sliced(key, entry.dtype, (len(content), *entry.shape[1:]), entry, content)
+        return NewTensor(key, entry.dtype, (len(content), *entry.shape[1:]), entry, content)
 
-    def _auxiliary_tensors(self, renaming: Renaming) -> Iterator[Sliced]:
+    def _auxiliary_tensors(self, renaming: Renaming) -> Iterator[NewTensor]:
         """Scales of activations and the like, for modules that the smaller model has."""
         used = {key for matrix in self._matrices.values() for key in matrix.keys.values()}
         for key, entry in self._shards.entries.items():

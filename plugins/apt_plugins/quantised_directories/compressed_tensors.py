@@ -19,6 +19,7 @@ from apt_plugins.quantised_directories.arithmetic import (
     group_sizes,
     largest_of_groups,
     packed,
+    scale_grid,
     spread,
     unpacked,
 )
@@ -75,7 +76,7 @@ class CompressedTensors(Format):
             check_words(numbers, *([entries["zeros"]] if "zeros" in entries else []))
             shape = self._shape(stem, numbers.shape)
             stored = f"int{self._bits(shape[-1], numbers.shape[-1])}"
-        grid = _grid(entries["scales"].shape, len(shape))
+        grid = scale_grid(entries["scales"].shape, len(shape))
         sizes = group_sizes(shape, grid, self._block)
         scales_cut = Cut.WHOLE if grid[0] == 1 else Cut.ROWS if sizes[0] == 1 else Cut.NEVER
         _check_zeros(entries, shape, grid, stored)
@@ -90,7 +91,7 @@ class CompressedTensors(Format):
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
         """The integers less their zero points, or the numbers of FP8, times the scales."""
         scales, zeros = parts["scales"], parts.get("zeros")
-        grid = _grid(scales.shape, len(shape))
+        grid = scale_grid(scales.shape, len(shape))
         if "packed" in parts:
             bits = self._bits(shape[-1], parts["packed"].shape[-1])
             values = unpacked(parts["packed"], bits, shape[-1]).float() - 2 ** (bits - 1)
@@ -116,7 +117,7 @@ class CompressedTensors(Format):
         dtype = stored["scales"].dtype
         numbers = stored["values"] if "values" in stored else stored["packed"]
         rows = (numbers.shape[0], *values.shape[1:])
-        grid = _grid(stored["scales"].shape, values.ndim)
+        grid = scale_grid(stored["scales"].shape, values.ndim)
         sizes = group_sizes(rows, grid, self._block)
         grid = tuple(-(-n // size) for n, size in zip(values.shape, sizes, strict=True))
         largest = largest_of_groups(values, grid, sizes)
@@ -190,7 +191,7 @@ def _check_zeros(
     """Raise `ValueError` if zero points, which are packed along the rows, do not fit the scales."""
     if "zeros" not in entries:
         return
-    zeros_shape, expected = _grid(entries["zeros"].shape, len(shape)), grid
+    zeros_shape, expected = scale_grid(entries["zeros"].shape, len(shape)), grid
     if "packed" in entries:
         words = -(-grid[-2] * int(stored.removeprefix("int")) // 32)
         expected = (*grid[:-2], words, grid[-1])
@@ -205,10 +206,3 @@ def _groups(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         if not isinstance(group, dict):
             raise AptError("config_groups of quantization_config is damaged", "get it again")
         yield group
-
-
-def _grid(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape of scales, extended to the number of dimensions of the matrix."""
-    if len(shape) > count:
-        raise ValueError(f"scales of shape {tuple(shape)}")
-    return (*shape, *[1] * (count - len(shape)))

@@ -17,6 +17,7 @@ from apt_plugins.quantised_directories.arithmetic import (
     fp8_scales,
     group_sizes,
     largest_of_groups,
+    scale_grid,
     spread,
 )
 from apt_plugins.quantised_directories.format import Cut, Format, Parts, quantization_of
@@ -50,7 +51,7 @@ class BlockFp8(Format):
         values, scales = entries["values"], entries["scales"]
         if values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
             raise ValueError(f"its numbers are {values.dtype}, not FP8")
-        grid = _grid(scales.shape, len(values.shape))
+        grid = scale_grid(scales.shape, len(values.shape))
         sizes = group_sizes(values.shape, grid, self._block)
         rows = Cut.ROWS if sizes[0] == 1 else Cut.NEVER
         cuts = {"values": Cut.ROWS, "scales": Cut.WHOLE if grid[0] == 1 else rows}
@@ -62,7 +63,7 @@ class BlockFp8(Format):
     def expand(self, stem: str, shape: tuple[int, ...], parts: Parts) -> Tensor:
         """The numbers times the scales of their blocks."""
         scales = as_scales(parts["scales"])
-        scales = scales.reshape(_grid(scales.shape, len(shape)))
+        scales = scales.reshape(scale_grid(scales.shape, len(shape)))
         return parts["values"].float() * spread(scales, shape, self._block)
 
     def can_round(self, stem: str, roles: Iterable[str]) -> bool:
@@ -72,7 +73,7 @@ class BlockFp8(Format):
     def rounded(self, stem: str, values: Tensor, stored: Parts) -> dict[str, Tensor]:
         """Numbers and scales by which the largest value of each block is the largest of FP8."""
         scales = stored["scales"]
-        grid = _grid(scales.shape, values.ndim)
+        grid = scale_grid(scales.shape, values.ndim)
         sizes = group_sizes(stored["values"].shape, grid, self._block)
         grid = tuple(-(-n // size) for n, size in zip(values.shape, sizes, strict=True))
         largest = largest_of_groups(values, grid, sizes)
@@ -82,13 +83,6 @@ class BlockFp8(Format):
             values / spread(as_scales(new_scales), values.shape, sizes), stored["values"].dtype
         )
         return {"values": numbers, "scales": new_scales.reshape(_shape(scales.shape, grid))}
-
-
-def _grid(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape of scales, extended to the number of dimensions of the matrix."""
-    if len(shape) > count:
-        raise ValueError(f"scales of shape {shape}")
-    return (*shape, *[1] * (count - len(shape)))
 
 
 def _shape(stored: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:

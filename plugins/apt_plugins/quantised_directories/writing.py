@@ -22,7 +22,7 @@ Content = Sequence[range | Tensor]
 
 
 @dataclass(frozen=True)
-class Sliced:
+class NewTensor:
     """A tensor to write.
 
     Attributes:
@@ -49,21 +49,21 @@ class Sliced:
         )
 
 
-def copied(key: str, entry: Entry) -> Sliced:
+def copied(key: str, entry: Entry) -> NewTensor:
     """A copy of a tensor."""
     content = [range(entry.start, entry.start + entry.size)]
-    return Sliced(key, entry.dtype, entry.shape, entry, content)
+    return NewTensor(key, entry.dtype, entry.shape, entry, content)
 
 
-def replaced(key: str, entry: Entry, values: Tensor) -> Sliced:
+def replaced(key: str, entry: Entry, values: Tensor) -> NewTensor:
     """New values in the place of a tensor."""
-    return Sliced(key, values.dtype, tuple(values.shape), entry, [values])
+    return NewTensor(key, values.dtype, tuple(values.shape), entry, [values])
 
 
-def copied_rows(key: str, entry: Entry, rows: Iterable[int]) -> Sliced:
+def copied_rows(key: str, entry: Entry, rows: Iterable[int]) -> NewTensor:
     """Some slices of the first dimension of a tensor."""
     ranges = [row_range(entry, row) for row in rows]
-    return Sliced(key, entry.dtype, (len(ranges), *entry.shape[1:]), entry, ranges)
+    return NewTensor(key, entry.dtype, (len(ranges), *entry.shape[1:]), entry, ranges)
 
 
 def row_range(entry: Entry, row: int) -> range:
@@ -75,7 +75,9 @@ def row_range(entry: Entry, row: int) -> range:
     return range(start, start + size)
 
 
-def write_shards(tensors: Iterable[Sliced], shards: Shards, target: Path, parameters: int) -> None:
+def write_shards(
+    tensors: Iterable[NewTensor], shards: Shards, target: Path, parameters: int
+) -> None:
     """Write tensors, each to a file of the same name as its source's file, and the index.
 
     A file that would have no tensors is not written.
@@ -102,7 +104,7 @@ def write_shards(tensors: Iterable[Sliced], shards: Shards, target: Path, parame
         synchronise(target / _INDEX)
 
 
-def _write_file(tensors: Sequence[Sliced], source: Path, target: Path) -> None:
+def _write_file(tensors: Sequence[NewTensor], source: Path, target: Path) -> None:
     header = write_header(
         ((tensor.key, tensor.dtype, tensor.shape) for tensor in tensors), read_metadata(source)
     )
