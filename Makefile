@@ -1,5 +1,6 @@
 # `make demo` prunes the embedded LLaMA; `make test` runs all tests. Both create their environment.
 PYTHON ?= python3
+PYTHONS ?= $(PYTHON)
 VENV ?= .venv
 BIN = $(VENV)/bin
 FAMILIES = $(addprefix -e ,$(wildcard plugins/apt-*))  # as separate packages
@@ -14,7 +15,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-avx2 test lint doctor check docs benchmarks kernels device sanitize neon template matrix matrix-oldest matrix-newest clean
+.PHONY: demo demo-avx2 test lint doctor check docs benchmarks kernels device sanitize neon template families release-check matrix matrix-oldest matrix-newest clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -73,6 +74,17 @@ neon:
 # A package of the template beside a wheel of APT, in an environment of its own.
 template:
 	.ci/template $(PYTHON)
+
+# All model types of docs/families.md with the installed transformers, hours of work.
+families: $(VENV)/.development
+	rm -f benchmarks/results/families.json
+	$(BIN)/python benchmarks/families.py --json benchmarks/results/families.json
+	$(BIN)/python benchmarks/pages.py
+
+# Both packages: built, examined, installed into new environments and tried. For several versions of
+# Python: `make release-check PYTHONS="python3.11 python3.12 python3.13"`.
+release-check:
+	PYTHONS="$(PYTHONS)" .ci/release
 
 # The tests on the oldest and the newest Python, torch and transformers of the declared ranges. Each
 # end needs some 6 GB of disk.

@@ -174,7 +174,10 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
-    for pattern in ("plugin failed to load", "observer failed", ".* is now .*; the old name"):
+    for pattern in (
+        "plugin failed to load", "observer failed", ".* is now .*; the old name",
+        "packed products are slow here",
+    ):  # fmt: skip
         warnings.filterwarnings("default", message=pattern)  # once for each text
     warnings.showwarning = _warn
 

@@ -1,8 +1,10 @@
 """A Linear module whose weight is packed."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -77,9 +79,22 @@ def _tile(device: torch.device) -> int:
 def describe_kernels() -> tuple[str, str]:
     """The implementation of packed products on this machine, and the remedy if it is slow."""
     package = kernels()
-    if package is None:
-        return "torch, which expands a matrix for each product", "pip install ./plugins/apt-kernels"
-    return f"apt-kernels {package.__version__}, {package.LEVEL}", ""
+    if package is not None:
+        return f"apt-kernels {package.__version__}, {package.LEVEL}", ""
+    state = "torch, which expands a matrix for each product"
+    if find_spec("apt_kernels") is None:
+        return state, "install apt-kernels: pip install 'apt-prune[kernels]'"
+    return f"{state}: apt-kernels is installed without its library", (
+        "install its wheel, or a C++ compiler, and then: "
+        "pip install --force-reinstall --no-deps apt-kernels"
+    )
+
+
+def warn_if_slow() -> None:
+    """Warn if this processor has no kernels for packed products."""
+    state, remedy = describe_kernels()
+    if remedy:
+        warnings.warn(f"packed products are slow here: {state}; {remedy}", stacklevel=2)
 
 
 class ExpandedMatrix:

@@ -21,7 +21,7 @@ from apt.runtime.experts import (
     prepare_for_stacks,
     put_stack,
 )
-from apt.runtime.linear import PackedLinear
+from apt.runtime.linear import PackedLinear, warn_if_slow
 from apt.runtime.matrix import Entry
 from apt.runtime.weights import check_packed_files, local_files
 
@@ -121,6 +121,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     raise AptError(
                         f"{name}.weight is damaged: {first_line(error)}", "pack the model again"
                     ) from error
+        if next(model.parameters()).is_cpu:
+            warn_if_slow()
         use_kernels(model)
         decode_by_kernels(model)
         # The model cannot be trained, and products that record gradients do not use the kernels.

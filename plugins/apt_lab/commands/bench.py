@@ -56,7 +56,12 @@ class PaysFrom:
         """A line for a person."""
         products = "packed products of one vector in bf16"
         if self.share is None:
-            return f"on this processor {products} are not faster than dense ones"
+            from apt.runtime.linear import describe_kernels
+
+            state, remedy = describe_kernels()
+            return f"on this processor {products} are not faster than dense ones" + (
+                f" ({state}; {remedy})" if remedy else ""
+            )
         start = f"from {self.share:.0%} zeros on" if self.share else "with any share of zeros"
         return f"on this processor {products} are faster than torch's dense ones {start}"
 
