@@ -1,4 +1,4 @@
-"""What a release must meet before it is published: versions, the changelog, and the files inside."""
+"""The checks of a release before it is published: versions, the changelog, and the contents."""
 
 import re
 import subprocess
@@ -26,6 +26,7 @@ def tracked() -> set[str]:
 
 
 def version(path: str, pattern: str) -> str:
+    """The version that a file of the repository states."""
     found = re.search(pattern, (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
     if not found:
         raise SystemExit(f"{path} has no version")
