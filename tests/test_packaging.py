@@ -59,7 +59,8 @@ def test_source_distribution_has_the_repository_without_its_ci():
     if listed.returncode:
         pytest.skip("not in a repository")
     named = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
-    assert sorted([*named, ".ci", ".gitignore"]) == sorted(listed.stdout.splitlines())
+    hidden = [".ci", ".github", ".gitignore", ".pre-commit-config.yaml"]
+    assert sorted([*named, *hidden]) == sorted(listed.stdout.splitlines())
 
 
 def test_oldest_matrix_versions_equal_the_declared_minimums():

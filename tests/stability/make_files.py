@@ -3,6 +3,8 @@
 Add a folder for each version of a format, and never change the folders of former versions.
 """
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apt.testing import embedded
@@ -29,8 +32,17 @@ def model(place: Path) -> None:
     embedded("llama")[1].save_pretrained(place)
 
 
+def tensor_hashes(directory: Path) -> dict[str, str]:
+    """The hash of the bytes of each tensor of a plain checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    return {
+        name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in sorted(tensors.items())
+    }
+
+
 def main() -> None:
-    """Prune and pack the model; keep the packed directory without its tokenizer, and the report."""
+    """Prune and pack the model; keep the packed directory, and hashes of the plain tensors."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model(place / "model")
@@ -40,11 +52,10 @@ def main() -> None:
         ]  # fmt: skip
         subprocess.run([sys.executable, "-m", "apt", *words], cwd=place, check=True)
         version = FILES / "packed-2-report-1"
-        shutil.copytree(
-            place / "packed", version, ignore=shutil.ignore_patterns("token*", "apt_*.py")
-        )
-        shutil.copy(place / "pruned" / "apt_report.json", version)
-        shutil.copy(place / "pruned" / "model.safetensors", version)
+        left_out = shutil.ignore_patterns("token*", "apt_*.py", "README.md")
+        shutil.copytree(place / "packed", version, ignore=left_out)
+        hashes = json.dumps(tensor_hashes(place / "pruned"), indent=1)
+        (version / "hashes.json").write_text(hashes, encoding="utf-8")
 
 
 if __name__ == "__main__":
