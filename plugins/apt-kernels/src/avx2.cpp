@@ -54,9 +54,6 @@ inline Lanes placed(Lanes values, uint8_t byte) {
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(wide, 31)), moved);
 }
 
-inline __m128i load8(const void *values) {
-    return _mm_loadl_epi64(static_cast<const __m128i *>(values));
-}
 inline __m128i load16(const void *values) {
     return _mm_loadu_si128(static_cast<const __m128i *>(values));
 }
@@ -77,11 +74,6 @@ template <>
 inline Lanes eight<FP32>(const uint8_t *values, int index) {
     return _mm256_loadu_ps(reinterpret_cast<const float *>(values + 4 * index));
 }
-template <>
-inline Lanes eight<INT8>(const uint8_t *values, int index) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(values + index)));
-}
-
 template <int32_t kind>
 struct Word {
     const uint8_t *values;
@@ -94,27 +86,52 @@ struct Word {
     }
 };
 
-template <>
-struct Word<INT4> {
-    int8_t whole[WORD + 8];
-    uint64_t bits;
-    Word(const uint8_t *begin, uint64_t mask) : bits(mask) {
-        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(begin));
-        const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), _mm256_set1_epi8(15));
-        const __m256i first = _mm256_unpacklo_epi8(low, high), last = _mm256_unpackhi_epi8(low, high);
-        const __m256i eight = _mm256_set1_epi8(8);
-        auto *to = reinterpret_cast<__m256i *>(whole);
-        _mm256_storeu_si256(
-            to, _mm256_sub_epi8(_mm256_permute2x128_si256(first, last, 0x20), eight));
-        _mm256_storeu_si256(
-            to + 1, _mm256_sub_epi8(_mm256_permute2x128_si256(first, last, 0x31), eight));
+// Like `Table`, for a shuffle of bytes: the byte of a column's value becomes the highest one of 32 bits.
+struct HighTable {
+    uint8_t places[256][32];
+    constexpr HighTable() : places() {
+        for (int byte = 0; byte < 256; ++byte) {
+            uint8_t next = 0;
+            for (int place = 0; place < 32; ++place) {
+                const bool is_kept = place % 4 == 3 && (byte >> place / 4 & 1);
+                places[byte][place] = is_kept ? next++ : 128;
+            }
+        }
     }
-    inline Lanes lanes(int part) const {
+};
+alignas(32) constexpr HighTable HIGH;
+
+// Integers in bytes, or in the upper or lower halves of bytes. The conversion of a part moves the value
+// to the highest bits of 32, and then to the lowest ones with its sign.
+struct Integers {
+    const uint8_t *values;
+    uint64_t bits;
+    inline __m256i highest(int part) const {
         const uint64_t before = part ? bits & ((uint64_t{1} << (8 * part)) - 1) : 0;
-        const auto *values = reinterpret_cast<const uint8_t *>(whole);
-        const Lanes found = eight<INT8>(values, __builtin_popcountll(before));
-        return placed(found, static_cast<uint8_t>(bits >> (8 * part)));
+        int64_t found;
+        std::memcpy(&found, values + __builtin_popcountll(before), sizeof found);
+        const auto byte = static_cast<uint8_t>(bits >> (8 * part));
+        const auto *places = reinterpret_cast<const __m256i *>(HIGH.places[byte]);
+        return _mm256_shuffle_epi8(_mm256_set1_epi64x(found), _mm256_load_si256(places));
+    }
+};
+
+template <>
+struct Word<INT8> : Integers {
+    Word(const uint8_t *begin, uint64_t mask) : Integers{begin, mask} {}
+    inline Lanes lanes(int part) const {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(highest(part), 24));
+    }
+};
+
+template <>
+struct Word<INT4> : Integers {
+    __m256i left;
+    Word(const uint8_t *begin, uint64_t mask, bool upper)
+        : Integers{begin, mask}, left(_mm256_set1_epi32(upper ? 0 : 4)) {}
+    inline Lanes lanes(int part) const {
+        const __m256i moved = _mm256_sllv_epi32(highest(part), left);
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(moved, 28));
     }
 };
 
@@ -123,7 +140,7 @@ struct Word<INT4> {
 
 const Kernels &avx2() {
     static const Kernels kernels{product, expand<float>, expand<uint16_t>,
-                                 attend<float>, attend<uint16_t>, nullptr, false};
+                                 attend<float>, attend<uint16_t>, nullptr, nullptr};
     return kernels;
 }
 
