@@ -209,7 +209,6 @@ void integer_vectors(const Matrix &m, const Vectors &x, int64_t begin, int64_t f
 template <int32_t kind>
 void integer_product(const Matrix &m, const Vectors &x, int64_t first, int64_t last, float *y) {
     int64_t b = 0;
-    for (; b + 8 <= x.batch; b += 8) integer_vectors<kind, 8>(m, x, b, first, last, y);
     for (; b + 4 <= x.batch; b += 4) integer_vectors<kind, 4>(m, x, b, first, last, y);
     for (; b + 2 <= x.batch; b += 2) integer_vectors<kind, 2>(m, x, b, first, last, y);
     for (; b < x.batch; ++b) integer_vectors<kind, 1>(m, x, b, first, last, y);
