@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apt_kernels.library import LEVEL, LEVELS, LIBRARY, Fields
-from apt_kernels.memory import in_large_pages
+from apt_kernels.memory import give_back, in_large_pages, zeros_in_large_pages
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
 _INT4 = 4
@@ -159,17 +159,18 @@ class Matrix(Kernel):
         kind = _KINDS[values.dtype]
         offsets = torch.zeros(rows, dtype=torch.int64)
         size = LIBRARY.apt_offsets(words_mask.data_ptr(), rows, words, kind, offsets.data_ptr())
-        if kind == _INT4:
-            values = _arranged(values, words_mask, offsets, size)
-        if values.nbytes != size:
+        if kind != _INT4 and values.nbytes != size:
             raise ValueError(f"{values.nbytes} bytes of values, and the mask keeps {size}")
         if (kind >= 3) != (scales is not None) or group % _WORD:
             raise ValueError("integers need scales, for groups of a multiple of 64 columns")
         groups = -(-columns // group) if group else 0
         if scales is not None and scales.shape != (rows, groups):
             raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
-        parts = in_large_pages(words_mask), in_large_pages(values)
-        super().__init__(columns, *parts, offsets, scales, group)
+        if kind == _INT4:
+            values = _arranged(values, words_mask, offsets, size)
+        else:
+            values = in_large_pages(values)
+        super().__init__(columns, in_large_pages(words_mask), values, offsets, scales, group)
 
     @property
     def mask(self) -> Tensor:
@@ -228,14 +229,15 @@ def _whole_words(mask: Tensor, words: int) -> Tensor:
 
 
 def _arranged(values: Tensor, mask: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """4-bit integers, in the order of the kernels."""
+    """4-bit integers in the order of the kernels. The pages of a file are given back."""
     assert LIBRARY is not None
     total = int(_ONES[mask.reshape(-1).long()].sum())
     if values.shape != (-(-total // 2),):
         raise ValueError(f"{len(values)} bytes of 4-bit values, and the mask keeps {total}")
-    given, arranged = values.contiguous(), torch.zeros(size, dtype=torch.uint8)
+    given, arranged = values.contiguous(), zeros_in_large_pages(size)
     LIBRARY.apt_arrange(
         mask.data_ptr(), len(mask), mask.shape[1] // 8, offsets.data_ptr(), given.data_ptr(),
-        arranged.data_ptr(),
+        _address(arranged),
     )  # fmt: skip
+    give_back(values)
     return arranged
