@@ -62,11 +62,6 @@ template <int32_t kind>
 inline Lanes eight(const uint8_t *values, int index);
 
 template <>
-inline Lanes eight<BF16>(const uint8_t *values, int index) {
-    const __m256i wide = _mm256_cvtepu16_epi32(load16(values + 2 * index));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-template <>
 inline Lanes eight<FP16>(const uint8_t *values, int index) {
     return _mm256_cvtph_ps(load16(values + 2 * index));
 }
@@ -86,49 +81,67 @@ struct Word {
     }
 };
 
-// Like `Table`, for a shuffle of bytes: the byte of a column's value becomes the highest one of 32 bits.
+// Like `Table`, for a shuffle of bytes: a column's value of `size` bytes becomes the highest bytes of 32
+// bits.
+template <int size>
 struct HighTable {
     uint8_t places[256][32];
     constexpr HighTable() : places() {
         for (int byte = 0; byte < 256; ++byte) {
-            uint8_t next = 0;
-            for (int place = 0; place < 32; ++place) {
-                const bool is_kept = place % 4 == 3 && (byte >> place / 4 & 1);
-                places[byte][place] = is_kept ? next++ : 128;
+            int index = 0;
+            for (int bit = 0; bit < 8; ++bit) {
+                const bool is_kept = byte >> bit & 1;
+                for (int i = 0; i < 4; ++i) {
+                    const bool has_value = is_kept && i >= 4 - size;
+                    const int place = has_value ? size * index + i - (4 - size) : 128;
+                    places[byte][4 * bit + i] = static_cast<uint8_t>(place);
+                }
+                index += is_kept;
             }
         }
     }
 };
-alignas(32) constexpr HighTable HIGH;
+template <int size>
+alignas(32) constexpr HighTable<size> HIGH;
 
-// Integers in bytes, or in the upper or lower halves of bytes. The conversion of a part moves the value
-// to the highest bits of 32, and then to the lowest ones with its sign.
-struct Integers {
+// Values of one or two bytes, moved to the highest bits of the columns.
+template <int size>
+struct High {
     const uint8_t *values;
     uint64_t bits;
     inline __m256i highest(int part) const {
         const uint64_t before = part ? bits & ((uint64_t{1} << (8 * part)) - 1) : 0;
-        int64_t found;
-        std::memcpy(&found, values + __builtin_popcountll(before), sizeof found);
+        const uint8_t *begin = values + size * __builtin_popcountll(before);
         const auto byte = static_cast<uint8_t>(bits >> (8 * part));
-        const auto *places = reinterpret_cast<const __m256i *>(HIGH.places[byte]);
-        return _mm256_shuffle_epi8(_mm256_set1_epi64x(found), _mm256_load_si256(places));
+        const auto *places = reinterpret_cast<const __m256i *>(HIGH<size>.places[byte]);
+        const __m128i eight = size == 1 ? _mm_loadl_epi64(reinterpret_cast<const __m128i *>(begin))
+                                        : load16(begin);
+        const __m256i twice = size == 1 ? _mm256_broadcastq_epi64(eight)
+                                        : _mm256_broadcastsi128_si256(eight);
+        return _mm256_shuffle_epi8(twice, _mm256_load_si256(places));
     }
 };
 
 template <>
-struct Word<INT8> : Integers {
-    Word(const uint8_t *begin, uint64_t mask) : Integers{begin, mask} {}
+struct Word<BF16> : High<2> {
+    Word(const uint8_t *begin, uint64_t mask) : High<2>{begin, mask} {}
+    inline Lanes lanes(int part) const { return _mm256_castsi256_ps(highest(part)); }
+};
+
+// The conversion of an integer moves it from the highest bits of 32 to the lowest ones, with its sign.
+template <>
+struct Word<INT8> : High<1> {
+    Word(const uint8_t *begin, uint64_t mask) : High<1>{begin, mask} {}
     inline Lanes lanes(int part) const {
         return _mm256_cvtepi32_ps(_mm256_srai_epi32(highest(part), 24));
     }
 };
 
 template <>
-struct Word<INT4> : Integers {
+struct Word<INT4> : High<1> {
     __m256i left;
     Word(const uint8_t *begin, uint64_t mask, bool upper)
-        : Integers{begin, mask}, left(_mm256_set1_epi32(upper ? 0 : 4)) {}
+        : High<1>{begin, mask}, left(_mm256_set1_epi32(upper ? 0 : 4)) {}
     inline Lanes lanes(int part) const {
         const __m256i moved = _mm256_sllv_epi32(highest(part), left);
         return _mm256_cvtepi32_ps(_mm256_srai_epi32(moved, 28));
