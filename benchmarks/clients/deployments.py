@@ -291,6 +291,8 @@ def scores(path: Path, texts: dict[str, Tensor]) -> Row:
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each model."""
     models = random_forms(options) if options.shape else forms(options)
+    if unknown := {*(options.only or ())} - {*models.shown}:
+        raise SystemExit(f"no such forms: {', '.join(sorted(unknown))}")
     texts = {} if options.shape else calibration_and_texts(options, open_model()[1])[1]
     by_threads = {threads: speeds(models, threads, options) for threads in options.threads}
     for label, (path, plain) in models.shown.items():
