@@ -322,13 +322,17 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("columns", [128 * 64, 200 * 64])
-def test_largest_integers_of_a_wide_group_are_summed_exactly(level, columns):
-    values = torch.full((columns,), -128, dtype=torch.int8)
+@pytest.mark.parametrize("value", [-128, 127, -8, 7])
+@pytest.mark.parametrize("given", [1.0, -1.0])
+def test_largest_integers_of_a_wide_group_are_summed_exactly(level, columns, value, given):
+    values = torch.full((columns,), value, dtype=torch.int8)
     kept = torch.ones(1, columns, dtype=torch.bool)
-    matrix = Matrix(columns, bitmask(kept), values, torch.ones(1, 1), columns)
-    matrix.use(level)
-    found = matrix.product(torch.ones(1, columns))
-    assert torch.allclose(found, torch.tensor([[-128.0 * columns]]))
+    stored = [values] if abs(value) > 8 else [values, nibbles(values)]
+    for numbers in stored:
+        matrix = Matrix(columns, bitmask(kept), numbers, torch.ones(1, 1), columns)
+        matrix.use(level)
+        found = matrix.product(torch.full((1, columns), given))
+        assert torch.allclose(found, torch.tensor([[given * value * columns]]))
 
 
 @pytest.mark.skipif(
