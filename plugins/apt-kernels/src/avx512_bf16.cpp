@@ -210,6 +210,7 @@ template <int32_t kind>
 void integer_product(const Matrix &m, const Vectors &x, int64_t first, int64_t last, float *y) {
     int64_t b = 0;
     for (; b + 4 <= x.batch; b += 4) integer_vectors<kind, 4>(m, x, b, first, last, y);
+    for (; b + 3 <= x.batch; b += 3) integer_vectors<kind, 3>(m, x, b, first, last, y);
     for (; b + 2 <= x.batch; b += 2) integer_vectors<kind, 2>(m, x, b, first, last, y);
     for (; b < x.batch; ++b) integer_vectors<kind, 1>(m, x, b, first, last, y);
 }
@@ -254,6 +255,7 @@ void product(const Matrix &m, const Vectors &x, int64_t first, int64_t last, flo
     const uint16_t *xb = x.bf16;
     int64_t b = 0;
     for (; b + 4 <= x.batch; b += 4) all_rows<4>(m, xb + b * width, first, last, y + b * m.rows);
+    for (; b + 3 <= x.batch; b += 3) all_rows<3>(m, xb + b * width, first, last, y + b * m.rows);
     for (; b + 2 <= x.batch; b += 2) all_rows<2>(m, xb + b * width, first, last, y + b * m.rows);
     for (; b < x.batch; ++b) all_rows<1>(m, xb + b * width, first, last, y + b * m.rows);
 }
