@@ -2,6 +2,7 @@
 // integers of 8 bits, summed exactly. Other kinds of values use the kernels of AVX-512.
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cmath>
+#include <limits>
 
 #include "matrix.h"
 
@@ -260,10 +261,51 @@ void product(const Matrix &m, const Vectors &x, int64_t first, int64_t last, flo
     for (; b < x.batch; ++b) all_rows<1>(m, xb + b * width, first, last, y + b * m.rows);
 }
 
+template <int32_t kind>
+void expand_integers(const Matrix &m, int64_t first, int64_t last, uint16_t *dense) {
+    const int64_t groups = (m.words + m.group_words - 1) / m.group_words;
+    const __m512i offset = _mm512_set1_epi8(static_cast<char>(offset_of(kind)));
+    for (int64_t row = first; row < last; ++row) {
+        Places places(m, row);
+        for (int64_t word = 0; word < m.words; ++word, dense += WORD) {
+            const uint64_t bits = m.mask[row * m.mask_stride + word];
+            const uint8_t *values = places.take(kind, word, __builtin_popcountll(bits));
+            const __m512i found = Places::upper(kind, word) ? integers<kind, true>(values)
+                                                            : integers<kind, false>(values);
+            const __m512i whole = expanded8(_mm512_sub_epi8(found, offset), bits);
+            const __m512 scale = _mm512_set1_ps(m.scales[row * groups + word / m.group_words]);
+            const auto scaled = [&](__m128i quarter) {
+                return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter)), scale);
+            };
+            const __m512bh low = _mm512_cvtne2ps_pbh(scaled(_mm512_extracti32x4_epi32(whole, 1)),
+                                                     scaled(_mm512_castsi512_si128(whole)));
+            const __m512bh high = _mm512_cvtne2ps_pbh(scaled(_mm512_extracti32x4_epi32(whole, 3)),
+                                                      scaled(_mm512_extracti32x4_epi32(whole, 2)));
+            std::memcpy(dense, &low, sizeof low);
+            std::memcpy(dense + WORD / 2, &high, sizeof high);
+        }
+    }
+}
+
+// True if no weight of these rows is subnormal: the conversion to bf16 would replace it by zero.
+bool all_normal(const Matrix &m, int64_t first, int64_t last) {
+    const int64_t groups = (m.words + m.group_words - 1) / m.group_words;
+    for (int64_t i = first * groups; i < last * groups; ++i) {
+        if (!(std::fabs(m.scales[i]) >= std::numeric_limits<float>::min())) return false;
+    }
+    return true;
+}
+
+void expand_half(const Matrix &m, int64_t first, int64_t last, uint16_t *dense) {
+    if (m.kind == INT8 && all_normal(m, first, last)) return expand_integers<INT8>(m, first, last, dense);
+    if (m.kind == INT4 && all_normal(m, first, last)) return expand_integers<INT4>(m, first, last, dense);
+    avx512().expand_bf16(m, first, last, dense);
+}
+
 }  // namespace
 
 const Kernels &avx512_bf16() {
-    static const Kernels kernels{product, avx512().expand, avx512().expand_bf16,
+    static const Kernels kernels{product, avx512().expand, expand_half,
                                  avx512().attend, avx512().attend_bf16, tiled, split};
     return kernels;
 }

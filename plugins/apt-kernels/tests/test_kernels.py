@@ -45,10 +45,11 @@ def nibbles(values):
     return (padded[:, 0] | (padded[:, 1] << 4)).to(torch.uint8)
 
 
-def packed(rows, columns, share, kind, seed, group=GROUP, pattern=""):
+def packed(rows, columns, share, kind, seed, group=GROUP, pattern="", scale=1.0):
     """A matrix in fp64 and the same one packed.
 
     ``pattern``: "same" for one mask in all rows, "empty" for every second row without values.
+    ``scale``: the largest scale of integers.
     """
     draw = torch.Generator().manual_seed(seed)
     kept = torch.rand(rows, columns, generator=draw) >= share
@@ -62,7 +63,7 @@ def packed(rows, columns, share, kind, seed, group=GROUP, pattern=""):
         return dense.double(), Matrix(columns, mask, dense[kept])
     low, high = (-8, 8) if kind == "int4" else (-128, 128)
     whole = torch.randint(low, high, (rows, columns), generator=draw)
-    scales = torch.rand(rows, -(-columns // group), generator=draw)
+    scales = torch.rand(rows, -(-columns // group), generator=draw) * scale
     values = nibbles(whole[kept]) if kind == "int4" else whole[kept].to(torch.int8)
     spread = scales.double().repeat_interleave(group, 1)[:, :columns]
     return whole * kept * spread, Matrix(columns, mask, values, scales, group)
@@ -156,6 +157,15 @@ def test_rows_are_expanded_exactly(level, rows, columns, share, kind, seed, data
     assert torch.equal(matrix.expand(first, last), dense[first:last].float())
     half = matrix.expand(first, last, torch.bfloat16)
     assert torch.equal(half, dense[first:last].float().bfloat16())
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_subnormal_scales_are_expanded_exactly(level, kind):
+    dense, matrix = packed(7, 300, 0.5, kind, 5, scale=1e-38)
+    matrix.use(level)
+    assert torch.equal(matrix.expand(0, 7), dense.float())
+    assert torch.equal(matrix.expand(0, 7, torch.bfloat16), dense.float().bfloat16())
 
 
 @pytest.mark.parametrize("level", HERE)
