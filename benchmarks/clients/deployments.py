@@ -13,7 +13,8 @@ process. The perplexities are those of the weights in fp32 in APT, on the texts 
         --json out/deployments-1.5b.json
 
 The models are made in ``--work``, where a model that is there already is used. With ``--shape``
-they are random, without perplexities, and the smaller one lacks a fourth of the blocks.
+they are random, without perplexities, and the smaller one lacks a fourth of the blocks. ``--only``
+names the forms to measure; the others are not made.
 """
 
 import argparse
@@ -69,6 +70,7 @@ print("RESULT " + json.dumps({
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[*SHAPES], help="of a random model; SmolLM2 without it")
+    parser.add_argument("--only", nargs="+", help="the names of the forms to measure")
     parser.add_argument("--minutes", type=float, default=5.0, help="for each model")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -96,14 +98,18 @@ def call(*words: Any) -> str:
 class Models:
     """The models of a folder: each is made once.
 
+    Args:
+        folder: the folder.
+        only: the names in the table of the models to measure; None for all.
+
     Attributes:
         shown: the models that are measured, by their names in the table, each with a form of it
             that has the same values and whose perplexity is measured.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, only: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self._only = folder, only
         self.shown: dict[str, tuple[Path, Path]] = {}
 
     def make(self, name: str, *words: Any) -> Path:
@@ -115,23 +121,31 @@ class Models:
 
     def show(self, label: str, path: Path, plain: Path | None = None) -> None:
         """Measure a model, and take its perplexity from another form of it."""
-        self.shown[label] = path, plain or path
+        if self._is_wanted(label):
+            self.shown[label] = path, plain or path
+
+    def _is_wanted(self, label: str) -> bool:
+        return self._only is None or label in self._only
 
     def pack(self, label: str, plain: Path, *words: str) -> None:
         """A packed model. What is rounded while it is packed is unpacked for its perplexity."""
+        if not self._is_wanted(label):
+            return
         name = "-".join([plain.name, "packed", *words[1:]])
         path = self.make(name, "pack", plain, *words)
         self.show(label, path, self.folder / f"{name}-unpacked" if words else plain)
 
     def export(self, label: str, plain: Path, kind: str, *words: Any) -> None:
         """A GGUF file."""
+        if not self._is_wanted(label):
+            return
         path = self.make(f"{plain.name}-{kind}.gguf", "export", plain, "--type", kind, *words)
         self.show(label, path)
 
 
 def forms(options: argparse.Namespace) -> Models:
     """SmolLM2 in all forms, each pruned and trained in ``--minutes``."""
-    models, source = Models(options.work), smollm2()
+    models, source = Models(options.work, options.only), smollm2()
     how = ("--calibration", calibration_file(options.work))
     timed = (*how, "--minutes", options.minutes)
     whole = models.make("whole", "convert", source)
@@ -147,9 +161,9 @@ def forms(options: argparse.Namespace) -> Models:
         (path, group): models.make(
             f"{path.name}-int4-{group}", "prune", path, *to_integers, "--scale-group", group
         )
-        for path, group in ((whole, 32), (small, 32), (small, 64))
+        for path, group in ((whole, 32), (small, 32), (small, 64), (half, 64))
     }
-    rounded = [integers[whole, 32], integers[small, 32], integers[small, 64]]
+    rounded = list(integers.values())
     dense, half, two_four, small = (
         models.make(name, "convert", path, "--dtype", "bfloat16")
         for name, path in (
@@ -162,7 +176,7 @@ def forms(options: argparse.Namespace) -> Models:
 
 def random_forms(options: argparse.Namespace) -> Models:
     """A model with random weights in all forms, with the tokenizer of SmolLM2."""
-    models = Models(options.work)
+    models = Models(options.work, options.only)
     paths = [models.folder / name for name in ("dense", "half", "two-four", "small")]
     dense, half, two_four, small = paths
     if not all((path / "tokenizer.json").exists() for path in paths):
@@ -181,6 +195,7 @@ def random_forms(options: argparse.Namespace) -> Models:
         for path in paths:
             tokenizer.save_pretrained(path)
     show_forms(models, *paths, [])
+    models.export("dense, `q3_K`", dense, "q3_K")
     return models
 
 
@@ -197,8 +212,8 @@ def show_forms(
 
     Args:
         rounded: the dense and the smaller model as integers of 4 bits with the scales of ``q4_0``,
-            and the smaller one with those of the packed format. Without them, the weights become
-            the nearest integers.
+            and the smaller one and that with 50 % zeros with those of the packed format. Without
+            them, the weights become the nearest integers.
     """
     models.show("dense, bf16", dense)
     models.pack("50 %, packed, bf16", half)
@@ -207,8 +222,10 @@ def show_forms(
     models.show("75 % of the size, bf16", small)
     if rounded:
         models.pack("75 % of the size, packed, int4", rounded[2])
+        models.pack("50 %, packed, int4", rounded[3])
     else:
         models.pack("75 % of the size, packed, int4", small, "--quantize", "int4")
+        models.pack("50 %, packed, int4", half, "--quantize", "int4")
     for kind in ("bf16", "q8_0", "q4_0"):
         models.export(f"dense, `{kind}`", dense, kind, *source)
     for kind in ("q8_0", "q4_0"):
@@ -274,6 +291,8 @@ def scores(path: Path, texts: dict[str, Tensor]) -> Row:
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each model."""
     models = random_forms(options) if options.shape else forms(options)
+    if unknown := {*(options.only or ())} - {*models.shown}:
+        raise SystemExit(f"no such forms: {', '.join(sorted(unknown))}")
     texts = {} if options.shape else calibration_and_texts(options, open_model()[1])[1]
     by_threads = {threads: speeds(models, threads, options) for threads in options.threads}
     for label, (path, plain) in models.shown.items():

@@ -54,9 +54,6 @@ inline Lanes placed(Lanes values, uint8_t byte) {
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(wide, 31)), moved);
 }
 
-inline __m128i load8(const void *values) {
-    return _mm_loadl_epi64(static_cast<const __m128i *>(values));
-}
 inline __m128i load16(const void *values) {
     return _mm_loadu_si128(static_cast<const __m128i *>(values));
 }
@@ -65,11 +62,6 @@ template <int32_t kind>
 inline Lanes eight(const uint8_t *values, int index);
 
 template <>
-inline Lanes eight<BF16>(const uint8_t *values, int index) {
-    const __m256i wide = _mm256_cvtepu16_epi32(load16(values + 2 * index));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-template <>
 inline Lanes eight<FP16>(const uint8_t *values, int index) {
     return _mm256_cvtph_ps(load16(values + 2 * index));
 }
@@ -77,11 +69,6 @@ template <>
 inline Lanes eight<FP32>(const uint8_t *values, int index) {
     return _mm256_loadu_ps(reinterpret_cast<const float *>(values + 4 * index));
 }
-template <>
-inline Lanes eight<INT8>(const uint8_t *values, int index) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(values + index)));
-}
-
 template <int32_t kind>
 struct Word {
     const uint8_t *values;
@@ -94,27 +81,70 @@ struct Word {
     }
 };
 
-template <>
-struct Word<INT4> {
-    int8_t whole[WORD + 8];
-    uint64_t bits;
-    Word(const uint8_t *begin, uint64_t mask) : bits(mask) {
-        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(begin));
-        const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), _mm256_set1_epi8(15));
-        const __m256i first = _mm256_unpacklo_epi8(low, high), last = _mm256_unpackhi_epi8(low, high);
-        const __m256i eight = _mm256_set1_epi8(8);
-        auto *to = reinterpret_cast<__m256i *>(whole);
-        _mm256_storeu_si256(
-            to, _mm256_sub_epi8(_mm256_permute2x128_si256(first, last, 0x20), eight));
-        _mm256_storeu_si256(
-            to + 1, _mm256_sub_epi8(_mm256_permute2x128_si256(first, last, 0x31), eight));
+// Like `Table`, for a shuffle of bytes: a column's value of `size` bytes becomes the highest bytes of 32
+// bits.
+template <int size>
+struct HighTable {
+    uint8_t places[256][32];
+    constexpr HighTable() : places() {
+        for (int byte = 0; byte < 256; ++byte) {
+            int index = 0;
+            for (int bit = 0; bit < 8; ++bit) {
+                const bool is_kept = byte >> bit & 1;
+                for (int i = 0; i < 4; ++i) {
+                    const bool has_value = is_kept && i >= 4 - size;
+                    const int place = has_value ? size * index + i - (4 - size) : 128;
+                    places[byte][4 * bit + i] = static_cast<uint8_t>(place);
+                }
+                index += is_kept;
+            }
+        }
     }
-    inline Lanes lanes(int part) const {
+};
+template <int size>
+alignas(32) constexpr HighTable<size> HIGH;
+
+// Values of one or two bytes, moved to the highest bits of the columns.
+template <int size>
+struct High {
+    const uint8_t *values;
+    uint64_t bits;
+    inline __m256i highest(int part) const {
         const uint64_t before = part ? bits & ((uint64_t{1} << (8 * part)) - 1) : 0;
-        const auto *values = reinterpret_cast<const uint8_t *>(whole);
-        const Lanes found = eight<INT8>(values, __builtin_popcountll(before));
-        return placed(found, static_cast<uint8_t>(bits >> (8 * part)));
+        const uint8_t *begin = values + size * __builtin_popcountll(before);
+        const auto byte = static_cast<uint8_t>(bits >> (8 * part));
+        const auto *places = reinterpret_cast<const __m256i *>(HIGH<size>.places[byte]);
+        const __m128i eight = size == 1 ? _mm_loadl_epi64(reinterpret_cast<const __m128i *>(begin))
+                                        : load16(begin);
+        const __m256i twice = size == 1 ? _mm256_broadcastq_epi64(eight)
+                                        : _mm256_broadcastsi128_si256(eight);
+        return _mm256_shuffle_epi8(twice, _mm256_load_si256(places));
+    }
+};
+
+template <>
+struct Word<BF16> : High<2> {
+    Word(const uint8_t *begin, uint64_t mask) : High<2>{begin, mask} {}
+    inline Lanes lanes(int part) const { return _mm256_castsi256_ps(highest(part)); }
+};
+
+// The conversion of an integer moves it from the highest bits of 32 to the lowest ones, with its sign.
+template <>
+struct Word<INT8> : High<1> {
+    Word(const uint8_t *begin, uint64_t mask) : High<1>{begin, mask} {}
+    inline Lanes lanes(int part) const {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(highest(part), 24));
+    }
+};
+
+template <>
+struct Word<INT4> : High<1> {
+    __m256i left;
+    Word(const uint8_t *begin, uint64_t mask, bool upper)
+        : High<1>{begin, mask}, left(_mm256_set1_epi32(upper ? 0 : 4)) {}
+    inline Lanes lanes(int part) const {
+        const __m256i moved = _mm256_sllv_epi32(highest(part), left);
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(moved, 28));
     }
 };
 
@@ -123,7 +153,7 @@ struct Word<INT4> {
 
 const Kernels &avx2() {
     static const Kernels kernels{product, expand<float>, expand<uint16_t>,
-                                 attend<float>, attend<uint16_t>, nullptr, false};
+                                 attend<float>, attend<uint16_t>, nullptr, nullptr};
     return kernels;
 }
 

@@ -100,13 +100,21 @@ struct Word<FP32> {
 
 template <>
 struct Word<INT8> : Word8 {
-    Word(const uint8_t *values, uint64_t bits) { bytes = integers<INT8>(values, bits); }
+    Word(const uint8_t *values, uint64_t bits) {
+        bytes = expanded8(_mm512_loadu_si512(values), bits);
+    }
     inline Lanes lanes(int part) const { return widened_int8(quarter(part)); }
 };
 
 template <>
 struct Word<INT4> : Word8 {
-    Word(const uint8_t *values, uint64_t bits) { bytes = integers<INT4>(values, bits); }
+    Word(const uint8_t *values, uint64_t bits, bool upper) {
+        const __m512i pairs = _mm512_loadu_si512(values);
+        const __m512i moved = upper ? _mm512_srli_epi16(pairs, 4) : pairs;
+        const __m512i eight = _mm512_set1_epi8(8);
+        const __m512i halves = _mm512_and_si512(moved, _mm512_set1_epi8(15));
+        bytes = expanded8(_mm512_sub_epi8(_mm512_xor_si512(halves, eight), eight), bits);
+    }
     inline Lanes lanes(int part) const { return widened_int8(quarter(part)); }
 };
 
@@ -135,7 +143,7 @@ void expand_half(const Matrix &m, int64_t first, int64_t last, uint16_t *dense) 
 
 const Kernels &avx512() {
     static const Kernels kernels{product, expand<float>, expand_half,
-                                 attend<float>, attend<uint16_t>, nullptr, false};
+                                 attend<float>, attend<uint16_t>, nullptr, nullptr};
     return kernels;
 }
 

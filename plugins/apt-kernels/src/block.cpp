@@ -44,11 +44,11 @@ class Input {
         for (size_t i = 0; i < half_.size(); ++i) half_[i] = to_bf16(wide_[i]);
     }
 
-    Split split(const Matrix &m, const Kernels &kernels) const {
-        return Split(m, wide_.data(), kernels.split ? 1 : 0);
+    SplitVectors split(const Matrix &m, const Kernels &kernels) const {
+        return SplitVectors(m, wide_.data(), 1, kernels);
     }
 
-    Vectors vectors(const Matrix &m, const Split &split) const {
+    Vectors vectors(const Matrix &m, const SplitVectors &split) const {
         const bool half = m.kind == BF16 && !half_.empty();
         return split.vectors(1, wide_.data(), half ? half_.data() : nullptr);
     }
@@ -69,7 +69,7 @@ struct Target {
 template <class T, size_t count, class Then>
 void multiply(const Target (&targets)[count], const Input<T> &x, const Kernels &kernels,
               int threads, Then then) {
-    std::vector<Split> splits;
+    std::vector<SplitVectors> splits;
     int64_t rows = 0;
     for (const Target &each : targets) {
         splits.push_back(x.split(*each.matrix, kernels));

@@ -123,11 +123,32 @@ EXPORT int64_t apt_offsets(const uint64_t *mask, int64_t rows, int64_t words, in
     int64_t place = 0;
     for (int64_t row = 0; row < rows; ++row) {
         offsets[row] = place;
-        for (int64_t word = 0; word < words; ++word) {
-            place += apt::value_bytes(kind, __builtin_popcountll(mask[row * words + word]));
+        int64_t bytes[2] = {0, 0};
+        for (int64_t word = 0; word < words; ++word, ++mask) {
+            bytes[apt::Places::upper(kind, word)] +=
+                apt::value_bytes(kind, __builtin_popcountll(*mask));
         }
+        place += std::max(bytes[0], bytes[1]);
     }
     return place;
+}
+
+// Moves INT4 values from the order of the file to that of the kernels: two in a byte, the lower half
+// first, each with 8 added. `values` are zeros before.
+EXPORT void apt_arrange(const uint64_t *mask, int64_t rows, int64_t words, const int64_t *offsets,
+                        const uint8_t *pairs, uint8_t *values) {
+    int64_t index = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        uint8_t *next[2] = {values + offsets[row], values + offsets[row]};
+        for (int64_t word = 0; word < words; ++word, ++mask) {
+            uint8_t *&to = next[word % 2];
+            const int64_t end = index + __builtin_popcountll(*mask);
+            for (; index < end; ++index) {
+                const int half = pairs[index >> 1] >> (4 * (index & 1)) & 15;
+                *to++ |= static_cast<uint8_t>((half ^ 8) << (4 * (word % 2)));
+            }
+        }
+    }
 }
 
 // y (batch, rows) = x (batch, 64 * words) times the transposed matrix.
@@ -136,7 +157,7 @@ EXPORT void apt_product(const apt::Matrix *matrix, const float *x, const uint16_
     const apt::Kernels &kernels = apt::kernels_of(level);
     const int64_t least = apt::least_rows(*matrix);
     const int parts = static_cast<int>(std::clamp<int64_t>(matrix->rows / least, 1, threads));
-    const apt::Split split(*matrix, x, kernels.split ? batch : 0);
+    const apt::SplitVectors split(*matrix, x, batch, kernels);
     const apt::Vectors vectors = split.vectors(batch, x, xb);
     apt::parallel(parts, [&](int part) {
         const int64_t first = matrix->rows * part / parts, last = matrix->rows * (part + 1) / parts;

@@ -16,7 +16,7 @@ struct Matrix {
     const uint64_t *mask;    // (rows, words); bit j of word w is column 64 w + j; 1 = kept
     int64_t mask_stride;     // words from a row of the mask to the next: `words`, or 0 if all rows have
                              // the same mask, as those of a dense matrix
-    const void *values;      // the kept values, row by row
+    const void *values;      // the kept values, row by row; those of INT4 as `Places` has them
     const int64_t *offsets;  // (rows): bytes from `values` to the first value of a row. The kernels may
                              // read 256 bytes behind the last value of a row.
     const float *scales;     // (rows, groups), or null
@@ -31,11 +31,19 @@ struct Vectors {
     int64_t batch;
     const float *fp32;
     const uint16_t *bf16;  // null if they are not bf16
-    // For products with integers: x = scale * (256 high + low - 32768), with a scale for each group of
-    // columns that is the largest magnitude in it divided by 32512. Null if they are not needed.
-    const uint8_t *high, *low;
-    const float *scales;  // (batch, groups)
+    // For products with integers, each as its kernel needs it; null if they are not needed.
+    const int8_t *high, *low;  // (batch, 64 * words)
+    const int32_t *starts;     // (batch, groups, LANES)
+    const float *scales;       // (batch, groups)
 };
+
+// Rounds the `words` words of a group of columns to x = scale * (256 high + low), with the largest
+// magnitude divided by 32512 as the scale, which is returned; it is not finite if this is impossible.
+// Sums with weights that have the offset of their kind added begin at `start`, so that the offset is
+// subtracted: lane i of 16 sums the bytes 4 i to 4 i + 3 of each word.
+constexpr int64_t LANES_OF_SUMS = 16;
+using Split = float (*)(int32_t kind, const float *x, int64_t words, int8_t *high, int8_t *low,
+                        int32_t *start);
 
 // The product of rows [first, last) with each vector: y[b * matrix.rows + row].
 using Product = void (*)(const Matrix &, const Vectors &, int64_t first, int64_t last, float *y);
@@ -61,7 +69,7 @@ struct Kernels {
     Attend<float> attend;
     Attend<uint16_t> attend_bf16;
     Tiled tiled;  // null if there is none
-    bool split;   // true if products with integers use `Vectors::high` and `Vectors::low`
+    Split split;  // null if products with integers use `Vectors::fp32`
 };
 
 const Kernels &portable();
@@ -113,19 +121,41 @@ inline float widened(uint16_t bits) { return from_bf16(bits); }
 // The softmax, in place.
 void softmax(float *scores, int64_t length);
 
-// INT4 values of a word begin at a whole byte: two in a byte, the lower half first, from -8 to 7.
-inline int nibble(const uint8_t *values, int index) {
-    return static_cast<int>((values[index >> 1] >> (4 * (index & 1))) & 15) - 8;
+// An INT4 value of a word: from -8 to 7, in two's complement.
+inline int nibble(const uint8_t *values, int index, bool upper) {
+    return static_cast<int8_t>(upper ? values[index] & 0xf0 : values[index] << 4) / 16;
 }
 
-// The bytes of `count` values of a word.
+// The bytes from the first of `count` values of a word to the first value behind them.
 inline int64_t value_bytes(int32_t kind, int count) {
     switch (kind) {
         case FP32: return 4 * count;
         case INT8: return count;
-        case INT4: return (count + 1) / 2;
+        case INT4: return count;
         default: return 2 * count;
     }
 }
+
+// The places of the values of a row, word by word. INT4 values of words with an even number are in the
+// lower halves of the bytes, those of the others in the upper halves of the same bytes. So the values
+// of a word are in consecutive bytes, and none is moved from one byte to another when they are read.
+class Places {
+  public:
+    Places(const Matrix &m, int64_t row)
+        : next_{static_cast<const uint8_t *>(m.values) + m.offsets[row], next_[0]} {}
+
+    static bool upper(int32_t kind, int64_t word) { return kind == INT4 && word % 2; }
+
+    // The first value of the next word, which has `count` of them.
+    const uint8_t *take(int32_t kind, int64_t word, int count) {
+        const uint8_t *&next = next_[upper(kind, word)];
+        const uint8_t *found = next;
+        next += value_bytes(kind, count);
+        return found;
+    }
+
+  private:
+    const uint8_t *next_[2];
+};
 
 }  // namespace apt

@@ -114,13 +114,11 @@ template <>
 struct Word<INT4> {
     uint8_t whole[WORD + 8];
     uint64_t bits;
-    Word(const uint8_t *begin, uint64_t mask) : bits(mask) {
-        for (int i = 0; i < 2; ++i) {
-            const uint8x16_t pairs = vld1q_u8(begin + 16 * i);
-            const uint8x16x2_t found =
-                vzipq_u8(vandq_u8(pairs, vdupq_n_u8(15)), vshrq_n_u8(pairs, 4));
-            vst1q_u8(whole + 32 * i, vsubq_u8(found.val[0], vdupq_n_u8(8)));
-            vst1q_u8(whole + 32 * i + 16, vsubq_u8(found.val[1], vdupq_n_u8(8)));
+    Word(const uint8_t *begin, uint64_t mask, bool upper) : bits(mask) {
+        const int8x16_t left = vdupq_n_s8(upper ? 0 : 4);
+        for (int i = 0; i < WORD; i += 16) {
+            const int8x16_t pairs = vreinterpretq_s8_u8(vld1q_u8(begin + i));
+            vst1q_u8(whole + i, vreinterpretq_u8_s8(vshrq_n_s8(vshlq_s8(pairs, left), 4)));
         }
     }
     inline Lanes lanes(int part) const {
@@ -133,7 +131,7 @@ struct Word<INT4> {
 
 const Kernels &neon() {
     static const Kernels kernels{product, expand<float>, expand<uint16_t>,
-                                 attend<float>, attend<uint16_t>, nullptr, false};
+                                 attend<float>, attend<uint16_t>, nullptr, nullptr};
     return kernels;
 }
 

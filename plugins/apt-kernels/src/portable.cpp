@@ -4,7 +4,7 @@
 namespace apt {
 namespace {
 
-float value_at(int32_t kind, const uint8_t *values, int index) {
+float value_at(int32_t kind, const uint8_t *values, int index, bool upper) {
     switch (kind) {
         case BF16: {
             uint16_t bits;
@@ -22,7 +22,7 @@ float value_at(int32_t kind, const uint8_t *values, int index) {
             return value;
         }
         case INT8: return static_cast<float>(reinterpret_cast<const int8_t *>(values)[index]);
-        default: return static_cast<float>(nibble(values, index));
+        default: return static_cast<float>(nibble(values, index, upper));
     }
 }
 
@@ -35,14 +35,14 @@ float scale_of(const Matrix &m, int64_t row, int64_t word) {
 // Calls visit(word, bit, value) for each kept weight of a row; integers are not scaled.
 template <class Visit>
 void each_kept(const Matrix &m, int64_t row, Visit visit) {
-    const uint8_t *values = static_cast<const uint8_t *>(m.values) + m.offsets[row];
+    Places places(m, row);
     for (int64_t word = 0; word < m.words; ++word) {
         uint64_t bits = m.mask[row * m.mask_stride + word];
-        int index = 0;
-        for (; bits; bits &= bits - 1, ++index) {
-            visit(word, __builtin_ctzll(bits), value_at(m.kind, values, index));
+        const uint8_t *values = places.take(m.kind, word, __builtin_popcountll(bits));
+        const bool upper = Places::upper(m.kind, word);
+        for (int index = 0; bits; bits &= bits - 1, ++index) {
+            visit(word, __builtin_ctzll(bits), value_at(m.kind, values, index, upper));
         }
-        values += value_bytes(m.kind, index);
     }
 }
 
@@ -93,7 +93,7 @@ void attend(const float *query, const T *keys, const T *values, int64_t length, 
 
 const Kernels &portable() {
     static const Kernels kernels{product, expand<float>, expand<uint16_t>,
-                                 attend<float>, attend<uint16_t>, nullptr, false};
+                                 attend<float>, attend<uint16_t>, nullptr, nullptr};
     return kernels;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "matrix.h"
@@ -27,54 +28,47 @@ inline int64_t least_rows(const Matrix &m) {
     return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, WORD * m.words));
 }
 
-// The vectors of a product with integers in two parts of 8 bits.
-class Split {
+// The vectors of a product with integers in two parts of 8 bits, if its kernel needs them.
+class SplitVectors {
   public:
-    Split(const Matrix &m, const float *x, int64_t batch) {
-        if (!m.group_words || !batch || std::min(m.group_words, m.words) > MOST) return;
-        const int64_t width = WORD * m.words, step = WORD * m.group_words;
-        const int64_t groups = (width + step - 1) / step;
-        parts_.resize(2 * batch * width);
+    SplitVectors(const Matrix &m, const float *x, int64_t batch, const Kernels &kernels) {
+        if (!kernels.split || !m.group_words || !batch) return;
+        const int64_t step = std::min(m.group_words, m.words);
+        if (!step || step > MOST) return;
+        const int64_t groups = (m.words + step - 1) / step, width = WORD * m.words;
+        const int64_t starts = LANES_OF_SUMS * groups * sizeof(int32_t);
+        memory_.resize(batch * (2 * width + starts) + LINE);
         scales_.resize(batch * groups);
-        uint8_t *high = parts_.data(), *low = high + batch * width;
+        void *begin = memory_.data();
+        size_t size = memory_.size();
+        high_ = static_cast<int8_t *>(std::align(LINE, size - LINE, begin, size));
+        low_ = high_ + batch * width;
+        starts_ = reinterpret_cast<int32_t *>(low_ + batch * width);
         for (int64_t b = 0; b < batch; ++b) {
             for (int64_t g = 0; g < groups; ++g) {
-                const int64_t begin = b * width + g * step;
-                const int64_t count = std::min(step, width - g * step);
-                scales_[b * groups + g] = split(x + begin, count, high + begin, low + begin);
-                finite_ = finite_ && std::isfinite(scales_[b * groups + g]);
+                const int64_t place = b * width + WORD * step * g, i = b * groups + g;
+                scales_[i] = kernels.split(m.kind, x + place, std::min(step, m.words - step * g),
+                                           high_ + place, low_ + place, starts_ + LANES_OF_SUMS * i);
+                finite_ = finite_ && std::isfinite(scales_[i]);
             }
         }
     }
 
+    SplitVectors(SplitVectors &&) = default;  // a copy would point into the memory of the other one
+
     Vectors vectors(int64_t batch, const float *x, const uint16_t *xb) const {
-        if (scales_.empty() || !finite_) return {batch, x, xb, nullptr, nullptr, nullptr};
-        const uint8_t *high = parts_.data();
-        return {batch, x, xb, high, high + parts_.size() / 2, scales_.data()};
+        if (scales_.empty() || !finite_) return {batch, x, xb, nullptr, nullptr, nullptr, nullptr};
+        return {batch, x, xb, high_, low_, starts_, scales_.data()};
     }
 
   private:
     static constexpr int64_t MOST = 128;  // words of a group; the sums of 130 overflow 32 bits
+    static constexpr size_t LINE = 64;    // bytes of a line of the cache
 
-    static float split(const float *x, int64_t count, uint8_t *high, uint8_t *low) {
-        float most = 0.0f, sum = 0.0f;  // the sum is not finite if a value is not
-        for (int64_t i = 0; i < count; ++i) {
-            most = std::max(most, std::fabs(x[i]));
-            sum += x[i] * 0.0f;
-        }
-        if (!std::isfinite(sum)) return sum;
-        const float scale = most / 32512.0f;
-        const float inverse = most > 0.0f ? 32512.0f / most : 0.0f;
-        for (int64_t i = 0; i < count; ++i) {
-            const int whole = static_cast<int>(std::nearbyintf(x[i] * inverse)) + 32768;
-            high[i] = static_cast<uint8_t>(whole >> 8);
-            low[i] = static_cast<uint8_t>(whole & 255);
-        }
-        return scale;
-    }
-
-    std::vector<uint8_t> parts_;
+    std::vector<uint8_t> memory_;
     std::vector<float> scales_;
+    int8_t *high_ = nullptr, *low_ = nullptr;
+    int32_t *starts_ = nullptr;
     bool finite_ = true;
 };
 

@@ -105,7 +105,7 @@ void tiled(const Matrix &m, const uint16_t *x, int64_t batch, int64_t first, int
     const Memory<float> sums(std::min(MANY, batch) * step);
     for (int64_t begin = first; begin < last; begin += step) {
         const int64_t count = std::min(step, last - begin), rows = (count + ROWS - 1) / ROWS * ROWS;
-        avx512().expand_bf16(m, begin, begin + count, dense.get());
+        avx512_bf16().expand_bf16(m, begin, begin + count, dense.get());
         std::fill(dense.get() + count * width, dense.get() + rows * width, 0);
         for (int64_t start = 0; start < batch; start += MANY) {
             const int64_t vectors = std::min(MANY, batch - start);

@@ -45,20 +45,37 @@ def nibbles(values):
     return (padded[:, 0] | (padded[:, 1] << 4)).to(torch.uint8)
 
 
-def packed(rows, columns, share, kind, seed):
-    """A matrix in fp64 and the same one packed."""
+def packed(rows, columns, share, kind, seed, group=GROUP, pattern="", scale=1.0):
+    """A matrix in fp64 and the same one packed.
+
+    ``pattern``: "same" for one mask in all rows, "empty" for every second row without values.
+    ``scale``: the largest scale of integers.
+    """
     draw = torch.Generator().manual_seed(seed)
     kept = torch.rand(rows, columns, generator=draw) >= share
+    if pattern == "same":
+        kept[:] = kept[0].clone()
+    elif pattern == "empty":
+        kept[::2] = False
     mask = bitmask(kept)
     if kind in FLOATS:
         dense = torch.randn(rows, columns, generator=draw).to(kind) * kept
         return dense.double(), Matrix(columns, mask, dense[kept])
     low, high = (-8, 8) if kind == "int4" else (-128, 128)
     whole = torch.randint(low, high, (rows, columns), generator=draw)
-    scales = torch.rand(rows, -(-columns // GROUP), generator=draw)
+    scales = torch.rand(rows, -(-columns // group), generator=draw) * scale
     values = nibbles(whole[kept]) if kind == "int4" else whole[kept].to(torch.int8)
-    spread = scales.double().repeat_interleave(GROUP, 1)[:, :columns]
-    return whole * kept * spread, Matrix(columns, mask, values, scales, GROUP)
+    spread = scales.double().repeat_interleave(group, 1)[:, :columns]
+    return whole * kept * spread, Matrix(columns, mask, values, scales, group)
+
+
+def rounded(x, group):
+    """Vectors (n, columns) in fp64, rounded to 16-bit integers with a scale for each group."""
+    columns = x.shape[1]
+    padded = torch.nn.functional.pad(x, (0, -columns % group)).view(len(x), -1, group)
+    most = padded.abs().amax(2, keepdim=True)
+    whole = (padded * (32512 / most).where(most > 0, 0)).round()
+    return (whole.double() * (most / 32512).double()).view(len(x), -1)[:, :columns]
 
 
 KINDS = st.sampled_from([*FLOATS, "int8", "int4"])
@@ -90,6 +107,43 @@ def test_product_equals_that_of_the_dense_matrix(
 
 
 @pytest.mark.parametrize("level", HERE)
+@settings(deadline=None, max_examples=80)
+@given(
+    rows=st.integers(1, 12), columns=st.integers(1, 1100), batch=st.integers(1, 9), share=SHARES,
+    kind=st.sampled_from(["int8", "int4"]), group=st.sampled_from([64, 128, 192, 256, 320, 1152]),
+    pattern=st.sampled_from(["", "same", "empty"]), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_sums_of_integers_in_a_group_are_exact(
+    level, rows, columns, batch, share, kind, group, pattern, seed
+):
+    dense, matrix = packed(rows, columns, share, kind, seed, group, pattern)
+    matrix.use(level)
+    draw = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(batch, columns, generator=draw) * 10 ** torch.randn(1, columns, generator=draw)
+    given = rounded(x, group) if level == "avx512-bf16" else x.double()
+    found, expected = matrix.product(x), given @ dense.T
+    # Only the sums over groups are rounded, relative to the sum of the absolute products.
+    assert ((found - expected).abs() <= given.abs() @ dense.abs().T * 2e-6 + 1e-30).all()
+    assert torch.equal(matrix.expand(0, rows), dense.float())
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_groups_of_numbers_near_zero_are_multiplied(level, kind):
+    dense, matrix = packed(5, 300, 0.5, kind, 3)
+    matrix.use(level)
+    x = torch.randn(2, 300, generator=torch.Generator().manual_seed(4))
+    x[0, :128] *= 1e-37  # 32512 divided by these is not finite
+    x[1] = 0
+    found, expected = matrix.product(x), x.double() @ dense.T
+    assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-2)
+    assert not found[1].any()
+    x = x[:1, :] * 0 + 1e-37
+    found, expected = matrix.product(x).double(), x.double() @ dense.T
+    assert ((found - expected).abs() <= 1e-4 * x.double() @ dense.abs().T).all()
+
+
+@pytest.mark.parametrize("level", HERE)
 @settings(deadline=None, max_examples=40)
 @given(
     rows=st.integers(1, 40), columns=st.integers(1, 300), share=SHARES, kind=KINDS,
@@ -103,6 +157,15 @@ def test_rows_are_expanded_exactly(level, rows, columns, share, kind, seed, data
     assert torch.equal(matrix.expand(first, last), dense[first:last].float())
     half = matrix.expand(first, last, torch.bfloat16)
     assert torch.equal(half, dense[first:last].float().bfloat16())
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_subnormal_scales_are_expanded_exactly(level, kind):
+    dense, matrix = packed(7, 300, 0.5, kind, 5, scale=1e-38)
+    matrix.use(level)
+    assert torch.equal(matrix.expand(0, 7), dense.float())
+    assert torch.equal(matrix.expand(0, 7, torch.bfloat16), dense.float().bfloat16())
 
 
 @pytest.mark.parametrize("level", HERE)
@@ -269,13 +332,17 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("columns", [128 * 64, 200 * 64])
-def test_largest_integers_of_a_wide_group_are_summed_exactly(level, columns):
-    values = torch.full((columns,), -128, dtype=torch.int8)
+@pytest.mark.parametrize("value", [-128, 127, -8, 7])
+@pytest.mark.parametrize("given", [1.0, -1.0])
+def test_largest_integers_of_a_wide_group_are_summed_exactly(level, columns, value, given):
+    values = torch.full((columns,), value, dtype=torch.int8)
     kept = torch.ones(1, columns, dtype=torch.bool)
-    matrix = Matrix(columns, bitmask(kept), values, torch.ones(1, 1), columns)
-    matrix.use(level)
-    found = matrix.product(torch.ones(1, columns))
-    assert torch.allclose(found, torch.tensor([[-128.0 * columns]]))
+    stored = [values] if abs(value) > 8 else [values, nibbles(values)]
+    for numbers in stored:
+        matrix = Matrix(columns, bitmask(kept), numbers, torch.ones(1, 1), columns)
+        matrix.use(level)
+        found = matrix.product(torch.full((1, columns), given))
+        assert torch.allclose(found, torch.tensor([[given * value * columns]]))
 
 
 @pytest.mark.skipif(

@@ -46,6 +46,8 @@ def _load() -> ctypes.CDLL | None:
     pointer = POINTER(Fields)
     library.apt_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int, c_void_p]
     library.apt_offsets.restype = c_int64
+    library.apt_arrange.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 3]
+    library.apt_arrange.restype = None
     library.apt_product.argtypes = [pointer, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int]
     library.apt_product.restype = None
     library.apt_tiled.argtypes = [pointer, c_void_p, c_int64, c_void_p, c_int, c_int]

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from apt_kernels.library import LEVEL, LEVELS, LIBRARY, Fields
-from apt_kernels.memory import in_large_pages
+from apt_kernels.memory import give_back, in_large_pages, zeros_in_large_pages
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
 _INT4 = 4
 _WORD = 64  # columns
+_ONES = torch.tensor([bin(byte).count("1") for byte in range(256)])  # of a byte
 
 
 class Kernel:
@@ -45,7 +46,7 @@ class Kernel:
         self._mask, self._values, self._offsets = mask, values, offsets
         self._scales = None if scales is None else scales.float().contiguous()
         self.fields = Fields(
-            self._mask.data_ptr(), words if len(mask) == self.rows else 0,
+            self._mask.data_ptr(), 0 if _is_shared(mask) else words,
             _address(values), self._offsets.data_ptr(),
             None if self._scales is None else self._scales.data_ptr(),
             self.rows, words, group // _WORD, self._kind,
@@ -158,17 +159,18 @@ class Matrix(Kernel):
         kind = _KINDS[values.dtype]
         offsets = torch.zeros(rows, dtype=torch.int64)
         size = LIBRARY.apt_offsets(words_mask.data_ptr(), rows, words, kind, offsets.data_ptr())
-        if kind == _INT4:
-            values = _realigned(values, words_mask, size)
-        if values.nbytes != size:
+        if kind != _INT4 and values.nbytes != size:
             raise ValueError(f"{values.nbytes} bytes of values, and the mask keeps {size}")
         if (kind >= 3) != (scales is not None) or group % _WORD:
             raise ValueError("integers need scales, for groups of a multiple of 64 columns")
         groups = -(-columns // group) if group else 0
         if scales is not None and scales.shape != (rows, groups):
             raise ValueError(f"scales of {tuple(scales.shape)} for {groups} groups")
-        parts = in_large_pages(words_mask), in_large_pages(values)
-        super().__init__(columns, *parts, offsets, scales, group)
+        if kind == _INT4:
+            values = _arranged(values, words_mask, offsets, size)
+        else:
+            values = in_large_pages(values)
+        super().__init__(columns, in_large_pages(words_mask), values, offsets, scales, group)
 
     @property
     def mask(self) -> Tensor:
@@ -206,6 +208,11 @@ class DenseMatrix(Kernel):
         super().__init__(columns, mask, weight.detach().view(-1), offsets)
 
 
+def _is_shared(mask: Tensor) -> bool:
+    """True if all rows have the same mask, as in a matrix without zeros."""
+    return len(mask) == 1 or (len(mask) > 0 and bool((mask == mask[0]).all()))
+
+
 def _address(values: Tensor) -> int:
     """The address of values in memory; torch's ``data_ptr`` is 0 for an empty tensor."""
     start = values.untyped_storage().data_ptr()
@@ -221,25 +228,16 @@ def _whole_words(mask: Tensor, words: int) -> Tensor:
     return padded
 
 
-def _realigned(values: Tensor, mask: Tensor, size: int) -> Tensor:
-    """4-bit integers, moved so that the values of each word of the mask begin at a byte."""
-    words = mask.view(torch.int64).reshape(-1)
-    counts = _ones(mask).view(-1, 8).sum(1)
-    assert len(counts) == len(words)
-    total = int(counts.sum())
+def _arranged(values: Tensor, mask: Tensor, offsets: Tensor, size: int) -> Tensor:
+    """4-bit integers in the order of the kernels. The pages of a file are given back."""
+    assert LIBRARY is not None
+    total = int(_ONES[mask.reshape(-1).long()].sum())
     if values.shape != (-(-total // 2),):
         raise ValueError(f"{len(values)} bytes of 4-bit values, and the mask keeps {total}")
-    halves = torch.stack([values & 15, values >> 4], 1).reshape(-1)[:total]
-    even = counts + counts % 2
-    starts = even.cumsum(0) - even
-    word = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    within = torch.arange(total) - (counts.cumsum(0) - counts)[word]
-    spread = torch.zeros(2 * size, dtype=torch.uint8)
-    spread[starts[word] + within] = halves
-    return spread[::2] | (spread[1::2] << 4)
-
-
-def _ones(mask: Tensor) -> Tensor:
-    """The number of ones of each byte."""
-    table = torch.tensor([bin(byte).count("1") for byte in range(256)])
-    return table[mask.reshape(-1).long()]
+    given, arranged = values.contiguous(), zeros_in_large_pages(size)
+    LIBRARY.apt_arrange(
+        mask.data_ptr(), len(mask), mask.shape[1] // 8, offsets.data_ptr(), given.data_ptr(),
+        _address(arranged),
+    )  # fmt: skip
+    give_back(values)
+    return arranged

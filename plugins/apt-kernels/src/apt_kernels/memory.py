@@ -41,16 +41,20 @@ def in_large_pages(values: Tensor) -> Tensor:
     """
     if not values.is_cpu:
         raise ValueError(f"values on {values.device}, not on cpu")
-    size = values.nbytes
-    with _turn:
-        place = _reserved(-(-(size + BEYOND) // _ALIGNMENT) * _ALIGNMENT)
-    copy = place[:size].view(values.dtype).view(values.shape)
+    copy = zeros_in_large_pages(values.nbytes).view(values.dtype).view(values.shape)
     copy.copy_(values)
-    _give_back(values)
+    give_back(values)
     return copy
 
 
-def _give_back(values: Tensor) -> None:
+def zeros_in_large_pages(size: int) -> Tensor:
+    """Bytes that are zero, followed by `BEYOND` readable bytes."""
+    with _turn:
+        place = _reserved(-(-(size + BEYOND) // _ALIGNMENT) * _ALIGNMENT)
+    return place[:size]
+
+
+def give_back(values: Tensor) -> None:
     """Let the system release the pages of a mapped file. The values do not change."""
     page = mmap.PAGESIZE
     first = -(-values.data_ptr() // page) * page
