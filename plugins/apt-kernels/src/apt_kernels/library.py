@@ -37,12 +37,14 @@ class BlockFields(ctypes.Structure):
 
 
 def _load() -> ctypes.CDLL | None:
-    """The library; None if it was not compiled."""
+    """The library; None if it was not compiled from this version."""
     try:
         from apt_kernels import _library
     except ImportError:
         return None
     library = ctypes.CDLL(_library.__file__)
+    if not hasattr(library, "apt_arrange"):  # compiled from an earlier version
+        return None
     pointer = POINTER(Fields)
     library.apt_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int, c_void_p]
     library.apt_offsets.restype = c_int64
