@@ -23,6 +23,7 @@ from apt.options import (
     RemoteOptions,
     ShrinkRun,
 )
+from apt.options.fit import PACKED
 from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 
@@ -154,12 +155,17 @@ def _resolve_fit(
     source = find_source(options.model, options, registry)
     if options.calibration == MeasuringOptions.calibration:
         notice(f"calibration: {options.calibration} (default)")
-    output = options.output
+    output, target = options.output, options.target
+    if target is None:
+        packed = output is not None and output.suffix != ".gguf"
+        target = PACKED if packed else "gguf"
     if output is None:
-        output = Path(f"{source.name}-fit.gguf")
+        output = Path(f"{source.name}-fit" if target == PACKED else f"{source.name}-fit.gguf")
         notice(f"output: {output} (default)")
     metrics = _metrics(options, registry)
-    return RunRequest(replace(options, metrics=metrics, output=output), source)
+    options = replace(options, metrics=metrics, output=output, target=target)
+    options.check_target()
+    return RunRequest(options, source)
 
 
 def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:

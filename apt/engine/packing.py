@@ -71,7 +71,7 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
         if run.format != "apt" and rounding is not None:
             packed = write_compressed_tensors(directory, skeleton, work.out, rounding)
         else:
-            packed = pack(directory, names, work.out, rounding)
+            packed = pack(directory, dict.fromkeys(names, rounding), work.out)
             mark_as_packed(work.out, has_code=(work.out / OWN_CODE_FILE).is_file())
         carry_report(directory, work.out, source.reference)
     return packed

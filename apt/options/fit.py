@@ -1,7 +1,8 @@
 """The options of a run that fits a model into a budget."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from apt.errors import AptError
 from apt.options.declaration import option, options
@@ -16,10 +17,18 @@ from apt.options.shared import (
     MeasuringOptions,
     ModelOptions,
     SampleOptions,
+    check_scale_group,
+    read_columns,
 )
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 """The units of sizes in bytes."""
+PACKED = "packed"
+"""The name of the target that is a packed directory."""
+MEANS = ("zeros", "bits", "width", "depth", "experts")
+"""The means to make a model smaller."""
+MEANS_OF: Mapping[str, tuple[str, ...]] = {"gguf": ("bits",), PACKED: ("zeros", "bits")}
+"""The means of each target."""
 
 
 def read_bytes(text: Any) -> int:
@@ -45,32 +54,34 @@ def read_bytes(text: Any) -> int:
 class FitRun(
     ModelOptions, MeasuringOptions, SampleOptions, SolveOptions, DeviceOptions, DtypeOptions
 ):
-    """The options of ``apt-prune fit``: a whole run from a model to a file of a given size."""
+    """The options of ``apt-prune fit``: a whole run from a model to an output of a given size."""
 
     model: str = option(
         "Directory, hub name, .gguf file or zoo:NAME.", default="", positional=True, place=True
     )
     effort: Effort = option(
         "fast, default or best. With best, a fourth of --samples are added that the model "
-        "generates.",
+        "generates. For zeros also the length of the mask search, and tuning and random tokens.",
         default="default", panel=ACCURACY, metavar="LEVEL", used_if="efforts",
     )  # fmt: skip
     random_tokens: float | None = option(
-        "Copies with random tokens for each sample. By default 0.",
+        "Copies with random tokens for each sample. By default 0, for zeros by effort.",
         default=None, panel=TEXT, metavar="R", within="[0, 100]",
         meaning="it is a number of copies for each sample, such as 0.25",
     )  # fmt: skip
     tuning_epochs: int | None = option(
-        "Passes of block tuning by gradients, before a block is rounded. By default 0.",
+        "Passes of block tuning by gradients, before a block is rounded. By default 0, for zeros "
+        "by effort.",
         default=None, panel=ACCURACY, metavar="N", within="[0, 1000]", off="without tuning",
         needs_in_run="error_aware",
         meaning="it is a number of passes, such as 1",
     )  # fmt: skip
     size: int | str | None = option(
-        "Largest file, for example 73MiB or 1.5GB.", default=None, panel=SIZE, metavar="BYTES"
-    )
+        "Largest size of the weights, for example 73MiB or 1.5GB.",
+        default=None, panel=SIZE, metavar="BYTES",
+    )  # fmt: skip
     bits: float | None = option(
-        "Mean bits for each weight of the file, in place of --size: 8 times the bytes of the file, "
+        "Mean bits for each weight, in place of --size: 8 times the bytes of the output, "
         "divided by the number of weights.",
         default=None, panel=SIZE, metavar="B", within="(0, 32]",
         meaning="it is a number of bits, such as 4.5",
@@ -80,9 +91,25 @@ class FitRun(
         "model, and do not measure again.",
         default=None, panel=SIZE, flag="--from", metavar="OUT", place=True,
     )  # fmt: skip
+    target: Literal["gguf", "packed"] | None = option(
+        "Kind of output: gguf, a file for llama.cpp, or packed, a packed directory. By default "
+        "packed, unless --output ends in .gguf or is not given.",
+        default=None, panel=SIZE, flag="--for", metavar="KIND",
+    )  # fmt: skip
+    may: str | None = option(
+        "Means that fit may use, separated by commas: bits for gguf; zeros and bits for packed. By "
+        "default all of the output.",
+        default=None, panel=SIZE, metavar="MEANS",
+    )  # fmt: skip
+    scale_group: int | Literal["row"] = option(
+        "Columns of the integers of a packed directory that share a scale, or row for one scale a "
+        "row.",
+        default=64, panel=SIZE, metavar="N|row", read=read_columns,
+    )  # fmt: skip
     output: Path | None = option(
-        "File to write: NAME.gguf.", default=None, panel=OUTPUT, short="-o"
-    )
+        "File or directory to write: NAME.gguf, or the packed directory.",
+        default=None, panel=OUTPUT, short="-o",
+    )  # fmt: skip
     overwrite: bool = option(
         "Replace the output of an earlier run.",
         default=False, panel=OUTPUT, saved=False, effect=False,
@@ -90,13 +117,31 @@ class FitRun(
 
     @property
     def directory(self) -> Path:
-        """The file to write, once it is chosen."""
+        """The file or directory to write, once it is chosen."""
         assert self.output is not None
         return self.output
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """The means that the run may use, once its target is chosen."""
+        named = tuple(word.strip() for word in self.may.split(",")) if self.may else ()
+        return named or MEANS_OF[self.target or "gguf"]
+
+    @property
+    def zeros(self) -> bool:
+        """True if weights may be removed one by one."""
+        return "zeros" in self.means
 
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
+        check_scale_group(self.scale_group)
+        for name in self.means if self.may is not None else ():
+            if name not in MEANS:
+                message = f"'{name}' is no means to make a model smaller"
+                raise AptError(message, f"choose of {', '.join(MEANS)}", ("may",))
+        if self.target is not None:
+            self.check_target()
         if not self.model:
             raise AptError("no MODEL is given", "name one, for example zoo:llama")
         if (self.size is None) == (self.bits is None):
@@ -106,6 +151,20 @@ class FitRun(
             read_bytes(self.size)
         if self.samples < 1:
             raise AptError("fit needs calibration text", "use at least one sample", ("samples",))
+
+    def check_target(self) -> None:
+        """Raise `AptError` if options contradict the kind of output."""
+        target = self.target or "gguf"
+        possible = MEANS_OF[target]
+        if other := [name for name in self.means if name not in possible]:
+            message = f"fit has no {other[0]} to choose for {target}"
+            raise AptError(message, f"it chooses {' and '.join(possible)}", ("may", "target"))
+        if target == PACKED and self.output is not None and self.output.suffix == ".gguf":
+            message = f"a packed model is a directory, and {self.output} is the name of a file"
+            raise AptError(message, "choose another name", ("output", "target"))
+        if target != PACKED and self.scale_group != type(self).scale_group:
+            message = f"scale group has no effect for {target}, whose types have their own groups"
+            raise AptError(message, "leave it out", ("scale_group", "target"))
 
     def budget(self, weights: int) -> int:
         """The largest file in bytes, for a model of a number of weights."""
