@@ -25,7 +25,7 @@ from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
 from apt.files.journal import Journal, journal_beside
-from apt.fit.choice import choose, frontier, smallest_size
+from apt.fit.choice import choose_first, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
 from apt.fit.losses import Prune, forward_sums, measured_levels, outer_names, sensitivities
 from apt.fit.table import LossTable, MeasuredLevel
@@ -84,11 +84,11 @@ class FitTask(CalibratedTask):
         assert isinstance(store, Fitted)
         text = with_own_text(store, text, self.job)
         table = self._given(store) if self.table is not None else self._measured(store, text)
-        outer = None
-        if any(name in self.form.levels for name in outer_names(store.model)):
+        outer, heads = None, [n for n in outer_names(store.model) if n in self.form.levels]
+        if heads:
             store.status("allocation", "measuring the inputs of the head")
             outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
-        store.choice = FitChoice(table, choose(table, self.budget), outer)
+        store.choice = FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
         return text, self.job.plan
 
     def _given(self, store: ModelStore) -> LossTable:
@@ -169,7 +169,7 @@ class FitTask(CalibratedTask):
         store.status("pruning", f"rounding {name} to {grid.name}")
         weight = store.model.get_parameter(name).data
         store.dense_outer = {**store.dense_outer, name: weight.clone()}
-        result = rounded(weight.float(), matrix, grid)
+        result = rounded(weight.float(), matrix, grid, store.dtypes.get(name, weight.dtype))
         weight.copy_(result.weight)
         store.keep_rounded(name, None, result)
 

@@ -101,7 +101,7 @@ class InMemory(ModelStore):
         if self._stored is not None and plan is not None:
             replacement = tokenizer if options.tokenizer else None
             self._stored.copy(directory, replacement, largest)
-            self._stored.write(self.model, plan, directory)
+            self._stored.write(self.model, plan, directory, self.dense_outer)
             return
         save_model(self.model, tokenizer, directory, skeleton.checkpoint, largest)
         if not skeleton.source.gguf:

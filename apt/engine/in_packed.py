@@ -14,6 +14,7 @@ from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.events import BlockRecord
 from apt.fit.choice import choose_first
+from apt.fit.losses import outer_names
 from apt.fit.table import LossTable
 from apt.output.staging import Staging, write_errors
 from apt.packing.directory import Rounding, expert_tensors, linear_tensors, pack, stored_tensors
@@ -40,6 +41,7 @@ class InPacked(Fitted):
     def planned(self, block: PlannedBlock) -> PlannedBlock:
         """The block with the levels that fit after the blocks before it."""
         assert self.choice is not None
+        self._count_outer()
         names = self._names(block.name, {entry.site.parameter for entry in block.sites})
         table, levels = self.choice.table, self.choice.levels
         left = {name: row for name, row in table.tensors.items() if name not in self._sizes}
@@ -52,12 +54,21 @@ class InPacked(Fitted):
     def keep(self, name: str, block: nn.Module, done: Sequence[BlockRecord]) -> None:
         """Keep a changed block, and count the bytes of its matrices."""
         super().keep(name, block, done)
-        assert self.choice is not None
         paths = {path for path, _ in block.named_parameters()}
         for full_name in self._names(name, paths):
-            level = self._fit.form.level(full_name, self.choice.levels[full_name])
-            weight = block.get_parameter(full_name.removeprefix(f"{name}."))
-            self._sizes[full_name] = self._fit.target.coded(full_name, weight, level.grid)
+            self._count(full_name)
+
+    def _count_outer(self) -> None:
+        """Count the bytes of a rounded head, which comes before the blocks."""
+        for name in outer_names(self.model):
+            if name in self._fit.form.levels and name not in self._sizes:
+                self._count(name)
+
+    def _count(self, name: str) -> None:
+        """Count the bytes of a parameter with its final values."""
+        assert self.choice is not None
+        grid = self._fit.form.level(name, self.choice.levels[name]).grid
+        self._sizes[name] = self._fit.target.coded(name, self.model.get_parameter(name), grid)
 
     def _names(self, block: str, paths: Collection[str]) -> list[str]:
         """The full names of the parameters of a block that have levels."""

@@ -12,6 +12,7 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import read_metadata
 from apt.checkpoints.stored import Stored, find_stored
 from apt.fit.levels import FileForm, Level
+from apt.fit.losses import outer_names
 from apt.layouts.pieces import Layout, Piece
 from apt.packing.directory import expert_tensors, linear_tensors
 from apt.packing.sizes import StoredMatrices, file_bytes, header_bytes
@@ -106,14 +107,15 @@ def packed_form(
     stored = find_stored(skeleton) if dtype is None and skeleton.quantised is None else None
     checkpoint = _saved(skeleton, dtype) if stored is None else _copied(stored)
     packable = {
-        *linear_tensors(skeleton, checkpoint.layout, blocks=True),
+        *linear_tensors(skeleton, checkpoint.layout),
         *expert_tensors(skeleton, checkpoint.layout),
     }
     matrices, levels = dict[str, StoredMatrices](), dict[str, tuple[Level, ...]]()
-    for name, sites in _sites(plan).items():
+    for name, sites in {**_heads(skeleton), **_sites(plan)}.items():
         pieces = checkpoint.layout.get(name, ())
         if pieces and all(piece.key in packable for piece in pieces):
-            found = _matrices(checkpoint, pieces, stacked=sites[0].site.expert is not None)
+            stacked = any(entry.site.expert is not None for entry in sites)
+            found = _matrices(checkpoint, pieces, stacked=stacked)
             matrices[name], levels[name] = found, tuple(_levels(found, sites, means))
     with_levels = {piece.key for name in matrices for piece in checkpoint.layout[name]}
     return PackedForm(FileForm(levels, _rest(checkpoint, with_levels)), matrices)
@@ -142,6 +144,11 @@ def _saved(skeleton: Opened, dtype: torch.dtype | None) -> _Checkpoint:
     return _Checkpoint(tensors, layout, [{"format": "pt"}] * count, 2 * experts)
 
 
+def _heads(skeleton: Opened) -> dict[str, list[PlannedSite]]:
+    """The embedding and the head, which are no sites: they have no zeros."""
+    return {name: [] for name in outer_names(skeleton.module)}
+
+
 def _sites(plan: Plan) -> dict[str, list[PlannedSite]]:
     """The sites of each parameter, by its full name, without those that several blocks use."""
     found = dict[str, list[PlannedSite]]()
@@ -167,7 +174,7 @@ def _levels(
     smallest = {None: matrices.dense}
     is_transposed = any(entry.site.transposed for entry in sites)  # its groups are other columns
     for pattern, grid in means.forms():
-        if is_transposed and grid is not None:
+        if (is_transposed and grid is not None) or (pattern is not None and not sites):
             continue
         removed = 0 if pattern is None else sum(pattern.required(entry.shape) for entry in sites)
         size = matrices.largest(matrices.weights - removed, grid)
