@@ -103,7 +103,9 @@ class FitTask(CalibratedTask):
     def _measured(self, store: ModelStore, text: Text) -> LossTable:
         """The table of losses: that of an interrupted run with the same inputs, or a new one."""
         sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
-        inputs = store.shared_inputs(text.tokens) | {"sizes": sizes, "versions": versions()}
+        inputs = store.shared_inputs(text.tokens) | {
+            "sizes": sizes, "damping": self.job.recipe.solver.damping, "versions": versions(),
+        }  # fmt: skip
 
         def step(work: str) -> Callable[[int, int], None]:
             return lambda done, total: store.status("allocation", f"{work} {done} of {total}")

@@ -35,6 +35,7 @@ AnyRun = PruneRun | ShrinkRun | FitRun | RecoverRun | ReapplyRun
 R = TypeVar("R", bound=AnyRun)
 W = TypeVar("W", bound=PruneRun | ShrinkRun | RecoverRun)
 
+_DEFAULT_FORMAT = "gguf"  # of a fit without an output
 PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
 """The allocation for each unit of a sparsity that several sites share."""
 
@@ -155,17 +156,33 @@ def _resolve_fit(
     source = find_source(options.model, options, registry)
     if options.calibration == MeasuringOptions.calibration:
         notice(f"calibration: {options.calibration} (default)")
-    output, target = options.output, options.target
-    if target is None:
-        packed = output is not None and output.suffix != ".gguf"
-        target = PACKED if packed else "gguf"
+    output, target = options.output, _fit_target(options, registry)
     if output is None:
-        output = Path(f"{source.name}-fit" if target == PACKED else f"{source.name}-fit.gguf")
+        suffix = "" if target == PACKED else registry.exports.get(target).suffix
+        output = Path(f"{source.name}-fit{suffix}")
         notice(f"output: {output} (default)")
     metrics = _metrics(options, registry)
     options = replace(options, metrics=metrics, output=output, target=target)
     options.check_target()
     return RunRequest(options, source)
+
+
+def _fit_target(options: FitRun, registry: Registry) -> str:
+    """The kind of output of a fit: packed, or the name of an export format.
+
+    Raises:
+        AptError: there is no such format, or the output has the name of a file.
+    """
+    specs = registry.exports.specs.values()
+    named = [spec.name for spec in specs if options.output and spec.suffix == options.output.suffix]
+    if options.target not in (None, PACKED):
+        return registry.exports.get(options.target).name
+    if options.target is None:
+        return _DEFAULT_FORMAT if options.output is None else next(iter(named), PACKED)
+    if named:
+        message = f"a packed model is a directory, and {options.output} is the name of a file"
+        raise AptError(message, "choose another name", ("output", "target"))
+    return PACKED
 
 
 def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:

@@ -1,6 +1,5 @@
 """The options of a run that fits a model into a budget."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +24,9 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib
 """The units of sizes in bytes."""
 PACKED = "packed"
 """The name of the target that is a packed directory."""
-MEANS = ("zeros", "bits", "width", "depth", "experts")
+ZEROS, BITS = "zeros", "bits"
+MEANS = (ZEROS, BITS, "width", "depth", "experts")
 """The means to make a model smaller."""
-MEANS_OF: Mapping[str, tuple[str, ...]] = {"gguf": ("bits",), PACKED: ("zeros", "bits")}
-"""The means of each target."""
 
 
 def read_bytes(text: Any) -> int:
@@ -91,7 +89,7 @@ class FitRun(
         "model, and do not measure again.",
         default=None, panel=SIZE, flag="--from", metavar="OUT", place=True,
     )  # fmt: skip
-    target: Literal["gguf", "packed"] | None = option(
+    target: str | None = option(
         "Kind of output: gguf, a file for llama.cpp, or packed, a packed directory. By default "
         "packed, unless --output ends in .gguf or is not given.",
         default=None, panel=SIZE, flag="--for", metavar="KIND",
@@ -125,12 +123,17 @@ class FitRun(
     def means(self) -> tuple[str, ...]:
         """The means that the run may use, once its target is chosen."""
         named = tuple(word.strip() for word in self.may.split(",")) if self.may else ()
-        return named or MEANS_OF[self.target or "gguf"]
+        return named or self._possible
+
+    @property
+    def _possible(self) -> tuple[str, ...]:
+        """The means of the target."""
+        return (ZEROS, BITS) if self.target == PACKED else (BITS,)
 
     @property
     def zeros(self) -> bool:
         """True if weights may be removed one by one."""
-        return "zeros" in self.means
+        return ZEROS in self.means
 
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
@@ -140,8 +143,6 @@ class FitRun(
             if name not in MEANS:
                 message = f"'{name}' is no means to make a model smaller"
                 raise AptError(message, f"choose of {', '.join(MEANS)}", ("may",))
-        if self.target is not None:
-            self.check_target()
         if not self.model:
             raise AptError("no MODEL is given", "name one, for example zoo:llama")
         if (self.size is None) == (self.bits is None):
@@ -153,17 +154,13 @@ class FitRun(
             raise AptError("fit needs calibration text", "use at least one sample", ("samples",))
 
     def check_target(self) -> None:
-        """Raise `AptError` if options contradict the kind of output."""
-        target = self.target or "gguf"
-        possible = MEANS_OF[target]
-        if other := [name for name in self.means if name not in possible]:
-            message = f"fit has no {other[0]} to choose for {target}"
-            raise AptError(message, f"it chooses {' and '.join(possible)}", ("may", "target"))
-        if target == PACKED and self.output is not None and self.output.suffix == ".gguf":
-            message = f"a packed model is a directory, and {self.output} is the name of a file"
-            raise AptError(message, "choose another name", ("output", "target"))
-        if target != PACKED and self.scale_group != type(self).scale_group:
-            message = f"scale group has no effect for {target}, whose types have their own groups"
+        """Raise `AptError` if options contradict the kind of output, once it is chosen."""
+        if other := [name for name in self.means if name not in self._possible]:
+            message = f"fit has no {other[0]} to choose for {self.target}"
+            hint = f"it chooses {' and '.join(self._possible)}"
+            raise AptError(message, hint, ("may", "target"))
+        if self.target != PACKED and self.scale_group != type(self).scale_group:
+            message = f"scale group has no effect for {self.target}: its types have their own"
             raise AptError(message, "leave it out", ("scale_group", "target"))
 
     def budget(self, weights: int) -> int:
