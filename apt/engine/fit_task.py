@@ -220,23 +220,34 @@ def read_table(output: Path, form: FileForm) -> tuple[LossTable, str]:
     except ValueError as error:
         message = f"the report of {output} is damaged: {error}"
         raise AptError(message, hint, ("table_from",)) from error
-    if not _has_levels_of(table, form):
+    part = _part(table, form)
+    if part is None:
         message = f"{output} was made from another model, or for another output"
         raise AptError(message, hint, ("table_from",))
-    return replace(table, rest=form.rest), str(record["model"].get("sha256", ""))
+    return part, str(record["model"].get("sha256", ""))
 
 
-def _has_levels_of(table: LossTable, form: FileForm) -> bool:
-    """True if a table has the tensors, the levels and the sizes of a form."""
+def _part(table: LossTable, form: FileForm) -> LossTable | None:
+    """The levels of a form in a table; None if a tensor, a level or a size differs.
 
-    def fits(level: Level, measured: MeasuredLevel) -> bool:
-        at_most = measured.size <= level.size
-        exact = level.expected is not None or measured.size == level.size
-        return level.name == measured.name and at_most and exact
+    The table may have more levels, such as those with zeros.
+    """
+    if table.tensors.keys() != form.levels.keys():
+        return None
+    tensors = dict[str, tuple[MeasuredLevel, ...]]()
+    for name, levels in form.levels.items():
+        measured = {level.name: level for level in table.tensors[name]}
+        found = [measured[level.name] for level in levels if level.name in measured]
+        if len(found) < len(levels) or not all(map(_fits, levels, found)):
+            return None
+        tensors[name] = tuple(found)
+    return LossTable(tensors, form.rest, table.gradient)
 
-    return table.tensors.keys() == form.levels.keys() and all(
-        len(levels) == len(table.tensors[name]) and all(map(fits, levels, table.tensors[name]))
-        for name, levels in form.levels.items()
+
+def _fits(level: Level, measured: MeasuredLevel) -> bool:
+    """True if a measured level has the size of a level, or an expected size."""
+    return measured.size == level.size or (
+        level.expected is not None and measured.size < level.size
     )
 
 
