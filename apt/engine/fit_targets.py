@@ -17,7 +17,7 @@ from apt.engine.fitted import Fitted
 from apt.engine.in_file import InFile
 from apt.engine.in_packed import InPacked
 from apt.engine.opening import RunRequest, check_export
-from apt.engine.packed_form import Means, PackedForm, packed_form
+from apt.engine.packed_form import Means, PackedForm, cache_bytes, packed_form
 from apt.engine.prepare import Notice, check_place, input_paths
 from apt.errors import AptError
 from apt.files.writing import check_file
@@ -26,6 +26,7 @@ from apt.fit.losses import outer_names
 from apt.options import ExportRun, FitRun
 from apt.options.fit import PACKED
 from apt.output.report import report_beside
+from apt.packing.directory import loaded_bytes, stored_tensors
 from apt.patterns import Grid, IntegerGrid
 from apt.planning.plan import Plan
 from apt.plugin.registry import Registry
@@ -99,6 +100,7 @@ class PackedTarget(FitTarget):
         packed: its levels.
         changes: the plan with all parameters that may change; None if the whole model is written
             anew.
+        cache: the bytes of the cache, if the bytes in memory are counted; else None.
     """
 
     store = InPacked
@@ -106,11 +108,12 @@ class PackedTarget(FitTarget):
 
     packed: PackedForm
     changes: Plan | None
+    cache: int | None = None
 
     @property
     def words(self) -> str:
         """The words for a packed directory."""
-        return "packed directory"
+        return "packed directory" if self.cache is None else "packed model with its cache"
 
     @property
     def form(self) -> FileForm:
@@ -126,6 +129,12 @@ class PackedTarget(FitTarget):
         """The bytes of a parameter with its final values."""
         assert grid is None or isinstance(grid, IntegerGrid)
         return self.packed.matrices[name].coded(parameter, grid)
+
+    def measured(self, directory: Path) -> int:
+        """The counted bytes of a written directory."""
+        if self.cache is not None:
+            return loaded_bytes(directory) + self.cache
+        return sum(path.stat().st_size for path in stored_tensors(directory).files)
 
 
 def check_target_place(
@@ -160,22 +169,32 @@ def file_target(spec: ExportSpec, skeleton: Opened) -> FileTarget:
 
 
 def packed_target(
-    skeleton: Opened, plan: Plan, means: Means, dtype: torch.dtype | None, budget: int
+    skeleton: Opened,
+    plan: Plan,
+    means: Means,
+    dtype: torch.dtype | None,
+    budget: int,
+    context: int | None,
 ) -> PackedTarget:
     """The target of a packed directory.
+
+    Args:
+        context: the tokens of the cache, to count the bytes in memory; None to count those of the
+            files.
 
     Raises:
         AptError: the model has no matrices to pack, or is small enough already.
     """
-    packed, name = packed_form(skeleton, plan, means, dtype), skeleton.source.reference
+    cache = None if context is None else cache_bytes(skeleton, context, dtype)
+    packed, name = packed_form(skeleton, plan, means, dtype, cache), skeleton.source.reference
     if not packed.matrices:
         message = f"no weight of {name} belongs to a torch.nn.Linear module or to stacked experts"
         raise AptError(message, "other modules, such as Conv1D, cannot be packed", ("target",))
     if packed.dense <= budget:
         size = f"{packed.dense:,} bytes ({packed.dense / 2**20:.1f} MiB)"
         message = f"{name} fits already: with dense weights it has at most {size}"
-        raise AptError(message, "give a smaller size", ("size", "bits"))
-    return PackedTarget(packed, plan if skeleton.quantised is None else None)
+        raise AptError(message, "give a smaller size", ("size", "bits", "memory"))
+    return PackedTarget(packed, plan if skeleton.quantised is None else None, cache)
 
 
 def _roundable(form: FileForm, skeleton: Opened) -> FileForm:

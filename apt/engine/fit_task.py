@@ -277,7 +277,7 @@ def prepare_fit(
         target = file_target(spec, skeleton)
     else:
         means = Means.named(options.means, options.scale_group, registry.default_method().per)
-        target = packed_target(skeleton, job.plan, means, dtype, budget)
+        target = packed_target(skeleton, job.plan, means, dtype, budget, options.counted_context)
     _check_smallest(target, options, budget)
     options = replace(
         options, adapter=skeleton.spec.name, seqlen=capped(options.seqlen, skeleton, notice)
@@ -299,7 +299,7 @@ def _check_smallest(target: FitTarget, options: FitRun, budget: int) -> None:
             f"{options.model} does not fit into {budget:,} bytes: its smallest {target.words} "
             f"has {smallest:,} ({smallest / 2**20:.1f} MiB)",
             "give a larger size, or make it smaller first: apt-prune shrink",
-            ("size", "bits"),
+            ("size", "bits", "memory"),
         )
 
 

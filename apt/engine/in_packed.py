@@ -17,7 +17,7 @@ from apt.fit.choice import choose_first
 from apt.fit.losses import outer_names
 from apt.fit.table import LossTable
 from apt.output.staging import Staging, write_errors
-from apt.packing.directory import Rounding, expert_tensors, linear_tensors, pack, stored_tensors
+from apt.packing.directory import Rounding, expert_tensors, linear_tensors, pack
 from apt.patterns import IntegerGrid
 from apt.planning.plan import PlannedBlock
 
@@ -81,11 +81,10 @@ class InPacked(Fitted):
         target = work.fresh("packed")
         with write_errors(work.name):
             pack(work.out, self._roundings(work.out), target)
-        self.written_bytes = sum(path.stat().st_size for path in stored_tensors(target).files)
+        self.written_bytes = self._fit.target.measured(target)
         if self.written_bytes > self._fit.budget:
-            raise RuntimeError(
-                f"the files have {self.written_bytes:,} bytes of {self._fit.budget:,}"
-            )
+            message = f"the directory has {self.written_bytes:,} bytes of {self._fit.budget:,}"
+            raise RuntimeError(message)
         return target
 
     def _roundings(self, directory: Path) -> Mapping[str, Rounding | None]:

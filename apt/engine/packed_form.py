@@ -8,9 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import read_metadata
 from apt.checkpoints.stored import Stored, find_stored
+from apt.errors import AptError
 from apt.fit.levels import FileForm, Level
 from apt.fit.losses import outer_names
 from apt.layouts.pieces import Layout, Piece
@@ -95,14 +97,32 @@ class _Checkpoint:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
 
+def cache_bytes(skeleton: Opened, context: int, dtype: torch.dtype | None) -> int:
+    """The bytes of the keys and values of a number of tokens, in all blocks.
+
+    Raises:
+        AptError: the configuration does not give their sizes.
+    """
+    config = text_config(skeleton.config)
+    heads = getattr(config, "num_attention_heads", None)
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    if not heads or not kept:
+        message = f"{skeleton.source.reference} has no cache of keys and values of a known size"
+        raise AptError(message, "give the size of the weights", ("memory", "size"))
+    width = getattr(config, "head_dim", None) or hidden_size(config) // heads
+    numbers = 2 * config.num_hidden_layers * int(kept) * int(width) * context
+    return numbers * (dtype or skeleton.dtype).itemsize
+
+
 def packed_form(
-    skeleton: Opened, plan: Plan, means: Means, dtype: torch.dtype | None
+    skeleton: Opened, plan: Plan, means: Means, dtype: torch.dtype | None, cache: int | None = None
 ) -> PackedForm:
     """The levels of the matrices of a model that a packed directory can hold in packed form.
 
     Args:
         plan: the sites of the model.
         dtype: the dtype to which the weights are cast; None for that of the checkpoint.
+        cache: the bytes of the cache, to count the bytes in memory; None to count those of files.
     """
     stored = find_stored(skeleton) if dtype is None and skeleton.quantised is None else None
     checkpoint = _saved(skeleton, dtype) if stored is None else _copied(stored)
@@ -115,10 +135,10 @@ def packed_form(
         pieces = checkpoint.layout.get(name, ())
         if pieces and all(piece.key in packable for piece in pieces):
             stacked = any(entry.site.expert is not None for entry in sites)
-            found = _matrices(checkpoint, pieces, stacked=stacked)
+            found = _matrices(checkpoint, pieces, stacked=stacked, in_memory=cache is not None)
             matrices[name], levels[name] = found, tuple(_levels(found, sites, means))
     with_levels = {piece.key for name in matrices for piece in checkpoint.layout[name]}
-    return PackedForm(FileForm(levels, _rest(checkpoint, with_levels)), matrices)
+    return PackedForm(FileForm(levels, _rest(checkpoint, with_levels, cache)), matrices)
 
 
 def _copied(stored: Stored) -> _Checkpoint:
@@ -158,11 +178,13 @@ def _sites(plan: Plan) -> dict[str, list[PlannedSite]]:
     return found
 
 
-def _matrices(checkpoint: _Checkpoint, pieces: Sequence[Piece], *, stacked: bool) -> StoredMatrices:
+def _matrices(
+    checkpoint: _Checkpoint, pieces: Sequence[Piece], *, stacked: bool, in_memory: bool
+) -> StoredMatrices:
     tensors = [checkpoint.tensors[piece.key] for piece in pieces]
     shapes, digits = [shape for _, shape in tensors], len(str(checkpoint.bytes))
     split = checkpoint.split if stacked else 1
-    return StoredMatrices(pieces, shapes, tensors[0][0], digits, split)
+    return StoredMatrices(pieces, shapes, tensors[0][0], digits, split, in_memory)
 
 
 def _levels(
@@ -191,12 +213,12 @@ def _name(pattern: Pattern | None, grid: IntegerGrid | None, dtype: torch.dtype)
     return numbers if pattern is None else f"{numbers} {100 * pattern.sparsity:g}%"
 
 
-def _rest(checkpoint: _Checkpoint, without: Collection[str]) -> int:
-    """The bytes of all tensors but some, with their headers, and of the files."""
+def _rest(checkpoint: _Checkpoint, without: Collection[str], cache: int | None) -> int:
+    """The bytes of all tensors but some, and of the cache, or of the files with their headers."""
     digits = len(str(checkpoint.bytes))
     kept = {name: x for name, x in checkpoint.tensors.items() if name not in without}
-    tensors = sum(
-        math.prod(shape) * dtype.itemsize + header_bytes(name, shape, digits)
-        for name, (dtype, shape) in kept.items()
-    )
-    return tensors + sum(map(file_bytes, checkpoint.files))
+    tensors = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kept.values())
+    if cache is not None:
+        return tensors + cache
+    headers = sum(header_bytes(name, shape, digits) for name, (_, shape) in kept.items())
+    return tensors + headers + sum(map(file_bytes, checkpoint.files))

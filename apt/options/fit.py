@@ -29,8 +29,11 @@ MEANS = (ZEROS, BITS, "width", "depth", "experts")
 """The means to make a model smaller."""
 
 
-def read_bytes(text: Any) -> int:
+def read_bytes(text: Any, name: str = "size") -> int:
     """The bytes of a text such as ``73MiB``, ``1.5GB`` or ``1000000``.
+
+    Args:
+        name: the name of the option, for the message.
 
     Raises:
         AptError: it is no size.
@@ -42,9 +45,7 @@ def read_bytes(text: Any) -> int:
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
-        raise AptError(
-            f"{text} is not a size", "write 73MiB, 1.5GB or a number of bytes", ("size",)
-        )
+        raise AptError(f"{text} is not a size", "write 73MiB, 1.5GB or a number of bytes", (name,))
     return size
 
 
@@ -83,6 +84,14 @@ class FitRun(
         "divided by the number of weights.",
         default=None, panel=SIZE, metavar="B", within="(0, 32]",
         meaning="it is a number of bits, such as 4.5",
+    )  # fmt: skip
+    memory: int | str | None = option(
+        "Largest memory of a packed model and its cache, for example 2GiB, in place of --size.",
+        default=None, panel=SIZE, metavar="BYTES",
+    )  # fmt: skip
+    context: int = option(
+        "Tokens in the cache with --memory.",
+        default=2048, panel=SIZE, within="[0, ∞)", needs="memory",
     )  # fmt: skip
     table_from: Path | None = option(
         "Take the table of losses from the report of OUT, the output of an earlier fit of the same "
@@ -126,6 +135,11 @@ class FitRun(
         return named or self._possible
 
     @property
+    def counted_context(self) -> int | None:
+        """The tokens of the cache, if the bytes in memory are counted; else None."""
+        return None if self.memory is None else self.context
+
+    @property
     def _possible(self) -> tuple[str, ...]:
         """The means of the target."""
         return (ZEROS, BITS) if self.target == PACKED else (BITS,)
@@ -145,11 +159,17 @@ class FitRun(
                 raise AptError(message, f"choose of {', '.join(MEANS)}", ("may",))
         if not self.model:
             raise AptError("no MODEL is given", "name one, for example zoo:llama")
-        if (self.size is None) == (self.bits is None):
-            problem = "both given" if self.size else "missing: what must the model fit into?"
-            raise AptError(f"size and bits are {problem}", "give one of them", ("size", "bits"))
-        if self.size is not None:
-            read_bytes(self.size)
+        budgets = {"size": self.size, "bits": self.bits, "memory": self.memory}
+        given = [name for name, value in budgets.items() if value is not None]
+        if len(given) > 1:
+            names = (given[0], given[1])
+            raise AptError(f"{' and '.join(names)} are both given", "give one of them", names)
+        if not given:
+            message = "size and bits are missing: what must the model fit into?"
+            raise AptError(message, "give one of them", ("size", "bits", "memory"))
+        for name in ("size", "memory"):
+            if budgets[name] is not None:
+                read_bytes(budgets[name], name)
         if self.samples < 1:
             raise AptError("fit needs calibration text", "use at least one sample", ("samples",))
 
@@ -159,12 +179,16 @@ class FitRun(
             message = f"fit has no {other[0]} to choose for {self.target}"
             hint = f"it chooses {' and '.join(self._possible)}"
             raise AptError(message, hint, ("may", "target"))
+        if self.target != PACKED and self.memory is not None:
+            message = f"memory has no effect for {self.target}: it is that of a packed model"
+            raise AptError(message, "give a size", ("memory", "target"))
         if self.target != PACKED and self.scale_group != type(self).scale_group:
             message = f"scale group has no effect for {self.target}: its types have their own"
             raise AptError(message, "leave it out", ("scale_group", "target"))
 
     def budget(self, weights: int) -> int:
-        """The largest file in bytes, for a model of a number of weights."""
-        if self.size is not None:
-            return read_bytes(self.size)
+        """The largest number of bytes, for a model of a number of weights."""
+        size = self.memory if self.size is None else self.size
+        if size is not None:
+            return read_bytes(size)
         return int((self.bits or 0) * weights / 8)

@@ -251,6 +251,13 @@ class PackedShards(Shards):
         check_packed_files(self.files, records)
 
 
+def loaded_bytes(directory: Path) -> int:
+    """The bytes of the tensors of a packed directory in memory, where masks are not compressed."""
+    stored, matrices = stored_tensors(directory).entries, read_entries(directory).values()
+    masks = sum(entry.mask_bytes - entry.stored for entry in matrices)
+    return masks + sum(entry.size for entry in stored.values())
+
+
 def stored_tensors(directory: Path) -> Shards:
     """The tensors of a packed directory in their packed form."""
     return Shards(directory, SINGLE_PACKED, INDEX_PACKED)

@@ -31,6 +31,7 @@ class StoredMatrices:
         dtype: the dtype in which they are stored.
         digits: the number of digits of the largest offset in a file.
         split: the number of tensors into which a writer may split each of them.
+        in_memory: True to count the bytes of a loaded model: plain masks, and no headers.
     """
 
     pieces: Sequence[Piece]
@@ -38,6 +39,7 @@ class StoredMatrices:
     dtype: torch.dtype
     digits: int
     split: int = 1
+    in_memory: bool = False
 
     @property
     def weights(self) -> int:
@@ -61,7 +63,8 @@ class StoredMatrices:
     def expected(self, zeros: float, grid: IntegerGrid | None) -> int:
         """The bytes for a share of zeros at random places, packed if that is smaller."""
         kept = math.ceil(self.weights * (1 - zeros))
-        mask = self._mask * min(1.0, _CODING * max(_entropy(zeros), _LEAST_CODE))
+        coding = 1.0 if self.in_memory else _CODING * max(_entropy(zeros), _LEAST_CODE)
+        mask = self._mask * min(1.0, coding)
         return min(self.dense, math.ceil(mask) + self._values(kept, grid) + self._others(grid))
 
     def coded(self, parameter: Tensor, grid: IntegerGrid | None) -> int:
@@ -70,7 +73,8 @@ class StoredMatrices:
         for piece in self.pieces:
             matrix = piece.to_stored(parameter.detach()).to(self.dtype).flatten(0, -2)
             entry, _ = encode(matrix)
-            size += entry.stored if self.split == 1 else entry.mask_bytes
+            is_plain = self.in_memory or self.split > 1
+            size += entry.mask_bytes if is_plain else entry.stored
             size += self._values(entry.kept, grid)
         return min(self.dense, size)
 
@@ -91,10 +95,18 @@ class StoredMatrices:
             assert grid is not None
             groups = math.ceil(shape[-1] / grid.columns(shape[-1]))
             scales += math.prod(shape[:-1]) * groups * self.dtype.itemsize
-        described = sum(_checksum(piece.key) for piece in self.pieces) * self.split
-        return scales + described + sum(self._headers(f"_{name}") for name in names)
+        return scales + self._described + sum(self._headers(f"_{name}") for name in names)
+
+    @property
+    def _described(self) -> int:
+        """The bytes of the checksums of the descriptions of the matrices."""
+        if self.in_memory:
+            return 0
+        return sum(_checksum(piece.key) for piece in self.pieces) * self.split
 
     def _headers(self, suffix: str) -> int:
+        if self.in_memory:
+            return 0
         return sum(
             header_bytes(f"{piece.key}{suffix}", shape, self.digits) * self.split
             for piece, shape in zip(self.pieces, self.shapes, strict=True)
