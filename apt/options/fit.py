@@ -89,9 +89,9 @@ class FitRun(
         "Largest memory of a packed model and its cache, for example 2GiB, in place of --size.",
         default=None, panel=SIZE, metavar="BYTES",
     )  # fmt: skip
-    context: int = option(
+    cache_tokens: int = option(
         "Tokens in the cache with --memory.",
-        default=2048, panel=SIZE, within="[0, ∞)", needs="memory",
+        default=2048, panel=SIZE, flag="--context", metavar="N", within="[0, ∞)", needs="memory",
     )  # fmt: skip
     table_from: Path | None = option(
         "Take the table of losses from the report of OUT, the output of an earlier fit of the same "
@@ -137,7 +137,7 @@ class FitRun(
     @property
     def counted_context(self) -> int | None:
         """The tokens of the cache, if the bytes in memory are counted; else None."""
-        return None if self.memory is None else self.context
+        return None if self.memory is None else self.cache_tokens
 
     @property
     def _possible(self) -> tuple[str, ...]:
