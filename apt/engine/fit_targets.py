@@ -55,6 +55,12 @@ class FitTarget(ABC):
         """The levels of the tensors, and the bytes of the rest."""
 
     @property
+    def is_exact(self) -> bool:
+        """True if the sizes do not depend on the values."""
+        levels = (level for row in self.form.levels.values() for level in row)
+        return all(level.expected is None for level in levels)
+
+    @property
     def plan(self) -> Plan | None:
         """A plan with all parameters that may change; None if the whole model is written anew."""
         return None

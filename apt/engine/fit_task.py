@@ -123,8 +123,8 @@ class FitTask(CalibratedTask):
         return LossTable.read(self.journal.values("table")[-1])
 
     def _prune(self) -> Prune:
-        """The solve for the table of losses: that of the run with the least effort."""
-        options = SolverOptions(damping=self.job.recipe.solver.damping, effort="fast")
+        """The solve for the table of losses, which does not depend on the effort of the run."""
+        options = SolverOptions(damping=self.job.recipe.solver.damping)
 
         def prune(weight: Tensor, gram: Gram, pattern: Pattern) -> Tensor:
             return solve_live(self.job.method, weight, gram, pattern, options).weight
@@ -295,9 +295,10 @@ def prepare_fit(
 def _check_smallest(target: FitTarget, options: FitRun, budget: int) -> None:
     """Raise if even the smallest output is larger than the budget."""
     if (smallest := smallest_size(target.form)) > budget:
+        verb = "has" if target.is_exact else "may have"
         raise AptError(
             f"{options.model} does not fit into {budget:,} bytes: its smallest {target.words} "
-            f"has {smallest:,} ({smallest / 2**20:.1f} MiB)",
+            f"{verb} {smallest:,} ({smallest / 2**20:.1f} MiB)",
             "give a larger size, or make it smaller first: apt-prune shrink",
             ("size", "bits", "memory"),
         )
