@@ -91,7 +91,7 @@ class FitRun(
     )  # fmt: skip
     cache_tokens: int = option(
         "Tokens in the cache with --memory.",
-        default=2048, panel=SIZE, flag="--context", metavar="N", within="[0, ∞)", needs="memory",
+        default=2048, panel=SIZE, flag="--context", metavar="N", within="[0, ∞)",
     )  # fmt: skip
     table_from: Path | None = option(
         "Take the table of losses from the report of OUT, the output of an earlier fit of the same "
@@ -153,6 +153,9 @@ class FitRun(
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
         check_scale_group(self.scale_group)
+        if self.memory is None and self.cache_tokens != type(self).cache_tokens:
+            message = "cache tokens has no effect without memory"
+            raise AptError(message, "leave it out, or add memory", ("cache_tokens", "memory"))
         for name in self.means if self.may is not None else ():
             if name not in MEANS:
                 message = f"'{name}' is no means to make a model smaller"
