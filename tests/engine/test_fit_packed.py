@@ -89,9 +89,9 @@ def test_packed_model_opens_with_the_values_of_the_unpacked_one(fitted, apt, tmp
     assert report.scores["after"]["perplexity"] < 1.2 * report.scores["before"]["perplexity"]
 
 
-def apt_runtime(directory):
-    """A packed model in fp32."""
-    return apt.runtime.load(directory, dtype=torch.float32)
+def apt_runtime(directory, dtype=torch.float32):
+    """A packed model in a dtype."""
+    return apt.runtime.load(directory, dtype=dtype)
 
 
 def test_unpacked_directory_packs_to_the_same_bytes(fitted, apt, tmp_path):
@@ -128,6 +128,18 @@ def test_only_the_means_of_the_user_are_chosen(means, size, apt, tmp_path):
         assert all(level.startswith("bfloat16") for level in levels)
         assert any(level.endswith("%") for level in levels)
     assert weight_bytes("b") <= report.fit["budget"]
+
+
+def test_budget_of_memory_counts_plain_masks_and_the_cache(apt, tmp_path):
+    options = ("--memory", "2.5MB", "--context", 512, "--may", "bits", "-o", "b")
+    done = apt("fit", MODEL, *SMALL, *options)
+    assert done.code == 0, done.err
+    fit, model = Report.read(tmp_path / "b").fit, apt_runtime("b", torch.bfloat16)
+    tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 512, dtype=torch.long), use_cache=True).past_key_values
+    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert fit["size"] == found + sum(tensors.values()) <= 2_500_000
 
 
 def test_another_size_takes_the_table_of_an_earlier_run(fitted, apt, tmp_path):
