@@ -177,8 +177,10 @@ def _fit_target(options: FitRun, registry: Registry) -> str:
     named = [spec.name for spec in specs if options.output and spec.suffix == options.output.suffix]
     if options.target not in (None, PACKED):
         return registry.exports.get(options.target).name
+    if options.target is None and options.output is None:
+        return PACKED if options.needs_packed else _DEFAULT_FORMAT
     if options.target is None:
-        return _DEFAULT_FORMAT if options.output is None else next(iter(named), PACKED)
+        return next(iter(named), PACKED)
     if named:
         message = f"a packed model is a directory, and {options.output} is the name of a file"
         raise AptError(message, "choose another name", ("output", "target"))

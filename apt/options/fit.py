@@ -100,7 +100,7 @@ class FitRun(
     )  # fmt: skip
     target: str | None = option(
         "Kind of output: gguf, a file for llama.cpp, or packed, a packed directory. By default "
-        "packed, unless --output ends in .gguf or is not given.",
+        "packed, unless --output ends in .gguf; without --output gguf.",
         default=None, panel=SIZE, flag="--for", metavar="KIND",
     )  # fmt: skip
     may: str | None = option(
@@ -138,6 +138,11 @@ class FitRun(
     def counted_context(self) -> int | None:
         """The tokens of the cache, if the bytes in memory are counted; else None."""
         return None if self.memory is None else self.cache_tokens
+
+    @property
+    def needs_packed(self) -> bool:
+        """True if only a packed directory can have what the options ask for."""
+        return self.memory is not None or ZEROS in self.means
 
     @property
     def _possible(self) -> tuple[str, ...]:

@@ -195,6 +195,21 @@ def test_sizes_fall_with_the_zeros_and_losses_with_the_bits(fitted):
         assert losses["int4 50%"] > losses["bfloat16 50%"] > 0
 
 
+def test_experts_have_levels_of_their_stacks(apt, tmp_path):
+    options = ("--size", "2.2MB", "--effort", "fast", "-o", "b")
+    done = apt("fit", "zoo:moe", "--samples", 2, "--seqlen", 32, *options)
+    assert done.code == 0, done.err
+    report = Report.read(tmp_path / "b")
+    levels = {n: x for n, x in report.fit["levels"].items() if "experts" in n}
+    assert levels
+    assert any("%" in level for level in levels.values())
+    assert weight_bytes("b") == report.fit["size"] <= report.fit["budget"]
+    entries, model = read_entries(tmp_path / "b"), apt_runtime("b")
+    assert any("experts" in name for name in entries)
+    with torch.no_grad():
+        assert model(torch.arange(8).view(1, 8)).logits.isfinite().all()
+
+
 def test_untied_head_has_integers(apt, tokenizer, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **UNTIED, vocab_size=len(tokenizer))
