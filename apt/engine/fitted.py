@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from apt.adapter import Site
 from apt.engine.in_memory import InMemory
 from apt.fit.losses import Outer
 from apt.fit.table import LossTable
+from apt.solver import Rounded
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,6 @@ class Fitted(InMemory):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._fit: Any = self._task
+
+    def keep_rounded(self, name: str, site: Site | None, weight: Rounded) -> None:
+        """Keep the stored form of a rounded weight; the site is None for one outside the blocks."""

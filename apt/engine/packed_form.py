@@ -110,7 +110,7 @@ def cache_bytes(skeleton: Opened, context: int, dtype: torch.dtype | None) -> in
         message = f"{skeleton.source.reference} has no cache of keys and values of a known size"
         raise AptError(message, "give the size of the weights", ("memory", "size"))
     width = getattr(config, "head_dim", None) or hidden_size(config) // heads
-    numbers = 2 * config.num_hidden_layers * int(kept) * int(width) * context
+    numbers = 2 * int(config.num_hidden_layers) * int(kept) * int(width) * context
     return numbers * (dtype or skeleton.dtype).itemsize
 
 
@@ -193,7 +193,7 @@ def _levels(
     """The stored level, and all levels that are smaller than a denser one of the same grid."""
     stored = partial(matrices.expected, grid=None)
     yield Level(_name(None, None, matrices.dtype), matrices.dense, expected=stored)
-    smallest = {None: matrices.dense}
+    smallest: dict[IntegerGrid | None, int] = {None: matrices.dense}
     is_transposed = any(entry.site.transposed for entry in sites)  # its groups are other columns
     for pattern, grid in means.forms():
         if (is_transposed and grid is not None) or (pattern is not None and not sites):

@@ -37,7 +37,7 @@ from apt.calibration.batches import enter
 from apt.calibration.capture import grams_of
 from apt.fit.levels import Level
 from apt.fit.table import MeasuredLevel
-from apt.patterns import Pattern
+from apt.patterns import Grid, Pattern, Points
 from apt.planning.plan import Plan
 from apt.solver import Gram, rounded
 
@@ -414,6 +414,9 @@ def _outer_losses(
     )
 
 
+_Form = tuple[Pattern | None, Grid | None]
+
+
 @dataclass
 class _Sampled:
     """A level, measured on some rows of one or several weights.
@@ -458,8 +461,8 @@ def _sampled(
 
     weights = {pattern: pruned(pattern) for pattern in (None, *(x.pattern for x in levels))}
     removal = {pattern: loss(kept - weights[None]) for pattern, kept in weights.items()}
-    forms = [(level.pattern, level.grid) for level in levels]
-    found = {
+    forms: list[_Form] = [(level.pattern, level.grid) for level in levels]
+    found: dict[_Form, Points] = {
         (pattern, grid): grid.points(weights[pattern], matrix.diagonal(), torch.float32)
         for pattern, grid in forms
         if grid
@@ -467,10 +470,9 @@ def _sampled(
     nearest = {form: points.rounded(weights[form[0]]) for form, points in found.items()}
     plain = {form: loss(values - weights[form[0]]) for form, values in nearest.items()}
     # The loss of the grid in the middle: the share at very small losses is lost in rounding.
-    middle = sorted(plain, key=lambda form: plain[form])[len(plain) // 2] if plain else None
-    share = 1.0
-    if middle is not None and plain[middle] > 0:
-        kept, grid = weights[middle[0]], middle[1]
+    middle = sorted(plain, key=lambda form: plain[form])[len(plain) // 2] if plain else (None, None)
+    kept, grid, share = weights[middle[0]], middle[1], 1.0
+    if grid is not None and plain[middle] > 0:
         share = loss(rounded(kept, matrix, grid, passes=1).weight - kept) / plain[middle]
     return [
         _Sampled(
