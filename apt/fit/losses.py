@@ -16,6 +16,8 @@ token, which needs no sampling. An embedding that is the head too has the sum of
 
 For a level with zeros, a method of APT finds the zeros and the kept weights V of the sampled rows.
 Kept weights are at their optimum, so that the losses of the zeros and of the rounding of V add up.
+V is fitted to the tokens, unlike rounded weights. So the loss of the zeros is measured on other
+tokens than those of the solve: on the second half of the samples.
 
 The change D of a rounding is that of the nearest points. The error feedback of the rounding lowers
 the loss, in some tensors more than in others (`rounded`). The share that is left is measured at one
@@ -337,7 +339,9 @@ def measured_levels(
             result[name] = _outer_losses(weight, given.outer, name, levels[name])
     modules = dict(adapter.blocks(model))
     with eval_mode(model), adapter.running(model):
-        batches = enter(adapter, model, given.tokens)
+        has_zeros = any(level.pattern for name in levels for level in levels[name])
+        samples = given.tokens.tensor_split(2) if has_zeros else (given.tokens,)
+        parts = [enter(adapter, model, each) for each in samples if len(each)]
         for index, planned in enumerate(plan.blocks):
             block = modules[planned.name]
             sites = dict[str, list[Site]]()
@@ -345,7 +349,7 @@ def measured_levels(
                 sites.setdefault(f"{planned.name}.{entry.site.parameter}", []).append(entry.site)
             wanted = {name: members for name, members in sites.items() if name in levels}
             every = [site for members in wanted.values() for site in members]
-            grams = grams_of(adapter, block, index, every, batches)
+            grams = [grams_of(adapter, block, index, every, part) for part in parts]
             for name, members in wanted.items():
                 rows, count = given.rows[name], given.tokens.numel()
                 result[name] = _site_losses(block, members, rows, grams, count, levels[name], prune)
@@ -357,7 +361,7 @@ def _site_losses(
     block: nn.Module,
     sites: Sequence[Site],
     squares: Tensor,
-    grams: Mapping[str, Gram],
+    grams: Sequence[Mapping[str, Gram]],
     tokens: int,
     levels: Sequence[Level],
     prune: Prune | None,
@@ -366,29 +370,52 @@ def _site_losses(
 
     Args:
         squares: the sum of squared gradients of each row, (out,) or (experts, out).
+        grams: the Gram matrices of each part of the tokens.
     """
     total = float(squares.sum())
     chosen = sites[:: max(1, len(sites) // _EXPERTS)]
     found, seen = [_Sampled() for _ in levels], 0.0
     for site in chosen:
-        gram = grams[site.input]
+        inputs = _Inputs([part[site.input] for part in grams])
         if not squares.ndim:  # the weight has no gradient, as an expert without tokens
             break
         of_site = squares if site.expert is None else squares[site.expert]
         weight = site.oriented(site.weight(block).detach())
         rows = _spaced(len(weight), _ROWS).to(weight.device)
         weight, importance = weight[rows].float(), of_site[rows]
-        energy = float(gram.matrix.diagonal().sum())
-        if not energy or not float(importance.sum()):
+        if not inputs.energy or not float(importance.sum()):
             continue
         seen += float(importance.sum())
-        terms = [(importance / energy / tokens / 2, gram.matrix)]
-        pruned = partial(_pruned, weight, gram, prune)
-        measured = _sampled(pruned, _damped(gram.matrix), terms, levels)
+        weighting, matrix = importance / inputs.energy / tokens / 2, inputs.matrix
+        pruned = partial(_pruned, weight, inputs.solved, prune)
+        terms, held = [(weighting, matrix)], [(weighting, inputs.held)]
+        measured = _sampled(pruned, _damped(matrix), terms, held, levels)
         for sums, each in zip(found, measured, strict=True):
             sums.add(each)
     scale = total / seen if seen else 0.0
     return _with_losses(levels, found, scale)
+
+
+class _Inputs:
+    """The inputs of a site, in one or two parts.
+
+    Attributes:
+        matrix: the Gram matrix of all tokens.
+        energy: the sum of their squares.
+        solved: the Gram matrix of the part for the solves.
+        held: the Gram matrix of the other part, with the energy of all tokens.
+    """
+
+    def __init__(self, parts: Sequence[Gram]) -> None:
+        self.matrix = sum((part.matrix for part in parts[1:]), parts[0].matrix)
+        self.energy = _energy(self.matrix)
+        live = [part for part in parts if _energy(part.matrix)] or parts
+        self.solved, held = live[0], live[-1].matrix
+        self.held = held * (self.energy / _energy(held)) if len(live) > 1 else self.matrix
+
+
+def _energy(matrix: Tensor) -> float:
+    return float(matrix.diagonal().sum())
 
 
 def _pruned(weight: Tensor, gram: Gram, prune: Prune | None, pattern: Pattern | None) -> Tensor:
@@ -410,11 +437,12 @@ def _outer_losses(
     ]
     sample = weight[rows].float()
     return _with_losses(
-        levels, _sampled(lambda pattern: sample, outer.matrix(name), terms, levels), 1.0
+        levels, _sampled(lambda pattern: sample, outer.matrix(name), terms, terms, levels), 1.0
     )
 
 
 _Form = tuple[Pattern | None, Grid | None]
+_Terms = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -445,7 +473,8 @@ class _Sampled:
 def _sampled(
     pruned: Callable[[Pattern | None], Tensor],
     matrix: Tensor,
-    terms: Sequence[tuple[Tensor, Tensor]],
+    terms: _Terms,
+    held: _Terms,
     levels: Sequence[Level],
 ) -> list[_Sampled]:
     """The measured levels of a weight (out, in).
@@ -454,13 +483,14 @@ def _sampled(
         pruned: the weight with the zeros of a pattern; for None, the weight itself.
         matrix: the matrix H (in, in) of the rounding.
         terms: the pairs of b (out,) and G (in, in), with all factors.
+        held: the same of other tokens than those to which the zeros are fitted.
     """
 
-    def loss(change: Tensor) -> float:
+    def loss(change: Tensor, terms: _Terms = terms) -> float:
         return sum(float((((change @ g) * change).sum(1) * b).sum()) for b, g in terms)
 
     weights = {pattern: pruned(pattern) for pattern in (None, *(x.pattern for x in levels))}
-    removal = {pattern: loss(kept - weights[None]) for pattern, kept in weights.items()}
+    removal = {pattern: loss(kept - weights[None], held) for pattern, kept in weights.items()}
     forms: list[_Form] = [(level.pattern, level.grid) for level in levels]
     found: dict[_Form, Points] = {
         (pattern, grid): grid.points(weights[pattern], matrix.diagonal(), torch.float32)
