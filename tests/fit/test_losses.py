@@ -90,7 +90,7 @@ def test_predicted_loss_of_zeros_is_near_the_divergence_of_the_pruned_model(name
     changed.get_parameter(name).data.copy_(weight)
     with eval_mode(changed):
         divergence_found = divergence(changed, tokens, model)
-    assert losses["0.5"] == pytest.approx(divergence_found, rel=0.7)
+    assert 0.4 < losses["0.5"] / divergence_found < 2.5  # measured on other tokens than solved
 
 
 def at(zeros):
