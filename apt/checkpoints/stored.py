@@ -185,10 +185,10 @@ class Stored:
         names = (f"{b.name}.{path}" for b in plan.blocks for path in pruned_parameters(b))
         return {name: self.shards.entries[self.layout[name][0].key].dtype for name in names}
 
-    def write(self, model: nn.Module, plan: Plan, target: Path) -> None:
-        """Write the pruned parameters of a model into a copy of the checkpoint."""
+    def write(self, model: nn.Module, plan: Plan, target: Path, others: Iterable[str] = ()) -> None:
+        """Write the pruned parameters of a model, and others, into a copy of the checkpoint."""
         names = [f"{b.name}.{path}" for b in plan.blocks for path in pruned_parameters(b)]
-        parameters = ((self.layout[name], model.get_parameter(name)) for name in names)
+        parameters = ((self.layout[n], model.get_parameter(n)) for n in (*names, *others))
         write_parameters(parameters, Shards(target))
 
 

@@ -15,9 +15,10 @@ class PlotOptions(Options):
 def fit(
     run: FitRun, picture: PlotOptions, config: ConfigOptions, printing: PrintingOptions
 ) -> None:
-    """Write the best file of a given size.
+    """Write the best file or packed directory of a given size.
 
-    Each tensor gets the kind of numbers that serves the whole best, and is rounded to it in turn.
+    Each tensor gets the kind of numbers, and in a packed directory the share of zeros, that serves
+    the whole best.
 
     For example: apt-prune fit MODEL --size 73MiB -o small.gguf
     """

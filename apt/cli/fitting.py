@@ -46,9 +46,9 @@ class FitWatcher(CommandWatcher):
 
 
 def _show_frontier(report: Report) -> None:
-    """Print the predicted loss of the best files of other sizes."""
-    files = [f"{bytes_ / 2**20:.1f} MiB {loss:.4f}" for bytes_, loss in report.fit["frontier"]]
-    say(f"predicted rise of the loss in nats at other sizes: {', '.join(files)}")
+    """Print the predicted loss of the best outputs of other sizes."""
+    sizes = [f"{bytes_ / 2**20:.1f} MiB {loss:.4f}" for bytes_, loss in report.fit["frontier"]]
+    say(f"predicted rise of the loss in nats at other sizes: {', '.join(sizes)}")
 
 
 def _show_levels(report: Report) -> None:

@@ -1,20 +1,21 @@
-"""The task of ``apt-prune fit``: the best file of a given size."""
+"""The task of ``apt-prune fit``: the best output of a given size."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from apt.checkpoints.exporting import EncodedRows, Export, Exportable, Exported
+from torch import Tensor
+
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
-from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
-from apt.engine.export import original_file
-from apt.engine.in_file import FitChoice, InFile
+from apt.engine.fit_targets import FitTarget, check_target_place, file_target, packed_target
+from apt.engine.fitted import FitChoice, Fitted
 from apt.engine.machine import choose_device, read_dtype
-from apt.engine.opening import RunRequest, check_export
-from apt.engine.prepare import Notice, capped, input_paths, tell_adapter, with_compute
+from apt.engine.opening import RunRequest
+from apt.engine.packed_form import Means
+from apt.engine.prepare import Notice, capped, tell_adapter, with_compute
 from apt.engine.prune_model import Pruning, prune_model, with_own_text
 from apt.engine.prune_task import CalibratedTask, check_memory
 from apt.engine.pruning_plan import settings
@@ -24,45 +25,44 @@ from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
 from apt.files.journal import Journal, journal_beside
-from apt.files.writing import check_file
-from apt.fit.choice import choose, frontier, smallest_size
+from apt.fit.choice import choose_first, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import forward_sums, measured_levels, outer_names, sensitivities
-from apt.fit.table import LossTable
+from apt.fit.losses import Prune, forward_sums, measured_levels, outer_names, sensitivities
+from apt.fit.table import LossTable, MeasuredLevel
 from apt.locations.model_source import find
-from apt.options import ExportRun, FitRun
-from apt.output.report import Report, read_report, report_beside, versions
-from apt.patterns import TargetForm, Unstructured
+from apt.options import FitRun
+from apt.output.report import Report, read_report, versions
+from apt.patterns import Pattern, Unstructured, keeps_all
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite, make_plan
 from apt.plugin.registry import Registry, registry
-from apt.plugin.specs import ExportSpec
-from apt.solver import rounded
+from apt.solver import Gram, SolverOptions, rounded, solve_live
 
 _MEASURE = "leave it out: the losses are then measured"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitTask(CalibratedTask):
-    """The choice of a level for each tensor under a budget, and the rounding to these levels.
+    """The choice of a level for each tensor under a budget, and the solves for these levels.
 
     Attributes:
-        export: the format of the file.
-        form: what the file can hold.
-        model: the model on disk, from which the tensors that keep their values are written.
-        budget: the largest size of the file in bytes.
+        target: the output.
+        budget: the largest size of its weights in bytes.
         table: the table of losses of an earlier run, and the hash of the weights of its model;
             None to measure the losses.
         journal: the journal with the table of an interrupted run.
     """
 
     options: FitRun
-    export: ExportSpec
-    form: FileForm
-    model: Exportable
+    target: FitTarget
     budget: int
     table: tuple[LossTable, str] | None = None
     journal: Journal = field(default_factory=Journal)
     event = " fitting"
+
+    @property
+    def form(self) -> FileForm:
+        """The levels of the tensors."""
+        return self.target.form
 
     @property
     def in_place(self) -> bool:
@@ -71,8 +71,8 @@ class FitTask(CalibratedTask):
 
     @property
     def writes_file(self) -> bool:
-        """True: the output is one file."""
-        return True
+        """True if the output is one file."""
+        return self.target.is_file
 
     def record(self) -> dict[str, Any]:
         """All options with defaults filled in, as values for JSON."""
@@ -80,15 +80,16 @@ class FitTask(CalibratedTask):
         return self.options.record() | defaults | {"budget": self.budget}
 
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
-        """The text with generated samples, and the plan with the grid of each site."""
-        assert isinstance(store, InFile)
+        """The text with generated samples, and the plan; the store has the choice of levels."""
+        assert isinstance(store, Fitted)
         text = with_own_text(store, text, self.job)
         table = self._given(store) if self.table is not None else self._measured(store, text)
-        store.status("allocation", "measuring the inputs of the head")
-        outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
-        levels = choose(table, self.budget)
-        store.choice = FitChoice(table, levels, outer)
-        return text, with_grids(self.job.plan, self.form, levels)
+        outer, heads = None, [n for n in outer_names(store.model) if n in self.form.levels]
+        if heads:
+            store.status("allocation", "measuring the inputs of the head")
+            outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
+        store.choice = FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
+        return text, self.job.plan
 
     def _given(self, store: ModelStore) -> LossTable:
         """The table of an earlier run; raises `AptError` if its model had other weights."""
@@ -102,7 +103,9 @@ class FitTask(CalibratedTask):
     def _measured(self, store: ModelStore, text: Text) -> LossTable:
         """The table of losses: that of an interrupted run with the same inputs, or a new one."""
         sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
-        inputs = store.shared_inputs(text.tokens) | {"sizes": sizes, "versions": versions()}
+        inputs = store.shared_inputs(text.tokens) | {
+            "sizes": sizes, "damping": self.job.recipe.solver.damping, "versions": versions(),
+        }  # fmt: skip
 
         def step(work: str) -> Callable[[int, int], None]:
             return lambda done, total: store.status("allocation", f"{work} {done} of {total}")
@@ -111,12 +114,22 @@ class FitTask(CalibratedTask):
             model, adapter, plan = store.model, self.job.adapter, self.job.plan
             given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
             levels = measured_levels(
-                model, adapter, plan, given, self.form.levels, step("losses of the levels: block")
-            )
+                model, adapter, plan, given, self.form.levels, step("losses of the levels: block"),
+                self._prune(),
+            )  # fmt: skip
             table = LossTable(levels, self.form.rest, given.outer.gradient)
             self.journal.begin(inputs)
             self.journal.add({"table": table.record()})
         return LossTable.read(self.journal.values("table")[-1])
+
+    def _prune(self) -> Prune:
+        """The solve for the table of losses, which does not depend on the effort of the run."""
+        options = SolverOptions(damping=self.job.recipe.solver.damping)
+
+        def prune(weight: Tensor, gram: Gram, pattern: Pattern) -> Tensor:
+            return solve_live(self.job.method, weight, gram, pattern, options).weight
+
+        return prune
 
     def forget(self) -> None:
         """Delete the journal."""
@@ -125,63 +138,72 @@ class FitTask(CalibratedTask):
     def change(
         self, store: ModelStore, text: Text, plan: Plan | None, report: Report
     ) -> TaskResult:
-        """Round the embedding and the head, then each block after the other."""
-        assert isinstance(store, InFile)
+        """Round the embedding and the head, then solve each block after the other."""
+        assert isinstance(store, Fitted)
         assert store.choice is not None
         assert plan is not None
-        choice = store.choice
-        for name in choice.outer.names:
-            if name in choice.levels:
-                self._round_outer(store, name, choice)
-        report = prune_model(store, text, replace(self.job, plan=plan), report)
-        table, levels = choice.table, choice.levels
+        if (outer := store.choice.outer) is not None:
+            for name in outer.names:
+                if name in store.choice.levels:
+                    self._round_outer(store, name, outer.matrix(name))
+        job = self._job(with_levels(plan, self.form, store.choice.levels))
+        options = report.options | record(job.recipe, job.augmentation, None)
+        report = prune_model(store, text, job, replace(report, options=options))
+        table, levels = store.choice.table, store.choice.levels
+        plan = with_levels(plan, self.form, levels)
         fit = {
-            "budget": self.budget, "size": table.size(levels), "loss": table.loss(levels),
+            "budget": self.budget, "expected": table.size(levels), "loss": table.loss(levels),
             "levels": levels, "frontier": frontier(table), "table": table.record(),
         }  # fmt: skip
-        return TaskResult(replace(report, fit=fit), plan)
+        return TaskResult(replace(report, fit=fit, skipped=plan.dense), plan)
 
-    def _round_outer(self, store: InFile, name: str, choice: FitChoice) -> None:
-        grid = level_of(self.form, name, choice.levels[name]).grid
+    def _job(self, plan: Plan) -> Pruning:
+        """The loop over blocks; tuning and random tokens are for models with zeros."""
+        zeros = any(entry.pattern and not keeps_all(entry.pattern) for entry in plan.sites)
+        job = self.job if zeros else fit_job(self.skeleton, self.options, lambda line: None)
+        return replace(job, plan=plan)
+
+    def _round_outer(self, store: Fitted, name: str, matrix: Tensor) -> None:
+        assert store.choice is not None
+        grid = self.form.level(name, store.choice.levels[name]).grid
         if grid is None:
             return
         store.status("pruning", f"rounding {name} to {grid.name}")
         weight = store.model.get_parameter(name).data
         store.dense_outer = {**store.dense_outer, name: weight.clone()}
-        result = rounded(weight.float(), choice.outer.matrix(name), grid)
+        result = rounded(weight.float(), matrix, grid, store.dtypes.get(name, weight.dtype))
         weight.copy_(result.weight)
         store.keep_rounded(name, None, result)
 
-    def write_file(self, encoded: Mapping[str, EncodedRows], target: Path) -> Exported:
-        """Write the file; other tensors have the values of the model on disk."""
-        write: Export = self.export.load()
-        return write(self.model.with_encoded(encoded), target)
+    def with_output(self, report: Report, store: ModelStore) -> Report:
+        """The report with the size of the written output."""
+        assert isinstance(store, Fitted)
+        return replace(report, fit=report.fit | {"size": store.written_bytes})
+
+    def with_levels(self, block: PlannedBlock, levels: Mapping[str, str]) -> PlannedBlock:
+        """A block with the forms of the levels of its sites; see `with_levels`."""
+        return _with_levels(block, self.form, levels)
 
     def open(self, written: Path) -> Opened:
-        """The written file, without weights."""
-        source = find(str(written), self.registry)
-        return open_skeleton(source, self.registry, self.skeleton.spec.name)
+        """The written file or directory, without weights."""
+        if not self.target.is_file:
+            return super().open(written)
+        return open_skeleton(
+            find(str(written), self.registry), self.registry, self.skeleton.spec.name
+        )
 
 
-def level_of(form: FileForm, name: str, level: str) -> Level:
-    """A level of a tensor, by the names of its parameter and of the level."""
-    return next(each for each in form.levels[name] if each.name == level)
+def with_levels(plan: Plan, form: FileForm, levels: Mapping[str, str]) -> Plan:
+    """The plan with the form of the chosen level of each site; other sites stay as they are."""
+    return replace(plan, blocks=tuple(_with_levels(block, form, levels) for block in plan.blocks))
 
 
-def with_grids(plan: Plan, form: FileForm, levels: Mapping[str, str]) -> Plan:
-    """The plan with the grid of the chosen level of each site; other sites stay as they are."""
-
-    def changed(block: PlannedBlock, entry: PlannedSite) -> PlannedSite:
+def _with_levels(block: PlannedBlock, form: FileForm, levels: Mapping[str, str]) -> PlannedBlock:
+    def changed(entry: PlannedSite) -> PlannedSite:
         name = f"{block.name}.{entry.site.parameter}"
-        grid = level_of(form, name, levels[name]).grid if name in levels else None
-        target = None if grid is None else TargetForm(Unstructured(0.0), grid)
-        return replace(entry, form=target)
+        return replace(entry, form=form.level(name, levels[name]).form if name in levels else None)
 
-    blocks = (
-        replace(block, sites=tuple(changed(block, entry) for entry in block.sites))
-        for block in plan.blocks
-    )
-    return replace(plan, blocks=tuple(blocks))
+    return replace(block, sites=tuple(map(changed, block.sites)))
 
 
 def read_table(output: Path, form: FileForm) -> tuple[LossTable, str]:
@@ -198,11 +220,35 @@ def read_table(output: Path, form: FileForm) -> tuple[LossTable, str]:
     except ValueError as error:
         message = f"the report of {output} is damaged: {error}"
         raise AptError(message, hint, ("table_from",)) from error
-    sizes = {name: [(x.name, x.size) for x in levels] for name, levels in form.levels.items()}
-    if sizes != {name: [(x.name, x.size) for x in row] for name, row in table.tensors.items()}:
-        message = f"{output} was made from another model, or for another format"
+    part = _part(table, form)
+    if part is None:
+        message = f"{output} was made from another model, or for another output"
         raise AptError(message, hint, ("table_from",))
-    return replace(table, rest=form.rest), str(record["model"].get("sha256", ""))
+    return part, str(record["model"].get("sha256", ""))
+
+
+def _part(table: LossTable, form: FileForm) -> LossTable | None:
+    """The levels of a form in a table; None if a tensor, a level or a size differs.
+
+    The table may have more levels, such as those with zeros.
+    """
+    if table.tensors.keys() != form.levels.keys():
+        return None
+    tensors = dict[str, tuple[MeasuredLevel, ...]]()
+    for name, levels in form.levels.items():
+        measured = {level.name: level for level in table.tensors[name]}
+        found = [measured[level.name] for level in levels if level.name in measured]
+        if len(found) < len(levels) or not all(map(_fits, levels, found)):
+            return None
+        tensors[name] = tuple(found)
+    return LossTable(tensors, form.rest, table.gradient)
+
+
+def _fits(level: Level, measured: MeasuredLevel) -> bool:
+    """True if a measured level has the size of a level, or an expected size."""
+    return measured.size == level.size or (
+        level.expected is not None and measured.size < level.size
+    )
 
 
 def prepare_fit(
@@ -211,70 +257,67 @@ def prepare_fit(
     """Check a run that fits a model into a budget.
 
     Raises:
-        AptError: an option does not fit the model, the machine or the disk, even the smallest file
-            is larger than the budget, or there are several processes.
+        AptError: an option does not fit the model, the machine or the disk, even the smallest
+            output is larger than the budget, or there are several processes.
     """
     options, source = request.options, request.source
-    output = options.directory
     if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
         raise AptError("fit runs in one process", "start it without torchrun")
-    spec = check_export(ExportRun(model=options.model, output=output), registry, ("output",))
-    if spec.form is None:
-        raise AptError(f"{spec.name} files have no levels to choose from", options=("output",))
     texts = [options.calibration, options.evaluation, options.tokenizer]
-    inputs = input_paths(source, texts)
-    for path in (output, report_beside(output)):
-        check_file(path, overwrite=options.overwrite, inputs=inputs, options=("output",))
+    spec = check_target_place(request, texts, registry, notice)
     skeleton = open_skeleton(source, registry, options.adapter, expanded=True)
     if options.adapter is None:
         tell_adapter(skeleton, notice)
-    device = choose_device(options.device)
+    device, dtype = choose_device(options.device), read_dtype(options.dtype)
     skeleton = with_compute(skeleton, options, device, notice)
-    original = source.files()[0] if source.gguf else original_file(local_directory(skeleton), spec)
-    model = Exportable(skeleton, original=original)
-    spec.examine(model)
-    form = _roundable(spec.file_form(model), skeleton)
     weights = sum(parameter.numel() for parameter in skeleton.module.parameters())
-    budget = options.budget(weights)
-    if (smallest := smallest_size(form)) > budget:
-        raise AptError(
-            f"{options.model} does not fit into {budget:,} bytes: its smallest {spec.name} file "
-            f"has {smallest:,} ({smallest / 2**20:.1f} MiB)",
-            "give a larger size, or make it smaller first: apt-prune shrink",
-            ("size", "bits"),
-        )
+    budget, job = options.budget(weights), fit_job(skeleton, options, notice, zeros=options.zeros)
+    target: FitTarget
+    if spec is not None:
+        target = file_target(spec, skeleton)
+    else:
+        means = Means.named(options.means, options.scale_group, registry.default_method().per)
+        target = packed_target(skeleton, job.plan, means, dtype, budget, options.counted_context)
+    _check_smallest(target, options, budget)
     options = replace(
         options, adapter=skeleton.spec.name, seqlen=capped(options.seqlen, skeleton, notice)
     )
+    table = None if options.table_from is None else read_table(options.table_from, target.form)
     task = FitTask(
-        options=options, registry=registry, skeleton=skeleton, device=device,
-        dtype=read_dtype(options.dtype), job=fit_job(skeleton, options, notice), notice=notice,
-        export=spec, form=form, model=model, budget=budget,
-        table=read_table(options.table_from, form) if options.table_from is not None else None,
-        journal=journal_beside(output, "table", "a fit"),
+        options=options, registry=registry, skeleton=skeleton, device=device, dtype=dtype,
+        plan=target.plan, job=job, notice=notice, target=target, budget=budget, table=table,
+        journal=journal_beside(options.directory, "table", "a fit"),
     )  # fmt: skip
     check_memory(task)
     return task
 
 
-def _roundable(form: FileForm, skeleton: Opened) -> FileForm:
-    """The form with levels for sites, embedding and head alone; other tensors keep their values."""
-    names = {
-        f"{block}.{site.parameter}"
-        for block, module in skeleton.adapter.blocks(skeleton.module)
-        for site in skeleton.adapter.sites(module)
-    } | set(outer_names(skeleton.module))
-    kept = (levels for name, levels in form.levels.items() if name not in names)
-    rest = form.rest + sum(level.size for levels in kept for level in levels if not level.grid)
-    return FileForm({n: levels for n, levels in form.levels.items() if n in names}, rest)
+def _check_smallest(target: FitTarget, options: FitRun, budget: int) -> None:
+    """Raise if even the smallest output is larger than the budget."""
+    if (smallest := smallest_size(target.form)) > budget:
+        verb = "has" if target.is_exact else "may have"
+        raise AptError(
+            f"{options.model} does not fit into {budget:,} bytes: its smallest {target.words} "
+            f"{verb} {smallest:,} ({smallest / 2**20:.1f} MiB)",
+            "give a larger size, or make it smaller first: apt-prune shrink",
+            ("size", "bits", "memory"),
+        )
 
 
-def fit_job(skeleton: Opened, options: FitRun, notice: Notice) -> Pruning:
-    """The loop over blocks that rounds each site; no weight is removed."""
-    spec = registry().default_method()
-    epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
-    chosen = replace(options, tuning_epochs=epochs, random_tokens=copies)
+def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = False) -> Pruning:
+    """The loop over blocks that solves each site.
+
+    Args:
+        zeros: True if weights may be removed. Only then there are tuning and random tokens by
+            default, which compensate for them.
+    """
+    spec, chosen = registry().default_method(), options
+    if not zeros:
+        epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
+        chosen = replace(options, tuning_epochs=epochs, random_tokens=copies)
     recipe, augmentation = settings(skeleton, chosen, chosen, spec, notice)
-    recipe = replace(recipe, permute=False, row_importance=None)
-    plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0))
+    recipe = replace(recipe, permute=False)
+    if not zeros:
+        recipe = replace(recipe, row_importance=None)
+    plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0), per=spec.per)
     return Pruning(skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed)

@@ -2,49 +2,23 @@
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from apt.adapter import Site
 from apt.checkpoints.exporting import EncodedRows
 from apt.checkpoints.load import load
-from apt.engine.in_memory import InMemory
+from apt.engine.fitted import Fitted
 from apt.engine.task import TaskResult
 from apt.engine.text import Text
-from apt.fit.losses import Outer
-from apt.fit.table import LossTable
 from apt.output.staging import Staging, write_errors
 from apt.solver import Rounded
 
 
-@dataclass(frozen=True)
-class FitChoice:
-    """The result of the choice under a budget.
-
-    Attributes:
-        table: the table of losses.
-        levels: the name of the level of each tensor.
-        outer: the statistics of the embedding and the head.
-    """
-
-    table: LossTable
-    levels: Mapping[str, str]
-    outer: Outer
-
-
-class InFile(InMemory):
-    """A model in memory, of which the rounded weights are kept as the file stores them.
-
-    Its task is an `apt.engine.fit_task.FitTask`.
-
-    Attributes:
-        choice: the chosen levels; None before the choice.
-    """
-
-    choice: FitChoice | None = None
+class InFile(Fitted):
+    """A model in memory, of which the rounded weights are kept as the file stores them."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -52,7 +26,7 @@ class InFile(InMemory):
 
     def output_bytes(self) -> int:
         """The bytes of the largest file."""
-        return int(cast(Any, self._task).budget)
+        return int(self._fit.budget)
 
     def keep_rounded(self, name: str, site: Site | None, weight: Rounded) -> None:
         """Keep the bytes of a rounded weight."""
@@ -65,18 +39,18 @@ class InFile(InMemory):
     def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
         """Write the file and read it back; the file is then measured."""
         self.status("writing", "writing and verifying")
-        task = cast(Any, self._task)
         self.restore()
         del self.model
         gc.collect()
         target = work.out / work.output.name
         encoded = {name: _joined(parts) for name, parts in self._parts.items()}
         with write_errors(work.name):
-            task.write_file(encoded, target)
-        size = target.stat().st_size
-        if size != result.report.fit["size"]:
-            raise RuntimeError(f"the file has {size:,} bytes, not {result.report.fit['size']:,}")
-        self.model = load(task.open(target), torch.float32, task.device).module
+            self._fit.target.write(encoded, target)
+        size, expected = target.stat().st_size, result.report.fit["expected"]
+        if size != expected:
+            raise RuntimeError(f"the file has {size:,} bytes, not {expected:,}")
+        self.written_bytes = size
+        self.model = load(self._fit.open(target), torch.float32, self._fit.device).module
         return work.out
 
 

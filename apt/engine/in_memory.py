@@ -97,12 +97,13 @@ class InMemory(ModelStore):
     def _save(self, plan: Plan | None, directory: Path, tokenizer: Any) -> None:
         """Write the model, if possible as a modified copy of its checkpoint."""
         options, skeleton = self._task.options, self._task.skeleton
+        largest = getattr(options, "max_shard_size", None)
         if self._stored is not None and plan is not None:
             replacement = tokenizer if options.tokenizer else None
-            self._stored.copy(directory, replacement, options.max_shard_size)
-            self._stored.write(self.model, plan, directory)
+            self._stored.copy(directory, replacement, largest)
+            self._stored.write(self.model, plan, directory, self.dense_outer)
             return
-        save_model(self.model, tokenizer, directory, skeleton.checkpoint, options.max_shard_size)
+        save_model(self.model, tokenizer, directory, skeleton.checkpoint, largest)
         if not skeleton.source.gguf:
             keep_side_files(local_directory(skeleton), directory)
 

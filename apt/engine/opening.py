@@ -23,6 +23,7 @@ from apt.options import (
     RemoteOptions,
     ShrinkRun,
 )
+from apt.options.fit import PACKED
 from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 
@@ -34,6 +35,7 @@ AnyRun = PruneRun | ShrinkRun | FitRun | RecoverRun | ReapplyRun
 R = TypeVar("R", bound=AnyRun)
 W = TypeVar("W", bound=PruneRun | ShrinkRun | RecoverRun)
 
+_DEFAULT_FORMAT = "gguf"  # of a fit without an output
 PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
 """The allocation for each unit of a sparsity that several sites share."""
 
@@ -154,12 +156,35 @@ def _resolve_fit(
     source = find_source(options.model, options, registry)
     if options.calibration == MeasuringOptions.calibration:
         notice(f"calibration: {options.calibration} (default)")
-    output = options.output
+    output, target = options.output, _fit_target(options, registry)
     if output is None:
-        output = Path(f"{source.name}-fit.gguf")
+        suffix = "" if target == PACKED else registry.exports.get(target).suffix
+        output = Path(f"{source.name}-fit{suffix}")
         notice(f"output: {output} (default)")
     metrics = _metrics(options, registry)
-    return RunRequest(replace(options, metrics=metrics, output=output), source)
+    options = replace(options, metrics=metrics, output=output, target=target)
+    options.check_target()
+    return RunRequest(options, source)
+
+
+def _fit_target(options: FitRun, registry: Registry) -> str:
+    """The kind of output of a fit: packed, or the name of an export format.
+
+    Raises:
+        AptError: there is no such format, or the output has the name of a file.
+    """
+    specs = registry.exports.specs.values()
+    named = [spec.name for spec in specs if options.output and spec.suffix == options.output.suffix]
+    if options.target not in (None, PACKED):
+        return registry.exports.get(options.target).name
+    if options.target is None and options.output is None:
+        return PACKED if options.needs_packed else _DEFAULT_FORMAT
+    if options.target is None:
+        return next(iter(named), PACKED)
+    if named:
+        message = f"a packed model is a directory, and {options.output} is the name of a file"
+        raise AptError(message, "choose another name", ("output", "target"))
+    return PACKED
 
 
 def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:

@@ -10,6 +10,7 @@ from apt.checkpoints.stored import layout_of, local_directory
 from apt.engine.opening import find_source
 from apt.engine.prepare import Notice, check_place
 from apt.errors import AptError
+from apt.layouts.pieces import Layout
 from apt.options import PackRun, PruneRun, RemoteOptions, UnpackRun
 from apt.output.card import mark_as_packed, mark_as_unpacked
 from apt.output.location import check_output, check_space
@@ -58,6 +59,10 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
         *linear_tensors(skeleton, layout, blocks=only_blocks),
         *expert_tensors(skeleton, layout),
     }
+    roundings = dict.fromkeys(names, rounding)
+    if rounding is None:
+        fitted = fitted_integers(directory, layout)
+        roundings |= {name: each for name, each in fitted.items() if name in names}
     group = rounding.scale_group if rounding is not None else COLUMNS
     if run.format == "apt" and isinstance(group, int) and group % COLUMNS:
         notice(f"scale group {group}: no multiple of {COLUMNS}, so torch expands each matrix")
@@ -71,7 +76,7 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
         if run.format != "apt" and rounding is not None:
             packed = write_compressed_tensors(directory, skeleton, work.out, rounding)
         else:
-            packed = pack(directory, names, work.out, rounding)
+            packed = pack(directory, roundings, work.out)
             mark_as_packed(work.out, has_code=(work.out / OWN_CODE_FILE).is_file())
         carry_report(directory, work.out, source.reference)
     return packed
@@ -123,6 +128,24 @@ def unpack_model(run: UnpackRun, registry: Registry, notice: Notice = lambda lin
         mark_as_unpacked(work.out)
         carry_report(directory, work.out, source.reference)
     return count
+
+
+def fitted_integers(directory: Path, layout: Layout) -> dict[str, Rounding]:
+    """The integers of the tensors of a model that `apt-prune fit` made, by its report.
+
+    A model that was trained afterwards has none.
+    """
+    report = read_report(directory) or {}
+    if not report.get("fit") or report.get("recovery") or report.get("reapplied"):
+        return {}
+    group, levels = report["options"].get("scale_group"), report["fit"]["levels"]
+    kinds = {name: level.partition(" ")[0] for name, level in levels.items()}
+    return {
+        piece.key: Rounding(kind, group, exact=True)
+        for name, kind in kinds.items()
+        for piece in layout.get(name, ())
+        if kind in KINDS and (isinstance(group, int) or group == "row")
+    }
 
 
 def integers_of(directory: Path) -> Rounding | None:

@@ -19,7 +19,6 @@ from apt.checkpoints.stored import local_directory
 from apt.checkpoints.verify import zeros_of
 from apt.distributed.ranks import Ranks
 from apt.engine.fit_task import FitTask
-from apt.engine.in_file import InFile
 from apt.engine.in_memory import InMemory
 from apt.engine.in_place import InPlace
 from apt.engine.streamed import Streamed
@@ -29,11 +28,13 @@ from apt.errors import AptError, first_line
 from apt.events import Phase
 from apt.files.journal import Line
 from apt.locations.paths import portable
-from apt.output.card import write_card
+from apt.output.card import mark_as_packed, write_card
 from apt.output.location import check_space
 from apt.output.report import Report, read_report, versions
 from apt.output.staging import FileStaging, Staging, write_errors
 from apt.output.timeline import Timeline
+from apt.packing.directory import OWN_CODE_FILE
+from apt.runtime.entries import is_packed
 
 
 class MeasurementError(AptError):
@@ -213,7 +214,7 @@ class RunOutput:
         zeros, masks = self.verify(result)
         if self._measures_first:
             self._measure_after()
-        report = result.report.with_zeros(zeros)
+        report = self.task.with_output(result.report.with_zeros(zeros), self.store)
         with self._errors():
             if result.save_masks:
                 write_masks(masks, directory / MASKS, report.orders)
@@ -292,6 +293,8 @@ class RunOutput:
         if not self.task.writes_file:
             original = None if skeleton.source.gguf else local_directory(skeleton)
             write_card(directory, report, original)
+            if is_packed(directory):
+                mark_as_packed(directory, has_code=(directory / OWN_CODE_FILE).is_file())
         return report.write(directory, changed)
 
     def complete(self, report: Report) -> Report:
@@ -316,7 +319,7 @@ class RunOutput:
 def _store_kind(task: Task) -> type[InMemory] | type[Streamed]:
     """The kind of store of a task."""
     if isinstance(task, FitTask):
-        return InFile
+        return task.target.store
     return InPlace if task.in_place else Streamed if task.stream else InMemory
 
 

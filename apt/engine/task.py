@@ -146,6 +146,10 @@ class Task:
         source = replace(self.skeleton.source, location=str(folder), gguf=name)
         return open_skeleton(source, self.registry, adapter, expanded=self.in_place)
 
+    def with_output(self, report: Report, store: ModelStore) -> Report:
+        """The report with what is known once the output is written."""
+        return report
+
     def finished(
         self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
     ) -> Report:

@@ -244,16 +244,17 @@ def expected_by_report(
     Raises:
         AptError: there is no report of a run, or it is damaged; or a glob matches no site.
     """
-    pattern = _options_of(report).get("pattern")
+    fitted = bool(report.get("fit"))
+    pattern = "its levels" if fitted else _options_of(report).get("pattern")
     records = {str(site["name"]): site for site in _site_records(report)}
     if dense := _dense_names(report):
         notice(f"left dense: {', '.join(dense)}")
     requested = _requested_plan(skeleton, report)
-    allocated = _allocated_names(requested, report)
+    allocated = set(requested.names) if fitted else _allocated_names(requested, report)
     plan = Plan(tuple(_with_records(b, records, allocated, dense) for b in requested.blocks))
     problems = [
         *_pattern_differences(plan, records),
-        *_total_differences(requested, plan, allocated),
+        *([] if fitted else _total_differences(requested, plan, allocated)),
     ]
     check_globs(plan, selection)
     plan = Plan(tuple(_selected(block, selection) for block in plan.blocks))
@@ -276,7 +277,7 @@ def _requested_plan(skeleton: Opened, report: Mapping[str, Any]) -> Plan:
     return make_plan(
         skeleton.module,
         skeleton.adapter,
-        read_pattern(str(options.get("pattern"))),
+        read_pattern(str(0 if report.get("fit") else options.get("pattern"))),
         Selection(only, skip, overrides),
         _per(report),
         [str(kind) for kind in options.get("also") or ()],
@@ -374,7 +375,8 @@ def _site_records(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         AptError: there are no records, or they are damaged.
     """
-    if not report.get("sites") or not _options_of(report).get("pattern"):
+    has_pattern = _options_of(report).get("pattern") or report.get("fit")
+    if not report.get("sites") or not has_pattern:
         raise _missing_pattern_error()
     sites = report["sites"]
     needed = {"name", "pattern", "zeros"}

@@ -6,7 +6,8 @@ result is optimal except for the bytes that are left over. A local search spends
 one or two tensors at a time, as long as the loss falls and the file fits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from apt.fit.levels import FileForm
@@ -59,6 +60,37 @@ def choose(table: LossTable, budget: int) -> dict[str, str]:
             chosen[name], left = large, left - more
     chosen = _improved(table, chosen, left)
     return {name: level.name for name, level in chosen.items()}
+
+
+def choose_first(
+    table: LossTable, first: Collection[str], form: FileForm, budget: int
+) -> dict[str, str]:
+    """The level of each tensor, for files whose sizes are known only when tensors are written.
+
+    The expected size of the whole is at most the budget. The tensors of ``first`` are written next:
+    with their largest sizes, and the smallest levels of all other tensors, the file fits too.
+    So a file that is written in several steps never exceeds the budget.
+
+    Args:
+        table: the tensors that are not written yet; its ``rest`` includes all others.
+        form: the largest sizes.
+    """
+    choice = choose(table, budget)
+    others = table.rest + sum(
+        min(level.size for level in form.levels[name])
+        for name in table.tensors
+        if name not in first
+    )
+    largest = {
+        name: tuple(
+            replace(level, size=form.level(name, level.name).size) for level in table.tensors[name]
+        )
+        for name in first
+    }
+    bounded = LossTable(largest, others)
+    if bounded.size({name: choice[name] for name in first}) <= budget:
+        return choice
+    return choice | choose(bounded, budget)
 
 
 def frontier(table: LossTable, count: int = 10) -> list[tuple[int, float]]:

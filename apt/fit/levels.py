@@ -1,9 +1,9 @@
-"""The levels of the tensors of a model: the grids that a file format has, and their sizes."""
+"""The levels of the tensors of a model: the target forms that a format has, and their sizes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from apt.patterns import Grid
+from apt.patterns import Grid, Pattern, TargetForm, Unstructured
 
 
 @dataclass(frozen=True)
@@ -12,13 +12,29 @@ class Level:
 
     Attributes:
         name: the name in the format, such as ``q4_K``.
-        size: the bytes of the tensor in the file, with its padding.
-        grid: the grid of its values; None if the values stay as they are.
+        size: the bytes of the tensor in the file, with its padding; the largest number if they
+            depend on the values.
+        grid: the grid of its values; None if they are not rounded.
+        pattern: the pattern of its zeros; None if no weight is removed.
+        expected: a function from the share of zeros to the bytes, if they depend on the values.
     """
 
     name: str
     size: int
     grid: Grid | None = None
+    pattern: Pattern | None = None
+    expected: Callable[[float], int] | None = None
+
+    @property
+    def form(self) -> TargetForm | None:
+        """The target form of a weight at this level; None if its values stay as they are."""
+        if self.grid is None and self.pattern is None:
+            return None
+        return TargetForm(self.pattern or Unstructured(0.0), self.grid)
+
+    def size_with(self, zeros: float) -> int:
+        """The expected bytes of a tensor with this share of zeros."""
+        return self.size if self.expected is None else min(self.size, self.expected(zeros))
 
 
 @dataclass(frozen=True)
@@ -32,3 +48,7 @@ class FileForm:
 
     levels: Mapping[str, Sequence[Level]]
     rest: int
+
+    def level(self, tensor: str, name: str) -> Level:
+        """A level of a tensor, by its name."""
+        return next(level for level in self.levels[tensor] if level.name == name)

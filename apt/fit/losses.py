@@ -14,14 +14,20 @@ An embedding has the frequencies of its tokens in place of ``b``, and the Gram m
 gradients after it in place of G. For a head, ``b_v`` is the variance ``p_v (1 − p_v)`` of its
 token, which needs no sampling. An embedding that is the head too has the sum of both losses.
 
-The change D of a level is that of the nearest points. The error feedback of the rounding lowers the
-loss, in some tensors more than in others (`rounded`). The share that is left is measured at one
+For a level with zeros, a method of APT finds the zeros and the kept weights V of the sampled rows.
+Kept weights are at their optimum, so that the losses of the zeros and of the rounding of V add up.
+V is fitted to the tokens, unlike rounded weights. So the loss of the zeros is measured on other
+tokens than those of the solve: on the second half of the samples.
+
+The change D of a rounding is that of the nearest points. The error feedback of the rounding lowers
+the loss, in some tensors more than in others (`rounded`). The share that is left is measured at one
 level of each tensor. So the losses are comparable between grids of any kind, and between tensors.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +39,12 @@ from apt.calibration.batches import enter
 from apt.calibration.capture import grams_of
 from apt.fit.levels import Level
 from apt.fit.table import MeasuredLevel
+from apt.patterns import Grid, Pattern, Points
 from apt.planning.plan import Plan
 from apt.solver import Gram, rounded
+
+Prune = Callable[[Tensor, Gram, Pattern], Tensor]
+"""A function from a weight (out, in), its Gram matrix and a pattern to the pruned weight."""
 
 Levels = Mapping[str, Sequence[Level]]
 """The levels of each tensor, by the name of its parameter."""
@@ -310,10 +320,12 @@ def measured_levels(
     given: Sensitivities,
     levels: Levels,
     step: Callable[[int, int], None] = lambda done, total: None,
+    prune: Prune | None = None,
 ) -> dict[str, tuple[MeasuredLevel, ...]]:
     """The loss of each level of each tensor, by the name of its parameter.
 
     Args:
+        prune: finds the weights of levels with zeros; None if there are no such levels.
         step: called with the number of finished blocks, and of all blocks.
 
     Raises:
@@ -327,7 +339,9 @@ def measured_levels(
             result[name] = _outer_losses(weight, given.outer, name, levels[name])
     modules = dict(adapter.blocks(model))
     with eval_mode(model), adapter.running(model):
-        batches = enter(adapter, model, given.tokens)
+        has_zeros = any(level.pattern for name in levels for level in levels[name])
+        samples = given.tokens.tensor_split(2) if has_zeros else (given.tokens,)
+        parts = [enter(adapter, model, each) for each in samples if len(each)]
         for index, planned in enumerate(plan.blocks):
             block = modules[planned.name]
             sites = dict[str, list[Site]]()
@@ -335,11 +349,10 @@ def measured_levels(
                 sites.setdefault(f"{planned.name}.{entry.site.parameter}", []).append(entry.site)
             wanted = {name: members for name, members in sites.items() if name in levels}
             every = [site for members in wanted.values() for site in members]
-            grams = grams_of(adapter, block, index, every, batches)
+            grams = [grams_of(adapter, block, index, every, part) for part in parts]
             for name, members in wanted.items():
-                result[name] = _site_losses(
-                    block, members, given.rows[name], grams, given.tokens.numel(), levels[name]
-                )
+                rows, count = given.rows[name], given.tokens.numel()
+                result[name] = _site_losses(block, members, rows, grams, count, levels[name], prune)
             step(index + 1, len(plan.blocks))
     return {name: result[name] for name in levels}
 
@@ -348,35 +361,70 @@ def _site_losses(
     block: nn.Module,
     sites: Sequence[Site],
     squares: Tensor,
-    grams: Mapping[str, Gram],
+    grams: Sequence[Mapping[str, Gram]],
     tokens: int,
     levels: Sequence[Level],
+    prune: Prune | None,
 ) -> tuple[MeasuredLevel, ...]:
     """The losses of the levels of a parameter, from some rows, and some experts of a stack.
 
     Args:
         squares: the sum of squared gradients of each row, (out,) or (experts, out).
+        grams: the Gram matrices of each part of the tokens.
     """
     total = float(squares.sum())
     chosen = sites[:: max(1, len(sites) // _EXPERTS)]
-    losses, seen = [0.0] * len(levels), 0.0
+    found, seen = [_Sampled() for _ in levels], 0.0
     for site in chosen:
-        gram = grams[site.input].matrix
+        inputs = _Inputs([part[site.input] for part in grams])
         if not squares.ndim:  # the weight has no gradient, as an expert without tokens
             break
         of_site = squares if site.expert is None else squares[site.expert]
         weight = site.oriented(site.weight(block).detach())
         rows = _spaced(len(weight), _ROWS).to(weight.device)
         weight, importance = weight[rows].float(), of_site[rows]
-        energy = float(gram.diagonal().sum())
-        if not energy or not float(importance.sum()):
+        if not inputs.energy or not float(importance.sum()):
             continue
         seen += float(importance.sum())
-        weighting = importance / energy / tokens / 2
-        for index, loss in enumerate(_losses(weight, _damped(gram), [(weighting, gram)], levels)):
-            losses[index] += loss
+        weighting, matrix = importance / inputs.energy / tokens / 2, inputs.matrix
+        pruned = partial(_pruned, weight, inputs.solved, prune)
+        terms, held = [(weighting, matrix)], [(weighting, inputs.held)]
+        measured = _sampled(pruned, _damped(matrix), terms, held, levels)
+        for sums, each in zip(found, measured, strict=True):
+            sums.add(each)
     scale = total / seen if seen else 0.0
-    return _with_losses(levels, [loss * scale for loss in losses])
+    return _with_losses(levels, found, scale)
+
+
+class _Inputs:
+    """The inputs of a site, in one or two parts.
+
+    Attributes:
+        matrix: the Gram matrix of all tokens.
+        energy: the sum of their squares.
+        solved: the Gram matrix of the part for the solves.
+        held: the Gram matrix of the other part, with the energy of all tokens.
+    """
+
+    def __init__(self, parts: Sequence[Gram]) -> None:
+        self.matrix = sum((part.matrix for part in parts[1:]), parts[0].matrix)
+        self.energy = _energy(self.matrix)
+        live = [part for part in parts if _energy(part.matrix)] or parts
+        self.solved, held = live[0], live[-1].matrix
+        self.held = held * (self.energy / _energy(held)) if len(live) > 1 else self.matrix
+
+
+def _energy(matrix: Tensor) -> float:
+    return float(matrix.diagonal().sum())
+
+
+def _pruned(weight: Tensor, gram: Gram, prune: Prune | None, pattern: Pattern | None) -> Tensor:
+    """The weight (out, in) with the zeros of a pattern; the weight itself for None."""
+    if pattern is None:
+        return weight
+    if prune is None:
+        raise ValueError(f"no function prunes to {pattern}")
+    return prune(weight.clone(), gram, pattern)
 
 
 def _outer_losses(
@@ -387,37 +435,92 @@ def _outer_losses(
     terms = [
         (part[rows] * part.sum() / part[rows].sum() / 2, gram) for part, gram in outer.terms(name)
     ]
-    return _with_losses(levels, _losses(weight[rows].float(), outer.matrix(name), terms, levels))
+    sample = weight[rows].float()
+    return _with_losses(
+        levels, _sampled(lambda pattern: sample, outer.matrix(name), terms, terms, levels), 1.0
+    )
 
 
-def _losses(
-    weight: Tensor, matrix: Tensor, terms: Sequence[tuple[Tensor, Tensor]], levels: Sequence[Level]
-) -> list[float]:
-    """The loss of each level for a weight (out, in).
+_Form = tuple[Pattern | None, Grid | None]
+_Terms = Sequence[tuple[Tensor, Tensor]]
 
-    Args:
-        matrix: the matrix H (in, in) of the rounding.
-        terms: the pairs of b (out,) and G (in, in), with all factors.
+
+@dataclass
+class _Sampled:
+    """A level, measured on some rows of one or several weights.
+
+    Attributes:
+        loss: the sum of their losses.
+        zeros, weights: the sums of their zeros and of all their weights.
     """
 
-    def loss(rounded_weight: Tensor) -> float:
-        change = rounded_weight - weight
+    loss: float = 0.0
+    zeros: int = 0
+    weights: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of zeros."""
+        return self.zeros / max(self.weights, 1)
+
+    def add(self, other: "_Sampled") -> None:
+        """Add the sums of other weights."""
+        self.loss += other.loss
+        self.zeros += other.zeros
+        self.weights += other.weights
+
+
+def _sampled(
+    pruned: Callable[[Pattern | None], Tensor],
+    matrix: Tensor,
+    terms: _Terms,
+    held: _Terms,
+    levels: Sequence[Level],
+) -> list[_Sampled]:
+    """The measured levels of a weight (out, in).
+
+    Args:
+        pruned: the weight with the zeros of a pattern; for None, the weight itself.
+        matrix: the matrix H (in, in) of the rounding.
+        terms: the pairs of b (out,) and G (in, in), with all factors.
+        held: the same of other tokens than those to which the zeros are fitted.
+    """
+
+    def loss(change: Tensor, terms: _Terms = terms) -> float:
         return sum(float((((change @ g) * change).sum(1) * b).sum()) for b, g in terms)
 
-    grids = [level.grid for level in levels]
-    found = {grid: grid.points(weight, matrix.diagonal(), torch.float32) for grid in grids if grid}
-    plain = {grid: loss(points.rounded(weight)) for grid, points in found.items()}
+    weights = {pattern: pruned(pattern) for pattern in (None, *(x.pattern for x in levels))}
+    removal = {pattern: loss(kept - weights[None], held) for pattern, kept in weights.items()}
+    forms: list[_Form] = [(level.pattern, level.grid) for level in levels]
+    found: dict[_Form, Points] = {
+        (pattern, grid): grid.points(weights[pattern], matrix.diagonal(), torch.float32)
+        for pattern, grid in forms
+        if grid
+    }
+    nearest = {form: points.rounded(weights[form[0]]) for form, points in found.items()}
+    plain = {form: loss(values - weights[form[0]]) for form, values in nearest.items()}
     # The loss of the grid in the middle: the share at very small losses is lost in rounding.
-    middle = sorted(plain, key=lambda grid: plain[grid])[len(plain) // 2] if plain else None
-    share = 1.0
-    if middle is not None and plain[middle] > 0:
-        share = loss(rounded(weight, matrix, middle, passes=1).weight) / plain[middle]
-    return [plain[grid] * share if grid else 0.0 for grid in grids]
+    middle = sorted(plain, key=lambda form: plain[form])[len(plain) // 2] if plain else (None, None)
+    kept, grid, share = weights[middle[0]], middle[1], 1.0
+    if grid is not None and plain[middle] > 0:
+        share = loss(rounded(kept, matrix, grid, passes=1).weight - kept) / plain[middle]
+    return [
+        _Sampled(
+            removal[form[0]] + plain.get(form, 0.0) * share,
+            int((nearest.get(form, weights[form[0]]) == 0).sum()),
+            weights[None].numel(),
+        )
+        for form in forms
+    ]
 
 
-def _with_losses(levels: Sequence[Level], losses: Sequence[float]) -> tuple[MeasuredLevel, ...]:
-    pairs = zip(levels, losses, strict=True)
-    return tuple(MeasuredLevel(level.name, level.size, loss) for level, loss in pairs)
+def _with_losses(
+    levels: Sequence[Level], found: Sequence[_Sampled], scale: float
+) -> tuple[MeasuredLevel, ...]:
+    return tuple(
+        MeasuredLevel(level.name, level.size_with(sums.share), sums.loss * scale)
+        for level, sums in zip(levels, found, strict=True)
+    )
 
 
 def _spaced(count: int, most: int) -> Tensor:

@@ -410,13 +410,17 @@ class IntegerOptions(Options):
     def check(self) -> None:
         """Raise `AptError` for a scale group that no runtime supports; see `Options.check`."""
         super().check()
-        group = self.scale_group
-        if group != "row" and (group < 32 or group % 32):
-            raise AptError(
-                f"scale group {group} is not a multiple of 32",
-                "write for example 128, or row",
-                ("scale_group",),
-            )
+        check_scale_group(self.scale_group)
+
+
+def check_scale_group(group: int | Literal["row"]) -> None:
+    """Raise `AptError` for a scale group that no runtime supports."""
+    if group != "row" and (group < 32 or group % 32):
+        raise AptError(
+            f"scale group {group} is not a multiple of 32",
+            "write for example 128, or row",
+            ("scale_group",),
+        )
 
 
 def check_seed(seed: int) -> None:

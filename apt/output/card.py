@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from apt.checkpoints.copies import CARD, REPORT
 from apt.files.writing import write_file
-from apt.output.report import Report
+from apt.output.report import Report, levels_by_kind
 
 _NOT_FASTER = "Zeros alone make a model neither smaller nor faster: a runtime must use the pattern."
 _TAGS = ("apt-prune", "pruned")
@@ -82,6 +82,7 @@ def _training(report: Report) -> str:
 def _pruning(report: Report, reference: str) -> str:
     options, text = report.options, report.calibration
     smaller, integers = bool(report.structure), options.get("quantize")
+    fitted = bool(report.fit)
     rounds = bool(report.sites) and all(site.pattern == "0" for site in report.sites)
     result = f"{report.sparsity:.2%} of the weights in {len(report.sites)} matrices are zero."
     result = _structure(report) if smaller else result
@@ -97,17 +98,26 @@ def _pruning(report: Report, reference: str) -> str:
         "| | |",
         "| --- | --- |",
         f"| original | {reference} |",
-        *([] if smaller or rounds else [f"| pattern | {options.get('pattern')} |"]),
+        *(_level_rows(report) if fitted else []),
+        *([] if smaller or rounds or fitted else [f"| pattern | {options.get('pattern')} |"]),
         *([f"| weights | {integers}, scale group {options.get('group')} |"] if integers else []),
-        *([] if rounds else [f"| method | {options.get('method')} |"]),
+        *([] if rounds or fitted else [f"| method | {options.get('method')} |"]),
         *([f"| calibration | {text.get('source')}, {shape} tokens |"] if shape else []),
         *([f"| mean relative layer error | {error:.4f} |"] if report.sites else []),
         *_score_rows(report),
         "",
-        *([] if smaller or rounds else [_NOT_FASTER]),
+        *([] if smaller or rounds or fitted else [_NOT_FASTER]),
         f"`{REPORT}` has all options and the record of each matrix.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _level_rows(report: Report) -> list[str]:
+    """The size of the weights, and the levels of the matrices of each kind."""
+    levels = levels_by_kind(report.fit["levels"]).items()
+    return [f"| size of the weights | {report.fit['size']:,} bytes |"] + [
+        f"| {kind} | {found} |" for kind, found in levels
+    ]
 
 
 def _structure(report: Report) -> str:

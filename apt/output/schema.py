@@ -166,7 +166,8 @@ _FIT = object_with(
     {
         "budget": size, "size": size, "loss": number, "levels": object_of(text),
         "frontier": list_of(row_of(count, number)), "table": _TABLE,
-    }
+    },
+    {"expected": count},
 )  # fmt: skip
 _ROUTED = object_with({"tokens": object_of(list_of(count)), "weights": object_of(list_of(number))})
 _SOURCE = object_with({"name": text, "share": number, "samples": count})

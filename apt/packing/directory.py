@@ -135,28 +135,28 @@ def expert_tensors(skeleton: Opened, layout: Layout) -> set[str]:
     return {p.key for stack in stacks if are_matrices(layout[stack]) for p in layout[stack]}
 
 
-def pack(
-    directory: Path, names: Collection[str], target: Path, rounding: Rounding | None = None
-) -> Packed:
+def pack(directory: Path, roundings: Mapping[str, Rounding | None], target: Path) -> Packed:
     """Write a checkpoint in which matrices are packed if that needs fewer bytes.
 
     Args:
+        roundings: the tensors to pack, each with the rounding of its kept weights; None keeps them
+            as they are.
         target: an empty directory.
-        rounding: the rounding of the kept weights; None keeps them as they are.
 
     Raises:
         AptError: the checkpoint has too few zeros, or is damaged.
     """
     config = read_config(directory)
-    if not names:
+    if not roundings:
         owners = "a torch.nn.Linear module of its own, or to stacked experts"
         message = f"no weight of {directory} belongs to {owners}"
         raise AptError(message, "other modules, such as Conv1D, cannot be packed")
     shards, entries = Shards(directory), dict[str, Entry]()
 
     def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        if name not in names or tensor.ndim < 2 or tensor.dtype not in FLOATS.values():
+        if name not in roundings or tensor.ndim < 2 or tensor.dtype not in FLOATS.values():
             return {name: tensor}
+        rounding = roundings[name]
         if rounding is not None and not rounding.exact:
             check_finite(name, tensor)
         entry, parts = _encoded(tensor, rounding)
@@ -182,7 +182,7 @@ def pack(
     )
     if code_entry:
         _write_code(target)
-    error = relative_error(_verified(shards, PackedShards(target), entries, rounding))
+    error = relative_error(_verified(shards, PackedShards(target), entries, roundings))
     sizes = {name: entry.size for name, entry in stored_tensors(target).entries.items()}
     parts = sum(sizes.get(f"{name}_{part}", 0) for name in entries for part in PARTS)
     dense = sum(shards.entries[name].size for name in entries)
@@ -251,6 +251,13 @@ class PackedShards(Shards):
         check_packed_files(self.files, records)
 
 
+def loaded_bytes(directory: Path) -> int:
+    """The bytes of the tensors of a packed directory in memory, where masks are not compressed."""
+    stored, matrices = stored_tensors(directory).entries, read_entries(directory).values()
+    masks = sum(entry.mask_bytes - entry.stored for entry in matrices)
+    return masks + sum(entry.size for entry in stored.values())
+
+
 def stored_tensors(directory: Path) -> Shards:
     """The tensors of a packed directory in their packed form."""
     return Shards(directory, SINGLE_PACKED, INDEX_PACKED)
@@ -317,7 +324,10 @@ def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def _verified(
-    shards: Shards, written: PackedShards, entries: Mapping[str, Entry], rounding: Rounding | None
+    shards: Shards,
+    written: PackedShards,
+    entries: Mapping[str, Entry],
+    roundings: Mapping[str, Rounding | None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each matrix on disk and its original, after a check.
 
@@ -325,7 +335,7 @@ def _verified(
     the matrix on disk must be the rounded original.
     """
     for name in entries:
-        matrix = written.read(name)
+        matrix, rounding = written.read(name), roundings[name]
         original = shards.read(name)
         original.masked_fill_(original == 0, 0)  # makes negative zeros positive
         lossless = rounding is None or rounding.exact

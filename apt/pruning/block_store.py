@@ -12,6 +12,7 @@ from apt.calibration.storage import MemoryStore, Store
 from apt.compute import round_parameter
 from apt.distributed.ranks import Ranks
 from apt.events import BlockRecord
+from apt.planning.plan import PlannedBlock
 from apt.solver import Rounded
 
 
@@ -53,6 +54,10 @@ class BlockStore:
     def open(self, name: str, block: nn.Module) -> AbstractContextManager[None]:
         """A context in which the block's dense weights are in memory."""
         return nullcontext()
+
+    def planned(self, block: PlannedBlock) -> PlannedBlock:
+        """The plan of the next block, which may depend on the blocks before it."""
+        return block
 
     def kept(self, name: str) -> list[BlockRecord] | None:
         """The records of a block that an earlier run has kept; None if no run has kept it."""

@@ -74,7 +74,7 @@ def prune_blocks(
                     CurrentBlock(
                         adapter, module, index, batches, store.ranks,
                         partial(store.observe, Working(name, "running")),
-                        store=store, job=job, planned=planned[index],
+                        store=store, job=job, planned=store.planned(planned[index]),
                         dropped=blocks[index + 1 : following], tuning_batches=tuning,
                         sources=sources.names, mixed=sources.mixed, judged=judged,
                     ), last=index == kept[-1]

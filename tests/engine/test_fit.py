@@ -138,7 +138,7 @@ def test_losses_fall_with_the_bits_of_a_level(fitted):
         (("--size", "little"), "little is not a size; write 73MiB, 1.5GB"),
         ((), "size and bits are missing"),
         (("--size", "2MB", "--bits", 4), "size and bits are both given"),
-        (("--size", "2MB", "-o", "out"), "the suffix of out does not say the format"),
+        (("--size", "2MB", "-o", "out", "--for", "gguf"), "the output out is not a .gguf file"),
         (("--size", "2MB", "--samples", 0), "fit needs calibration text"),
     ],
 )

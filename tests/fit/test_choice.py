@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt.fit.choice import DoesNotFitError, choose, lower_hull
+from apt.fit.choice import DoesNotFitError, choose, choose_first, lower_hull, smallest_size
+from apt.fit.levels import FileForm, Level
 from apt.fit.table import LossTable, MeasuredLevel
 
 _LEVELS = st.lists(
@@ -77,3 +78,26 @@ def test_record_of_a_table_reads_as_the_same_table(rows):
 def test_damaged_record_is_an_error(record):
     with pytest.raises(ValueError, match="table of losses"):
         LossTable.read(record)
+
+
+@given(st.lists(_LEVELS, min_size=1, max_size=6), st.integers(0, 400), st.randoms())
+def test_outputs_of_uncertain_sizes_never_exceed_the_budget(rows, more, random):
+    table = table_of(rows)
+    form = FileForm(
+        {
+            name: [Level(x.name, x.size + random.randint(0, 20)) for x in levels]
+            for name, levels in table.tensors.items()
+        },
+        table.rest,
+    )
+    budget, written = smallest_size(form) + more, table.rest
+    names = list(table.tensors)
+    while names:
+        first, names = names[:2], names[2:]
+        left = {name: table.tensors[name] for name in (*first, *names)}
+        choice = choose_first(LossTable(left, written), first, form, budget)
+        assert choice.keys() == left.keys()
+        for name in first:  # the real size may be any size up to the largest
+            largest = form.level(name, choice[name]).size
+            written += random.choice([largest, random.randint(0, largest)])
+        assert written <= budget

@@ -8,6 +8,8 @@ from apt_plugins.texts import builtin
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apt.adapter.recording import eval_mode
+from apt.calibration.batches import enter
+from apt.calibration.capture import grams_of
 from apt.evaluation.metrics import divergence
 from apt.extending import open_skeleton
 from apt.fit.levels import Level
@@ -16,7 +18,7 @@ from apt.locations.model_source import find
 from apt.patterns import IntegerGrid, Unstructured
 from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
-from apt.solver import rounded
+from apt.solver import SolverOptions, admm, rounded
 from apt.text.datasets import calibration_tokens
 
 TENSORS = ("model.embed_tokens", "model.layers.0.mlp.gate_proj", "model.layers.2.mlp.down_proj")
@@ -51,6 +53,49 @@ def test_predicted_loss_is_near_the_divergence_of_the_rounded_model(name, zoo):
             found = divergence(changed, tokens, model)
         assert predicted[str(bits)] == pytest.approx(found, rel=0.7)  # the rounding here is plain
     assert predicted["3"] > 3 * predicted["4"]
+
+
+@pytest.mark.parametrize("name", [f"{name}.weight" for name in TENSORS[1:]])
+def test_predicted_loss_of_zeros_is_near_the_divergence_of_the_pruned_model(name, zoo):
+    model, adapter, tokens = zoo
+    plan, options = make_plan(model, adapter, Unstructured(0.0)), SolverOptions(effort="fast")
+    grid, shares = IntegerGrid(4, 64), (0.3, 0.5, 0.7)
+    forms = [(f"{share}", None, Unstructured(share)) for share in shares]
+    forms += [(f"{share} int4", grid, Unstructured(share)) for share in shares]
+    levels = {name: [Level(text, 100, grid, pattern, at) for text, grid, pattern in forms]}
+    solved = {}
+
+    def prune(weight, gram, pattern):
+        solved[pattern.sparsity] = weight.shape
+        return admm(weight, gram, pattern, options).weight
+
+    given = sensitivities(model, adapter, plan, tokens)
+    found = measured_levels(model, adapter, plan, given, levels, prune=prune)[name]
+    assert set(solved.values()) == {(64, model.get_parameter(name).shape[1])}
+    losses = {level.name: level.loss for level in found}
+    assert losses["0.3"] < losses["0.5"] < losses["0.7"]
+    for share, level in zip((*shares, *shares), found, strict=True):
+        assert losses[f"{share}"] <= level.loss
+        assert 100 * (1 - share - 0.2) < level.size < 100 * (1 - share) + 2
+    changed = copy.deepcopy(model)
+    index = int(name.split(".")[2])
+    sites = adapter.sites(list(adapter.blocks(model))[index][1])
+    site = next(site for site in sites if name.endswith(site.parameter))
+    batches = enter(adapter, model, given.tokens)
+    with eval_mode(model), torch.no_grad():
+        for place, (_, each) in enumerate(list(adapter.blocks(model))[: index + 1]):
+            grams = grams_of(adapter, each, place, [site] if place == index else [], batches)
+    pattern = Unstructured(0.5, "layer")
+    weight = admm(model.get_parameter(name).data, grams[site.input], pattern, options).weight
+    changed.get_parameter(name).data.copy_(weight)
+    with eval_mode(changed):
+        divergence_found = divergence(changed, tokens, model)
+    assert 0.4 < losses["0.5"] / divergence_found < 2.5  # measured on other tokens than solved
+
+
+def at(zeros):
+    """The bytes of a level with a share of zeros."""
+    return round(100 * (1 - zeros))
 
 
 def test_weights_have_no_gradient_afterwards(zoo):

@@ -357,7 +357,7 @@ def test_packed_model_without_a_tensor_is_refused(apt, output_of, pruned, part):
 )
 def test_matrix_without_a_part_is_an_error_with_its_name(pruned, tmp_path, part, opens):
     name = "model.layers.0.mlp.up_proj.weight"
-    pack(pruned(), [name], tmp_path, Rounding("int8", 64))
+    pack(pruned(), {name: Rounding("int8", 64)}, tmp_path)
     file, about = tmp_path / "apt_packed.safetensors", read_config(tmp_path)[KEY]["matrices"]
     tensors = load_file(file)
     del tensors[f"{name}_{part}"]
@@ -416,9 +416,10 @@ def test_matrices_of_zeros_and_with_nan_are_restored(apt, pruned, tmp_path):
     path = changed(pruned(), tmp_path / "extreme", extreme)
     names = set(load_file(path / "model.safetensors"))
     (tmp_path / "packed").mkdir()
-    pack(path, names, tmp_path / "packed")
+    pack(path, dict.fromkeys(names), tmp_path / "packed")
     (tmp_path / "integers").mkdir()
-    pack(path, names, tmp_path / "integers", Rounding("int8", 64, exact=True))
+    rounding = Rounding("int8", 64, exact=True)
+    pack(path, dict.fromkeys(names, rounding), tmp_path / "integers")
     for folder in ("packed", "integers"):
         (tmp_path / f"{folder}-back").mkdir()
         unpack(tmp_path / folder, tmp_path / f"{folder}-back")
@@ -431,7 +432,7 @@ def test_matrices_of_zeros_and_with_nan_are_restored(apt, pruned, tmp_path):
     run = apt("pack", zeros, "-o", "nothing")
     assert run.code == 0, run.err
     with pytest.raises(AptError, match=r"torch\.nn\.Linear"):
-        pack(path, [], tmp_path)
+        pack(path, {}, tmp_path)
 
 
 @pytest.mark.parametrize("quantize", [None, "int4"])
@@ -440,7 +441,7 @@ def test_every_changed_bit_is_detected(pruned, tmp_path, quantize):
     path, draw, packed = pruned(), random.Random(0), tmp_path / "packed"
     names = [name for name in load_file(path / "model.safetensors") if "proj" in name]
     packed.mkdir()
-    pack(path, names, packed, Rounding(quantize, 64) if quantize else None)
+    pack(path, dict.fromkeys(names, Rounding(quantize, 64) if quantize else None), packed)
     file = packed / "apt_packed.safetensors"
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")

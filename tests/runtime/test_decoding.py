@@ -59,7 +59,7 @@ def packed(tmp_path):
                     module.weight.uniform_(0.5, 1.5)
         model.save_pretrained(tmp_path / "dense")
         (tmp_path / "packed").mkdir()
-        pack(tmp_path / "dense", names, tmp_path / "packed", None)
+        pack(tmp_path / "dense", dict.fromkeys(names), tmp_path / "packed")
         return runtime.load(tmp_path / "packed")
 
     return make

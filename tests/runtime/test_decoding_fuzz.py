@@ -771,7 +771,7 @@ def models(tmp_path_factory):
                 module.weight.uniform_(0.5, 1.5)
     model.save_pretrained(folder / "dense")
     (folder / "packed").mkdir()
-    pack(folder / "dense", names, folder / "packed", None)
+    pack(folder / "dense", dict.fromkeys(names), folder / "packed")
     packed = runtime.load(folder / "packed")
     assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 8
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", attn_implementation="sdpa")

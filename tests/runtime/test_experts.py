@@ -64,7 +64,7 @@ def in_memory(model):
 def test_packed_experts_give_the_same_logits_with_fewer_bytes(pruned, tmp_path):
     dense, folder, names = pruned
     (tmp_path / "packed").mkdir()
-    pack(folder, [name for name in names if "experts" in name], tmp_path / "packed")
+    pack(folder, {name: None for name in names if "experts" in name}, tmp_path / "packed")
     model = runtime.load(tmp_path / "packed")
     stacks = [m for m in model.modules() if isinstance(m, PackedStack)]
     assert len(stacks) >= 2
@@ -95,7 +95,7 @@ def test_experts_without_zeros_stay_dense(pruned, tmp_path):
     shards.write([(experts[0], torch.randn(shards.entries[experts[0]].shape))])
     dense = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
     (tmp_path / "packed").mkdir()
-    pack(folder, experts, tmp_path / "packed")
+    pack(folder, dict.fromkeys(experts), tmp_path / "packed")
     assert set(read_entries(tmp_path / "packed")) == set(experts[1:])
     model = runtime.load(tmp_path / "packed")
     logits, expected = (m(TOKENS).logits for m in (model, dense))
@@ -108,7 +108,7 @@ def test_experts_are_packed_as_integers(pruned, tmp_path):
     dense, folder, names = pruned
     experts = [name for name in names if "experts" in name]
     (tmp_path / "packed").mkdir()
-    done = pack(folder, experts, tmp_path / "packed", Rounding("int8", "row"))
+    done = pack(folder, dict.fromkeys(experts, Rounding("int8", "row")), tmp_path / "packed")
     assert done.packed_bytes < 0.4 * done.dense_bytes
     model = runtime.load(tmp_path / "packed")
     logits, expected = model(TOKENS).logits.float(), dense(TOKENS).logits.float()

@@ -1,0 +1,215 @@
+"""The outputs of ``apt-prune fit``: the levels of their tensors, and their form on disk."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from apt.checkpoints.exporting import EncodedRows, Export, Exportable, Exported
+from apt.checkpoints.opened import Opened
+from apt.checkpoints.stored import local_directory
+from apt.engine.export import original_file
+from apt.engine.fitted import Fitted
+from apt.engine.in_file import InFile
+from apt.engine.in_packed import InPacked
+from apt.engine.opening import RunRequest, check_export
+from apt.engine.packed_form import Means, PackedForm, cache_bytes, packed_form
+from apt.engine.prepare import Notice, check_place, input_paths
+from apt.errors import AptError
+from apt.files.writing import check_file
+from apt.fit.levels import FileForm
+from apt.fit.losses import outer_names
+from apt.options import ExportRun, FitRun
+from apt.options.fit import PACKED
+from apt.output.report import report_beside
+from apt.packing.directory import loaded_bytes, stored_tensors
+from apt.patterns import Grid, IntegerGrid
+from apt.planning.plan import Plan
+from apt.plugin.registry import Registry
+from apt.plugin.specs import ExportSpec
+
+
+class FitTarget(ABC):
+    """The output of a fit.
+
+    Attributes:
+        store: the kind of store that writes it.
+        is_file: True if it is one file, False if it is a directory.
+    """
+
+    store: ClassVar[type[Fitted]]
+    is_file: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """The words for such an output in messages."""
+
+    @property
+    @abstractmethod
+    def form(self) -> FileForm:
+        """The levels of the tensors, and the bytes of the rest."""
+
+    @property
+    def is_exact(self) -> bool:
+        """True if the sizes do not depend on the values."""
+        levels = (level for row in self.form.levels.values() for level in row)
+        return all(level.expected is None for level in levels)
+
+    @property
+    def plan(self) -> Plan | None:
+        """A plan with all parameters that may change; None if the whole model is written anew."""
+        return None
+
+
+@dataclass(frozen=True)
+class FileTarget(FitTarget):
+    """One file in the format of an export.
+
+    Attributes:
+        export: the format.
+        model: the model on disk, from which the tensors that keep their values are written.
+    """
+
+    store = InFile
+    is_file = True
+
+    export: ExportSpec
+    model: Exportable
+    file_form: FileForm
+
+    @property
+    def words(self) -> str:
+        """The name of the format."""
+        return f"{self.export.name} file"
+
+    @property
+    def form(self) -> FileForm:
+        """The levels of the format."""
+        return self.file_form
+
+    def write(self, encoded: Mapping[str, EncodedRows], target: Path) -> Exported:
+        """Write the file; other tensors have the values of the model on disk."""
+        write: Export = self.export.load()
+        return write(self.model.with_encoded(encoded), target)
+
+
+@dataclass(frozen=True)
+class PackedTarget(FitTarget):
+    """A packed directory.
+
+    Attributes:
+        packed: its levels.
+        changes: the plan with all parameters that may change; None if the whole model is written
+            anew.
+        cache: the bytes of the cache, if the bytes in memory are counted; else None.
+    """
+
+    store = InPacked
+    is_file = False
+
+    packed: PackedForm
+    changes: Plan | None
+    cache: int | None = None
+
+    @property
+    def words(self) -> str:
+        """The words for a packed directory."""
+        return "packed directory" if self.cache is None else "packed model with its cache"
+
+    @property
+    def form(self) -> FileForm:
+        """The levels of the matrices."""
+        return self.packed.form
+
+    @property
+    def plan(self) -> Plan | None:
+        """See `FitTarget`."""
+        return self.changes
+
+    def coded(self, name: str, parameter: Tensor, grid: Grid | None) -> int:
+        """The bytes of a parameter with its final values."""
+        assert grid is None or isinstance(grid, IntegerGrid)
+        return self.packed.matrices[name].coded(parameter, grid)
+
+    def measured(self, directory: Path) -> int:
+        """The counted bytes of a written directory."""
+        if self.cache is not None:
+            return loaded_bytes(directory) + self.cache
+        return sum(path.stat().st_size for path in stored_tensors(directory).files)
+
+
+def check_target_place(
+    request: RunRequest[FitRun], texts: Sequence[str | None], registry: Registry, notice: Notice
+) -> ExportSpec | None:
+    """Check the place of the output of a fit; returns the format of a file.
+
+    Raises:
+        AptError: it has a wrong name or exists, or the format has no levels.
+    """
+    options, output = request.options, request.options.directory
+    if options.target == PACKED:
+        check_place(options, request.source, texts, notice)
+        return None
+    run = ExportRun(model=options.model, output=output, format=options.target)
+    spec = check_export(run, registry, ("output",))
+    if spec.form is None:
+        raise AptError(f"{spec.name} files have no levels to choose from", options=("output",))
+    inputs = input_paths(request.source, texts)
+    for path in (output, report_beside(output)):
+        check_file(path, overwrite=options.overwrite, inputs=inputs, options=("output",))
+    return spec
+
+
+def file_target(spec: ExportSpec, skeleton: Opened) -> FileTarget:
+    """The target of a file; raises `AptError` if the format cannot express the model."""
+    source = skeleton.source
+    original = source.files()[0] if source.gguf else original_file(local_directory(skeleton), spec)
+    model = Exportable(skeleton, original=original)
+    spec.examine(model)
+    return FileTarget(spec, model, _roundable(spec.file_form(model), skeleton))
+
+
+def packed_target(
+    skeleton: Opened,
+    plan: Plan,
+    means: Means,
+    dtype: torch.dtype | None,
+    budget: int,
+    context: int | None,
+) -> PackedTarget:
+    """The target of a packed directory.
+
+    Args:
+        context: the tokens of the cache, to count the bytes in memory; None to count those of the
+            files.
+
+    Raises:
+        AptError: the model has no matrices to pack, or is small enough already.
+    """
+    cache = None if context is None else cache_bytes(skeleton, context, dtype)
+    packed, name = packed_form(skeleton, plan, means, dtype, cache), skeleton.source.reference
+    if not packed.matrices:
+        message = f"no weight of {name} belongs to a torch.nn.Linear module or to stacked experts"
+        raise AptError(message, "other modules, such as Conv1D, cannot be packed", ("target",))
+    if packed.dense <= budget:
+        size = f"{packed.dense:,} bytes ({packed.dense / 2**20:.1f} MiB)"
+        message = f"{name} fits already: with dense weights it has at most {size}"
+        raise AptError(message, "give a smaller size", ("size", "bits", "memory"))
+    return PackedTarget(packed, plan if skeleton.quantised is None else None, cache)
+
+
+def _roundable(form: FileForm, skeleton: Opened) -> FileForm:
+    """The form with levels for sites, embedding and head alone; other tensors keep their values."""
+    names: Collection[str] = {
+        f"{block}.{site.parameter}"
+        for block, module in skeleton.adapter.blocks(skeleton.module)
+        for site in skeleton.adapter.sites(module)
+    } | set(outer_names(skeleton.module))
+    kept = (levels for name, levels in form.levels.items() if name not in names)
+    rest = form.rest + sum(level.size for levels in kept for level in levels if not level.grid)
+    return FileForm({n: levels for n, levels in form.levels.items() if n in names}, rest)
