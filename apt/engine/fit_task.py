@@ -1,5 +1,6 @@
 """The task of ``apt-prune fit``: the best file of a given size."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
 from apt.distributed.ranks import Ranks
 from apt.engine.export import original_file
+from apt.engine.file_forms import SMALLER, form_of, smaller_models
 from apt.engine.in_file import FitChoice, InFile
 from apt.engine.machine import choose_device, read_dtype
 from apt.engine.opening import RunRequest, check_export
@@ -23,11 +25,11 @@ from apt.engine.store import ModelStore
 from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.files.journal import Journal, journal_beside
+from apt.files.journal import Journal, Line, journal_beside
 from apt.files.writing import check_file
 from apt.fit.choice import choose, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import forward_sums, measured_levels, outer_names, sensitivities
+from apt.fit.losses import forward_sums, measured_levels, sensitivities
 from apt.fit.table import LossTable
 from apt.locations.model_source import find
 from apt.options import ExportRun, FitRun
@@ -39,6 +41,22 @@ from apt.plugin.specs import ExportSpec
 from apt.solver import rounded
 
 _MEASURE = "leave it out: the losses are then measured"
+_MEANS = ("bits", *SMALLER)
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A smaller model that was made from the model of a run.
+
+    Attributes:
+        report: the report of the run that made it.
+        rise: the rise of the loss of held-back calibration text, in nats for each token.
+        table: the table of losses of the whole model, for the report.
+    """
+
+    report: Report
+    rise: float
+    table: LossTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +71,11 @@ class FitTask(CalibratedTask):
         table: the table of losses of an earlier run, and the hash of the weights of its model;
             None to measure the losses.
         journal: the journal with the table of an interrupted run.
+        means: the allowed means, see `apt.options.fit.MEANS`.
+        smaller: the smaller model that takes the place of the model; the model on disk is then the
+            smaller one, and its weights have changed.
+        candidates: the records of the models that were compared, for the report.
+        spent: the seconds of the comparison.
     """
 
     options: FitRun
@@ -62,6 +85,10 @@ class FitTask(CalibratedTask):
     budget: int
     table: tuple[LossTable, str] | None = None
     journal: Journal = field(default_factory=Journal)
+    means: tuple[str, ...] = ("bits",)
+    smaller: Smaller | None = None
+    candidates: tuple[dict[str, Any], ...] = ()
+    spent: float = 0.0
     event = " fitting"
 
     @property
@@ -79,16 +106,43 @@ class FitTask(CalibratedTask):
         defaults = record(self.job.recipe, self.job.augmentation, None)
         return self.options.record() | defaults | {"budget": self.budget}
 
+    @property
+    def known_scores(self) -> dict[str, Any]:
+        """The metrics of the whole model, if this is a smaller one."""
+        before = self.smaller.report.scores.get("before") if self.smaller else None
+        return {} if before is None else {"before": before}
+
+    def begin(self, store: ModelStore, text: Text) -> Report:
+        """A report with the options, the model that the user gave, and the text."""
+        report = super().begin(store, text)
+        if self.smaller is None:
+            return report
+        whole = self.smaller.report
+        return replace(report, model=whole.model, earlier=whole.earlier)
+
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
         """The text with generated samples, and the plan with the grid of each site."""
         assert isinstance(store, InFile)
         text = with_own_text(store, text, self.job)
-        table = self._given(store) if self.table is not None else self._measured(store, text)
+        table = self.losses(store, text)
         store.status("allocation", "measuring the inputs of the head")
         outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
         levels = choose(table, self.budget)
         store.choice = FitChoice(table, levels, outer)
         return text, with_grids(self.job.plan, self.form, levels)
+
+    def losses(self, store: ModelStore, text: Text) -> LossTable:
+        """The table of losses: the given one, that of an interrupted run, or a new one.
+
+        Args:
+            text: the text with generated samples.
+        """
+        if self.table is not None:
+            return self._given(store)
+        record = self.remembered(
+            self.inputs_of_losses(store, text), "table", lambda: self._measured(store, text)
+        )
+        return LossTable.read(record)
 
     def _given(self, store: ModelStore) -> LossTable:
         """The table of an earlier run; raises `AptError` if its model had other weights."""
@@ -99,28 +153,50 @@ class FitTask(CalibratedTask):
             raise AptError(message, _MEASURE, ("table_from",))
         return table
 
-    def _measured(self, store: ModelStore, text: Text) -> LossTable:
-        """The table of losses: that of an interrupted run with the same inputs, or a new one."""
+    def inputs_of_losses(self, store: ModelStore, text: Text) -> Line:
+        """All inputs of the measured losses, for the journal."""
         sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
-        inputs = store.shared_inputs(text.tokens) | {"sizes": sizes, "versions": versions()}
+        return store.shared_inputs(text.tokens) | {"sizes": sizes, "versions": versions()}
+
+    def remembered(self, inputs: Line, key: str, compute: Callable[[], Any]) -> Any:
+        """A value for JSON that an interrupted run with these inputs has computed, or a new one."""
+        journal = self.journal
+        if not journal.serves(inputs) or not journal.values(key):
+            value = compute()
+            if not journal.serves(inputs):
+                journal.begin(inputs)
+            journal.add({key: value})
+        return journal.values(key)[-1]
+
+    def _measured(self, store: ModelStore, text: Text) -> dict[str, Any]:
+        """The record of a new table of losses."""
 
         def step(work: str) -> Callable[[int, int], None]:
             return lambda done, total: store.status("allocation", f"{work} {done} of {total}")
 
-        if not self.journal.serves(inputs) or not self.journal.values("table"):
-            model, adapter, plan = store.model, self.job.adapter, self.job.plan
-            given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
-            levels = measured_levels(
-                model, adapter, plan, given, self.form.levels, step("losses of the levels: block")
-            )
-            table = LossTable(levels, self.form.rest, given.outer.gradient)
-            self.journal.begin(inputs)
-            self.journal.add({"table": table.record()})
-        return LossTable.read(self.journal.values("table")[-1])
+        model, adapter, plan = store.model, self.job.adapter, self.job.plan
+        given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
+        levels = measured_levels(
+            model, adapter, plan, given, self.form.levels, step("losses of the levels: block")
+        )
+        return LossTable(levels, self.form.rest, given.outer.gradient).record()
+
+    @property
+    def folder(self) -> Path:
+        """A hidden folder beside the output, for smaller models that are compared."""
+        real = self.options.directory.resolve()
+        return real.with_name(f".{real.name}.smaller")
 
     def forget(self) -> None:
-        """Delete the journal."""
+        """Delete the journal and the smaller models."""
         self.journal.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finished(
+        self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
+    ) -> Report:
+        """The report with the metrics, the timeline and the time of the run."""
+        return super().finished(report, scores, timeline, seconds + self.spent)
 
     def change(
         self, store: ModelStore, text: Text, plan: Plan | None, report: Report
@@ -134,12 +210,19 @@ class FitTask(CalibratedTask):
             if name in choice.levels:
                 self._round_outer(store, name, choice)
         report = prune_model(store, text, replace(self.job, plan=plan), report)
-        table, levels = choice.table, choice.levels
+        table, levels, whole = choice.table, choice.levels, choice.table
+        rise, structure = 0.0, dict[str, Any]()
+        if (smaller := self.smaller) is not None:
+            rise, structure, whole = smaller.rise, smaller.report.structure, smaller.table
         fit = {
-            "budget": self.budget, "size": table.size(levels), "loss": table.loss(levels),
-            "levels": levels, "frontier": frontier(table), "table": table.record(),
+            "budget": self.budget, "size": table.size(levels), "loss": rise + table.loss(levels),
+            "levels": levels,
+            "frontier": [(size, rise + loss) for size, loss in frontier(table)],
+            "table": whole.record(),
         }  # fmt: skip
-        return TaskResult(replace(report, fit=fit), plan)
+        if self.candidates:
+            fit["candidates"] = list(self.candidates)
+        return TaskResult(replace(report, fit=fit, structure=structure), plan)
 
     def _round_outer(self, store: InFile, name: str, choice: FitChoice) -> None:
         grid = level_of(self.form, name, choice.levels[name]).grid
@@ -231,16 +314,20 @@ def prepare_fit(
     device = choose_device(options.device)
     skeleton = with_compute(skeleton, options, device, notice)
     original = source.files()[0] if source.gguf else original_file(local_directory(skeleton), spec)
-    model = Exportable(skeleton, original=original)
+    model = Exportable(skeleton, original=original, changed=_was_changed(skeleton))
     spec.examine(model)
-    form = _roundable(spec.file_form(model), skeleton)
+    form, means = form_of(spec, model, skeleton), _means(options, spec)
     weights = sum(parameter.numel() for parameter in skeleton.module.parameters())
     budget = options.budget(weights)
-    if (smallest := smallest_size(form)) > budget:
+    given = options.may is not None
+    if (smallest := smallest_size(form)) > budget or given:
+        smaller = smaller_models(spec, model, skeleton, means, given=given)
+        smallest = min([smallest, *(each.smallest for each in smaller)])
+    if smallest > budget:
         raise AptError(
             f"{options.model} does not fit into {budget:,} bytes: its smallest {spec.name} file "
             f"has {smallest:,} ({smallest / 2**20:.1f} MiB)",
-            "give a larger size, or make it smaller first: apt-prune shrink",
+            "give a larger size, or start from a smaller model",
             ("size", "bits"),
         )
     options = replace(
@@ -251,22 +338,46 @@ def prepare_fit(
         dtype=read_dtype(options.dtype), job=fit_job(skeleton, options, notice), notice=notice,
         export=spec, form=form, model=model, budget=budget,
         table=read_table(options.table_from, form) if options.table_from is not None else None,
-        journal=journal_beside(output, "table", "a fit"),
+        journal=journal_beside(output, "table", "a fit"), means=means,
     )  # fmt: skip
     check_memory(task)
     return task
 
 
-def _roundable(form: FileForm, skeleton: Opened) -> FileForm:
-    """The form with levels for sites, embedding and head alone; other tensors keep their values."""
-    names = {
-        f"{block}.{site.parameter}"
-        for block, module in skeleton.adapter.blocks(skeleton.module)
-        for site in skeleton.adapter.sites(module)
-    } | set(outer_names(skeleton.module))
-    kept = (levels for name, levels in form.levels.items() if name not in names)
-    rest = form.rest + sum(level.size for levels in kept for level in levels if not level.grid)
-    return FileForm({n: levels for n, levels in form.levels.items() if n in names}, rest)
+def _means(options: FitRun, spec: ExportSpec) -> tuple[str, ...]:
+    """The allowed means; raises `AptError` if the format does not have one of them."""
+    means = options.means(_MEANS)
+    if without := [name for name in means if name not in _MEANS]:
+        raise AptError(
+            f"{without[0]} make no {spec.name} file smaller",
+            f"it has {', '.join(_MEANS)}",
+            ("may",),
+        )
+    return means
+
+
+def _was_changed(skeleton: Opened) -> bool:
+    """True if the weights are no longer those of the file from which the model was made."""
+    record = {} if skeleton.source.gguf else read_report(local_directory(skeleton)) or {}
+    return any(record.get(entry) for entry in ("sites", "structure", "recovery"))
+
+
+def smaller_task(task: FitTask, place: Path) -> FitTask:
+    """The fit of a smaller model in a directory, in place of the model from which it was made."""
+    options, spec = task.options, task.export
+    source = find(str(place), task.registry, trust_remote_code=options.trust_remote_code)
+    opened = open_skeleton(source, task.registry, task.skeleton.spec.name, expanded=True)
+    opened = with_compute(opened, options, task.device, _ignore)
+    model = Exportable(opened, original=task.model.original, title=task.model.title, changed=True)
+    return replace(
+        task, skeleton=opened, model=model, form=form_of(spec, model, opened),
+        job=fit_job(opened, options, _ignore), table=None,
+        journal=journal_beside(place, "table", "a fit"),
+    )  # fmt: skip
+
+
+def _ignore(line: str) -> None:
+    """Ignore a notice."""
 
 
 def fit_job(skeleton: Opened, options: FitRun, notice: Notice) -> Pruning:

@@ -21,6 +21,24 @@ from apt.options.shared import (
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 """The units of sizes in bytes."""
 
+MEANS = ("zeros", "bits", "width", "depth", "experts")
+"""The means to make a file smaller: zeros in the weights, fewer bits for a weight, fewer heads and
+channels, fewer blocks, and fewer experts."""
+
+
+def read_means(text: str) -> tuple[str, ...]:
+    """The means in a text such as ``bits,depth``.
+
+    Raises:
+        AptError: a name is unknown or given twice.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in MEANS]:
+        raise AptError(f"may '{unknown[0]}' is not one of {', '.join(MEANS)}", options=("may",))
+    if len(set(names)) < len(names):
+        raise AptError(f"may {text} has a name twice", "leave one of them out", ("may",))
+    return names
+
 
 def read_bytes(text: Any) -> int:
     """The bytes of a text such as ``73MiB``, ``1.5GB`` or ``1000000``.
@@ -75,6 +93,11 @@ class FitRun(
         default=None, panel=SIZE, metavar="B", within="(0, 32]",
         meaning="it is a number of bits, such as 4.5",
     )  # fmt: skip
+    may: str | None = option(
+        "The means, separated by commas: bits, and width or depth for a smaller model where that is "
+        "better. By default all that the format has.",
+        default=None, panel=SIZE, metavar="MEANS",
+    )  # fmt: skip
     table_from: Path | None = option(
         "Take the table of losses from the report of OUT, the output of an earlier fit of the same "
         "model, and do not measure again.",
@@ -104,8 +127,16 @@ class FitRun(
             raise AptError(f"size and bits are {problem}", "give one of them", ("size", "bits"))
         if self.size is not None:
             read_bytes(self.size)
+        if "bits" not in self.means(("bits",)):
+            raise AptError(
+                f"may {self.may} does not choose the bits", f"add them: bits,{self.may}", ("may",)
+            )
         if self.samples < 1:
             raise AptError("fit needs calibration text", "use at least one sample", ("samples",))
+
+    def means(self, default: tuple[str, ...]) -> tuple[str, ...]:
+        """The means that are allowed; ``default`` if none are given."""
+        return default if self.may is None else read_means(self.may)
 
     def budget(self, weights: int) -> int:
         """The largest file in bytes, for a model of a number of weights."""
