@@ -21,7 +21,10 @@ SMALLER: tuple[Means, ...] = ("width", "depth")
 """The means that make a smaller model."""
 
 _SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the parameters of the blocks
-_COLUMNS = 256  # of the longest blocks of a grid; a narrower row should still consist of them
+_COLUMNS, _FEW_COLUMNS = 256, 32
+"""The columns of the long and short blocks of grids: narrower rows should still consist of them."""
+
+_MANY = 4  # long blocks in a row, so that multiples of them are near the shares
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def _widths(opened: Opened) -> Sequence[Size]:
     if kind is None or not sizes.groups[kind].readers:
         message = "this family has no widths whose loss can be estimated"
         raise AptError(message, "leave width out", ("may",))
-    sizes = Sizes(*family, math.gcd(sizes.groups[kind].count, _COLUMNS))
+    count = sizes.groups[kind].count
+    columns = _COLUMNS if count >= _MANY * _COLUMNS else _FEW_COLUMNS
+    sizes = Sizes(*family, math.gcd(count, columns))
     narrower = [
         size
         for size in sizes.smaller_sizes([sizes.blocks], width=True)

@@ -349,8 +349,8 @@ def _means(options: FitRun, spec: ExportSpec) -> tuple[str, ...]:
     means = options.means(_MEANS)
     if without := [name for name in means if name not in _MEANS]:
         raise AptError(
-            f"{without[0]} make no {spec.name} file smaller",
-            f"it has {', '.join(_MEANS)}",
+            f"{without[0]} do not make a {spec.name} file smaller",
+            f"choose from {', '.join(_MEANS)}",
             ("may",),
         )
     return means

@@ -94,8 +94,8 @@ class FitRun(
         meaning="it is a number of bits, such as 4.5",
     )  # fmt: skip
     may: str | None = option(
-        "The means, separated by commas: bits, and width or depth for a smaller model where that is "
-        "better. By default all that the format has.",
+        "The means, separated by commas: bits; width and depth, to remove channels and blocks "
+        "where that is better. By default all that the format has.",
         default=None, panel=SIZE, metavar="MEANS",
     )  # fmt: skip
     table_from: Path | None = option(
