@@ -45,7 +45,7 @@ from apt.plugin.registry import registry
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.skipping import loss_without
 from apt.shrinking.structure_choice import BlockChoice
-from apt.text.datasets import held_back_tokens
+from apt.text.datasets import digest, held_back_tokens
 from apt.text.mixes import mixed_samples
 
 _SMALL_LOSS = 0.05
@@ -122,6 +122,7 @@ class _Comparison:
             self.dense_loss = self._remembered(
                 "held back", lambda: loss_without(store.model, self._adapter, self.held)
             )
+            report = replace(task.begin(store, text), scores=self._scores(store, text))
             rated = self._estimated(store, text, whole.loss)
         better = sorted((each for each in rated if each.loss < whole.loss), key=lambda x: x.loss)
         for each in better[:_MADE]:
@@ -132,7 +133,8 @@ class _Comparison:
         task = replace(task, candidates=records)
         if chosen.model is not None:
             place = self._place(chosen.model)
-            smaller = Smaller(Report.read(place), chosen.rise, self.table)
+            structure = Report.read(place).structure
+            smaller = Smaller(report, structure, chosen.rise, self.table)
             task = replace(smaller_task(task, place), smaller=smaller)
         return replace(task, spent=time.perf_counter() - started)
 
@@ -154,6 +156,20 @@ class _Comparison:
         store.restore()
         del store.model
         gc.collect()
+
+    def _scores(self, store: InFile, text: Text) -> dict[str, Any]:
+        """The metrics of the whole model; empty without a text to measure on."""
+        if (windows := text.held_out) is None:
+            return {}
+        metrics, catalog = self.task.options.metrics, self.task.registry.evaluators
+
+        def measure() -> dict[str, float]:
+            self.status("measuring before", "measuring the model")
+            with store.measurable(windows, "before") as model:
+                return {name: catalog.get(name).measure(model, windows) for name in metrics}
+
+        key = f"before {' '.join(metrics)} {digest(windows)}"
+        return {"before": self._remembered(key, measure)}
 
     def _estimated(self, store: InFile, text: Text, most: float) -> list[_Rated]:
         """The smaller models that fit, with the estimates of their losses.
@@ -244,7 +260,7 @@ class _Comparison:
         size: dict[str, Any] = {"sizes": model.size.kept}
         if not model.size.kept:
             size = {"blocks": model.size.blocks}
-        place = {"output": self._place(model), "overwrite": True}
+        place = {"output": self._place(model), "overwrite": True, "evaluation": None}
         request = resolve_names(ShrinkRun(**values | place | size), registry(), _ignore)
         return prepare_pruning(request, registry(), _ignore, Ranks())
 

@@ -49,12 +49,14 @@ class Smaller:
     """A smaller model that was made from the model of a run.
 
     Attributes:
-        report: the report of the run that made it.
+        whole: the beginning of a report about the whole model, with its metrics.
+        structure: the kept and removed parts, see `apt.output.report.Report`.
         rise: the rise of the loss of held-back calibration text, in nats for each token.
         table: the table of losses of the whole model, for the report.
     """
 
-    report: Report
+    whole: Report
+    structure: dict[str, Any]
     rise: float
     table: LossTable
 
@@ -109,15 +111,14 @@ class FitTask(CalibratedTask):
     @property
     def known_scores(self) -> dict[str, Any]:
         """The metrics of the whole model, if this is a smaller one."""
-        before = self.smaller.report.scores.get("before") if self.smaller else None
-        return {} if before is None else {"before": before}
+        return {} if self.smaller is None else self.smaller.whole.scores
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """A report with the options, the model that the user gave, and the text."""
         report = super().begin(store, text)
         if self.smaller is None:
             return report
-        whole = self.smaller.report
+        whole = self.smaller.whole
         return replace(report, model=whole.model, earlier=whole.earlier)
 
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
@@ -213,7 +214,7 @@ class FitTask(CalibratedTask):
         table, levels, whole = choice.table, choice.levels, choice.table
         rise, structure = 0.0, dict[str, Any]()
         if (smaller := self.smaller) is not None:
-            rise, structure, whole = smaller.rise, smaller.report.structure, smaller.table
+            rise, structure, whole = smaller.rise, smaller.structure, smaller.table
         fit = {
             "budget": self.budget, "size": table.size(levels), "loss": rise + table.loss(levels),
             "levels": levels,
