@@ -134,7 +134,7 @@ class _Comparison:
         if chosen.model is not None:
             place = self._place(chosen.model)
             structure = Report.read(place).structure
-            smaller = Smaller(report, structure, chosen.rise, self.table)
+            smaller = Smaller(report, structure, chosen.rise, self.table, self.task.journal)
             task = replace(smaller_task(task, place), smaller=smaller)
         return replace(task, spent=time.perf_counter() - started)
 

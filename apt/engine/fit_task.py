@@ -53,12 +53,14 @@ class Smaller:
         structure: the kept and removed parts, see `apt.output.report.Report`.
         rise: the rise of the loss of held-back calibration text, in nats for each token.
         table: the table of losses of the whole model, for the report.
+        journal: the journal of the comparison.
     """
 
     whole: Report
     structure: dict[str, Any]
     rise: float
     table: LossTable
+    journal: Journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,8 @@ class FitTask(CalibratedTask):
     def forget(self) -> None:
         """Delete the journal and the smaller models."""
         self.journal.clear()
+        if self.smaller is not None:
+            self.smaller.journal.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(
