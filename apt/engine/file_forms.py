@@ -1,7 +1,7 @@
 """What a file can hold of a model, and of the smaller models that can be made of it."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -67,42 +67,55 @@ def form_of(spec: ExportSpec, model: Exportable, opened: Opened) -> FileForm:
 
 
 def smaller_models(
-    spec: ExportSpec, model: Exportable, opened: Opened, means: Collection[str], *, given: bool
-) -> list[SmallerModel]:
-    """The smaller models of some shares of the size.
+    spec: ExportSpec,
+    model: Exportable,
+    opened: Opened,
+    means: Collection[str],
+    *,
+    given: bool,
+    smallest: bool = False,
+) -> Iterator[SmallerModel]:
+    """The smaller models of some shares of the size, of each of the means the largest first.
+
+    Each takes the time to lay out a file, so that they are made one by one.
 
     Args:
         means: the allowed means.
         given: True if the user has named the means: one without a smaller model is an error.
+        smallest: True for the smallest one of each of the means alone.
 
     Raises:
         AptError: the model, its family or the format has no smaller model of one of the means.
     """
-    found = list[SmallerModel]()
     for name in SMALLER:
         if name in means:
             try:
-                found += _smaller_models(spec, model, opened, name)
+                sizes = smaller_sizes(opened, name)
+                for size in sizes[-1:] if smallest else sizes:
+                    yield _smaller_model(spec, model, opened, name, size)
             except AptError:
                 if given:
                     raise
-    return found
 
 
-def _smaller_models(
-    spec: ExportSpec, model: Exportable, opened: Opened, means: Means
-) -> Iterator[SmallerModel]:
-    """The smaller models of one of the means, the largest first."""
-    names = [name for name, _ in opened.adapter.blocks(opened.module)]
+def smaller_sizes(opened: Opened, means: Means) -> list[Size]:
+    """The sizes of the smaller models of one of the means, the largest first."""
+    return _depths(opened) if means == "depth" else _widths(opened)
+
+
+def _smaller_model(
+    spec: ExportSpec, model: Exportable, opened: Opened, means: Means, size: Size
+) -> SmallerModel:
+    """The smaller model of a size."""
     family = (opened.module, opened.adapter)
-    for size in _depths(opened) if means == "depth" else _widths(opened):
-        structure = Structure(size.kept, frozenset(names[size.blocks :]))
-        plan = make_structured_plan(*family, opened.config, structure)
-        module = smaller_skeleton(*family, plan)
-        smaller = model.resized(module, module.config)
-        spec.examine(smaller)
-        form = form_of(spec, smaller, replace(opened, module=module, config=module.config))
-        yield SmallerModel(means, size, form)
+    names = [name for name, _ in opened.adapter.blocks(opened.module)]
+    structure = Structure(size.kept, frozenset(names[size.blocks :]))
+    plan = make_structured_plan(*family, opened.config, structure)
+    module = smaller_skeleton(*family, plan)
+    smaller = model.resized(module, module.config)
+    spec.examine(smaller)
+    form = form_of(spec, smaller, replace(opened, module=module, config=module.config))
+    return SmallerModel(means, size, form)
 
 
 def _depths(opened: Opened) -> list[Size]:
@@ -114,7 +127,7 @@ def _depths(opened: Opened) -> list[Size]:
     return [sizes.size({}, count) for count in sorted(counts, reverse=True)]
 
 
-def _widths(opened: Opened) -> Sequence[Size]:
+def _widths(opened: Opened) -> list[Size]:
     """The sizes with fewer groups of the largest kind, in multiples that suit the grids."""
     family = (opened.module, opened.adapter, opened.config)
     sizes = Sizes(*family, 1)

@@ -14,8 +14,8 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
-from apt.engine.file_forms import SMALLER, SmallerModel, smaller_models
+from apt.engine.file_forms import SMALLER, SmallerModel, smaller_models, smaller_sizes
 from apt.engine.fit_task import FitTask, Smaller, smaller_task
 from apt.engine.in_file import InFile
 from apt.engine.opening import resolve_names
@@ -33,6 +33,7 @@ from apt.engine.prune_model import with_own_text
 from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.task import Task
 from apt.engine.text import Text
+from apt.errors import AptError
 from apt.events import Status
 from apt.files.journal import Line
 from apt.fit.choice import DoesNotFitError, choose
@@ -184,11 +185,10 @@ class _Comparison:
         models = smaller_models(
             task.export, task.model, task.skeleton, task.means, given=task.options.may is not None
         )
-        models = [model for model in models if model.smallest <= task.budget]
-        proxy = cache(lambda: self._proxy(store, text, models))
+        proxy = cache(lambda: self._proxy(store, text))
         rated, ended = list[_Rated](), set[str]()
         for model in models:
-            if model.means in ended:
+            if model.means in ended or model.smallest > task.budget:
                 continue
             self.status("structure", f"estimating the loss with {model.label}")
             loss, dropped = self._remembered(
@@ -206,13 +206,17 @@ class _Comparison:
         bits = _loss_in(estimated_table(self.table, model.form, names), self.task.budget)
         return _Rated(model, None if bits is None else removal + bits)
 
-    def _proxy(self, store: InFile, text: Text, models: Sequence[SmallerModel]) -> Proxy:
+    def _proxy(self, store: InFile, text: Text) -> Proxy:
         """The approximations of smaller models."""
         self.status("structure", "reading the inputs of the model")
-        kinds = {kind for model in models for kind in model.size.kept}
-        gaps = any(model.means == "depth" for model in models)
-        solver = self.task.job.recipe.solver
-        return Proxy(store.model, self._adapter, text.tokens, solver, kinds, fit_gaps=gaps)
+        task, kinds = self.task, set[str]()
+        if "width" in task.means:
+            with suppress(AptError):  # a family without widths
+                kinds.update(*(size.kept for size in smaller_sizes(task.skeleton, "width")))
+        return Proxy(
+            store.model, self._adapter, text.tokens, task.job.recipe.solver, kinds,
+            fit_gaps="depth" in task.means,
+        )  # fmt: skip
 
     def _removal(
         self, store: InFile, text: Text, proxy: Callable[[], Proxy], model: SmallerModel

@@ -326,7 +326,7 @@ def prepare_fit(
     budget = options.budget(weights)
     given = options.may is not None
     if (smallest := smallest_size(form)) > budget or given:
-        smaller = smaller_models(spec, model, skeleton, means, given=given)
+        smaller = smaller_models(spec, model, skeleton, means, given=given, smallest=True)
         smallest = min([smallest, *(each.smallest for each in smaller)])
     if smallest > budget:
         raise AptError(

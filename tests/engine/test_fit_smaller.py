@@ -116,12 +116,15 @@ def interrupt(*arguments, **options):
 
 def test_sizes_of_files_are_known_before_the_smaller_models_exist(fitted):
     task = task_of(size=SIZE)
-    models = smaller_models(task.export, task.model, task.skeleton, task.means, given=True)
+    parts = (task.export, task.model, task.skeleton, task.means)
+    models = list(smaller_models(*parts, given=True))
+    smallest = list(smaller_models(*parts, given=True, smallest=True))
     kept = fitted[1].structure["blocks"]["kept"]
     made = next(model for model in models if model.size.blocks == kept < 4 or model.size.kept)
     assert {model.means for model in models} == {"width", "depth"}
     assert made.form.levels.keys() <= task.form.levels.keys()
-    assert all(model.smallest < 1_000_000 for model in models)
+    assert min(models, key=lambda model: model.smallest) in smallest
+    assert len(smallest) == 2
 
 
 def test_smaller_models_are_not_tried_where_bits_cost_little(monkeypatch, tmp_path):
