@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +39,7 @@ from apt.files.journal import Line
 from apt.fit.choice import DoesNotFitError, choose
 from apt.fit.estimate import estimated_table
 from apt.fit.table import LossTable
-from apt.options import ShrinkRun
+from apt.options import FitRun, ShrinkRun, SolveOptions
 from apt.output.json_values import json_value
 from apt.output.report import Report, read_report
 from apt.plugin.registry import registry
@@ -256,10 +256,14 @@ class _Comparison:
         return self.task.folder / model.label
 
     def _shrink_task(self, model: SmallerModel) -> PruneTask:
-        """The run that makes a smaller model, with the options of the fit."""
-        given = {declared.name for declared in ShrinkRun.OPTIONS} & {
-            entry.name for entry in fields(self.task.options)
-        }
+        """The run that makes a smaller model.
+
+        It has the model, the text and the device of the fit, and its own defaults for the solver:
+        those of a fit are others.
+        """
+        names = ({each.name for each in run.OPTIONS} for run in (FitRun, ShrinkRun, SolveOptions))
+        fit, shrink, solve = names
+        given = (fit & shrink) - solve
         values = {name: getattr(self.task.options, name) for name in given}
         size: dict[str, Any] = {"sizes": model.size.kept}
         if not model.size.kept:
