@@ -28,7 +28,7 @@ from apt.distributed.ranks import Ranks
 from apt.engine.file_forms import SMALLER, SmallerModel, smaller_models, smaller_sizes
 from apt.engine.fit_task import FitTask, Smaller, smaller_task
 from apt.engine.in_file import InFile
-from apt.engine.opening import resolve_names
+from apt.engine.opening import RunRequest, resolve_names
 from apt.engine.prune_model import with_own_text
 from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.task import Task
@@ -263,13 +263,15 @@ class _Comparison:
         """
         names = ({each.name for each in run.OPTIONS} for run in (FitRun, ShrinkRun, SolveOptions))
         fit, shrink, solve = names
-        given = (fit & shrink) - solve
+        given = (fit & shrink) - solve | {"compute"}
         values = {name: getattr(self.task.options, name) for name in given}
         size: dict[str, Any] = {"sizes": model.size.kept}
         if not model.size.kept:
             size = {"blocks": model.size.blocks}
         place = {"output": self._place(model), "overwrite": True, "evaluation": None}
-        request = resolve_names(ShrinkRun(**values | place | size), registry(), _ignore)
+        request: RunRequest[Any] = resolve_names(
+            ShrinkRun(**values | place | size), registry(), _ignore
+        )
         return prepare_pruning(request, registry(), _ignore, Ranks())
 
 
