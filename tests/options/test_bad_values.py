@@ -111,6 +111,9 @@ BAD = [
     ("fit", {"size": "4MB", "output": "out"}, "the suffix of out does not say the format"),
     ("fit", {"size": "4MB", "table_from": "nowhere.gguf"}, "nowhere.gguf has no table of losses"),
     ("fit", {"size": "4kB"}, "does not fit into 4,000 bytes"),
+    ("fit", {"size": "4MB", "may": "width"}, "may width does not choose the bits; add them"),
+    ("fit", {"size": "4MB", "may": "bits,less"}, "may 'less' is not one of zeros, bits, width"),
+    ("fit", {"size": "4MB", "may": "bits,zeros"}, "zeros do not make a gguf file smaller"),
 ]
 
 
