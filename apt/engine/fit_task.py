@@ -332,7 +332,7 @@ def prepare_fit(
         raise AptError(
             f"{options.model} does not fit into {budget:,} bytes: its smallest {spec.name} file "
             f"has {smallest:,} ({smallest / 2**20:.1f} MiB)",
-            "give a larger size, or start from a smaller model",
+            "give a larger size" + ("" if means == _MEANS else f", or allow {', '.join(SMALLER)}"),
             ("size", "bits"),
         )
     options = replace(

@@ -35,8 +35,8 @@ def fitted(tmp_path_factory):
 
 def task_of(**options):
     """The task of a fit."""
-    run = FitRun(model=MODEL, output=Path("x.gguf"), **options)
-    request = resolve_names(run, registry(), lambda line: None)
+    options = {"model": MODEL, "output": Path("x.gguf"), **options}
+    request = resolve_names(FitRun(**options), registry(), lambda line: None)
     return resolve(request, registry(), lambda line: None, Ranks())
 
 
@@ -152,3 +152,24 @@ def test_impossible_means_are_errors_of_one_line(words, message, apt, tmp_path):
     assert message in result.err
     assert result.err.strip().count("\n") <= 3
     assert not list(tmp_path.iterdir())
+
+
+def test_model_of_one_block_has_no_depth(apt, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(zoo(), dtype=torch.bfloat16)
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained("one")
+    for path in zoo().glob("tokenizer*"):
+        shutil.copy(path, "one")
+    refused = apt("fit", "one", *TEXTS, "--size", "600kB", "--may", "bits,depth", "-o", "x.gguf")
+    assert refused.code == 2
+    assert "this model has one block, which cannot be dropped" in refused.err
+    task = task_of(model="one", size="600kB")
+    smaller = smaller_models(task.export, task.model, task.skeleton, task.means, given=False)
+    assert {model.means for model in smaller} == {"width"}
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def zoo():
+    """The directory of the model."""
+    return registry().adapters.get("llama").zoo_path()
