@@ -150,7 +150,7 @@ class _Comparison:
     def _opened(self, task: FitTask) -> Iterator[tuple[InFile, Text]]:
         """While entered, the model of a task is in memory, with the text of the task."""
         self.status("reading text")
-        text = task.read_text(Ranks())
+        text = replace(task, notice=_ignore).read_text(Ranks())  # the last task tells its notices
         store = InFile(task, None, lambda event: None, self.status)
         store.read()
         yield store, with_own_text(store, text, task.job)
