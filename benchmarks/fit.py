@@ -84,7 +84,8 @@ def arguments() -> argparse.Namespace:
     baselines.add_argument("--rows", nargs="+", default=RECIPES, help="types with options")
     fits = commands.add_parser("apt", help="make and measure files of given sizes")
     fits.add_argument("--work", type=Path, default=Path("out/fit"))
-    fits.add_argument("--sizes", nargs="+", default=["100MiB", "87MiB", "80MiB", "73MiB"])
+    budgets = ["100MiB", "87MiB", "80MiB", "73MiB", "65MiB", "55MiB"]
+    fits.add_argument("--sizes", nargs="+", default=budgets)
     for command in (measure, baselines, fits):
         command.add_argument("--bin", type=Path, default=Path("out/llama.cpp/build/bin"))
         command.add_argument("--samples", type=int, default=32)

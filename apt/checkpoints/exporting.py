@@ -1,7 +1,7 @@
 """The interface of exports: the model on disk, read parameter by parameter, and the result."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,8 @@ class Exportable:
         encoded: the matrices that are written as they are here, in place of those on disk, by the
             names of their parameters.
         title: the name of the model in the file; by default the name of its directory.
+        changed: True if its weights are no longer those of the original. They then have no values
+            in the types of the original's tensors.
 
     Attributes:
         config: the configuration, as an object of transformers.
@@ -77,8 +79,11 @@ class Exportable:
         integers: str | None = None,
         encoded: Mapping[str, EncodedRows] | None = None,
         title: str | None = None,
+        *,
+        changed: bool = False,
     ) -> None:
         self.type, self.original, self.integers = type, original, integers
+        self.changed = changed
         self.encoded, self.is_fitted = encoded or {}, encoded is not None
         self.config: Any = opened.config
         self.module: nn.Module = opened.module
@@ -88,7 +93,23 @@ class Exportable:
     def with_encoded(self, encoded: Mapping[str, EncodedRows]) -> "Exportable":
         """The same model, with these matrices in place of those on disk."""
         parts = (self._opened, self.type, self.original, self.integers)
-        return Exportable(*parts, encoded, self._title)
+        return Exportable(*parts, encoded, self._title, changed=self.changed)
+
+    def resized(self, module: nn.Module, config: Any) -> "Exportable":
+        """A smaller model that is not on disk yet, with the stored dtypes of this one.
+
+        Its tensors have shapes and no values.
+
+        Args:
+            module: the smaller model without weights.
+            config: its configuration.
+        """
+        opened = replace(self._opened, module=module, config=config)
+        smaller = Exportable(
+            opened, self.type, self.original, self.integers, title=self.title, changed=True
+        )
+        smaller._stored = self._stored  # the tensors of the whole model
+        return smaller
 
     @cached_property
     def _stored(self) -> Stored:
@@ -121,7 +142,7 @@ class Exportable:
         Of several tied parameters, only the stored one is included.
         """
         state = self.module.state_dict()
-        return {name: tuple(state[name].shape) for name in self._stored.layout}
+        return {name: tuple(state[name].shape) for name in self._stored.layout if name in state}
 
     @property
     def dtype(self) -> Any:

@@ -5,7 +5,7 @@ import typer
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.running import CommandWatcher
-from apt.cli.summary import first_not_finite, show_scores
+from apt.cli.summary import first_not_finite, show_scores, structure_line
 from apt.engine.fit_task import FitTask
 from apt.engine.task import Task
 from apt.output.report import Report, levels_by_kind, peak_memory
@@ -30,6 +30,7 @@ class FitWatcher(CommandWatcher):
             record = {key: value for key, value in report.fit.items() if key != "table"}
             show_json({"output": str(self.options.output), **record, "scores": report.scores})
         else:
+            _show_candidates(report)
             _show_levels(report)
             show_scores(report, task)
             _show_frontier(report)
@@ -43,6 +44,26 @@ class FitWatcher(CommandWatcher):
         if first_not_finite(report.scores, self.options.metrics):
             raise typer.Exit(1)
         self.report = report
+
+
+def _show_candidates(report: Report) -> None:
+    """Print the models that were compared, and the structure of the chosen one."""
+    candidates = report.fit.get("candidates", [])
+    if candidates:
+        compared = table("model", ">share", ">predicted", ">measured", "chosen")
+        for entry in candidates:
+            kept = ", ".join(f"{count} {kind}" for kind, count in entry["kept"].items())
+            compared.add_row(
+                kept or "whole", f"{entry['share']:.1%}", _nats(entry["predicted"]),
+                _nats(entry["measured"]), "*" if entry["chosen"] else "",
+            )  # fmt: skip
+        show(compared)
+    if report.structure:
+        say(f"smaller model: {structure_line(report.structure)}")
+
+
+def _nats(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}"
 
 
 def _show_frontier(report: Report) -> None:

@@ -128,7 +128,7 @@ def _after_interruption(task: Task, time_before: int | None) -> str:
     structure = task.job.structure if isinstance(task, PruneTask) else None
     if structure is not None and structure.journal.lines:
         return "the same command continues the search"
-    if isinstance(task, FitTask) and task.journal.values("table"):
+    if isinstance(task, FitTask) and task.journal.lines:
         return "the same command takes the measured losses, and goes on from there"
     complete = _report_time(output) not in (None, time_before)
     return f"{output} is complete" if complete else "nothing was written"

@@ -1,7 +1,7 @@
 """The outputs of ``apt-prune fit``: the levels of their tensors, and their form on disk."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,7 @@ from apt.checkpoints.exporting import EncodedRows, Export, Exportable, Exported
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.stored import local_directory
 from apt.engine.export import original_file
+from apt.engine.file_forms import form_of
 from apt.engine.fitted import Fitted
 from apt.engine.in_file import InFile
 from apt.engine.in_packed import InPacked
@@ -22,10 +23,9 @@ from apt.engine.prepare import Notice, check_place, input_paths
 from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.fit.levels import FileForm
-from apt.fit.losses import outer_names
 from apt.options import ExportRun, FitRun
 from apt.options.fit import PACKED
-from apt.output.report import report_beside
+from apt.output.report import read_report, report_beside
 from apt.packing.directory import loaded_bytes, stored_tensors
 from apt.patterns import Grid, IntegerGrid
 from apt.planning.plan import Plan
@@ -65,6 +65,18 @@ class FitTarget(ABC):
         """A plan with all parameters that may change; None if the whole model is written anew."""
         return None
 
+    def smaller_form(self, opened: Opened) -> FileForm:
+        """The levels of a smaller model that is not on disk yet.
+
+        Args:
+            opened: the smaller model, without weights.
+        """
+        raise NotImplementedError(f"a {self.words} is made of the whole model")
+
+    def of_smaller(self, opened: Opened) -> "FitTarget":
+        """The output for a smaller model on disk, in place of the whole one."""
+        raise NotImplementedError(f"a {self.words} is made of the whole model")
+
 
 @dataclass(frozen=True)
 class FileTarget(FitTarget):
@@ -91,6 +103,18 @@ class FileTarget(FitTarget):
     def form(self) -> FileForm:
         """The levels of the format."""
         return self.file_form
+
+    def smaller_form(self, opened: Opened) -> FileForm:
+        """See `FitTarget`."""
+        smaller = self.model.resized(opened.module, opened.config)
+        self.export.examine(smaller)
+        return form_of(self.export, smaller, opened)
+
+    def of_smaller(self, opened: Opened) -> "FileTarget":
+        """See `FitTarget`."""
+        whole = self.model
+        model = Exportable(opened, original=whole.original, title=whole.title, changed=True)
+        return FileTarget(self.export, model, form_of(self.export, model, opened))
 
     def write(self, encoded: Mapping[str, EncodedRows], target: Path) -> Exported:
         """Write the file; other tensors have the values of the model on disk."""
@@ -169,9 +193,9 @@ def file_target(spec: ExportSpec, skeleton: Opened) -> FileTarget:
     """The target of a file; raises `AptError` if the format cannot express the model."""
     source = skeleton.source
     original = source.files()[0] if source.gguf else original_file(local_directory(skeleton), spec)
-    model = Exportable(skeleton, original=original)
+    model = Exportable(skeleton, original=original, changed=_was_changed(skeleton))
     spec.examine(model)
-    return FileTarget(spec, model, _roundable(spec.file_form(model), skeleton))
+    return FileTarget(spec, model, form_of(spec, model, skeleton))
 
 
 def packed_target(
@@ -203,13 +227,7 @@ def packed_target(
     return PackedTarget(packed, plan if skeleton.quantised is None else None, cache)
 
 
-def _roundable(form: FileForm, skeleton: Opened) -> FileForm:
-    """The form with levels for sites, embedding and head alone; other tensors keep their values."""
-    names: Collection[str] = {
-        f"{block}.{site.parameter}"
-        for block, module in skeleton.adapter.blocks(skeleton.module)
-        for site in skeleton.adapter.sites(module)
-    } | set(outer_names(skeleton.module))
-    kept = (levels for name, levels in form.levels.items() if name not in names)
-    rest = form.rest + sum(level.size for levels in kept for level in levels if not level.grid)
-    return FileForm({n: levels for n, levels in form.levels.items() if n in names}, rest)
+def _was_changed(skeleton: Opened) -> bool:
+    """True if the weights are no longer those of the file from which the model was made."""
+    record = {} if skeleton.source.gguf else read_report(local_directory(skeleton)) or {}
+    return any(record.get(entry) for entry in ("sites", "structure", "recovery"))

@@ -1,5 +1,6 @@
 """The task of ``apt-prune fit``: the best output of a given size."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
+from apt.engine.file_forms import smaller_models
 from apt.engine.fit_targets import FitTarget, check_target_place, file_target, packed_target
 from apt.engine.fitted import FitChoice, Fitted
 from apt.engine.machine import choose_device, read_dtype
@@ -24,7 +26,7 @@ from apt.engine.store import ModelStore
 from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError
-from apt.files.journal import Journal, journal_beside
+from apt.files.journal import Journal, Line, journal_beside
 from apt.fit.choice import choose_first, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
 from apt.fit.losses import Prune, forward_sums, measured_levels, outer_names, sensitivities
@@ -40,6 +42,25 @@ from apt.solver import Gram, SolverOptions, rounded, solve_live
 _MEASURE = "leave it out: the losses are then measured"
 
 
+@dataclass(frozen=True)
+class Smaller:
+    """A smaller model that was made from the model of a run.
+
+    Attributes:
+        whole: the beginning of a report about the whole model, with its metrics.
+        structure: the kept and removed parts, see `apt.output.report.Report`.
+        rise: the rise of the loss of held-back calibration text, in nats for each token.
+        table: the table of losses of the whole model, for the report.
+        journal: the journal of the comparison.
+    """
+
+    whole: Report
+    structure: dict[str, Any]
+    rise: float
+    table: LossTable
+    journal: Journal
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitTask(CalibratedTask):
     """The choice of a level for each tensor under a budget, and the solves for these levels.
@@ -50,6 +71,10 @@ class FitTask(CalibratedTask):
         table: the table of losses of an earlier run, and the hash of the weights of its model;
             None to measure the losses.
         journal: the journal with the table of an interrupted run.
+        smaller: the smaller model that takes the place of the model; the model on disk is then the
+            smaller one, and its weights have changed.
+        candidates: the records of the models that were compared, for the report.
+        spent: the seconds of the comparison.
     """
 
     options: FitRun
@@ -57,6 +82,9 @@ class FitTask(CalibratedTask):
     budget: int
     table: tuple[LossTable, str] | None = None
     journal: Journal = field(default_factory=Journal)
+    smaller: Smaller | None = None
+    candidates: tuple[dict[str, Any], ...] = ()
+    spent: float = 0.0
     event = " fitting"
 
     @property
@@ -79,17 +107,43 @@ class FitTask(CalibratedTask):
         defaults = record(self.job.recipe, self.job.augmentation, None)
         return self.options.record() | defaults | {"budget": self.budget}
 
+    @property
+    def known_scores(self) -> dict[str, Any]:
+        """The metrics of the whole model, if this is a smaller one."""
+        return {} if self.smaller is None else self.smaller.whole.scores
+
+    def begin(self, store: ModelStore, text: Text) -> Report:
+        """A report with the options, the model that the user gave, and the text."""
+        report = super().begin(store, text)
+        if self.smaller is None:
+            return report
+        whole = self.smaller.whole
+        return replace(report, model=whole.model, earlier=whole.earlier)
+
     def decide(self, store: ModelStore, text: Text) -> tuple[Text, Plan]:
         """The text with generated samples, and the plan; the store has the choice of levels."""
         assert isinstance(store, Fitted)
         text = with_own_text(store, text, self.job)
-        table = self._given(store) if self.table is not None else self._measured(store, text)
+        table = self.losses(store, text)
         outer, heads = None, [n for n in outer_names(store.model) if n in self.form.levels]
         if heads:
             store.status("allocation", "measuring the inputs of the head")
             outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
         store.choice = FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
         return text, self.job.plan
+
+    def losses(self, store: ModelStore, text: Text) -> LossTable:
+        """The table of losses: the given one, that of an interrupted run, or a new one.
+
+        Args:
+            text: the text with generated samples.
+        """
+        if self.table is not None:
+            return self._given(store)
+        record = self.remembered(
+            self.inputs_of_losses(store, text), "table", lambda: self._measured(store, text)
+        )
+        return LossTable.read(record)
 
     def _given(self, store: ModelStore) -> LossTable:
         """The table of an earlier run; raises `AptError` if its model had other weights."""
@@ -100,27 +154,42 @@ class FitTask(CalibratedTask):
             raise AptError(message, _MEASURE, ("table_from",))
         return table
 
-    def _measured(self, store: ModelStore, text: Text) -> LossTable:
-        """The table of losses: that of an interrupted run with the same inputs, or a new one."""
+    def inputs_of_losses(self, store: ModelStore, text: Text) -> Line:
+        """All inputs of the measured losses, for the journal."""
         sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
-        inputs = store.shared_inputs(text.tokens) | {
+        return store.shared_inputs(text.tokens) | {
             "sizes": sizes, "damping": self.job.recipe.solver.damping, "versions": versions(),
         }  # fmt: skip
+
+    def remembered(self, inputs: Line, key: str, compute: Callable[[], Any]) -> Any:
+        """A value for JSON that an interrupted run with these inputs has computed, or a new one."""
+        journal = self.journal
+        if not journal.serves(inputs) or not journal.values(key):
+            value = compute()
+            if not journal.serves(inputs):
+                journal.begin(inputs)
+            journal.add({key: value})
+        return journal.values(key)[-1]
+
+    def _measured(self, store: ModelStore, text: Text) -> dict[str, Any]:
+        """The record of a new table of losses."""
 
         def step(work: str) -> Callable[[int, int], None]:
             return lambda done, total: store.status("allocation", f"{work} {done} of {total}")
 
-        if not self.journal.serves(inputs) or not self.journal.values("table"):
-            model, adapter, plan = store.model, self.job.adapter, self.job.plan
-            given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
-            levels = measured_levels(
-                model, adapter, plan, given, self.form.levels, step("losses of the levels: block"),
-                self._prune(),
-            )  # fmt: skip
-            table = LossTable(levels, self.form.rest, given.outer.gradient)
-            self.journal.begin(inputs)
-            self.journal.add({"table": table.record()})
-        return LossTable.read(self.journal.values("table")[-1])
+        model, adapter, plan = store.model, self.job.adapter, self.job.plan
+        given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
+        levels = measured_levels(
+            model, adapter, plan, given, self.form.levels, step("losses of the levels: block"),
+            self._prune(),
+        )  # fmt: skip
+        return LossTable(levels, self.form.rest, given.outer.gradient).record()
+
+    @property
+    def folder(self) -> Path:
+        """A hidden folder beside the output, for smaller models that are compared."""
+        real = self.options.directory.resolve()
+        return real.with_name(f".{real.name}.smaller")
 
     def _prune(self) -> Prune:
         """The solve for the table of losses, which does not depend on the effort of the run."""
@@ -132,8 +201,17 @@ class FitTask(CalibratedTask):
         return prune
 
     def forget(self) -> None:
-        """Delete the journal."""
+        """Delete the journal and the smaller models."""
         self.journal.clear()
+        if self.smaller is not None:
+            self.smaller.journal.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finished(
+        self, report: Report, scores: dict[str, Any], timeline: dict[str, Any], seconds: float
+    ) -> Report:
+        """The report with the metrics, the timeline and the time of the run."""
+        return super().finished(report, scores, timeline, seconds + self.spent)
 
     def change(
         self, store: ModelStore, text: Text, plan: Plan | None, report: Report
@@ -149,18 +227,27 @@ class FitTask(CalibratedTask):
         job = self._job(with_levels(plan, self.form, store.choice.levels))
         options = report.options | record(job.recipe, job.augmentation, None)
         report = prune_model(store, text, job, replace(report, options=options))
-        table, levels = store.choice.table, store.choice.levels
-        plan = with_levels(plan, self.form, levels)
+        plan = with_levels(plan, self.form, store.choice.levels)
+        structure = {} if self.smaller is None else self.smaller.structure
+        fit = self._fit_record(store.choice)
+        return TaskResult(replace(report, fit=fit, structure=structure, skipped=plan.dense), plan)
+
+    def _fit_record(self, choice: FitChoice) -> dict[str, Any]:
+        """The entry of the report, whose losses are above that of the whole model."""
+        table, levels = choice.table, choice.levels
+        rise, whole = (0.0, table) if (made := self.smaller) is None else (made.rise, made.table)
         fit = {
-            "budget": self.budget, "expected": table.size(levels), "loss": table.loss(levels),
-            "levels": levels, "frontier": frontier(table), "table": table.record(),
+            "budget": self.budget, "expected": table.size(levels),
+            "loss": rise + table.loss(levels), "levels": levels,
+            "frontier": [(size, rise + loss) for size, loss in frontier(table)],
+            "table": whole.record(),
         }  # fmt: skip
-        return TaskResult(replace(report, fit=fit, skipped=plan.dense), plan)
+        return fit | ({"candidates": list(self.candidates)} if self.candidates else {})
 
     def _job(self, plan: Plan) -> Pruning:
         """The loop over blocks; tuning and random tokens are for models with zeros."""
         zeros = any(entry.pattern and not keeps_all(entry.pattern) for entry in plan.sites)
-        job = self.job if zeros else fit_job(self.skeleton, self.options, lambda line: None)
+        job = self.job if zeros else fit_job(self.skeleton, self.options, _ignore)
         return replace(job, plan=plan)
 
     def _round_outer(self, store: Fitted, name: str, matrix: Tensor) -> None:
@@ -278,7 +365,7 @@ def prepare_fit(
     else:
         means = Means.named(options.means, options.scale_group, registry.default_method().per)
         target = packed_target(skeleton, job.plan, means, dtype, budget, options.counted_context)
-    _check_smallest(target, options, budget)
+    _check_smallest(target, skeleton, options, budget)
     options = replace(
         options, adapter=skeleton.spec.name, seqlen=capped(options.seqlen, skeleton, notice)
     )
@@ -292,16 +379,40 @@ def prepare_fit(
     return task
 
 
-def _check_smallest(target: FitTarget, options: FitRun, budget: int) -> None:
+def _check_smallest(target: FitTarget, skeleton: Opened, options: FitRun, budget: int) -> None:
     """Raise if even the smallest output is larger than the budget."""
-    if (smallest := smallest_size(target.form)) > budget:
+    given, smallest = options.may is not None, smallest_size(target.form)
+    if smallest > budget or given:
+        smaller = smaller_models(
+            target.smaller_form, skeleton, options.means, given=given, smallest=True
+        )
+        smallest = min([smallest, *(each.smallest for each in smaller)])
+    if smallest > budget:
         verb = "has" if target.is_exact else "may have"
+        others = [name for name in options.possible_means if name not in options.means]
         raise AptError(
             f"{options.model} does not fit into {budget:,} bytes: its smallest {target.words} "
             f"{verb} {smallest:,} ({smallest / 2**20:.1f} MiB)",
-            "give a larger size, or make it smaller first: apt-prune shrink",
+            "give a larger size" + (f", or allow {', '.join(others)}" if others else ""),
             ("size", "bits", "memory"),
         )
+
+
+def smaller_task(task: FitTask, place: Path) -> FitTask:
+    """The fit of a smaller model in a directory, in place of the model from which it was made."""
+    options = task.options
+    source = find(str(place), task.registry, trust_remote_code=options.trust_remote_code)
+    opened = open_skeleton(source, task.registry, task.skeleton.spec.name, expanded=True)
+    opened = with_compute(opened, options, task.device, _ignore)
+    return replace(
+        task, skeleton=opened, target=task.target.of_smaller(opened),
+        job=fit_job(opened, options, _ignore), table=None,
+        journal=journal_beside(place, "table", "a fit"),
+    )  # fmt: skip
+
+
+def _ignore(line: str) -> None:
+    """Ignore a notice."""
 
 
 def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = False) -> Pruning:

@@ -11,7 +11,8 @@ from apt.checkpoints.exporting import Exported
 from apt.distributed.ranks import Ranks
 from apt.engine.costs import PlannedRun
 from apt.engine.export import export_output
-from apt.engine.fit_task import prepare_fit
+from apt.engine.fit_smaller import best_task
+from apt.engine.fit_task import FitTask, prepare_fit
 from apt.engine.forecast import forecast
 from apt.engine.opening import AnyRun, RunRequest, resolve_names
 from apt.engine.packing import pack_output
@@ -136,6 +137,8 @@ def drive(
     # 3. Change the model and write it, unless an earlier run has done that.
     if (report := finished_report(task)) is None:
         with watcher.during("running", task):
+            if isinstance(task, FitTask):
+                task = _best_fit(task, watcher, ranks)
             report = _change(task, watcher, ranks)
         if ranks.first:
             watcher.written(task, report)
@@ -153,6 +156,13 @@ def drive(
             exported = _export_beside(task, file, watcher.notice)
         watcher.exported(exported)
     return report
+
+
+def _best_fit(task: FitTask, watcher: Watcher, ranks: Ranks) -> FitTask:
+    """The fit of the model, or of a smaller model that is made for it."""
+    inner = Watcher(watcher.observe, watcher.status)
+    status = Timeline(watcher.status, watcher.observe).status
+    return best_task(task, partial(_change, watcher=inner, ranks=ranks), status)
 
 
 def _export_beside(task: Task, file: Path, notice: Notice) -> Exported:

@@ -88,7 +88,7 @@ class RunOutput:
         if getattr(task.options, "activations", None) == "disk":
             self.store.activations = DiskStore(self.work.scratch)
         self.text: Text
-        self._scores: dict[str, Any] = {}
+        self._scores: dict[str, Any] = dict(task.known_scores)
         self._problem: MeasurementError | None = None
 
     @property

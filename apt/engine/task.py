@@ -104,6 +104,11 @@ class Task:
         """True to continue an interrupted run."""
         return bool(getattr(self.options, "resume", False))
 
+    @property
+    def known_scores(self) -> dict[str, Any]:
+        """The metrics that are known before the run, by ``"before"`` or ``"after"``."""
+        return {}
+
     def record(self) -> dict[str, Any]:
         """The options for the report, as values for JSON."""
         record: dict[str, Any] = self.options.record()

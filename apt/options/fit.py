@@ -1,7 +1,7 @@
 """The options of a run that fits a model into a budget."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from apt.errors import AptError
 from apt.options.declaration import option, options
@@ -24,9 +24,27 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib
 """The units of sizes in bytes."""
 PACKED = "packed"
 """The name of the target that is a packed directory."""
-ZEROS, BITS = "zeros", "bits"
-MEANS = (ZEROS, BITS, "width", "depth", "experts")
-"""The means to make a model smaller."""
+ZEROS: Final = "zeros"
+BITS: Final = "bits"
+WIDTH: Final = "width"
+DEPTH: Final = "depth"
+MEANS = (ZEROS, BITS, WIDTH, DEPTH, "experts")
+"""The means to make an output smaller: zeros in the weights, fewer bits for a weight, fewer heads
+and channels, fewer blocks, and fewer experts."""
+
+
+def read_means(text: str) -> tuple[str, ...]:
+    """The means in a text such as ``bits,depth``.
+
+    Raises:
+        AptError: a name is unknown or given twice.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in MEANS]:
+        raise AptError(f"may '{unknown[0]}' is not one of {', '.join(MEANS)}", options=("may",))
+    if len(set(names)) < len(names):
+        raise AptError(f"may {text} has a name twice", "leave one of them out", ("may",))
+    return names
 
 
 def read_bytes(text: Any, name: str = "size") -> int:
@@ -104,8 +122,9 @@ class FitRun(
         default=None, panel=SIZE, flag="--for", metavar="KIND",
     )  # fmt: skip
     may: str | None = option(
-        "Means that fit may use, separated by commas: bits for gguf; zeros and bits for packed. By "
-        "default all of the output.",
+        "Means that fit may use, separated by commas. For gguf: bits; width and depth, to remove "
+        "channels and blocks where that is better. For packed: zeros and bits. By default all of "
+        "the output.",
         default=None, panel=SIZE, metavar="MEANS",
     )  # fmt: skip
     scale_group: int | Literal["row"] = option(
@@ -131,8 +150,7 @@ class FitRun(
     @property
     def means(self) -> tuple[str, ...]:
         """The means that the run may use, once its target is chosen."""
-        named = tuple(word.strip() for word in self.may.split(",")) if self.may else ()
-        return named or self._possible
+        return self.possible_means if self.may is None else read_means(self.may)
 
     @property
     def counted_context(self) -> int | None:
@@ -145,9 +163,9 @@ class FitRun(
         return self.memory is not None or ZEROS in self.means
 
     @property
-    def _possible(self) -> tuple[str, ...]:
+    def possible_means(self) -> tuple[str, ...]:
         """The means of the target."""
-        return (ZEROS, BITS) if self.target == PACKED else (BITS,)
+        return (ZEROS, BITS) if self.target == PACKED else (BITS, WIDTH, DEPTH)
 
     @property
     def zeros(self) -> bool:
@@ -161,10 +179,8 @@ class FitRun(
         if self.memory is None and self.cache_tokens != type(self).cache_tokens:
             message = "cache tokens has no effect without memory"
             raise AptError(message, "leave it out, or add memory", ("cache_tokens", "memory"))
-        for name in self.means if self.may is not None else ():
-            if name not in MEANS:
-                message = f"'{name}' is no means to make a model smaller"
-                raise AptError(message, f"choose of {', '.join(MEANS)}", ("may",))
+        if self.may is not None:
+            read_means(self.may)
         if not self.model:
             raise AptError("no MODEL is given", "name one, for example zoo:llama")
         budgets = {"size": self.size, "bits": self.bits, "memory": self.memory}
@@ -183,10 +199,13 @@ class FitRun(
 
     def check_target(self) -> None:
         """Raise `AptError` if options contradict the kind of output, once it is chosen."""
-        if other := [name for name in self.means if name not in self._possible]:
+        if other := [name for name in self.means if name not in self.possible_means]:
             message = f"fit has no {other[0]} to choose for {self.target}"
-            hint = f"it chooses {' and '.join(self._possible)}"
+            hint = f"choose from {', '.join(self.possible_means)}"
             raise AptError(message, hint, ("may", "target"))
+        if self.target != PACKED and BITS not in self.means:
+            message = f"may {self.may} does not choose the bits"
+            raise AptError(message, f"add them: bits,{self.may}", ("may",))
         if self.target != PACKED and self.memory is not None:
             message = f"memory has no effect for {self.target}: it is that of a packed model"
             raise AptError(message, "give a size", ("memory", "target"))

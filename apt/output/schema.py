@@ -40,6 +40,11 @@ def size(value: Any) -> str:
     return count(value) or ("" if value else " is 0")
 
 
+def flag(value: Any) -> str:
+    """True or false."""
+    return "" if isinstance(value, bool) else " is neither true nor false"
+
+
 def optional(check: Check) -> Check:
     """A value, or null."""
     return lambda value: "" if value is None else check(value)
@@ -162,12 +167,18 @@ _TABLE = object_with(
         "tensors": object_of(list_of(row_of(text, count, number))),
     }
 )  # fmt: skip
+_CANDIDATE = object_with(
+    {
+        "means": text, "share": number, "kept": object_of(count), "predicted": optional(number),
+        "measured": optional(number), "chosen": flag,
+    }
+)  # fmt: skip
 _FIT = object_with(
     {
         "budget": size, "size": size, "loss": number, "levels": object_of(text),
         "frontier": list_of(row_of(count, number)), "table": _TABLE,
     },
-    {"expected": count},
+    {"expected": count, "candidates": list_of(_CANDIDATE)},
 )  # fmt: skip
 _ROUTED = object_with({"tokens": object_of(list_of(count)), "weights": object_of(list_of(number))})
 _SOURCE = object_with({"name": text, "share": number, "samples": count})

@@ -166,12 +166,43 @@ def calibration_tokens(
     bos: int | None = None,
 ) -> Tensor:
     """Windows (samples, seqlen) drawn by ``seed``, without overlap; see `windows`."""
+    return _in_drawn_order(tokenizer, texts, samples, seqlen, seed, source, bos)[:samples]
+
+
+def held_back_tokens(
+    tokenizer: Any,
+    texts: Iterable[Document],
+    samples: int,
+    seqlen: int,
+    seed: int,
+    source: str,
+    bos: int | None = None,
+) -> Tensor:
+    """Windows (windows, seqlen) that `calibration_tokens` of the same arguments does not draw.
+
+    They are an eighth as many as the samples, or fewer: short text has none that are left.
+    """
+    count = -(-samples // 8)
+    drawn = _in_drawn_order(tokenizer, texts, samples, seqlen, seed, source, bos)
+    return drawn[samples : samples + count]
+
+
+def _in_drawn_order(
+    tokenizer: Any,
+    texts: Iterable[Document],
+    samples: int,
+    seqlen: int,
+    seed: int,
+    source: str,
+    bos: int | None,
+) -> Tensor:
+    """All windows of the text that is read for a number of samples, in an order by ``seed``."""
     if not samples:
         return torch.empty(0, seqlen, dtype=torch.long)
     # Read four times as many windows as samples, so that seeds give different samples.
     tokens = tokenize(tokenizer, texts, limit=4 * samples * text_width(seqlen, bos))
     all_windows = windows(tokens, samples, seqlen, source, bos)
-    return all_windows[torch.randperm(len(all_windows), generator=generator(seed))[:samples]]
+    return all_windows[torch.randperm(len(all_windows), generator=generator(seed))]
 
 
 def training_tokens(

@@ -119,6 +119,9 @@ BAD = [
     ("fit", {"size": "4MB", "cache_tokens": 9}, "cache tokens has no effect without memory"),
     ("fit", {"size": "4MB", "table_from": "nowhere.gguf"}, "nowhere.gguf has no table of losses"),
     ("fit", {"size": "4kB"}, "does not fit into 4,000 bytes"),
+    ("fit", {"size": "4MB", "may": "width"}, "may width does not choose the bits; add them"),
+    ("fit", {"size": "4MB", "may": "bits,less"}, "may 'less' is not one of zeros, bits, width"),
+    ("fit", {"size": "4MB", "may": "bits,zeros"}, "zeros do not make a gguf file smaller"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Writes the files of this folder with the present version: ``python -m tests.stability.make_files``.
+"""Writes the folder ``files`` with the present version: ``python -m tests.stability.make_files``.
 
 Add a folder for each version of a format, and never change the folders of former versions.
 """

@@ -16,6 +16,7 @@ from apt.text.datasets import (
     digest,
     documents,
     evaluation_tokens,
+    held_back_tokens,
     hub_documents,
     tokenize,
     windows,
@@ -156,6 +157,15 @@ def test_calibration_samples_depend_on_the_seed_and_do_not_overlap(tokenizer):
     assert drawn[0].shape == (8, 32)
     assert digest(drawn[0]) == digest(drawn[1]) != digest(drawn[2])
     assert len({tuple(row) for row in drawn[0].tolist()}) == 8
+
+
+def test_held_back_windows_are_not_among_the_samples(tokenizer):
+    arguments = (tokenizer, [builtin("calibration")], 16, 32, 0, "builtin")
+    drawn, held = (draw(*arguments).tolist() for draw in (calibration_tokens, held_back_tokens))
+    assert len(held) == 2
+    assert not {tuple(row) for row in drawn} & {tuple(row) for row in held}
+    tokens = tokenize(tokenizer, TEXTS)
+    assert held_back_tokens(tokenizer, TEXTS, 1, len(tokens), 0, "x").shape == (0, len(tokens))
 
 
 @pytest.mark.parametrize("read", [library.calibration_tokens, library.evaluation_tokens])

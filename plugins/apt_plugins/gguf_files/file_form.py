@@ -7,7 +7,7 @@ from pathlib import Path
 from apt.extending import Exportable, FileForm, Level
 from apt_plugins.gguf_files.export import plan_file
 from apt_plugins.gguf_files.grids import BlockGrid, grids_for, type_name
-from apt_plugins.gguf_files.tensors import is_always_f32, weight_type
+from apt_plugins.gguf_files.tensors import PLAIN_TYPES, is_always_f32, weight_type
 from apt_plugins.gguf_files.writing import Planned, write_header
 
 
@@ -29,16 +29,22 @@ def file_form(model: Exportable) -> FileForm:
         if planned.parameter is None or is_always_f32(planned.name, planned.shape):
             rest += _padded(planned.size, alignment)
         else:
-            levels[planned.parameter] = _levels(planned, alignment)
+            levels[planned.parameter] = _levels(planned, alignment, changed=model.changed)
     return FileForm(levels, rest)
 
 
-def _levels(planned: Planned, alignment: int) -> tuple[Level, ...]:
-    """The levels of a matrix: its stored type, and all grids."""
-    rows = math.prod(planned.shape[:-1])
+def _levels(planned: Planned, alignment: int, *, changed: bool) -> tuple[Level, ...]:
+    """The levels of a matrix: its stored type, and all grids.
+
+    A changed matrix has no values in a quantised type before it is rounded.
+    """
+    rows, columns = math.prod(planned.shape[:-1]), planned.shape[-1]
     stored = Level(type_name(planned.type), _padded(planned.size, alignment))
-    grids = (grid for grid in grids_for(planned.shape[-1]) if grid.type is not planned.type)
-    return (stored, *(_level(grid, rows, planned.shape[-1], alignment) for grid in grids))
+    grids = grids_for(columns)
+    if changed and planned.type not in PLAIN_TYPES:
+        return tuple(_level(grid, rows, columns, alignment) for grid in grids)
+    others = (grid for grid in grids if grid.type is not planned.type)
+    return (stored, *(_level(grid, rows, columns, alignment) for grid in others))
 
 
 def _level(grid: BlockGrid, rows: int, columns: int, alignment: int) -> Level:

@@ -7,6 +7,7 @@ fields of the configuration to entries.
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def from_original(
 
 def _read(path: Path) -> gguf.GGUFReader:
     try:
-        reader = gguf.GGUFReader(str(path))
+        reader = _reader(path, path.stat().st_mtime_ns)
     except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
         message = f"{path} is not a GGUF file, or is damaged: {describe(error)}"
         raise AptError(message, "get it again", ("source",)) from error
@@ -78,6 +79,12 @@ def _read(path: Path) -> gguf.GGUFReader:
         message = f"{path} is one of several files, or has the bytes of numbers in another order"
         raise AptError(message, "merge it, or convert it, with llama.cpp's tools", ("source",))
     return reader
+
+
+@lru_cache(maxsize=1)  # a fit lays out files of several smaller models
+def _reader(path: Path, changed: int) -> gguf.GGUFReader:
+    """The reader of a file, which was last changed at this time."""
+    return gguf.GGUFReader(str(path))
 
 
 def _text(reader: gguf.GGUFReader, key: str) -> str:

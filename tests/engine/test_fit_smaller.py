@@ -1,0 +1,175 @@
+"""``apt-prune fit`` below the smallest file of the model: a smaller model with more bits."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from apt_lab.reproduction import command_of
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
+
+from apt import FitRun, Report, run
+from apt.distributed.ranks import Ranks
+from apt.engine import fit_smaller, fit_task
+from apt.engine.file_forms import smaller_models
+from apt.engine.fit_smaller import best_task
+from apt.engine.opening import resolve_names
+from apt.engine.run import resolve
+from apt.plugin.registry import registry
+
+MODEL = "zoo:llama"
+TEXTS = ("--samples", 8, "--seqlen", 64)
+SIZE = "900kB"
+"""Below the smallest file of the whole model."""
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The folder of a file of a smaller model, and the report."""
+    folder = tmp_path_factory.mktemp("fit")
+    options = {"samples": 8, "seqlen": 64, "evaluation": "builtin"}
+    return folder, run(FitRun(model=MODEL, size=SIZE, output=folder / "a.gguf", **options))
+
+
+def task_of(**options):
+    """The task of a fit."""
+    options = {"model": MODEL, "output": Path("x.gguf"), **options}
+    request = resolve_names(FitRun(**options), registry(), lambda line: None)
+    return resolve(request, registry(), lambda line: None, Ranks())
+
+
+def test_file_of_a_smaller_model_fits_where_bits_alone_do_not(fitted, apt):
+    folder, report = fitted
+    assert sorted(path.name for path in folder.iterdir()) == ["a.apt_report.json", "a.gguf"]
+    size = (folder / "a.gguf").stat().st_size
+    assert 850_000 < size == report.fit["size"] <= report.fit["budget"] == 900_000
+    refused = apt("fit", MODEL, *TEXTS, "--size", SIZE, "--may", "bits", "-o", "b.gguf")
+    assert refused.code == 2
+    assert "does not fit into 900,000 bytes: its smallest gguf file has 1,0" in refused.err
+
+
+def test_report_has_the_whole_model_and_the_compared_models(fitted):
+    folder, report = fitted
+    candidates = report.fit["candidates"]
+    whole, chosen = candidates[0], [each for each in candidates if each["chosen"]]
+    assert (whole["means"], whole["share"], whole["predicted"]) == ("bits", 1.0, None)
+    assert len(chosen) == 1
+    assert chosen[0]["measured"] == report.fit["loss"] > 0
+    assert sum(each["measured"] is not None for each in candidates) == 2
+    assert {each["means"] for each in candidates} == {"bits", "width", "depth"}
+    assert report.structure["share"] == chosen[0]["share"] < 1
+    assert report.model["reference"] == MODEL
+    assert report.options["model"] == MODEL
+    whole = Report.read(folder / "a.gguf").scores
+    assert whole["before"]["perplexity"] < whole["after"]["perplexity"] < 200
+    assert len(report.fit["table"]["tensors"]) == 1 + 4 * 7
+
+
+def test_file_opens_as_the_smaller_model(fitted):
+    folder, report = fitted
+    opened = AutoModelForCausalLM.from_pretrained(folder, gguf_file="a.gguf", dtype=torch.float32)
+    assert opened.config.num_hidden_layers == report.structure["blocks"]["kept"]
+    channels = report.structure["groups"]["channels"]["kept"]
+    assert opened.config.intermediate_size == channels
+    types = {t.name: t.tensor_type.name.lower() for t in GGUFReader(folder / "a.gguf").tensors}
+    levels = {name: level.lower() for name, level in report.fit["levels"].items()}
+    assert types["token_embd.weight"] == levels["model.embed_tokens.weight"]
+
+
+def test_command_of_the_report_and_its_table_give_the_same_file(fitted, apt, monkeypatch):
+    folder, report = fitted
+    shutil.copy(folder / "a.apt_report.json", "a.apt_report.json")
+    shutil.copy(folder / "a.gguf", "a.gguf")
+    assert apt("verify", "a.gguf").code == 0
+    assert apt("report", "a.gguf", "-o", "page.html").code == 0
+    command = shlex.split(command_of(report.to_dict()))
+    assert command[:3] == ["apt-prune", "fit", MODEL]
+    again = apt(*command[1:-1], "again.gguf", "--from", "a.gguf")
+    assert again.code == 0, again.err
+    assert Path("again.gguf").read_bytes() == Path("a.gguf").read_bytes()
+    for word in ("predicted", "measured", "whole", "smaller model: "):
+        assert word in again.out
+
+
+def test_interrupted_run_goes_on_with_its_models(fitted, apt, tmp_path, monkeypatch):
+    options = ("fit", MODEL, *TEXTS, "--size", SIZE, "--eval", "builtin", "-o", "b.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_task, "prune_model", interrupt)
+        interrupted = apt(*options)
+    assert interrupted.code == 130
+    assert "the same command takes the measured losses" in interrupted.err
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".b.gguf.smaller", ".b.gguf.table.jsonl"]
+    monkeypatch.setattr(fit_smaller, "Proxy", interrupt)
+    monkeypatch.setattr(fit_task, "sensitivities", interrupt)
+    assert apt(*options).code == 0
+    assert (tmp_path / "b.gguf").read_bytes() == (fitted[0] / "a.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.apt_report.json", "b.gguf"]
+
+
+def interrupt(*arguments, **options):
+    """The effect of Ctrl+C."""
+    raise KeyboardInterrupt
+
+
+def test_sizes_of_files_are_known_before_the_smaller_models_exist(fitted):
+    task = task_of(size=SIZE)
+    parts = (task.export, task.model, task.skeleton, task.means)
+    models = list(smaller_models(*parts, given=True))
+    smallest = list(smaller_models(*parts, given=True, smallest=True))
+    kept = fitted[1].structure["blocks"]["kept"]
+    made = next(model for model in models if model.size.blocks == kept < 4 or model.size.kept)
+    assert {model.means for model in models} == {"width", "depth"}
+    assert made.form.levels.keys() <= task.form.levels.keys()
+    assert min(models, key=lambda model: model.smallest) in smallest
+    assert len(smallest) == 2
+
+
+def test_smaller_models_are_not_tried_where_bits_cost_little(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    task = task_of(size="1.3MB", samples=2, seqlen=32)
+    monkeypatch.setattr(fit_smaller, "smaller_models", interrupt)
+    assert best_task(task, interrupt, lambda phase, text="": None) is task
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--size", "10kB"), "does not fit into 10,000 bytes: its smallest gguf file has 6"),
+        (("--may", "width"), "may width does not choose the bits; add them: bits,width"),
+        (("--may", "bits,less"), "may 'less' is not one of zeros, bits, width, depth, experts"),
+        (("--may", "bits,bits"), "may bits,bits has a name twice"),
+        (("--may", "bits,experts"), "experts do not make a gguf file smaller; choose from bits"),
+        (("--may", "zeros,bits"), "zeros do not make a gguf file smaller"),
+    ],
+)
+def test_impossible_means_are_errors_of_one_line(words, message, apt, tmp_path):
+    size = () if "--size" in words else ("--size", SIZE)
+    result = apt("fit", MODEL, *TEXTS, *size, "-o", "x.gguf", *words)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.strip().count("\n") <= 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_of_one_block_has_no_depth(apt, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(zoo(), dtype=torch.bfloat16)
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained("one")
+    for path in zoo().glob("tokenizer*"):
+        shutil.copy(path, "one")
+    refused = apt("fit", "one", *TEXTS, "--size", "600kB", "--may", "bits,depth", "-o", "x.gguf")
+    assert refused.code == 2
+    assert "this model has one block, which cannot be dropped" in refused.err
+    task = task_of(model="one", size="600kB")
+    smaller = smaller_models(task.export, task.model, task.skeleton, task.means, given=False)
+    assert {model.means for model in smaller} == {"width"}
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def zoo():
+    """The directory of the model."""
+    return registry().adapters.get("llama").zoo_path()
