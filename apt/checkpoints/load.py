@@ -30,7 +30,7 @@ from apt.locations.hub import Hub
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded, kind_at
 from apt.plugin.registry import Registry
-from apt.runtime.entries import METHOD
+from apt.runtime.entries import METHOD, SLOW
 from apt.runtime.weights import with_weights, without_own_code
 
 _MOST_LAYERS = 10_000
@@ -165,6 +165,7 @@ def _from_pretrained(
     names = _one_name_table() if source.gguf else nullcontext()
     with _loading(source), names, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", message=SLOW)
         module, info = opening_class(skeleton.config).from_pretrained(
             source.location, dtype=requested, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below

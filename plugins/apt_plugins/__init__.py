@@ -191,6 +191,8 @@ def apt_recoveries() -> list[RecoverySpec]:
         RecoverySpec("distill", "the kept weights of all blocks, towards the dense model",
                      f"{kinds}:distill", "after arXiv 1503.02531", 2e-4, teacher=True,
                      options=("hidden", "top", "move_masks")),
+        RecoverySpec("norms", "norms and biases alone, towards the dense model", f"{kinds}:norms",
+                     "after arXiv 2309.02784", 2e-3, teacher=True, options=("top",)),
     ]  # fmt: skip
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from apt.errors import AptError
-from apt.extending import Trainable, Unrecovered, divergence, relative_error, train_only
+from apt.extending import Loss, Trainable, Unrecovered, divergence, relative_error, train_only
 
 _READ_BY_KERNELS = ("out_proj", "conv1d")  # peft refuses LoRA of weights that fused kernels read
 
@@ -96,21 +97,81 @@ def _run_after(model: nn.Module, block: nn.Module) -> list[nn.Module]:
 
 def distill(given: Unrecovered) -> Trainable:
     """All weights of the blocks, towards the logits and the last states of the dense model."""
-    teacher, weight = given.teacher, given.options.hidden
-    assert teacher is not None
     blocks = [block for _, block in given.adapter.blocks(given.model)]
     train_only(given.model, (p for block in blocks for p in block.parameters()))
+    return Trainable(given.model, _towards_dense(given, given.options.hidden), masked=True)
+
+
+def norms(given: Unrecovered) -> Trainable:
+    """All vectors, towards the logits of the dense model: no matrix changes.
+
+    A vector is a norm or a bias. Its trained change is relative to its entries, so that one rate
+    serves vectors of all sizes.
+    """
+    vectors = [
+        (module, name)
+        for module in given.model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 1
+    ]
+    if not vectors:
+        raise AptError("the model has no norms or biases to train", "use the kind distill")
+    given.model.requires_grad_(False)
+    for module, name in vectors:
+        start = getattr(module, name).detach().clone()
+        register_parametrization(module, name, _RelativeChange(start))
+        module.parametrizations[name].original.requires_grad_(True)  # type: ignore[index,union-attr]
+
+    def merge() -> None:
+        for module, name in vectors:
+            remove_parametrizations(module, name, leave_parametrized=True)
+
+    return Trainable(given.model, _towards_dense(given), merge=merge, undo=merge)
+
+
+class _RelativeChange(nn.Module):
+    """A vector at the start of a training plus its change, in units of its entries.
+
+    The unit of an entry is its magnitude, but at least the root mean square of the vector.
+    """
+
+    start: Tensor
+    unit: Tensor
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("unit", start.abs().clamp_min(start.norm() / start.numel() ** 0.5),
+                             persistent=False)  # fmt: skip
+
+    def forward(self, change: Tensor) -> Tensor:
+        """The vector."""
+        return self.start + self.unit * change
+
+    def right_inverse(self, vector: Tensor) -> Tensor:
+        """The change at the start."""
+        return torch.zeros_like(vector)
+
+
+def _towards_dense(given: Unrecovered, hidden: float = 0.0) -> Loss:
+    """The divergence of the logits from those of the dense model.
+
+    Args:
+        hidden: the weight of the relative error of the last hidden states.
+    """
+    teacher = given.teacher
+    assert teacher is not None
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         output = model(
-            input_ids=batch["input_ids"], use_cache=False, output_hidden_states=bool(weight)
+            input_ids=batch["input_ids"], use_cache=False, output_hidden_states=bool(hidden)
         )
         rows, device = batch["row"], output.logits.device
         tokens, logs = (value.to(device) for value in teacher.top(rows))
         value = divergence(output.logits, tokens, logs)
-        if weight:
+        if hidden:
             dense = teacher.hidden(rows).to(device)
-            value = value + weight * relative_error(output.hidden_states[-1], dense)
+            value = value + hidden * relative_error(output.hidden_states[-1], dense)
         return value
 
-    return Trainable(given.model, loss, masked=True)
+    return loss

@@ -240,7 +240,7 @@ def test_untied_head_has_integers(apt, tokenizer, tmp_path):
         ),
         (("--size", "9MB"), "zoo:llama fits already: with dense weights it has at most 3,9"),
         (("--size", SIZE, "-o", "x.gguf"), "a packed model is a directory, and x.gguf is"),
-        (("--size", SIZE, "--may", "bit"), "'bit' is no means to make a model smaller"),
+        (("--size", SIZE, "--may", "bit"), "may 'bit' is not one of zeros, bits"),
         (("--size", SIZE, "--may", "depth"), "fit has no depth to choose for packed"),
         (("--size", SIZE, "--scale-group", 40), "scale group 40 is not a multiple of 32"),
     ],
@@ -257,7 +257,7 @@ def test_impossible_requests_are_errors_of_one_line(words, message, apt, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--may", "zeros,bits"), "fit has no zeros to choose for gguf; it chooses bits"),
+        (("--may", "zeros,bits"), "fit has no zeros to choose for gguf; choose from bits"),
         (("--scale-group", 128), "scale group has no effect for gguf"),
     ],
 )

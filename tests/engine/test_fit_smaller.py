@@ -116,7 +116,7 @@ def interrupt(*arguments, **options):
 
 def test_sizes_of_files_are_known_before_the_smaller_models_exist(fitted):
     task = task_of(size=SIZE)
-    parts = (task.export, task.model, task.skeleton, task.means)
+    parts = (task.target.smaller_form, task.skeleton, task.options.means)
     models = list(smaller_models(*parts, given=True))
     smallest = list(smaller_models(*parts, given=True, smallest=True))
     kept = fitted[1].structure["blocks"]["kept"]
@@ -141,8 +141,8 @@ def test_smaller_models_are_not_tried_where_bits_cost_little(monkeypatch, tmp_pa
         (("--may", "width"), "may width does not choose the bits; add them: bits,width"),
         (("--may", "bits,less"), "may 'less' is not one of zeros, bits, width, depth, experts"),
         (("--may", "bits,bits"), "may bits,bits has a name twice"),
-        (("--may", "bits,experts"), "experts do not make a gguf file smaller; choose from bits"),
-        (("--may", "zeros,bits"), "zeros do not make a gguf file smaller"),
+        (("--may", "bits,experts"), "fit has no experts to choose for gguf; choose from bits"),
+        (("--may", "zeros,bits"), "fit has no zeros to choose for gguf"),
     ],
 )
 def test_impossible_means_are_errors_of_one_line(words, message, apt, tmp_path):
@@ -165,7 +165,9 @@ def test_model_of_one_block_has_no_depth(apt, tmp_path):
     assert refused.code == 2
     assert "this model has one block, which cannot be dropped" in refused.err
     task = task_of(model="one", size="600kB")
-    smaller = smaller_models(task.export, task.model, task.skeleton, task.means, given=False)
+    smaller = smaller_models(
+        task.target.smaller_form, task.skeleton, task.options.means, given=False
+    )
     assert {model.means for model in smaller} == {"width"}
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 

@@ -462,7 +462,8 @@ def test_every_changed_bit_is_detected(pruned, tmp_path, quantize):
 def test_changed_value_is_detected_on_loading(pruned, tmp_path, opens):
     path, packed = pruned(), tmp_path / "packed"
     packed.mkdir()
-    pack(path, [name for name in load_file(path / "model.safetensors") if "proj" in name], packed)
+    names = [name for name in load_file(path / "model.safetensors") if "proj" in name]
+    pack(path, dict.fromkeys(names), packed)
     shards = Shards(packed, "apt_packed.safetensors")
     for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight_values"):
         entry = shards.entries[name]
@@ -479,7 +480,7 @@ def test_changed_value_is_detected_on_loading(pruned, tmp_path, opens):
 def test_changed_description_is_detected_by_its_checksum(pruned, tmp_path):
     """A group of 128 or of 65 columns gives two scales for 128 columns, but other weights."""
     path = pruned()
-    pack(path, ["model.layers.0.mlp.up_proj.weight"], tmp_path, Rounding("int8", 64))
+    pack(path, {"model.layers.0.mlp.up_proj.weight": Rounding("int8", 64)}, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     entry = config["quantization_config"]["matrices"]["model.layers.0.mlp.up_proj.weight"]
     entry["group"] += 1
@@ -756,8 +757,8 @@ def test_model_without_kernels_says_how_to_get_them(apt, output_of, pruned, monk
         with pytest.warns(UserWarning, match="packed products are slow here.*apt-prune.kernels."):
             runtime.load("packed")
         few = ("--samples", "1", "--seqlen", "32")
-        _, _, err = apt("eval", "packed", "--data", "builtin", *few)
-        assert "warning: packed products are slow here" in err
+        result = apt("eval", "packed", "--data", "builtin", *few)
+        assert "warning: packed products are slow here" in result.err
     finally:
         monkeypatch.undo()
         kernels.cache_clear()

@@ -42,7 +42,7 @@ from apt.recovery.windows import BlockWindows
 from tests.helpers import ROOT
 from tests.helpers.families import FAMILIES, random_model, random_tokens
 
-KINDS = ("spp", "lora", "layers", "distill")
+KINDS = ("spp", "lora", "layers", "distill", "norms")
 FEW = RecoverOptions(steps=4, checks=2, batch=4, rate=1e-2)
 LIGHT = {"distill": {"hidden": 0.1}}  # the options of a kind that no other one uses
 
@@ -82,7 +82,7 @@ def loss(model, tokens):
 def test_kinds_lower_the_loss_and_keep_every_zero(kind, pattern):
     model, dense, tokens = pruned(pattern=pattern)
     before, start = zeros(model), loss(model, tokens)
-    if kind == "distill":  # towards a dense model that knows the text
+    if kind in ("distill", "norms"):  # towards a dense model that knows the text
         library.recover(dense, tokens, kind="layers", options=RecoverOptions(
             steps=40, batch=8, rate=1e-2, blocks=3))  # fmt: skip
     options = RecoverOptions(steps=8, checks=2, batch=4, rate=1e-2, **LIGHT.get(kind, {}))
@@ -91,6 +91,19 @@ def test_kinds_lower_the_loss_and_keep_every_zero(kind, pattern):
     assert loss(model, tokens) < start
     assert training.best in training.held_back
     assert len(training.losses) == training.steps == 8
+
+
+def test_norms_change_no_matrix():
+    model, dense, tokens = pruned(dtype=torch.bfloat16)
+    model.model.norm.weight.data[::2] = 0  # an entry of 0 has a unit too
+    before = copy.deepcopy(model.state_dict())
+    options = RecoverOptions(steps=8, checks=2, batch=4, rate=1e-2)
+    with suppress(NotRecoveredError):
+        library.recover(model, tokens, kind="norms", options=options, dense=dense)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name, tensor in before.items() if tensor.ndim == 1}
+    assert (after["model.norm.weight"] != 0).all()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +256,8 @@ def test_option_window_trains_blocks_in_turn(kind):
     turns = [[index == step // 5 for index in range(3)] for step in range(15)]
     assert trained == turns
     after = blocks.state_dict()
-    weights = [name for name in start if name.endswith("gate_proj.weight")]
+    ending = "input_layernorm.weight" if kind == "norms" else "gate_proj.weight"
+    weights = [name for name in start if name.endswith(ending)]
     changed = [not torch.equal(start[name], after[name]) for name in weights]
     assert changed == [best > 5 * index for index in range(3)]
     assert same_zeros(before, model)
@@ -445,7 +459,9 @@ def test_minutes_determine_the_number_of_steps(kind, window, monkeypatch):
             model, tokens, kind=kind, options=options, dense=dense, observe=events.append
         )
     held_back = round(0.05 * len(tokens))
-    step = 4 / 8 + 1 + (4 / 8 if kind == "distill" else 0)  # with the dense model's forward
+    step = (
+        4 / 8 + 1 + (4 / 8 if kind in ("distill", "norms") else 0)
+    )  # with the dense model's forward
     assert events[-1].step == int((6 - 2 * held_back / 8) / step)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
