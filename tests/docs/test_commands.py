@@ -14,7 +14,7 @@ from tests.helpers.families import STACKED
 from tests.helpers.releases import EXTRAS
 
 PAGES = {
-    "README.md": 15, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/fitting.md": 9,
+    "README.md": 15, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/fitting.md": 12,
     "docs/mamba.md": 2, "docs/migrating.md": 4, "docs/packing.md": 8, "docs/recovery.md": 11,
     "docs/shrinking.md": 12 if STACKED else 7, "docs/usage.md": 23 if STACKED else 22,
 }  # fmt: skip
@@ -25,6 +25,7 @@ NOT_HERE = {
     "pruned-hf": "the same",
     "doctor --test": "a minute; engine/test_self_test.py",
     **({} if STACKED else {"zoo:moe": "needs transformers 5"}),
+    "--kind norms": "needs a rounded model; recovery/test_recover.py",
     "MODEL.gguf": "needs a mixture as a GGUF file; engine/test_in_place_files.py",
     "w4a16": "its group divides no matrix of so small a model; packing/test_compressed_tensors.py",
 }
