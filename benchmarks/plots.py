@@ -153,12 +153,39 @@ def deployments(record: Record) -> Figure:
     return figure
 
 
+def fit(record: Record) -> Figure:
+    """Perplexity against the size of a GGUF file, on both texts."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    kinds = (("llama.cpp", "#E69F00", "^", ""), ("apt-prune fit", "#0072B2", "o", "-"))
+    for axes, (text, title) in zip(panels, TEXTS, strict=True):
+        dense = next(row for row in record["rows"] if row["model"] == "F16")[text]
+        for kind, colour, marker, line in kinds:
+            shown = sorted(
+                (row["bytes"] / 2**20, row[text])
+                for row in record["rows"]
+                if row["model"].startswith("fit") == (kind == "apt-prune fit")
+                and row["bytes"] < 110 * 2**20
+                and row[text] < 2 * dense
+            )
+            axes.plot(
+                *zip(*shown, strict=True), color=colour, marker=marker, linestyle=line, label=kind
+            )
+        axes.axhline(dense, color="black", linewidth=1, linestyle=":")
+        axes.set_xlabel("MiB")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity of SmolLM2-135M in llama.cpp")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
 PICTURES: Mapping[str, tuple[str, Callable[[Record], Figure]]] = {
     "sparsity.png": ("allocation", sparsity),
     "methods.png": ("smollm2", methods),
     "tokens.png": ("tokens", tokens),
     "minutes.png": ("minutes", minutes),
     "deployments.png": ("deployments", deployments),
+    "fit.png": ("fit", fit),
 }
 """The file of the results that each picture is made from, and the function that draws it."""
 

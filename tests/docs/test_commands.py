@@ -32,7 +32,7 @@ NOT_HERE = {
 WORDS = {
     "facebook/opt-125m": "opt", "MODEL": "llama", "DENSE": "llama", "SMALL": "llama",
     "./trained": "llama", "MODEL-keep-0.75": "llama", "DIR": "start", "c4": "text.txt",
-    "wikitext2": "text.txt", "ptb": "text.txt",
+    "wikitext2": "text.txt", "ptb": "text.txt", "120MiB": "600kB",
     "my-text.jsonl": "text.txt", "text.jsonl": "builtin", "channels=1024": "channels=256",
     "heads=6": "heads=4",
 }  # fmt: skip
