@@ -447,4 +447,4 @@ def test_law_without_recoveries_is_an_error(apt, pruned):
 def test_kinds_of_recovery_are_listed(apt):
     found = json.loads(apt("methods", "--json").out)
     kinds = {entry["method"] for entry in found if entry["for"] == "recover"}
-    assert kinds == {"spp", "lora", "layers", "distill"}
+    assert kinds == {"spp", "lora", "layers", "distill", "norms"}

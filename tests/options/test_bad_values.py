@@ -113,7 +113,7 @@ BAD = [
     ("fit", {"size": "4MB", "target": "packed"}, "and out.gguf is the name of a file"),
     ("fit", {"size": "4MB", "target": "gguff"}, "no export format 'gguff'"),
     ("fit", {"size": "4MB", "may": "zeros"}, "fit has no zeros to choose for gguf"),
-    ("fit", {"size": "4MB", "may": "bit"}, "'bit' is no means to make a model smaller"),
+    ("fit", {"size": "4MB", "may": "bit"}, "may 'bit' is not one of zeros, bits"),
     ("fit", {"memory": "little", "output": "out"}, "little is not a size; write 73MiB"),
     ("fit", {"memory": "4MB"}, "memory has no effect for gguf"),
     ("fit", {"size": "4MB", "cache_tokens": 9}, "cache tokens has no effect without memory"),
@@ -121,7 +121,7 @@ BAD = [
     ("fit", {"size": "4kB"}, "does not fit into 4,000 bytes"),
     ("fit", {"size": "4MB", "may": "width"}, "may width does not choose the bits; add them"),
     ("fit", {"size": "4MB", "may": "bits,less"}, "may 'less' is not one of zeros, bits, width"),
-    ("fit", {"size": "4MB", "may": "bits,zeros"}, "zeros do not make a gguf file smaller"),
+    ("fit", {"size": "4MB", "may": "bits,zeros"}, "fit has no zeros to choose for gguf"),
 ]
 
 

@@ -107,7 +107,7 @@ REFUSED = {
     "a share of 0.5 is in place of the given blocks or groups": (
         "shrink", "--keep", 0.5, "--size", "channels=32",
     ),
-    "recovery spp does not use dense; those that use it: distill (--dense)": (
+    "recovery spp does not use dense; those that use it: distill, norms (--dense)": (
         "recover", "--kind", "spp", "--dense", "nowhere",
     ),
     "tuning rate has no effect without tuning": ("prune", "--method", "wanda", "--tuning-rate", 1),
