@@ -22,7 +22,7 @@ _COMPARE = ["compare", "m", "--methods", "magnitude", "--patterns", "0.5", "--wi
 _SEARCH = ["shrink", "m", "--search", "--keep", "0.75", "--evaluations", "1", *_SMALL, "-o", "out"]
 WRITERS: dict[str, list[str]] = {
     "page.html": ["report", "r", "-o", "page.html"],
-    "i/r-sparsity.png": ["report", "r", "-o", "page.html", "--png", "i"],
+    "i/r-sparsity-by-block-and-kind.png": ["report", "r", "-o", "page.html", "--png", "i"],
     "search.png": [*_SEARCH, "--plot", "search.png"],
     ".out.search.jsonl": _SEARCH,
     "loss.png": [*_RECOVER, "--plot", "loss.png"],
@@ -104,7 +104,8 @@ def packed() -> Iterator[Case]:
             names = [n for n in load_file(folder / "m/model.safetensors") if "proj" in n]
             for name in ("p", "whole"):
                 (folder / name).mkdir()
-            pack(folder / "m", names, folder / "p", Rounding("int4", 64) if quantised else None)
+            rounding = Rounding("int4", 64) if quantised else None
+            pack(folder / "m", dict.fromkeys(names, rounding), folder / "p")
             unpacked(folder / "p", folder / "whole")
             draw = random.Random(seed)
             file = folder / "p" / ("config.json" if seed % 10 == 9 else "apt_packed.safetensors")

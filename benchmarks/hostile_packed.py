@@ -28,7 +28,7 @@ def parts() -> Iterator[Case]:
                     sparse(folder)
                     (folder / "p").mkdir()
                     rounding = Rounding(kind, 64) if kind else None
-                    pack(folder / "m", [_NAME], folder / "p", rounding)
+                    pack(folder / "m", {_NAME: rounding}, folder / "p")
                     tensors = load_file(folder / _FILE)
                     del tensors[f"{_NAME}_{part}"]
                     about = read_config(folder / "p")[KEY]["matrices"]

@@ -99,7 +99,7 @@ def models(options: argparse.Namespace) -> list[Row]:
             folders.append(options.work / f"{pattern.replace(':', 'of')}-{kind}")
             folders[-1].mkdir()
             rounding = None if kind == "bfloat16" else Rounding(kind, GROUP)
-            pack(pruned, list(pruned_ones), folders[-1], rounding)
+            pack(pruned, dict.fromkeys(pruned_ones, rounding), folders[-1])
         shutil.rmtree(pruned)
     command = [
         Path(sys.executable).with_name("apt-prune"), "bench", *folders, "--json", "--batch", "1",
