@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+SLOW_PRODUCTS = "packed products are slow here"
+"""The beginning of the warning of a machine without kernels for packed models."""
+
 
 class AptError(Exception):
     """An error that the user can correct.

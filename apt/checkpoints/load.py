@@ -25,12 +25,12 @@ from apt.checkpoints.safetensors_io import check_files
 from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import find_stored, open_stored, read_parameter
 from apt.compute import ComputeDtype, compute_dtype
-from apt.errors import AptError, shortened
+from apt.errors import SLOW_PRODUCTS, AptError, shortened
 from apt.locations.hub import Hub
 from apt.locations.model_source import Source
 from apt.locations.paths import expanded, kind_at
 from apt.plugin.registry import Registry
-from apt.runtime.entries import METHOD, SLOW
+from apt.runtime.entries import METHOD
 from apt.runtime.weights import with_weights, without_own_code
 
 _MOST_LAYERS = 10_000
@@ -165,7 +165,7 @@ def _from_pretrained(
     names = _one_name_table() if source.gguf else nullcontext()
     with _loading(source), names, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", message=SLOW)
+        warnings.filterwarnings("default", message=SLOW_PRODUCTS)
         module, info = opening_class(skeleton.config).from_pretrained(
             source.location, dtype=requested, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below

@@ -12,7 +12,7 @@ from apt.cli.commands import HELP_OPTIONS, Commands
 from apt.cli.commands import run as run_command
 from apt.cli.interruptions import interrupted, signals_as_exceptions
 from apt.cli.streams import guarded, program
-from apt.errors import AptError, resource_error
+from apt.errors import SLOW_PRODUCTS, AptError, resource_error
 from apt.locations.paths import user_error
 
 # Subcommands of the package manager `apt` of Debian.
@@ -176,7 +176,7 @@ def _quieten_libraries() -> None:
     warnings.simplefilter("ignore")
     for pattern in (
         "plugin failed to load", "observer failed", ".* is now .*; the old name",
-        "packed products are slow here",
+        SLOW_PRODUCTS,
     ):  # fmt: skip
         warnings.filterwarnings("default", message=pattern)  # once for each text
     warnings.showwarning = _warn

@@ -29,6 +29,7 @@ from apt.engine.file_forms import SMALLER, SmallerModel, smaller_models, smaller
 from apt.engine.fit_task import FitTask, Smaller, smaller_task
 from apt.engine.fitted import Fitted
 from apt.engine.opening import RunRequest, resolve_names
+from apt.engine.prepare import ignore_notice
 from apt.engine.prune_model import with_own_text
 from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.task import Task
@@ -150,7 +151,9 @@ class _Comparison:
     def _opened(self, task: FitTask) -> Iterator[tuple[Fitted, Text]]:
         """While entered, the model of a task is in memory, with the text of the task."""
         self.status("reading text")
-        text = replace(task, notice=_ignore).read_text(Ranks())  # the last task tells its notices
+        text = replace(task, notice=ignore_notice).read_text(
+            Ranks()
+        )  # the last task tells its notices
         store = task.target.store(task, None, lambda event: None, self.status)
         store.read()
         yield store, with_own_text(store, text, task.job)
@@ -273,9 +276,9 @@ class _Comparison:
             size = {"blocks": model.size.blocks}
         place = {"output": self._place(model), "overwrite": True, "evaluation": None}
         request: RunRequest[Any] = resolve_names(
-            ShrinkRun(**values | place | size), registry(), _ignore
+            ShrinkRun(**values | place | size), registry(), ignore_notice
         )
-        return prepare_pruning(request, registry(), _ignore, Ranks())
+        return prepare_pruning(request, registry(), ignore_notice, Ranks())
 
 
 def best_task(task: FitTask, change: Callable[[Task], Report], status: Status) -> FitTask:
@@ -332,7 +335,3 @@ def _is_made(place: Path, task: PruneTask) -> bool:
     """True if an interrupted run has made this model."""
     record = read_report(place) if place.is_dir() else None
     return record is not None and record["options"] == json_value(task.record())
-
-
-def _ignore(line: str) -> None:
-    """Ignore a notice."""

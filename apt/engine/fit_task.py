@@ -17,7 +17,7 @@ from apt.engine.fitted import FitChoice, Fitted
 from apt.engine.machine import choose_device, read_dtype
 from apt.engine.opening import RunRequest
 from apt.engine.packed_form import Means
-from apt.engine.prepare import Notice, capped, tell_adapter, with_compute
+from apt.engine.prepare import Notice, capped, ignore_notice, tell_adapter, with_compute
 from apt.engine.prune_model import Pruning, prune_model, with_own_text
 from apt.engine.prune_task import CalibratedTask, check_memory
 from apt.engine.pruning_plan import settings
@@ -247,7 +247,7 @@ class FitTask(CalibratedTask):
     def _job(self, plan: Plan) -> Pruning:
         """The loop over blocks; tuning and random tokens are for models with zeros."""
         zeros = any(entry.pattern and not keeps_all(entry.pattern) for entry in plan.sites)
-        job = self.job if zeros else fit_job(self.skeleton, self.options, _ignore)
+        job = self.job if zeros else fit_job(self.skeleton, self.options, ignore_notice)
         return replace(job, plan=plan)
 
     def _round_outer(self, store: Fitted, name: str, matrix: Tensor) -> None:
@@ -403,16 +403,12 @@ def smaller_task(task: FitTask, place: Path) -> FitTask:
     options = task.options
     source = find(str(place), task.registry, trust_remote_code=options.trust_remote_code)
     opened = open_skeleton(source, task.registry, task.skeleton.spec.name, expanded=True)
-    opened = with_compute(opened, options, task.device, _ignore)
+    opened = with_compute(opened, options, task.device, ignore_notice)
     return replace(
         task, skeleton=opened, target=task.target.of_smaller(opened),
-        job=fit_job(opened, options, _ignore), table=None,
+        job=fit_job(opened, options, ignore_notice), table=None,
         journal=journal_beside(place, "table", "a fit"),
     )  # fmt: skip
-
-
-def _ignore(line: str) -> None:
-    """Ignore a notice."""
 
 
 def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = False) -> Pruning:

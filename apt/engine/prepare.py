@@ -28,6 +28,10 @@ from apt.plugin.registry import Registry
 Notice = Callable[[str], None]
 
 
+def ignore_notice(line: str) -> None:
+    """Tell nobody: the notice is told elsewhere."""
+
+
 def open_model(
     request: RunRequest[Any], texts: Sequence[str | None], registry: Registry, notice: Notice
 ) -> Opened:

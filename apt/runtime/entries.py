@@ -26,9 +26,6 @@ OWN_CODE = {
 }
 """The entry ``auto_map`` of ``config.json``: the classes in the copied code that open the model."""
 
-SLOW = "packed products are slow here"
-"""The beginning of the warning of a machine without kernels for packed products."""
-
 KEY = "quantization_config"
 """The place of the description in ``config.json``."""
 

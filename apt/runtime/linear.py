@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apt.compute import compute_dtype, dtype_name
 from apt.devices import is_accelerator, runs_triton
-from apt.runtime.entries import SLOW
+from apt.errors import SLOW_PRODUCTS
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
 from apt.runtime.watched import is_plain, same
 
@@ -95,7 +95,7 @@ def warn_if_slow() -> None:
     """Warn if this processor has no kernels for packed products."""
     state, remedy = describe_kernels()
     if remedy:
-        warnings.warn(f"{SLOW}: {state}; {remedy}", stacklevel=2)
+        warnings.warn(f"{SLOW_PRODUCTS}: {state}; {remedy}", stacklevel=2)
 
 
 class ExpandedMatrix:
