@@ -20,6 +20,7 @@ from apt.adapter import (
     Call,
     DecoderAdapter,
     Groups,
+    ModelInputs,
     Permutable,
     Site,
     State,
@@ -154,12 +155,13 @@ class AutoAdapter(DecoderAdapter):
         names = [name.removesuffix(".weight") for name in names]
         return expert_groups(block, owner, names, router_tensors, config)
 
-    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+    def enter(self, model: nn.Module, tokens: ModelInputs) -> tuple[State, list[Call]]:
         """Record every block's call; the first time, check the sites that were found."""
         blocks = [block for _, block in self.blocks(model)]
         if not self._checked:
             self._checked = True
-            self._check_conformance(model, tokens[:2, :16])
+            if isinstance(tokens, Tensor):
+                self._check_conformance(model, tokens[:2, :16])
         return record_calls(model.get_submodule(self._part), blocks, tokens)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Call, DecoderAdapter, Input, State
+from apt.adapter import Call, DecoderAdapter, Input, ModelInputs, State
 from apt.errors import AptError
 
 _MAMBA = (
@@ -48,7 +48,7 @@ class NativeMambaAdapter(DecoderAdapter):
         inputs = _MAMBA if hasattr(mixer, "x_proj") else _MAMBA2_OR_ATTENTION
         return inputs if block.mlp is None else inputs + _MLP
 
-    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+    def enter(self, model: nn.Module, tokens: ModelInputs) -> tuple[State, list[Call]]:
         """The embeddings as the state, and calls without arguments other than the state."""
         backbone: Any = model.get_submodule("backbone")
         with torch.no_grad():

@@ -11,6 +11,7 @@ from apt.adapter.experts import Experts, one_by_one
 from apt.adapter.groups import Groups
 from apt.adapter.permutations import Permutable, permutable_channels
 from apt.adapter.recording import record_calls
+from apt.adapter.samples import ModelInputs
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 from apt.adapter.text_config import text_config
 from apt.adapter.weight_tap import WeightTap
@@ -78,15 +79,23 @@ class DecoderAdapter:
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules in the list at ``blocks_path``."""
+        return self.blocks_at(model, self.blocks_path)
+
+    def blocks_at(self, model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+        """The modules in the list at ``path``, with their full names."""
         try:
-            layers = model.get_submodule(self.blocks_path)
+            layers = model.get_submodule(path)
         except AttributeError:
             raise AptError(
                 f"adapter {type(self).__name__} does not fit {type(model).__name__}: "
-                f"it has no '{self.blocks_path}'",
+                f"it has no '{path}'",
                 "choose the model's own adapter, see: apt-prune adapters",
             ) from None
-        return [(f"{self.blocks_path}.{name}", block) for name, block in members(layers)]
+        return [(f"{path}.{name}", block) for name, block in members(layers)]
+
+    def stacks(self, model: nn.Module) -> list[tuple[str, list[tuple[str, nn.Module]]]]:
+        """One stack, the decoder."""
+        return [("decoder", self.blocks(model))]
 
     def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
         """``inputs``; override this if the model has blocks of several kinds."""
@@ -164,9 +173,18 @@ class DecoderAdapter:
         """The names of sites whose inputs form no groups, with the reasons; empty by default."""
         return {}
 
-    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
+    def enter(self, model: nn.Module, tokens: ModelInputs) -> tuple[State, list[Call]]:
         """Record the call of every block in one run of the model with stubs for blocks."""
-        return record_calls(model, [block for _, block in self.blocks(model)], tokens)
+        return self.enter_next(model, tokens, ())
+
+    def enter_next(
+        self, model: nn.Module, tokens: ModelInputs, ends: Sequence[State]
+    ) -> tuple[State, list[Call]]:
+        """Record the calls of the next stack; the blocks of earlier stacks return ``ends``."""
+        stacks = [[block for _, block in blocks] for _, blocks in self.stacks(model)]
+        streams = [self.residual(end) for end in ends]
+        earlier = list(zip(stacks, streams, strict=False))
+        return record_calls(model, stacks[len(ends)], tokens, earlier)
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:
         """Replay the block's call, see `Call.run`."""

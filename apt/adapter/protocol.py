@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from apt.adapter.groups import Groups
 from apt.adapter.permutations import Permutable
+from apt.adapter.samples import ModelInputs
 from apt.adapter.sites import Call, Effects, Extra, Sink, Site, State
 
 
@@ -40,6 +41,12 @@ class Adapter(Protocol):
 
         Raises:
             AptError: the model is not of this family.
+        """
+
+    def stacks(self, model: nn.Module) -> list[tuple[str, list[tuple[str, nn.Module]]]]:
+        """The chains of blocks, such as an encoder and a decoder, by name, in the order of a run.
+
+        Together they are the `blocks`.
         """
 
     def sites(self, block: nn.Module) -> list[Site]:
@@ -72,12 +79,23 @@ class Adapter(Protocol):
     def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
         """The inputs of sites that can be reordered without a change of the block's function."""
 
-    def enter(self, model: nn.Module, tokens: Tensor) -> tuple[State, list[Call]]:
-        """The state before the first block, and the call of each block, for one batch.
+    def enter(self, model: nn.Module, tokens: ModelInputs) -> tuple[State, list[Call]]:
+        """The state before the first block, and the call of each block of the first stack.
 
         Args:
             model: the whole model.
-            tokens: token ids (samples, seqlen).
+            tokens: the inputs of one batch; token ids (samples, seqlen) for a decoder alone.
+        """
+
+    def enter_next(
+        self, model: nn.Module, tokens: ModelInputs, ends: Sequence[State]
+    ) -> tuple[State, list[Call]]:
+        """The state before the first block of a later stack, and the call of each of its blocks.
+
+        Args:
+            model: the whole model.
+            tokens: the inputs of one batch.
+            ends: the states after all earlier stacks, which the model passes on.
         """
 
     def step(self, block: nn.Module, state: State, call: Call) -> State:

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from apt.adapter.samples import ModelInputs
 from apt.adapter.sites import Call
 from apt.errors import AptError
 
@@ -56,7 +58,10 @@ class UncalledError(AptError):
 
 
 def record_calls(
-    model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    tokens: ModelInputs,
+    earlier: Sequence[tuple[Sequence[nn.Module], Tensor]] = (),
 ) -> tuple[Tensor, list[Call]]:
     """Run ``model`` once with every block stubbed, and record the call of each block.
 
@@ -67,7 +72,9 @@ def record_calls(
     Args:
         model: a transformers model.
         blocks: its blocks, in the order in which it calls them.
-        tokens: token ids (samples, seqlen).
+        tokens: the inputs of the model; token ids (samples, seqlen) for a decoder.
+        earlier: the blocks of the stacks that the model runs first, with the stream after each of
+            these stacks, which the last of its blocks returns. The model itself passes it on.
 
     Returns:
         The state before the first block (samples, seqlen, hidden) and one call for each block.
@@ -80,7 +87,12 @@ def record_calls(
         states: list[Tensor] = []
         calls: list[Call] = []
         try:
-            _run(model, blocks, tokens, form, states, calls)
+            with ExitStack() as stack:
+                for passed, end in earlier:
+                    for each in passed:
+                        result = end if each is passed[-1] else None
+                        stack.enter_context(stubbed([each], partial(_passed, each, result)))
+                _run(model, blocks, tokens, form, states, calls)
         except AptError:
             raise
         except Exception as error:  # perhaps the model cannot unpack what its blocks returned
@@ -95,7 +107,7 @@ def record_calls(
 def _run(
     model: nn.Module,
     blocks: Sequence[nn.Module],
-    tokens: Tensor,
+    tokens: ModelInputs,
     form: _Form,
     states: list[Tensor],
     calls: list[Call],
@@ -127,12 +139,27 @@ def _run(
         for index, block in enumerate(blocks):
             stack.enter_context(stubbed([block], partial(stub, index)))
         try:
-            base: Any = model.base_model
-            base(tokens, use_cache=False)
+            _forward(model.base_model, tokens)
         except _LastBlock:
             return
     message = f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks"
     raise UncalledError(message, called)
+
+
+def _forward(base: Any, inputs: ModelInputs) -> None:
+    """Run the body of a model, without a cache of keys and values."""
+    if isinstance(inputs, Tensor):
+        base(inputs, use_cache=False)
+        return
+    taken = signature(base.forward).parameters
+    base(**inputs, **({"use_cache": False} if "use_cache" in taken else {}))
+
+
+def _passed(block: nn.Module, end: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    """The output of a stub of a block of an earlier stack: its input, or the stream ``end``."""
+    if end is None:
+        return stub_output(args, kwargs, block)
+    return stub_output((end,), {}, block)
 
 
 def _is_empty_mapping(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The calibration activations between two blocks, in batches."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Call, Site, State, Unrouted
+from apt.adapter import Adapter, Call, ModelInputs, Samples, Site, State, Unrouted
+from apt.adapter.samples import on_device
 from apt.calibration.storage import InStore, MemoryStore, Store, mapped
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
@@ -29,7 +31,9 @@ class DenseActivations:
         gap: for the block before a gap, the sum (tokens, hidden) that the dropped blocks behind it
             add to the residual stream; None for other blocks.
         gap_input: the name of the input of the sites that take over the gap.
-        store: the store of all attributes but ``scale``.
+        calls: the call of every block, if they are other calls than those of the pruned model.
+        ends: the states after the stacks that the model has passed.
+        store: the store of all attributes but ``scale``, ``calls`` and ``ends``.
     """
 
     state = InStore[State]()
@@ -41,6 +45,8 @@ class DenseActivations:
         self.state, self.drift, self.gap, self.gap_input = state, None, None, ""
         self.inputs = Inputs(self.store)
         self.scale: Tensor | None = None
+        self.calls: list[Call] | None = None
+        self.ends: list[State] = []
 
 
 class Inputs(Mapping[str, list[Tensor]]):
@@ -92,6 +98,8 @@ class Batch:
         dense: the activations of the dense model; None if they are not computed.
         store: the store of the state.
         sources: the index of the source of each token (tokens,), on the CPU; None if there is one.
+        inputs: the inputs of the model.
+        ends: the states after the stacks that the model has passed.
     """
 
     state = InStore[State]()
@@ -105,10 +113,12 @@ class Batch:
         store: Store | None = None,
         sample: int | None = None,
         sources: Tensor | None = None,
+        inputs: ModelInputs | None = None,
     ) -> None:
         self.store = store or MemoryStore()
         self.state, self.calls, self.tokens, self.dense = state, calls, tokens, dense
-        self.sample, self.sources = sample, sources
+        self.sample, self.sources, self.inputs = sample, sources, inputs
+        self.ends: list[State] = []
 
     def token_sources(self) -> Tensor:
         """The index of the source of each token (tokens,)."""
@@ -146,6 +156,13 @@ class OpenBlock:
         with self.routed():
             return self.adapter.step(self.module, state, batch.calls[self.index])
 
+    def step_dense(self, batch: Batch) -> State:
+        """The state of the dense stream after the block, from its state before it."""
+        assert batch.dense is not None
+        call = dense_call(batch, self.index)
+        with self.routed():
+            return self.adapter.step(self.module, batch.dense.state, call)
+
     def routed(self) -> AbstractContextManager[Any]:
         """Inside the context, the routers do not choose the experts of ``unrouted``."""
         return Unrouted(self.unrouted) if self.unrouted else nullcontext()
@@ -176,7 +193,7 @@ def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> Non
 def enter(
     adapter: Adapter,
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | Samples,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     *,
     with_dense: bool = False,
@@ -191,7 +208,7 @@ def enter(
     Args:
         adapter: the model's adapter.
         model: the model.
-        tokens: token ids (samples, seqlen).
+        tokens: token ids (samples, seqlen), or other samples.
         tokens_per_batch: the approximate number of tokens in a batch; a batch has at least one
             sample.
         with_dense: True if the activations of the dense model are needed as well.
@@ -201,27 +218,109 @@ def enter(
     """
     device = next(model.parameters()).device
     pool: list[Tensor] = []
-    batches = []
-    size, ranks = max(1, tokens_per_batch // tokens.shape[1]), ranks or Ranks()
-    whole = torch.zeros(len(tokens), dtype=torch.long) if sources is None else sources
-    parts = zip(torch.split(tokens, size), torch.split(whole, size), strict=True)
-    for part, of in ranks.mine(list(parts)):
-        state, calls = adapter.enter(model, part.to(device))
-        memo: dict[int, Tensor] = {}
-
-        def pooled(tensor: Tensor, memo: dict[int, Tensor] = memo) -> Tensor:
-            if id(tensor) not in memo:
-                memo[id(tensor)] = _from_pool(tensor, pool)
-            return memo[id(tensor)]
-
-        shared = [
-            replace(c, args=mapped(c.args, Tensor, pooled), kwargs=mapped(c.kwargs, Tensor, pooled))
-            for c in calls
-        ]
+    batches, ranks = [], ranks or Ranks()
+    for part, of in ranks.mine(_parts(tokens, tokens_per_batch, sources)):
+        state, calls = adapter.enter(model, on_device(part, device))
         dense = DenseActivations(state, store) if with_dense else None
-        each = None if sources is None else of.repeat_interleave(part.shape[1])
-        batches.append(Batch(state, shared, part.numel(), dense, store, part.shape[1], each))
+        rows, samples = _rows(adapter, part, state), len(of)
+        each = None if sources is None else of.repeat_interleave(rows // samples)
+        calls = _pooled(calls, pool)
+        inputs = None if isinstance(part, Tensor) else part
+        batches.append(Batch(state, calls, rows, dense, store, rows // samples, each, inputs))
     return batches
+
+
+def enter_next(
+    adapter: Adapter,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dense_outer: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Let batches whose states are those after a stack go on before the next stack.
+
+    The next stack reads the states after the earlier ones: those of the pruned model in the pruned
+    stream, and those of the dense model in the dense stream.
+
+    Args:
+        dense_outer: a context in which the parameters outside the blocks are dense.
+    """
+    device, pool = next(model.parameters()).device, list[Tensor]()
+
+    def entered(batch: Batch, ends: list[State]) -> tuple[State, list[Call]]:
+        assert batch.inputs is not None
+        state, calls = adapter.enter_next(model, on_device(batch.inputs, device), ends)
+        return state, _pooled(calls, pool)
+
+    for batch in batches:
+        batch.ends.append(batch.state)
+        samples = batch.tokens // (batch.sample or batch.tokens)
+        before = batch.calls
+        batch.state, calls = entered(batch, batch.ends)
+        batch.calls = [*before, *calls]
+        batch.tokens = _rows(adapter, batch.inputs, batch.state)
+        batch.sample = batch.tokens // samples
+        batch.sources = None
+        if (dense := batch.dense) is not None:
+            dense.ends.append(dense.state)
+            with dense_outer():
+                dense.state, calls = entered(batch, dense.ends)
+            dense.calls = [*(dense.calls or before), *calls]
+
+
+def walk(
+    adapter: Adapter, model: nn.Module, *groups: Sequence[Batch]
+) -> Iterator[tuple[int, str, nn.Module]]:
+    """The index, name and module of every block in order, with batches before the block.
+
+    The caller runs the batches through a block, before it asks for the next one. Before the first
+    block of a later stack, the batches of all groups enter that stack.
+    """
+    index = 0
+    for number, (_, blocks) in enumerate(adapter.stacks(model)):
+        for batches in groups if number else ():
+            enter_next(adapter, model, batches)
+        for name, block in blocks:
+            yield index, name, block
+            index += 1
+
+
+def dense_call(batch: Batch, index: int) -> Call:
+    """The call of a block in the dense stream."""
+    assert batch.dense is not None
+    return (batch.dense.calls or batch.calls)[index]
+
+
+def _parts(
+    tokens: Tensor | Samples, size: int, sources: Tensor | None
+) -> list[tuple[ModelInputs, Tensor]]:
+    """The inputs of batches of about ``size`` positions, and the source of each sample."""
+    of = torch.zeros(len(tokens), dtype=torch.long) if sources is None else sources
+    if isinstance(tokens, Samples):
+        return [(inputs, of[chosen]) for inputs, chosen in tokens.batches(size)]
+    samples = max(1, size // tokens.shape[1])
+    return list(zip(torch.split(tokens, samples), torch.split(of, samples), strict=True))
+
+
+def _rows(adapter: Adapter, inputs: ModelInputs | None, state: State) -> int:
+    """The number of rows that each site of the blocks multiplies."""
+    if isinstance(inputs, Tensor):  # the stream may have further dimensions, as in Gemma 3n
+        return inputs.numel()
+    return math.prod(adapter.residual(state).shape[:-1])
+
+
+def _pooled(calls: Sequence[Call], pool: list[Tensor]) -> list[Call]:
+    """The same calls, with one tensor for equal tensors of all calls."""
+    memo: dict[int, Tensor] = {}
+
+    def pooled(tensor: Tensor) -> Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _from_pool(tensor, pool)
+        return memo[id(tensor)]
+
+    return [
+        replace(c, args=mapped(c.args, Tensor, pooled), kwargs=mapped(c.kwargs, Tensor, pooled))
+        for c in calls
+    ]
 
 
 def _from_pool(tensor: Tensor, pool: list[Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ def advance_dense(
                 inputs.record(site, rows)
 
         with block.adapter.capture(block.module, [*recorded, *sums], add):
-            dense.state = block.step(batch, dense.state)
+            dense.state = block.step_dense(batch)
         block.progress()
     for total in sums.values():
         block.ranks.add(total)

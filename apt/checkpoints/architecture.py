@@ -1,16 +1,60 @@
-"""The class of transformers for a configuration, and a check that APT can prune its models."""
+"""The class of transformers for a configuration, what its models read, and which can be pruned."""
 
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForCTC,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 
 from apt.errors import AptError
 from apt.runtime.entries import METHOD
 
-_PRUNED = "APT prunes causal language models"
+_PRUNED = "APT prunes models whose class transformers has"
+_DECODERS = (AutoModelForImageTextToText, AutoModelForCausalLM)
+_OTHERS = (
+    AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoModelForCTC,
+    AutoModelForImageClassification, AutoModel,
+)  # fmt: skip
+_TEXT, _IMAGE, _SOUND, _TARGET = (
+    ("input_ids",), ("pixel_values",), ("input_values", "input_features"), ("decoder_input_ids",)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a model reads.
+
+    Attributes:
+        windows: True for a decoder of text, which reads windows of text of one length.
+        text, image, sound: the name of the argument of its forward; None if it has none.
+        target: True if its decoder reads the beginning of its output.
+    """
+
+    windows: bool = True
+    text: str | None = "input_ids"
+    image: str | None = None
+    sound: str | None = None
+    target: bool = False
+
+    @property
+    def words(self) -> str:
+        """The kinds of input, for messages."""
+        kinds = {"texts": self.text, "images": self.image, "sounds": self.sound}
+        return " and ".join(kind for kind, name in kinds.items() if name)
 
 
 def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
@@ -20,8 +64,7 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
         packed: True to accept a packed or quantised model, which can be measured, but not pruned.
 
     Raises:
-        AptError: the weights are packed or quantised, the model is an encoder-decoder or an
-            encoder, or transformers has no causal language model of its type.
+        AptError: the weights are packed or quantised, or transformers has no class for the model.
     """
     model_type = getattr(config, "model_type", "")
     method = quantised_with(config)
@@ -32,20 +75,27 @@ def check_kind(reference: str, config: Any, *, packed: bool = False) -> None:
     if method and not packed:
         message = f"{reference} is quantised with {method}, and its weights cannot be pruned"
         raise AptError(message, "prune the original model, and quantise the result")
-    if getattr(config, "is_encoder_decoder", False):
-        message = f"{reference} is an encoder-decoder model (type '{model_type}')"
-        raise AptError(message, f"{_PRUNED}, which have only a decoder")
-    if _bidirectional(config):
-        message = (
-            f"{reference} is an encoder (type '{model_type}'), which reads text in both directions"
-        )
-        raise AptError(message, f"{_PRUNED}, which predict the next token")
     if not _has_own_code(config) and class_of(config) is None:
         raise AptError(
-            f"{reference} is of type '{model_type}', "
-            "of which transformers has no causal language model",
-            _PRUNED,
+            f"{reference} is of type '{model_type}', of which transformers has no model", _PRUNED
         )
+
+
+def reads_of(model_class: Any, config: Any) -> Reads:
+    """What the models of a class read, by the arguments of its forward."""
+    is_decoder = not (getattr(config, "is_encoder_decoder", False) or _bidirectional(config))
+    if not issubclass(model_class, PreTrainedModel):
+        return Reads()
+    if is_decoder and issubclass(model_class, GenerationMixin):
+        return Reads()
+    forward: Any = model_class.forward
+    arguments = signature(forward).parameters
+
+    def named(names: tuple[str, ...]) -> str | None:
+        return next((name for name in names if name in arguments), None)
+
+    kinds = named(_TEXT), named(_IMAGE), named(_SOUND)
+    return Reads(False, *kinds, target=named(_TARGET) is not None)
 
 
 def quantised_with(config: Any) -> str | None:
@@ -73,18 +123,21 @@ def _has_own_code(config: Any) -> bool:
 
 
 def class_of(config: Any) -> Any:
-    """The class of transformers that opens a model; None without a class that generates text.
+    """The class of transformers that opens a model; None if there is none.
 
-    The class that the configuration names comes first. So a multimodal checkpoint is opened with
-    all its parts: for some types, the class for causal language models has no parts for images.
+    The class that the configuration names comes first. So a model keeps its head, and a multimodal
+    checkpoint is opened with all its parts: for some types, the class for causal language models
+    has no parts for images. Without a name, a decoder predicts the next token, and other models
+    have the head of their pre-training, if there is one.
     """
     names = getattr(config, "architectures", None)
     for name in names if isinstance(names, list) else ():
         model_class = getattr(transformers, str(name), None)
-        generates = isinstance(model_class, type) and issubclass(model_class, GenerationMixin)
-        if generates and getattr(model_class, "config_class", None) is type(config):
+        is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+        if is_model and getattr(model_class, "config_class", None) is type(config):
             return model_class
-    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    is_decoder = not (getattr(config, "is_encoder_decoder", False) or _bidirectional(config))
+    for auto in (*(_DECODERS if is_decoder else ()), *_OTHERS):
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     return None

@@ -145,7 +145,7 @@ def assemble(
     }
     module.load_state_dict(tensors, strict=False, assign=True)
     module.tie_weights()
-    with _without_blocks(module, blocks[0][0].rpartition(".")[0]):
+    with _without_blocks(module, {name.rpartition(".")[0] for name, _ in blocks}):
         _check_complete(skeleton, module, stored)
         module.to(device)
     for owner in (part for _, block in blocks for part in block.modules()):
@@ -157,12 +157,14 @@ def assemble(
 
 
 @contextmanager
-def _without_blocks(module: nn.Module, path: str) -> Iterator[None]:
+def _without_blocks(module: nn.Module, paths: Collection[str]) -> Iterator[None]:
     """While entered, the model has no blocks: `nn.Module.to` would refuse to move them."""
-    blocks = module.get_submodule(path)
-    module.set_submodule(path, nn.ModuleList())
+    lists = {path: module.get_submodule(path) for path in paths}
+    for path in lists:
+        module.set_submodule(path, nn.ModuleList())
     yield
-    module.set_submodule(path, blocks)
+    for path, blocks in lists.items():
+        module.set_submodule(path, blocks)
 
 
 def _check_complete(skeleton: Opened, module: nn.Module, stored: Collection[str]) -> None:

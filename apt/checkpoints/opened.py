@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from apt.adapter import Adapter
+from apt.checkpoints.architecture import Reads, reads_of
 from apt.checkpoints.formats import Checkpoint
 from apt.checkpoints.quantised import QuantisedCheckpoint
 from apt.compute import compute_dtype
@@ -36,6 +37,11 @@ class Opened:
     compute: torch.dtype | None = None
     quantised: QuantisedCheckpoint | None = None
     plain: QuantisedCheckpoint | None = None
+
+    @property
+    def reads(self) -> Reads:
+        """What the model reads."""
+        return reads_of(type(self.module), self.config)
 
     @property
     def dtype(self) -> torch.dtype:

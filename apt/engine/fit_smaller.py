@@ -220,7 +220,7 @@ class _Comparison:
             with suppress(AptError):  # a family without widths
                 kinds.update(*(size.kept for size in smaller_sizes(task.skeleton, "width")))
         return Proxy(
-            store.model, self._adapter, text.tokens, task.job.recipe.solver, kinds,
+            store.model, self._adapter, text.windows, task.job.recipe.solver, kinds,
             fit_gaps="depth" in task.options.means,
         )  # fmt: skip
 
@@ -231,7 +231,7 @@ class _Comparison:
         dropped = list[str]()
         if count := len(self._adapter.blocks(store.model)) - model.size.blocks:
             choice = cast(BlockChoice, registry().default_shrink_method("blocks").load())
-            tokens = text.tokens[: max(1, _CHOOSING_TOKENS // text.tokens.shape[1])]
+            tokens = text.windows[: max(1, _CHOOSING_TOKENS // text.windows.shape[1])]
             dropped = list(choice(store.model, self._adapter, tokens, count))
         return proxy().loss(model.size.kept, dropped, self.held), dropped
 
@@ -306,7 +306,7 @@ def _held_back(task: FitTask, text: Text) -> Tensor:
     found = mixed_samples(
         options.calibration, text.tokenizer, task.registry, options.samples, text.bos, draw
     ).tokens
-    return found if len(found) else text.tokens[-max(1, len(text.tokens) // 8) :]
+    return found if len(found) else text.windows[-max(1, len(text.windows) // 8) :]
 
 
 def _loss_in(table: LossTable, budget: int) -> float | None:

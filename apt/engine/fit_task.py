@@ -128,7 +128,7 @@ class FitTask(CalibratedTask):
         outer, heads = None, [n for n in outer_names(store.model) if n in self.form.levels]
         if heads:
             store.status("allocation", "measuring the inputs of the head")
-            outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
+            outer = forward_sums(store.model, self.job.adapter, text.windows, table.gradient)
         store.choice = FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
         return text, self.job.plan
 
@@ -157,7 +157,7 @@ class FitTask(CalibratedTask):
     def inputs_of_losses(self, store: ModelStore, text: Text) -> Line:
         """All inputs of the measured losses, for the journal."""
         sizes = {n: [[x.name, x.size] for x in row] for n, row in self.form.levels.items()}
-        return store.shared_inputs(text.tokens) | {
+        return store.shared_inputs(text.windows) | {
             "sizes": sizes, "damping": self.job.recipe.solver.damping, "versions": versions(),
         }  # fmt: skip
 
@@ -178,7 +178,7 @@ class FitTask(CalibratedTask):
             return lambda done, total: store.status("allocation", f"{work} {done} of {total}")
 
         model, adapter, plan = store.model, self.job.adapter, self.job.plan
-        given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
+        given = sensitivities(model, adapter, plan, text.windows, step("gradients: sample"))
         levels = measured_levels(
             model, adapter, plan, given, self.form.levels, step("losses of the levels: block"),
             self._prune(),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.adapter import Samples
 from apt.adapter.recording import eval_mode
 from apt.checkpoints.copies import copied_size, keep_side_files, save_model
 from apt.checkpoints.load import fingerprint, load
@@ -87,7 +88,7 @@ class InMemory(ModelStore):
             raise RuntimeError("the smaller model on disk differs from that in memory")
         return work.out
 
-    def _shrink(self, plan: Plan, tokens: Tensor) -> None:
+    def _shrink(self, plan: Plan, tokens: Tensor | Samples) -> None:
         """Replace the model by a smaller model of the same function."""
         adapter, compute = self._task.skeleton.adapter, self.precision.compute
         smaller_model = smaller(self.model, adapter, plan)
@@ -112,7 +113,7 @@ class InMemory(ModelStore):
         return nullcontext(dict(self._task.skeleton.adapter.blocks(self.model))[name])
 
     @contextmanager
-    def measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
+    def measurable(self, held_out: Tensor | Samples, when: str) -> Iterator[nn.Module]:
         """While entered, the model ``"before"`` or ``"after"`` can run on these windows."""
         if when == "after":  # the saved model has its stored dtypes
             ComputeDtype(self.model, self.precision.compute)

@@ -263,7 +263,7 @@ def _metrics(options: MeasuringOptions, registry: Registry) -> tuple[str, ...]:
     """The names of the metrics. A metric that needs a dense model is an error."""
     specs = [registry.evaluators.get(name) for name in options.metrics]
     for spec in specs:
-        if spec.dense:
+        if spec.dense and spec.reads == "windows":
             raise AptError(
                 f"the metric {spec.name} compares with the dense model",
                 "measure it afterwards with apt-prune eval, which takes the dense model",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.adapter import Samples
 from apt.calibration.sources import SampleSources
 from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
@@ -98,13 +99,15 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
     )
 
 
-def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor, SampleSources]:
+def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor | Samples, SampleSources]:
     """All samples, with copies with random tokens, and the sources of the samples.
 
     The samples of a mix are in an order in which any first samples are of all sources, generated
     text included, in proportion to the numbers of samples.
     """
-    tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
+    tokens = text.tokens
+    if isinstance(tokens, Tensor):
+        tokens = job.augmentation.with_random_tokens(store.model, tokens, text.special)
     names = tuple(labels([source.name for source in text.sources]).values()) or ("calibration",)
     owners = _owners(text)
     owners = torch.where(owners < 0, len(names), owners)  # the model's own text
@@ -127,6 +130,7 @@ def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
     """A text with the samples that the model generates."""
 
     def generate() -> Tensor:
+        assert isinstance(text.tokens, Tensor)
         return job.augmentation.with_own_text(
             store.model, text.tokens, job.seed, bos=text.bos, special=text.special
         )

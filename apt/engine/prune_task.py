@@ -27,6 +27,7 @@ from apt.engine.pruning_plan import sparse_pruning
 from apt.engine.recipes import record
 from apt.engine.recover_task import RecoverTask
 from apt.engine.reports import calibration_of, in_order, model_entry, report_beside
+from apt.engine.samples import metrics_for, read_samples
 from apt.engine.shrink_plan import smaller_pruning
 from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
@@ -77,6 +78,11 @@ class CalibratedTask(Task):
     def read_text(self, ranks: Ranks) -> Text:
         """The calibration samples, and at most the same number of windows to measure on."""
         options = self.options
+        if not self.skeleton.reads.windows:
+            windows = options.samples or None
+            return read_samples(
+                options, self.skeleton, self.registry, windows=windows, measures=ranks.first
+            )
 
         def draw(
             tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None
@@ -275,6 +281,7 @@ def prepare_pruning(
         check_packed_place(options, input_paths(skeleton.source, texts))
     make_job: Any = _sparse_job if isinstance(options, PruneRun) else _smaller_job
     seqlen = capped(options.seqlen, skeleton, notice)
+    options = replace(options, metrics=metrics_for(skeleton, options, registry))
     stream, adapter = options.stream or options.resume, skeleton.spec.name
     options = replace(options, stream=stream, adapter=adapter, seqlen=seqlen)
     in_place = skeleton.quantised is not None

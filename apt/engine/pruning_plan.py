@@ -38,11 +38,23 @@ def settings(
     catalog: Any = registry().shrink_methods if smaller else registry().methods
     options.check_used(method, catalog.specs.values(), "method")
     recipe, augmentation = recipe_of(options, method), augmentation_of(options, method, run.samples)
+    if not opened.reads.windows:
+        _check_text_options(opened, options)
+        return recipe, Augmentation()
     if options.own_samples is not None or not augmentation.own_samples or writes(opened.module):
         return recipe, augmentation
     kind = type(opened.module).__name__
     notice(f"own samples: 0 (not {augmentation.own_samples}: {kind} cannot generate text)")
     return recipe, replace(augmentation, own_samples=0)
+
+
+def _check_text_options(opened: Opened, options: SolveOptions) -> None:
+    """Raise for options that only a decoder of text has."""
+    given = [name for name in ("own_samples", "random_tokens") if getattr(options, name)]
+    if given:
+        name = given[0].replace("_", " ")
+        message = f"{name} has no effect on {type(opened.module).__name__}"
+        raise AptError(message, "leave it out: it is for decoders of text", (given[0],))
 
 
 def sparse_pruning(

@@ -149,7 +149,7 @@ class RecoverTask(Task):
         return {
             "options": self.record(),
             "model": store.weights,
-            "text": digest(text.tokens),
+            "text": digest(text.windows),
             **store.precision.record(),
         }
 
@@ -169,13 +169,13 @@ class RecoverTask(Task):
             forget(store.folder)
         store.restore()  # a training begins with the weights as they are stored
         try:
-            training, masks = recover_model(store.model, text.tokens, job)
+            training, masks = recover_model(store.model, text.windows, job)
         except NotRecoveredError:
             store.journal.clear()  # nothing to resume from
             raise
         record = {
-            "options": self.record() | {"batch": training.tokens // text.tokens.shape[1]},
-            "text": {"shape": list(text.tokens.shape), "sha256": digest(text.tokens)},
+            "options": self.record() | {"batch": training.tokens // text.windows.shape[1]},
+            "text": {"shape": list(text.windows.shape), "sha256": digest(text.windows)},
             "training": training.record(),
             "sparsity": sparsity_of(masks),
             "zeros": sum(int(mask.sum()) for mask in masks.values()),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from apt.adapter import Samples
 from apt.checkpoints.opened import Opened
 from apt.locations.model_source import Source
 from apt.locations.paths import portable
@@ -24,9 +25,10 @@ def in_order(record: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: record[name] for name in names if name in record} | record
 
 
-def calibration_of(tokens: Tensor) -> dict[str, Any]:
-    """The shape and hash of calibration tokens (samples, seqlen)."""
-    return {"shape": list(tokens.shape), "sha256": digest(tokens.cpu())}
+def calibration_of(tokens: Tensor | Samples) -> dict[str, Any]:
+    """The shape and hash of calibration tokens (samples, seqlen), or of other samples."""
+    on_cpu = tokens.cpu() if isinstance(tokens, Tensor) else tokens
+    return {"shape": list(tokens.shape), "sha256": digest(on_cpu)}
 
 
 def report_beside(source: Source) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from apt.adapter import Samples
 from apt.calibration.storage import DiskStore
 from apt.checkpoints.copies import CARD
 from apt.checkpoints.exporting import Exported
@@ -25,6 +26,7 @@ from apt.engine.streamed import Streamed
 from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
+from apt.evaluation.outputs import Outputs, outputs_of
 from apt.events import Phase
 from apt.files.journal import Line
 from apt.locations.paths import portable
@@ -90,6 +92,7 @@ class RunOutput:
         self.text: Text
         self._scores: dict[str, Any] = dict(task.known_scores)
         self._problem: MeasurementError | None = None
+        self._dense_outputs: Outputs | None = None
 
     @property
     def _measures_first(self) -> bool:
@@ -184,14 +187,18 @@ class RunOutput:
     def measure(self, when: str) -> None:
         """Measure the model in its present state, unless an interrupted run has measured it."""
         task, store, held_out = self.task, self.store, self.text.held_out
-        if held_out is None or when in self._scores:
+        if held_out is None or (when in self._scores and isinstance(held_out, Tensor)):
             return
         scores = {}
         phase: Phase = "measuring before" if when == "before" else "measuring after"
         with store.measurable(held_out, when) as model:
+            if when == "before" and isinstance(held_out, Samples):
+                self._dense_outputs = outputs_of(model, held_out)
             for name in task.options.metrics:
+                spec = task.registry.evaluators.get(name)
                 store.status(phase, f"measuring {name} {when}{task.event}")
-                scores[name] = task.registry.evaluators.get(name).measure(model, held_out)
+                dense = (self._dense_outputs,) if spec.dense else ()
+                scores[name] = spec.measure(model, held_out, *dense)
         self._scores[when] = scores
         if task.stream:
             store.journal.add({"scores": {when: scores}})

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.adapter import Samples
 from apt.checkpoints.load import fingerprint
 from apt.compute import ComputeDtype, Precision, compute_dtype
 from apt.distributed.ranks import Ranks
@@ -92,7 +93,7 @@ class ModelStore(BlockStore):
         """The time since the beginning of the run."""
         return time.perf_counter() - self._started
 
-    def shared_inputs(self, tokens: Tensor) -> Line:
+    def shared_inputs(self, tokens: Tensor | Samples) -> Line:
         """The inputs that must be the same on all ranks: hashes of weights and tokens, dtypes."""
         hashes = {"weights": self.weights, "tokens": digest(tokens)}
         return hashes | self.precision.record()

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from apt.adapter import Samples
+from apt.adapter.recording import eval_mode
 from apt.checkpoints.copies import check_copy, checksums, copied_size
 from apt.checkpoints.offload import StoredBlocks, assemble
 from apt.checkpoints.safetensors_io import Shards
@@ -242,9 +244,29 @@ class Streamed(ModelStore):
         return self._kept_blocks.open(name)
 
     @contextmanager
-    def measurable(self, held_out: Tensor, when: str) -> Iterator[nn.Module]:
+    def _readable(self, when: str) -> Iterator[nn.Module]:
+        """While entered, the model can run: each call of a block reads its weights."""
+        model, on_disk, skeleton = self.model, self._dense_blocks, self._task.skeleton
+        if self._smaller_directory is not None:
+            skeleton = self._task.open(self._smaller_directory)
+            stored = open_stored(skeleton)
+            parts = (stored.shards, stored.layout)
+            model = assemble(skeleton, *parts, self._task.device, self.precision.compute)
+            blocks = dict(skeleton.adapter.blocks(model))
+            on_disk = StoredBlocks(*parts, blocks, self._task.device, cast=True)
+        elif when == "after":
+            on_disk = self._kept_blocks
+        with eval_mode(model), skeleton.adapter.running(model), on_disk.read_on_call():
+            yield model
+
+    @contextmanager
+    def measurable(self, held_out: Tensor | Samples, when: str) -> Iterator[nn.Module]:
         """While entered, the model ``"before"`` or ``"after"`` can run on these windows."""
         skeleton, device = self._task.skeleton, self._task.device
+        if isinstance(held_out, Samples):
+            with self._readable(when) as model:
+                yield model
+            return
         if self._smaller_directory is not None:
             opened = self._task.open(self._smaller_directory)
             with streamed(opened, held_out, device, self.precision.compute) as module:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt.adapter import Samples
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.errors import AptError
@@ -24,8 +25,9 @@ class Text:
 
     Attributes:
         tokenizer: the tokenizer; None if the model has none.
-        tokens: the token ids (samples, seqlen) to calibrate or to train on.
-        held_out: token ids (windows, seqlen) to measure on; None to measure nothing.
+        tokens: the token ids (samples, seqlen) or other samples to calibrate or to train on.
+        held_out: token ids (windows, seqlen) or other samples to measure on; None to measure
+            nothing.
         bos: the first token of every sample and window; None for no such token.
         special: the special tokens.
         sources: the sources of the samples.
@@ -34,16 +36,30 @@ class Text:
     """
 
     tokenizer: Any
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
-    held_out: Tensor | None = None
+    tokens: Tensor | Samples = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    held_out: Tensor | Samples | None = None
     bos: int | None = None
     special: tuple[int, ...] = ()
     sources: tuple[SourceSamples, ...] = ()
     owners: Tensor | None = None
 
     @property
+    def windows(self) -> Tensor:
+        """The token ids (samples, seqlen) of a decoder of text."""
+        assert isinstance(self.tokens, Tensor)
+        return self.tokens
+
+    @property
+    def held_out_windows(self) -> Tensor | None:
+        """The token ids (windows, seqlen) to measure a decoder of text on."""
+        assert not isinstance(self.held_out, Samples)
+        return self.held_out
+
+    @property
     def lacks_chat(self) -> bool:
         """True if the tokenizer has a chat template, and no source has conversations."""
+        if isinstance(self.tokens, Samples):
+            return False
         sampled = any(source.samples for source in self.sources)
         return sampled and has_template(self.tokenizer) and not any(s.chat for s in self.sources)
 

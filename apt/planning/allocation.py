@@ -7,7 +7,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Samples
 from apt.errors import AptError
 from apt.patterns import Pattern, Unstructured
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
@@ -29,7 +29,7 @@ class Unallocated:
         model: the model.
         adapter: the adapter of its family.
         plan: the plan.
-        tokens: calibration token ids (samples, seqlen).
+        tokens: calibration token ids (samples, seqlen), or other samples.
         opened: opens a block.
         error_aware: True if the run has error-aware targets, which compensate for a part of the
             error of earlier blocks.
@@ -38,9 +38,21 @@ class Unallocated:
     model: nn.Module
     adapter: Adapter
     plan: Plan
-    tokens: Tensor
+    tokens: Tensor | Samples
     opened: Opened = lambda name, block: nullcontext()
     error_aware: bool = False
+
+    @property
+    def windows(self) -> Tensor:
+        """The token ids (samples, seqlen).
+
+        Raises:
+            AptError: the model is not a decoder of text.
+        """
+        if isinstance(self.tokens, Tensor):
+            return self.tokens
+        message = f"this allocation needs the next token, which {type(self.model).__name__} lacks"
+        raise AptError(message, f"choose {AUTO} or {UNIFORM}", ("allocation",))
 
     def blocks(self) -> list[tuple[PlannedBlock, nn.Module]]:
         """The planned blocks with their modules."""

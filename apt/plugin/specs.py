@@ -288,10 +288,10 @@ class RecoverySpec(Spec):
 
 @dataclass(frozen=True)
 class EvaluatorSpec(Spec):
-    """A metric; its target is a function of a model and tokens that returns a number.
+    """A metric; its target is a function of a model and of what it reads that returns a number.
 
-    The function takes a causal language model of transformers and token ids (windows, seqlen) of
-    separate windows.
+    By default, the function takes a causal language model of transformers and token ids (windows,
+    seqlen) of separate windows.
 
     Args:
         better: the better direction, ``"lower"`` or ``"higher"``.
@@ -299,11 +299,15 @@ class EvaluatorSpec(Spec):
         mean: the kind of mean, ``"arithmetic"`` or ``"geometric"``, of the metrics of single
             windows that equals the metric of all windows. Then ``apt-prune compare`` and ``eval
             --dense`` give a confidence interval. None if the metric is not a mean over windows.
+        reads: what it is measured on. ``"windows"``: windows of text. ``"samples"``: the samples of
+            other models, `apt.adapter.Samples`; a metric that compares then gets what the dense
+            model returns, an `apt.evaluation.outputs.Outputs`, in place of the dense model.
     """
 
     better: Literal["lower", "higher"] = "lower"
     dense: bool = False
     mean: Literal["arithmetic", "geometric"] | None = None
+    reads: Literal["windows", "samples"] = "windows"
 
     def measure(self, *given: Any) -> float:
         """Call the metric.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Routing, Site, State, routings
 from apt.adapter.groups import gather, tensors_of
-from apt.calibration.batches import Batch, OpenBlock, check_finite
+from apt.calibration.batches import Batch, OpenBlock, check_finite, dense_call
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.passing import BlockPass
@@ -48,8 +48,8 @@ def pass_dropped(
         with store.open(name, module):
             for batch in batches:
                 assert batch.dense is not None
-                state, call = batch.dense.state, batch.calls[index]
-                batch.dense.state = job.adapter.step(module, state, call)
+                call = dense_call(batch, index)
+                batch.dense.state = job.adapter.step(module, batch.dense.state, call)
                 store.observe(Working(name, "running"))
 
 

@@ -151,12 +151,13 @@ def _groups_of_least_effect(block: OpenBlock, planned: PlannedGroups) -> tuple[i
     losses = torch.zeros(groups.count)
     parameters = {path: p.detach() for path, p in block.module.named_parameters()}
     for batch in block.first_batches(_TOKENS):
-        stream = stream_after(block, {}, batch, batch.state).float()
+        stream = stream_after(block, {}, batch.state, batch.calls[block.index]).float()
         for group in range(groups.count):
             paths = {part.path(group) for part in groups.outputs}
             disconnected_outputs = {path: parameters[path].clone() for path in paths}
             disconnect(disconnected_outputs, groups, [group])
-            changed_stream = stream_after(block, disconnected_outputs, batch, batch.state).float()
+            call = batch.calls[block.index]
+            changed_stream = stream_after(block, disconnected_outputs, batch.state, call).float()
             squares = stream.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
             losses[group] += float(((stream - changed_stream).square().sum(-1) / squares).sum())
             block.progress()

@@ -4,15 +4,22 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import State
+from apt.adapter import Adapter, Samples, State
 from apt.adapter.groups import disconnect, tensors_of
 from apt.adapter.recording import eval_mode
-from apt.calibration.batches import TOKENS_PER_BATCH, Batch, OpenBlock, check_finite, enter
+from apt.calibration.batches import (
+    TOKENS_PER_BATCH,
+    Batch,
+    OpenBlock,
+    check_finite,
+    enter,
+    enter_next,
+)
 from apt.calibration.sources import SampleSources
 from apt.errors import AptError
 from apt.events import BlockRecord, BlockStarted, ExpertsRemoved, Working
@@ -28,7 +35,10 @@ from apt.text.ids import check_ids
 @torch.inference_mode(mode=False)  # the caller's inference mode would rule out gradients
 @torch.no_grad()
 def prune_blocks(
-    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources | None = None
+    store: BlockStore,
+    job: BlockPruning,
+    tokens: Tensor | Samples,
+    sources: SampleSources | None = None,
 ) -> list[BlockRecord]:
     """Prune a model in place, one block after the other.
 
@@ -42,7 +52,7 @@ def prune_blocks(
         store: the model; it is in eval mode during the run. Each rank calls this function with the
             same arguments and ends with the same model.
         job: what is done to the blocks.
-        tokens: calibration token ids (samples, seqlen).
+        tokens: calibration token ids (samples, seqlen), or other samples.
         sources: their sources; None for one source.
 
     Returns:
@@ -52,34 +62,45 @@ def prune_blocks(
         AptError: the tokens have another shape, activations are not finite, a site's inputs were
             not captured, or a solve failed.
     """
-    check_ids(tokens)
+    if isinstance(tokens, Tensor):
+        check_ids(tokens)
     sources = sources or SampleSources.one(len(tokens))
     model, adapter, planned = store.model, job.adapter, job.plan.blocks
     with eval_mode(model), adapter.running(model):
         # 1. The inputs of the first block, in batches; batches for tuning come first.
         batches, tuning = _entered_batches(store, job, tokens, sources)
-        # 2. The dense stream passes the dropped blocks before the first kept block.
-        modules = dict(adapter.blocks(model))
         judged = _judged_batches(store, job, batches, sources) if job.recipe.experts.dense else []
-        blocks = [(i, name, module) for i, (name, module) in enumerate(modules.items())]
-        kept = [index for index, block in enumerate(planned) if not block.dropped]
-        pass_dropped(store, job, batches, blocks[: kept[0]])
-        # 3. Each kept block, with the dropped blocks behind it.
+        blocks = [(i, name, module) for i, (name, module) in enumerate(adapter.blocks(model))]
         done: list[BlockRecord] = []
-        for index, following in pairwise([*kept, len(planned)]):
-            name, module = planned[index].name, modules[planned[index].name]
-            store.observe(BlockStarted(name, index, len(planned)))
-            with store.open(name, module):
-                done += _prune_opened(  # no name keeps the block and its copies alive
-                    CurrentBlock(
-                        adapter, module, index, batches, store.ranks,
-                        partial(store.observe, Working(name, "running")),
-                        store=store, job=job, planned=store.planned(planned[index]),
-                        dropped=blocks[index + 1 : following], tuning_batches=tuning,
-                        sources=sources.names, mixed=sources.mixed, judged=judged,
-                    ), last=index == kept[-1]
-                )  # fmt: skip
+        for start, end in stack_bounds(adapter, model):
+            # 2. A later stack begins with what the model passes on from the earlier ones. The dense
+            #    stream passes the dropped blocks before the first kept block.
+            if start:
+                outer = partial(_exchanged, model, store.dense_outer)
+                enter_next(adapter, model, [*batches, *judged], outer)
+            kept = [index for index in range(start, end) if not planned[index].dropped]
+            pass_dropped(store, job, batches, blocks[start : kept[0] if kept else end])
+            # 3. Each kept block, with the dropped blocks behind it.
+            for index, following in pairwise([*kept, end] if kept else []):
+                _, name, module = blocks[index]
+                store.observe(BlockStarted(name, index, len(planned)))
+                with store.open(name, module):
+                    done += _prune_opened(  # no name keeps the block and its copies alive
+                        CurrentBlock(
+                            adapter, module, index, batches, store.ranks,
+                            partial(store.observe, Working(name, "running")),
+                            store=store, job=job, planned=store.planned(planned[index]),
+                            dropped=blocks[index + 1 : following], tuning_batches=tuning,
+                            sources=sources.names, mixed=sources.mixed, judged=judged,
+                        ), last=index == kept[-1] and end == len(blocks)
+                    )  # fmt: skip
     return done
+
+
+def stack_bounds(adapter: Adapter, model: nn.Module) -> list[tuple[int, int]]:
+    """The indices of the first block of each stack, and of the block behind its last one."""
+    ends = [0, *accumulate(len(blocks) for _, blocks in adapter.stacks(model))]
+    return list(pairwise(ends))
 
 
 @torch.no_grad()
@@ -122,13 +143,13 @@ def _judged_batches(
     )  # only to count them
     count = batches_to_judge(first, job.recipe.experts.tokens)
     return [
-        Batch(b.state, b.calls, b.tokens, None, b.store, b.sample, b.sources)
+        Batch(b.state, b.calls, b.tokens, None, b.store, b.sample, b.sources, b.inputs)
         for b in batches[:count]
     ]
 
 
 def _entered_batches(
-    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources
+    store: BlockStore, job: BlockPruning, tokens: Tensor | Samples, sources: SampleSources
 ) -> tuple[list[Batch], int]:
     """This rank's batches before the first block, and the number of batches for tuning.
 
@@ -151,9 +172,13 @@ def _entered_batches(
 
 
 def _batches(
-    store: BlockStore, job: BlockPruning, tokens: Tensor, sources: SampleSources, size: int
+    store: BlockStore,
+    job: BlockPruning,
+    tokens: Tensor | Samples,
+    sources: SampleSources,
+    size: int,
 ) -> list[Batch]:
-    """This rank's batches, of about ``size`` tokens, from ``tokens`` (samples, seqlen)."""
+    """This rank's batches, of about ``size`` tokens, from samples."""
     size = min(size, math.ceil(len(tokens) / store.ranks.size) * tokens.shape[1])
     given = (job.adapter, store.model, tokens, size)
     aware, ranks = job.recipe.error_aware, store.ranks
@@ -204,7 +229,7 @@ def _prune_or_restore(current: CurrentBlock) -> list[BlockRecord]:
     current.advance_judged(current.judged_after())
     for batch in current.batches:
         if batch.dense is not None:
-            batch.dense.state = current.step(batch, batch.dense.state)
+            batch.dense.state = current.step_dense(batch)
             current.progress()
     pass_dropped(store, current.job, current.batches, current.dropped)
     store.read_kept(name, current.module)

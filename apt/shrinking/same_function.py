@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Unrouted
+from apt.adapter import Adapter, ModelInputs, Samples, Unrouted
 from apt.adapter.recording import eval_mode
+from apt.adapter.samples import on_device
 from apt.compute import computing_in
 from apt.errors import AptError
 from apt.planning.plan import Plan
@@ -24,7 +25,7 @@ def check_same_function(
     small: nn.Module,
     adapter: Adapter,
     plan: Plan,
-    tokens: Tensor,
+    tokens: Tensor | Samples,
     compute: torch.dtype,
 ) -> None:
     """Raise if the smaller model gives other logits than the fitted model.
@@ -35,18 +36,18 @@ def check_same_function(
     Args:
         model: the fitted model; its groups are disconnected, and its dropped blocks are skipped.
         small: the model without these groups and blocks.
-        tokens: token ids (samples, seqlen); if there are no samples, one token is repeated.
+        tokens: token ids (samples, seqlen), or other samples; if there are no samples, one token
+            is repeated.
         compute: the dtype in which both are computed.
 
     Raises:
         AptError: the logits differ by more than rounding explains.
     """
-    samples = tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])
-    sample = samples[:1, :_TOKENS].to(next(model.parameters()).device)
+    sample = on_device(_first_sample(tokens), next(model.parameters()).device)
     with computing_in(model, compute), _without_removed(model, adapter, plan):
-        expected = _logits(model, sample)
+        expected = _outputs(model, sample)
     with computing_in(small, compute), eval_mode(small), adapter.running(small):
-        actual = _logits(small, sample)
+        actual = _outputs(small, sample)
     difference = float((actual - expected).norm() / expected.norm())
     allowed = torch.finfo(compute).eps ** 0.5
     if not difference <= allowed:
@@ -75,6 +76,18 @@ def _without_removed(model: nn.Module, adapter: Adapter, plan: Plan) -> Iterator
         yield
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(tokens, use_cache=False).logits
-    return logits.float()
+def _first_sample(tokens: Tensor | Samples) -> ModelInputs:
+    """The first sample, of at most `_TOKENS` tokens if it is a window of text."""
+    if isinstance(tokens, Samples):
+        return {name: tensor.unsqueeze(0) for name, tensor in tokens[0].items()}
+    samples = tokens if len(tokens) else tokens.new_ones(1, tokens.shape[1])
+    return samples[:1, :_TOKENS]
+
+
+def _outputs(model: Any, inputs: ModelInputs) -> Tensor:
+    """The logits of a decoder of text, or the first output of another model."""
+    if isinstance(inputs, Tensor):
+        logits: Tensor = model(inputs, use_cache=False).logits
+        return logits.float()
+    first: Tensor = model(**inputs)[0]
+    return first.float()

@@ -4,12 +4,12 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Groups
+from apt.adapter import Adapter, Groups, Samples
 from apt.checkpoints.load import fingerprint
 from apt.errors import AptError, plugin_error
 from apt.files.journal import Journal
@@ -107,7 +107,7 @@ class StructureChoice:
         self,
         model: nn.Module,
         adapter: Adapter,
-        tokens: Tensor,
+        tokens: Tensor | Samples,
         status: Callable[[str], None] = lambda line: None,
         *,
         bos: int | None = None,
@@ -116,15 +116,21 @@ class StructureChoice:
         """Choose a structure.
 
         Args:
-            tokens: calibration token ids (samples, seqlen).
+            tokens: calibration token ids (samples, seqlen), or other samples.
             bos, special: the first token of every sample, and special tokens, see
                 `apt.text.self_generated.own_text`.
 
         Returns:
             The structure, and the compared candidates by increasing loss.
+
+        Raises:
+            AptError: a search needs the next token, and the model is not a decoder of text.
         """
         if self.known_structure is not None:
             return self.known_structure, []
+        if isinstance(tokens, Samples) and self.mode == "search":
+            message = f"a search needs the next token, which {type(model).__name__} lacks"
+            raise AptError(message, "use the mode width or depth", ("mode",))
         run = _ChoiceRun(self, model, adapter, tokens, status)
         return run.structure(bos, special), run.scored
 
@@ -136,7 +142,7 @@ class _ChoiceRun:
     choice: StructureChoice
     model: nn.Module
     adapter: Adapter
-    tokens: Tensor
+    tokens: Any  # token ids (samples, seqlen), or `Samples`, on which no candidates are compared
     status: Callable[[str], None]
     scored: list[Scored] = field(default_factory=list)
 
@@ -152,7 +158,10 @@ class _ChoiceRun:
         choice, size = self.choice, self.choice.sizes[0]
         dropped = [self.names[index] for index in sorted(set(choice.drop))]
         compares = (
-            choice.mode in ("width", "blocks-first") and choice.whole and len(choice.sizes) > 1
+            choice.mode in ("width", "blocks-first")
+            and choice.whole
+            and len(choice.sizes) > 1
+            and isinstance(self.tokens, Tensor)
         )
         drops = choice.mode == "search" or (compares and choice.mode == "blocks-first")
         if drops and writes(self.model):
@@ -176,7 +185,7 @@ class _ChoiceRun:
             structure = replace(structure, removed=self.removed_groups(structure))
         return structure
 
-    def dropped_blocks(self, count: int, tokens: Tensor) -> list[str]:
+    def dropped_blocks(self, count: int, tokens: Any) -> list[str]:
         """The names of the blocks that the choice of blocks drops."""
         method = self.choice.blocks
         result = cast(BlockChoice, method.load())(self.model, self.adapter, tokens, count)

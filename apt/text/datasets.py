@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from apt.adapter import Samples
 from apt.errors import AptError, first_line, shortened, unknown_name
 from apt.locations.hub import no_answer, offline, reachable
 from apt.locations.paths import expanded, kind_at
@@ -240,7 +241,9 @@ def evaluation_tokens(
     return windows(tokenize(tokenizer, texts, limit), needed, seqlen, source, bos)[:samples]
 
 
-def digest(tokens: Tensor) -> str:
-    """The SHA-256 of token ids and their shape."""
+def digest(tokens: Tensor | Samples) -> str:
+    """The SHA-256 of token ids and their shape, or of other samples."""
+    if isinstance(tokens, Samples):
+        return tokens.digest()
     shape = f"{tuple(tokens.shape)}\n".encode()
     return hashlib.sha256(shape + tokens.contiguous().numpy().tobytes()).hexdigest()

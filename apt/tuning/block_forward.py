@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from apt.adapter import Adapter, Call, State
-from apt.calibration.batches import Batch, OpenBlock
+from apt.calibration.batches import OpenBlock
 
 
 class _Step(nn.Module):
@@ -51,13 +51,11 @@ def _is_one(index: Any) -> bool:
     return isinstance(index, int) and not isinstance(index, bool)
 
 
-def stream_after(
-    block: OpenBlock, weights: dict[str, Tensor], batch: Batch, state: State
-) -> Tensor:
+def stream_after(block: OpenBlock, weights: dict[str, Tensor], state: State, call: Call) -> Tensor:
     """The residual stream (…, hidden) after ``block``, run with other weights by their names."""
     parameters = {f"block.{name}": weight for name, weight in weights.items()}
     step = _Step(block.adapter, block.module)
     with block.routed(), _Slices(weight for weight in weights.values() if weight.ndim == 3):
-        stream: Any = functional_call(step, parameters, (state, batch.calls[block.index]))
+        stream: Any = functional_call(step, parameters, (state, call))
     assert isinstance(stream, Tensor)
     return stream

@@ -177,7 +177,8 @@ class _Descent:
         assert batch.dense is not None
         parts = zip(self._parameters.items(), self._masters, strict=True)
         weights = {name: master.to(p.dtype) for (name, p), master in parts}
-        pruned = stream_after(self._block, weights, batch, batch.state).float()
+        call = batch.calls[self._block.index]
+        pruned = stream_after(self._block, weights, batch.state, call).float()
         dense = self._block.adapter.residual(batch.dense.state).float()
         errors = (pruned - dense).square().sum(-1) / bounded(dense.square().sum(-1))
         return _limited(errors).mean()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from apt.adapter import Site, State
-from apt.calibration.batches import Batch, OpenBlock
+from apt.calibration.batches import Batch, OpenBlock, dense_call
 from apt.calibration.dense_activations import bounded
 from apt.compute import mixed_precision
 from apt.options import ROW_IMPORTANCE
@@ -68,7 +68,8 @@ class RowImportance:
         rows = {site: torch.zeros((), device=sizes[site.input].device) for site in sites}
         for batch, start in zip(batches, starts, strict=True):
             with torch.enable_grad(), mixed_precision(weights.values()):
-                stream = stream_after(block, weights, batch, start).float()
+                call = dense_call(batch, block.index)
+                stream = stream_after(block, weights, start, call).float()
                 signs = torch.randint(0, 2, stream.shape, generator=draw).to(stream) * 2 - 1
                 relative = signs / bounded(stream.detach().square().sum(-1, keepdim=True)).sqrt()
                 each = torch.autograd.grad((stream * relative).sum(), list(weights.values()))

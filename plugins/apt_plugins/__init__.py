@@ -216,6 +216,22 @@ def apt_evaluators() -> list[EvaluatorSpec]:
             "agreement", "share of tokens that the dense model ranks first too",
             "apt.evaluation:agreement", "higher", dense=True, mean="arithmetic",
         ),
+        EvaluatorSpec(
+            "pseudo-perplexity", "exp of the mean loss of masked tokens",
+            "apt.evaluation.outputs:pseudo_perplexity", reads="samples",
+        ),
+        EvaluatorSpec(
+            "similarity", "mean cosine of the vectors to those of the dense model",
+            "apt.evaluation.outputs:similarity", "higher", dense=True, reads="samples",
+        ),
+        EvaluatorSpec(
+            "neighbours", "share of the ten nearest samples that are the dense model's too",
+            "apt.evaluation.outputs:neighbours", "higher", dense=True, reads="samples",
+        ),
+        EvaluatorSpec(
+            "predictions", "share of predicted tokens or classes that are the dense model's too",
+            "apt.evaluation.outputs:same_predictions", "higher", dense=True, reads="samples",
+        ),
     ]  # fmt: skip
 
 

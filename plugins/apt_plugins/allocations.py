@@ -141,7 +141,7 @@ def atp(given: Unallocated) -> dict[str, float]:
     """
     if sum(bool(unstructured(block)) for block in given.plan.blocks) < 2:
         return uniform(given)  # every β is the same
-    sample = given.tokens[: max(1, _ATP_TOKENS // given.tokens.shape[1])]
+    sample = given.windows[: max(1, _ATP_TOKENS // given.windows.shape[1])]
     norms = {planned.name: inputs for _, planned, inputs in _norms(given)}
     best, lowest_loss = uniform(given), math.inf
     for step in range(int(1 / STEP)):

@@ -16,12 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site, State
+from apt.adapter import Adapter, Samples, Site, State
 from apt.adapter.recording import eval_mode
-from apt.calibration.batches import enter
+from apt.calibration.batches import enter, walk
 from apt.calibration.dense_activations import mean_squares, stream_rows
 from apt.planning.allocation import Unallocated, sparsity_of, unstructured
 from apt.planning.plan import PlannedSite
+from apt.pruning.pipeline import stack_bounds
 from apt.solver import Gram
 from apt_plugins.site_losses import LEVELS, losses_of, pruned, site_grams
 
@@ -147,15 +148,17 @@ def _with_total(total: float, sizes: Tensor, shares: Callable[[float], Tensor]) 
 
 def _measured(given: Unallocated) -> list[tuple[list[_Group], float]]:
     """The groups of each block, and the model's change of output divided by the block's."""
-    adapter, model, tokens = given.adapter, given.model, given.tokens
-    all_groups, sums, states = list[list[_Group]](), list[float](), list[State]()
-    length = tokens.shape[1]
-    probe_tokens = tokens[: max(1, _PROBE_TOKENS // length), :_PROBE_TOKENS]
-    gram_tokens = tokens[len(probe_tokens) : len(probe_tokens) + max(1, _GRAM_TOKENS // length)]
+    adapter, model = given.adapter, given.model
+    all_groups, sums, changes = list[list[_Group]](), list[float](), list[float]()
+    states = list[State]()
+    probe_tokens, gram_tokens = _parts(given.tokens)
     with eval_mode(model), adapter.running(model):
         probe = enter(adapter, model, probe_tokens)[0]
-        others = enter(adapter, model, gram_tokens if len(gram_tokens) else probe_tokens)
-        for index, (planned, block) in enumerate(given.blocks()):
+        others = enter(adapter, model, gram_tokens)
+        planned_blocks = [planned for planned, _ in given.blocks()]
+        last = {end - 1 for _, end in stack_bounds(adapter, model)}
+        for index, _, block in walk(adapter, model, [probe], others):
+            planned = planned_blocks[index]
             with given.opened(planned.name, block):
                 sites = unstructured(planned)
                 step = partial(adapter.step, block, call=probe.calls[index])
@@ -167,14 +170,31 @@ def _measured(given: Unallocated) -> list[tuple[list[_Group], float]]:
                 with pruned(block, sites, grams):
                     states.append(step(probe.state))
                 probe.state = step(probe.state)
-        end = stream_rows(adapter, probe.state)
-        changes = [_change(end, stream_rows(adapter, state)) for state in states]
+            if index in last:  # what a later stack makes of a change is not measured
+                end = stream_rows(adapter, probe.state)
+                changes += [_change(end, stream_rows(adapter, state)) for state in states]
+                states = []
     kept_share = _LEFT if given.error_aware else 1.0
     factors = [
         change / change_sum * kept_share ** (len(sums) - 1 - index) if change_sum > 0 else 0.0
         for index, (change, change_sum) in enumerate(zip(changes, sums, strict=True))
     ]
     return list(zip(all_groups, factors, strict=True))
+
+
+def _parts(tokens: Tensor | Samples) -> tuple[Tensor | Samples, Tensor | Samples]:
+    """The samples that follow each pruned block, and those of the sums of squares."""
+    length = max(1, tokens.numel() // max(1, len(tokens)))
+    count = max(1, _PROBE_TOKENS // length)
+    others = tokens[count : count + max(1, _GRAM_TOKENS // length)]
+    if isinstance(tokens, Tensor):
+        probe = tokens[:count, :_PROBE_TOKENS]
+        return probe, others if len(others) else probe
+    # One batch, so of samples of equal shapes.
+    inputs, _ = max(tokens.batches(_PROBE_TOKENS), key=lambda batch: len(batch[1]))
+    names = inputs.keys()
+    rows = [dict(zip(names, each, strict=True)) for each in zip(*inputs.values(), strict=True)]
+    return tokens.with_samples(rows), others if len(others) else tokens
 
 
 def _groups(

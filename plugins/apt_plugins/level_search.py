@@ -79,9 +79,9 @@ def auto_search(given: Unallocated) -> dict[str, float]:
 def _groups(given: Unallocated) -> list[_Group]:
     """The groups of all blocks."""
     adapter, model, groups = given.adapter, given.model, list[_Group]()
-    count = max(1, _GRAM_TOKENS // given.tokens.shape[1])
+    count = max(1, _GRAM_TOKENS // given.windows.shape[1])
     with eval_mode(model), adapter.running(model):
-        batches = enter(adapter, model, given.tokens[:count])
+        batches = enter(adapter, model, given.windows[:count])
         for index, (planned, block) in enumerate(given.blocks()):
             with given.opened(planned.name, block):
                 sites = unstructured(planned)
@@ -147,9 +147,9 @@ def _evolved(
     given: Unallocated, groups: Sequence[_Group], levels: list[float], apply: _Pruned
 ) -> list[float]:
     """The best sparsities that the search finds."""
-    draw, length = random.Random(0), given.tokens.shape[1]
+    draw, length = random.Random(0), given.windows.shape[1]
     selection_tokens, final_tokens = (
-        given.tokens[: max(1, count // length)] for count in (FEW, MORE)
+        given.windows[: max(1, count // length)] for count in (FEW, MORE)
     )
 
     def loss(candidate: Sequence[float], tokens: Tensor) -> float:

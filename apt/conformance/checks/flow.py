@@ -158,7 +158,7 @@ def _without_gradient(subject: Subject, step: Step) -> Faults:
     with torch.enable_grad():
         state = mapped(step.state, Tensor, lambda tensor: _counted(tensor, states))
         block = subject.opened(step)
-        stream = stream_after(block, weights, block.batches[0], state)
+        stream = stream_after(block, weights, state, block.batches[0].calls[block.index])
         # Not a plain sum: after a norm it would be constant.
         loss = (stream.flatten() * torch.linspace(-1, 1, stream.numel()).to(stream)).sum()
     if not stream.requires_grad:

@@ -1,0 +1,116 @@
+"""The samples of models that do not read windows of text."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apt.adapter import Samples
+from apt.checkpoints.load import load_tokenizer
+from apt.checkpoints.opened import Opened
+from apt.checkpoints.stored import local_directory
+from apt.engine.text import Text
+from apt.errors import AptError
+from apt.inputs.texts import TextReader
+from apt.locations.text_sources import apportioned, text_sources
+from apt.options import MeasuringOptions
+from apt.plugin.registry import Registry
+from apt.text.ids import check_vocabulary
+from apt.text.mixes import SourceSamples, in_turn
+from apt.text.special_tokens import special_ids
+
+_UNLIMITED = 10**6  # a larger ``model_max_length`` of a tokenizer means no limit
+
+
+def read_samples(
+    options: Any, skeleton: Opened, registry: Registry, *, windows: int | None, measures: bool
+) -> Text:
+    """The calibration samples of a run, and the samples to measure on.
+
+    Args:
+        windows: the greatest number of samples to measure on; None for the default number.
+        measures: True if this rank measures.
+
+    Raises:
+        AptError: a source cannot be read, or does not have what the model takes.
+    """
+    reader = _reader(options, skeleton)
+    sources = text_sources(options.calibration)
+    counts = apportioned(options.samples, sources) if len(sources) > 1 else [options.samples]
+    drawn = [
+        reader.read(source.name, "calibration", count, options.seed, registry)
+        for source, count in zip(sources, counts, strict=True)
+    ]
+    order = in_turn([len(part) for part in drawn])
+    samples = drawn[0].with_samples([each for part in drawn for each in part])[order]
+    owners = torch.cat([torch.full((len(part),), index) for index, part in enumerate(drawn)])
+    check_samples_vocabulary(samples, skeleton, options.model)
+    held_out = None
+    if options.evaluation is not None and measures:
+        count = windows or options.samples
+        held_out = reader.read(options.evaluation, "evaluation", count, 0, registry, fewer=True)
+    taken = tuple(
+        SourceSamples(source.name, source.share, len(part))
+        for source, part in zip(sources, drawn, strict=True)
+    )
+    special = special_ids(reader.tokenizer) if reader.tokenizer is not None else ()
+    return Text(reader.tokenizer, samples, held_out, None, special, taken, owners[order])
+
+
+def check_samples_vocabulary(samples: Samples, skeleton: Opened, reference: str) -> None:
+    """Raise if a token has no embedding in the model."""
+    for sample in samples:
+        if "input_ids" in sample:
+            check_vocabulary(sample["input_ids"], skeleton.module, reference)
+
+
+def _reader(options: Any, skeleton: Opened) -> TextReader:
+    """The reader for what a model takes.
+
+    Raises:
+        AptError: the model takes what cannot be read yet.
+    """
+    reads = skeleton.reads
+    if not (reads.text and not reads.image and not reads.sound):
+        raise AptError(
+            f"{skeleton.source.reference} takes {reads.words}, which this command cannot read",
+            "prune it from a program, with samples of named tensors: apt.prune(model, samples)",
+        )
+    tokenizer = load_tokenizer(skeleton.source, options.tokenizer)
+    longest = min(options.seqlen, tokenizer.model_max_length, _longest_sentence(skeleton))
+    return TextReader(tokenizer, longest, skeleton.module if reads.target else None)
+
+
+def _longest_sentence(skeleton: Opened) -> int:
+    """The greatest number of tokens that sentence-transformers gives to the model."""
+    if not skeleton.source.on_hub:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            path = Path(local_directory(skeleton), "sentence_bert_config.json")
+            return int(json.loads(path.read_text("utf-8"))["max_seq_length"])
+    return _UNLIMITED
+
+
+def metrics_for(skeleton: Opened, options: Any, registry: Registry) -> tuple[str, ...]:
+    """The metrics of a run: the given ones, or the default ones for what the model returns.
+
+    Raises:
+        AptError: a metric is for another kind of models.
+    """
+    reads, names = skeleton.reads, options.metrics
+    if not reads.windows and names == MeasuringOptions.metrics:
+        masked = "MaskedLM" in type(skeleton.module).__name__
+        return ("pseudo-perplexity", "predictions") if masked else ("similarity", "neighbours")
+    kind = "windows" if reads.windows else "samples"
+    for spec in map(registry.evaluators.get, names):
+        if spec.reads != kind:
+            fitting = [
+                each.name for each in registry.evaluators.specs.values() if each.reads == kind
+            ]
+            raise AptError(
+                f"{type(skeleton.module).__name__} has no {spec.name}",
+                f"choose one of {', '.join(fitting)}",
+                ("metrics",),
+            )
+    return tuple(names)

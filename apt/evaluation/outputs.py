@@ -1,0 +1,165 @@
+"""Metrics of models that do not predict the next token: what they return, beside the dense model.
+
+The vector of a sample is the mean of the states after the last block, over its positions, or the
+embeddings that the model itself returns. Its predictions are the classes or the tokens that are
+ranked first, at each position.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt.adapter import Samples
+from apt.adapter.recording import eval_mode
+from apt.adapter.samples import on_device
+from apt.errors import AptError
+from apt.modes import default_modes
+
+_POSITIONS = 4096  # of a batch
+_NEIGHBOURS = 10
+_MASKED = 8  # tokens of a text, each masked alone
+_EMBEDDINGS = ("image_embeds", "text_embeds")
+
+
+@dataclass
+class Outputs:
+    """What a model returns for samples, in the order of the samples.
+
+    Attributes:
+        vectors: the vectors (samples, width).
+        predictions: the predictions of each sample (positions,) or (); None without a head that
+            returns logits.
+    """
+
+    vectors: Tensor
+    predictions: list[Tensor] | None = None
+
+
+@default_modes()
+@torch.no_grad()
+def outputs_of(model: nn.Module, samples: Samples) -> Outputs:
+    """What a model returns for samples."""
+    device, order = next(model.parameters()).device, list[Tensor]()
+    vectors, predictions = list[Tensor](), list[Tensor]()
+    with eval_mode(model), _watched(model) as states:
+        for inputs, indices in samples.batches(_POSITIONS):
+            found = model(**on_device(inputs, device))  # type: ignore[arg-type]
+            vectors.append(_vectors(found, states.pop() if states else None))
+            states.clear()
+            if isinstance(logits := getattr(found, "logits", None), Tensor):
+                predictions += logits.argmax(-1).cpu().unbind()
+            order.append(indices)
+    places = torch.cat(order).argsort()
+    ranked = [predictions[place] for place in places.tolist()] if predictions else None
+    return Outputs(torch.cat(vectors)[places], ranked)
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[list[Tensor]]:
+    """Inside the context, the list gets the states that the body of a model with a head returns."""
+    states, body = list[Tensor](), getattr(model, "base_model", model)
+
+    def take(module: nn.Module, args: Any, output: Any) -> None:
+        states.append(output[0])
+
+    handle = body.register_forward_hook(take) if body is not model else None
+    try:
+        yield states
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _vectors(output: Any, states: Tensor | None) -> Tensor:
+    """The vectors of a batch (samples, width)."""
+    embeddings = [each for name in _EMBEDDINGS if (each := getattr(output, name, None)) is not None]
+    if embeddings:
+        return torch.cat(embeddings, dim=-1).float().cpu()
+    found = output[0] if states is None else states
+    return found.float().flatten(1, -2).mean(1).cpu() if found.ndim > 2 else found.float().cpu()
+
+
+def similarity(model: nn.Module, samples: Samples, dense: Outputs) -> float:
+    """The mean cosine of the vectors of samples to those of the dense model."""
+    found = outputs_of(model, samples).vectors
+    return float(nn.functional.cosine_similarity(found, dense.vectors).mean())
+
+
+def neighbours(model: nn.Module, samples: Samples, dense: Outputs) -> float:
+    """The share of the ten nearest neighbours of each sample that are the dense model's too.
+
+    Neighbours are other samples, by the cosine of their vectors.
+
+    Raises:
+        AptError: there are too few samples.
+    """
+    if len(samples) < 2 * _NEIGHBOURS:
+        message = f"neighbours needs {2 * _NEIGHBOURS} samples, and there are {len(samples)}"
+        raise AptError(message, "measure on more samples", ("samples",))
+    found, expected = (_nearest(each.vectors) for each in (outputs_of(model, samples), dense))
+    return float((found & expected).sum()) / (_NEIGHBOURS * len(samples))
+
+
+def _nearest(vectors: Tensor) -> Tensor:
+    """For each pair of samples (samples, samples), True if the second is near the first."""
+    units = nn.functional.normalize(vectors)
+    cosines = (units @ units.T).fill_diagonal_(-math.inf)
+    nearest = cosines.topk(_NEIGHBOURS).indices
+    return torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True)
+
+
+def same_predictions(model: nn.Module, samples: Samples, dense: Outputs) -> float:
+    """The share of predictions that are the dense model's too; the mean over samples.
+
+    Raises:
+        AptError: the model has no head that predicts.
+    """
+    found = outputs_of(model, samples).predictions
+    if found is None or dense.predictions is None:
+        message = f"{type(model).__name__} has no head that predicts classes or tokens"
+        raise AptError(message, "choose the metric similarity or neighbours", ("metrics",))
+    pairs = zip(found, dense.predictions, strict=True)
+    return sum(float((one == other).float().mean()) for one, other in pairs) / len(samples)
+
+
+@default_modes()
+@torch.no_grad()
+def pseudo_perplexity(model: nn.Module, samples: Samples) -> float:
+    """The exponential of the mean negative log-likelihood of masked tokens.
+
+    Of each text, eight evenly spaced tokens are masked, each of them alone, so that all other
+    tokens are read (Salazar et al., arXiv 1910.14659, eq. 2, on a part of the tokens). Special
+    tokens are not masked.
+
+    Raises:
+        AptError: the model is not a masked language model.
+    """
+    if samples.mask is None or not hasattr(model, "get_output_embeddings"):
+        message = f"{type(model).__name__} is no masked language model"
+        raise AptError(message, "choose another metric", ("metrics",))
+    device, special = next(model.parameters()).device, torch.tensor(samples.special)
+    total, count = 0.0, 0
+    with eval_mode(model):
+        for sample in samples:
+            ids = sample["input_ids"]
+            plain = (~torch.isin(ids, special)).nonzero().flatten()
+            if not len(plain):
+                continue
+            chosen = plain[torch.linspace(0, len(plain) - 1, min(_MASKED, len(plain))).long()]
+            rows = torch.arange(len(chosen))
+            inputs = {
+                name: each.expand(len(chosen), *each.shape).clone() for name, each in sample.items()
+            }
+            inputs["input_ids"][rows, chosen] = samples.mask
+            logits = model(**on_device(inputs, device)).logits  # type: ignore[arg-type]
+            masked = logits[rows.to(device), chosen.to(device)].float()
+            total += float(
+                nn.functional.cross_entropy(masked, ids[chosen].to(device), reduction="sum")
+            )
+            count += len(chosen)
+    return math.exp(min(total / max(1, count), 700.0))

@@ -1,0 +1,1 @@
+"""The samples of models that do not read windows of text: texts, pairs of texts, images, sounds."""
