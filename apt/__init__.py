@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from apt.errors import AptError
 
 if TYPE_CHECKING:
+    from apt.adapter.samples import Samples
     from apt.distributed.ranks import Ranks
     from apt.engine.api import (
         calibration_tokens,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AptError", "FitRun", "KeepZeros", "PruneOptions", "PruneRun", "Ranks", "ReapplyRun",
-    "RecoverOptions", "RecoverRun", "Report", "Selection", "ShrinkOptions", "ShrinkRun",
+    "RecoverOptions", "RecoverRun", "Report", "Samples", "Selection", "ShrinkOptions", "ShrinkRun",
     "__version__", "accuracy", "calibration_tokens", "evaluation_tokens", "keep_zeros", "own_text",
     "perplexity", "prune", "prune_copy", "recover", "run", "shrink",
 ]  # fmt: skip
@@ -59,6 +60,7 @@ _LAZY = {
     **dict.fromkeys(("accuracy", "perplexity"), "apt.evaluation.metrics"),
     "Ranks": "apt.distributed.ranks",
     "Report": "apt.output.report",
+    "Samples": "apt.adapter.samples",
     "Selection": "apt.planning.plan",
     "own_text": "apt.text.self_generated",
     "run": "apt.engine.run",

@@ -18,7 +18,7 @@ class BartAdapter(StackedAdapter):
         Input("attention", tuple(f"self_attn.{name}_proj" for name in "qkv")),
         Input("heads", ("self_attn.out_proj",), residual=True),
         Input("cross attention", ("encoder_attn.q_proj",)),
-        Input("encoder", ("encoder_attn.k_proj", "encoder_attn.v_proj")),
+        Input("encoder", ("encoder_attn.k_proj", "encoder_attn.v_proj"), crossing=True),
         Input("cross heads", ("encoder_attn.out_proj",), residual=True),
         Input("mlp", ("fc1",)),
         Input("neurons", ("fc2",), residual=True),

@@ -15,7 +15,7 @@ class T5Adapter(StackedAdapter):
         Input("attention", tuple(f"layer.0.SelfAttention.{name}" for name in "qkv")),
         Input("heads", ("layer.0.SelfAttention.o",), residual=True),
         Input("cross attention", ("layer.1.EncDecAttention.q",)),
-        Input("encoder", ("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v")),
+        Input("encoder", ("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"), crossing=True),
         Input("cross heads", ("layer.1.EncDecAttention.o",), residual=True),
         Input("mlp", tuple(f"{mlp}.{name}" for mlp in _MLPS for name in ("wi", "wi_0", "wi_1"))),
         Input("neurons", tuple(f"{mlp}.wo" for mlp in _MLPS), residual=True),

@@ -29,11 +29,13 @@ class Input:
         name: the input's name.
         linears: the paths of the Linears within the block.
         residual: True if their products are added to the residual stream.
+        crossing: True if the input is the output of an earlier stack.
     """
 
     name: str
     linears: tuple[str, ...]
     residual: bool = False
+    crossing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -145,6 +147,7 @@ class DecoderAdapter:
                     order,
                     entry.residual,
                     isinstance(modules[linear], self.transposed),
+                    crossing=entry.crossing,
                 )
         sites = list(declared.values())
         for each in experts:

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
+from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,15 +84,14 @@ def record_calls(
         UncalledError: the model does not call some of the blocks.
     """
     failures: list[tuple[int, Exception]] = []
-    for form in _FORMS:
+    for end_form, form in product(_FORMS if earlier else _FORMS[:1], _FORMS):
         states: list[Tensor] = []
         calls: list[Call] = []
         try:
             with ExitStack() as stack:
                 for passed, end in earlier:
-                    for each in passed:
-                        result = end if each is passed[-1] else None
-                        stack.enter_context(stubbed([each], partial(_passed, each, result)))
+                    stack.enter_context(stubbed(passed, partial(_passed, end_form)))
+                    stack.enter_context(stubbed(passed[-1:], partial(_ended, end_form, end)))
                 _run(model, blocks, tokens, form, states, calls)
         except AptError:
             raise
@@ -99,6 +99,8 @@ def record_calls(
             failures.append((len(calls), error))
             continue
         _form_of_block.update(dict.fromkeys(blocks, form))
+        for passed, _ in earlier:
+            _form_of_block.update(dict.fromkeys(passed, end_form))
         taken = {place for call in calls for place in call.carried.values()}
         return states[0], [replace(call, keeps=1 + max(taken, default=0)) for call in calls]
     raise max(failures, key=lambda failure: failure[0])[1]  # of the run with the most calls
@@ -155,11 +157,14 @@ def _forward(base: Any, inputs: ModelInputs) -> None:
     base(**inputs, **({"use_cache": False} if "use_cache" in taken else {}))
 
 
-def _passed(block: nn.Module, end: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-    """The output of a stub of a block of an earlier stack: its input, or the stream ``end``."""
-    if end is None:
-        return stub_output(args, kwargs, block)
-    return stub_output((end,), {}, block)
+def _passed(form: _Form, *args: Any, **kwargs: Any) -> Any:
+    """The output of a stub of a block of an earlier stack: the input of the block."""
+    return _without_others(form(passed_state(args, kwargs)))
+
+
+def _ended(form: _Form, end: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The output of a stub of the last block of an earlier stack: the stream ``end``."""
+    return _without_others(form(end))
 
 
 def _is_empty_mapping(value: Any) -> bool:
@@ -174,7 +179,11 @@ def stub_output(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module)
     The default form is a tuple of the state alone. A model whose blocks return tuples unpacks it.
     Most other models pass it to the next stub, which unpacks it.
     """
-    output = _form_of_block.get(block, _FORMS[0])(passed_state(args, kwargs))
+    return _without_others(_form_of_block.get(block, _FORMS[0])(passed_state(args, kwargs)))
+
+
+def _without_others(output: Any) -> Any:
+    """The output of a stub, with None for other values than the stream."""
     if isinstance(output, tuple):
         return tuple(None if isinstance(value, _OtherValue) else value for value in output)
     return output

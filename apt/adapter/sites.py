@@ -34,6 +34,8 @@ class Site:
             token.
         calls: the number of products with every token in a forward: 2 if two modules share the
             weight.
+        crossing: True if the input is the output of an earlier stack, as the keys and values of a
+            cross attention have it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Site:
     expert: int | None = None
     routed: bool = False
     calls: int = 1
+    crossing: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,6 +1,7 @@
 """The base class of adapters for encoders, and for models of several stacks."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -50,7 +51,7 @@ class StackedAdapter(DecoderAdapter):
         for entry in self.inputs:
             linears = tuple(name for name in entry.linears if name in present)
             if linears:
-                found.append(Input(entry.name, linears, entry.residual))
+                found.append(replace(entry, linears=linears))
         return tuple(found)
 
 

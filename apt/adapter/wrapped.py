@@ -91,7 +91,8 @@ def _weight_wrapper(module: nn.Module) -> tuple[str, str] | None:
         for base in type(hook).__mro__:
             if base.__name__ in _HOOKS:
                 return _path(type(hook)), _HOOKS[base.__name__]
-    for chain in getattr(module, "parametrizations", {}).values():
+    stem = isinstance(module, nn.Conv1d | nn.Conv2d)  # a convolution outside the blocks stays dense
+    for chain in [] if stem else getattr(module, "parametrizations", {}).values():
         return _path(type(chain[0])), _PARAMETRIZED
     return next(((quantised, _QUANTISED) for quantised in _quantised(module)), None)
 

@@ -125,7 +125,7 @@ class Capture:
                     block.step(batch, batch.state)
                 passing = None
             block.progress()
-        self.assert_coverage(sum(batch.tokens for batch in block.batches))
+        self.assert_coverage(block.batches)
 
     def take(self, passing: BlockPass, site: Site, rows: Tensor) -> None:
         """Add an input ``rows`` (tokens, in) of a site, before its product is computed."""
@@ -134,7 +134,7 @@ class Capture:
             if len(self._sharing[site.input]) > 1:
                 passing.keep(site, rows)
             if passing.dense is None or site.routed:
-                self.sums[site.input].gram.add(rows, passing.sample)
+                self.sums[site.input].gram.add(rows, passing.sample_of(site))
             else:
                 self._sum_both(passing, site, rows, passing.dense)
         elif not passing.equals_kept(site, rows):
@@ -155,7 +155,7 @@ class Capture:
         if any(s.residual for s in self._sharing[site.input]):
             scaled = pruned / dense.scale[tokens]
             weighted = scaled / dense.scale[tokens]
-        sums.gram.add(scaled, passing.sample)
+        sums.gram.add(scaled, passing.sample_of(site))
         if sums.cross is not None:
             sums.cross.addmm_(difference.T, weighted)
         input_errors = {
@@ -174,14 +174,16 @@ class Capture:
             if member.residual:
                 passing.add_input_drift(member, tokens, input_errors[member])
 
-    def assert_coverage(self, tokens: int) -> None:
-        """Raise if a site has not received each of ``tokens`` exactly ``site.calls`` times."""
+    def assert_coverage(self, batches: Sequence[Batch]) -> None:
+        """Raise if a site has not received each token exactly ``site.calls`` times."""
         for site, count in self.tokens.items():
-            if not site.routed and count != site.calls * tokens:
+            expected = site.calls * sum(batch.tokens_of(site) for batch in batches)
+            if not site.routed and count != expected:
                 raise AptError(
-                    f"{site.name} saw {count:,} of {site.calls * tokens:,} calibration tokens: "
+                    f"{site.name} saw {count:,} of {expected:,} calibration tokens: "
                     f"the adapter's capture misses {'some of ' if count else ''}its inputs"
                 )
+        tokens = sum(batch.tokens for batch in batches)
         for order in {site.order for site in self.tokens if site.routed}:
             routed = sum(n for s, n in self.tokens.items() if s.routed and s.order == order)
             if not routed or routed % tokens:

@@ -21,15 +21,13 @@ class BlockPass:
         products: the products of earlier runs; None if they are computed again.
 
     Attributes:
-        sample: the number of tokens in each of its samples.
         drift: the drift of the residual stream (tokens, hidden) up to the current product.
         seen: the number of tokens that each site has received in the current run.
         parts: the number of parts in which each site has received its tokens.
     """
 
     def __init__(self, batch: Batch, products: StoredProducts | None = None) -> None:
-        self.tokens, self.dense, self._products = batch.tokens, batch.dense, products
-        self.sample = batch.sample or batch.tokens
+        self.dense, self._batch, self._products = batch.dense, batch, products
         drift = batch.dense.drift if batch.dense is not None else None
         self.drift = drift.clone() if drift is not None else None
         self._with_input_drift: set[Site] = set()
@@ -52,6 +50,11 @@ class BlockPass:
     def aside(self, sink: Sink) -> Sink:
         """``sink``, called beside the run; see `StoredProducts.aside`."""
         return sink if self._products is None else self._products.aside(sink)
+
+    def sample_of(self, site: Site) -> int:
+        """The number of tokens of each sample that a site multiplies."""
+        samples = self._batch.tokens // (self._batch.sample or self._batch.tokens)
+        return self._batch.tokens_of(site) // samples
 
     def is_first(self, site: Site) -> bool:
         """True if ``site`` is the first site that receives its input."""
@@ -76,7 +79,7 @@ class BlockPass:
 
     def token_slice(self, site: Site, rows: Tensor) -> slice:
         """The slice of the batch's tokens that ``rows`` belong to."""
-        start = self.seen[site] % self.tokens
+        start = self.seen[site] % self._batch.tokens_of(site)
         return slice(start, start + len(rows))
 
     def count(self, site: Site, rows: Tensor) -> None:
@@ -86,7 +89,7 @@ class BlockPass:
 
     def done(self, site: Site) -> bool:
         """True if ``site`` has received the whole batch; False for a routed site."""
-        return not site.routed and self.seen[site] == site.calls * self.tokens
+        return not site.routed and self.seen[site] == site.calls * self._batch.tokens_of(site)
 
     def dense_input(self, site: Site, rows: Tensor) -> Tensor:
         """The input of the site in the dense stream that corresponds to ``rows``."""

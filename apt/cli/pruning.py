@@ -54,7 +54,7 @@ class PruningWatcher(CommandWatcher):
         """
         assert isinstance(task, PruneTask)
         show_report(report, task, as_json=self.as_json)
-        if metric := first_not_finite(report.scores, self.options.metrics):
+        if metric := first_not_finite(report.scores, task.options.metrics):
             show_error(f"the {metric} is not a finite number: the model's outputs are not")
             raise typer.Exit(1)
         self.report = report

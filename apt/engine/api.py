@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Samples
 from apt.adapter.wrapped import check_in_memory
 from apt.arguments import checked
 from apt.checkpoints.masks import masks_of, sparsity_of
@@ -76,12 +76,14 @@ class PruneArguments(TypedDict, total=False):
 
 @default_modes()  # in inference mode a copy would be of inference tensors
 @checked
-def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) -> tuple[M, Report]:
+def prune_copy(
+    model: M, tokens: Tensor | Samples, **arguments: Unpack[PruneArguments]
+) -> tuple[M, Report]:
     """Prune a copy of a model; the model itself does not change.
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen).
+        tokens: calibration token ids (samples, seqlen), or other samples.
         arguments: the keyword arguments of `prune`.
 
     Returns:
@@ -95,7 +97,7 @@ def prune_copy(model: M, tokens: Tensor, **arguments: Unpack[PruneArguments]) ->
 @checked
 def prune(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | Samples,
     *,
     pattern: Pattern | str | float,
     adapter: str | Adapter | None = None,
@@ -110,14 +112,15 @@ def prune(
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> Report:
-    """Prune a causal language model of transformers in place.
+    """Prune a model of transformers in place.
 
     A run that ends early leaves a model that is partly pruned (embedding.md, "Progress and
     cancellation"). Use `prune_copy` to keep the original model.
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen), see `apt.calibration_tokens`.
+        tokens: calibration token ids (samples, seqlen), see `apt.calibration_tokens`; or the samples
+            of a model that does not read windows of text.
         pattern: ``"2:4"``, ``"0.5"`` or 0.5, ``"auto:8@0.5"`` for n:8 with an n of its own for each
             site, or a pattern of `apt.solver`.
         adapter: an adapter or its name; by default the one that serves the model's type.
@@ -163,7 +166,7 @@ def prune(
 @checked
 def shrink(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | Samples,
     *,
     size: ShrinkOptions | None = None,
     adapter: str | Adapter | None = None,
@@ -181,7 +184,7 @@ def shrink(
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen), without padding.
+        tokens: calibration token ids (samples, seqlen), or other samples, without padding.
         size: the options of the smaller model; by default 75 % of the parameters of the blocks.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.

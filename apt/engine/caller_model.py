@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Samples
 from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory, refuse_wrapped
+from apt.checkpoints.architecture import reads_of
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.machine import activation_store
@@ -42,7 +43,7 @@ class CallerModel(ModelStore):
     def __init__(
         self,
         model: nn.Module,
-        tokens: Tensor,
+        tokens: Tensor | Samples,
         adapter: str | Adapter | None,
         activations: Activations = "memory",
         ranks: Ranks | None = None,
@@ -67,7 +68,7 @@ class CallerModel(ModelStore):
 
     def prune(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Samples,
         job: Pruning,
         tokenizer: Any,
         options: dict[str, Any],
@@ -89,7 +90,7 @@ class CallerModel(ModelStore):
         return plan, report.timed(self.seconds)
 
     def _prune(
-        self, tokens: Tensor, job: Pruning, tokenizer: Any, options: dict[str, Any]
+        self, tokens: Tensor | Samples, job: Pruning, tokenizer: Any, options: dict[str, Any]
     ) -> tuple[Plan, Report]:
         text = Text(
             tokenizer,
@@ -145,10 +146,19 @@ def _model_type(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
-def _check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
+def _check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor | Samples) -> None:
     """Raise `AptError` if the model cannot be changed in place, or cannot run on the tokens."""
     check_in_memory(model)
     _check_tunable(model)
+    config = getattr(model, "config", None)
+    windows = config is None or reads_of(type(model), config).windows
+    if windows != isinstance(tokens, Tensor):
+        given = "token ids" if isinstance(tokens, Tensor) else "samples"
+        needed = "token ids (samples, seqlen)" if windows else "apt.Samples of its named inputs"
+        message = f"tokens are {given}, and {type(model).__name__} reads {needed}"
+        raise AptError(message, f"give {needed}", ("tokens",))
+    if isinstance(tokens, Samples):
+        return
     check_ids(tokens)
     check_vocabulary(tokens, model, "these tokens")
     _check_length(model, adapter, tokens)

@@ -169,7 +169,7 @@ def test_slices_of_a_stack_share_one_gradient(monkeypatch):
     result = []
     for index in (block_forward._is_one, lambda index: False):
         monkeypatch.setattr(block_forward, "_is_one", index)
-        stream = block_forward.stream_after(opened, {"weight": block.weight}, batch, state)
+        stream = block_forward.stream_after(opened, {"weight": block.weight}, state, batch.calls[0])
         steps, names = [stream.grad_fn], set()
         while steps:
             step = steps.pop()

@@ -40,7 +40,7 @@ def exact(adapter, block, batches, starts, site):
     for batch, start in zip(batches, starts, strict=True):
 
         def relative(weight, batch=batch, start=start):
-            stream = stream_after(opened, {site.parameter: weight}, batch, start)
+            stream = stream_after(opened, {site.parameter: weight}, start, batch.calls[1])
             return stream / stream.detach().norm(dim=-1, keepdim=True)
 
         jacobian = torch.autograd.functional.jacobian(relative, parameter, vectorize=True)
