@@ -29,8 +29,11 @@ class BartAdapter(StackedAdapter):
         sites = super().sites(block)
         if not type(block).__name__.startswith(_POST_NORM):
             return sites
-        first = "self_attn.out_proj"
-        return [replace(site, residual=site.residual and site.name == first) for site in sites]
+        later = {"encoder_attn.out_proj": "cross attention", "fc2": "mlp"}
+        return [
+            replace(site, residual=False, added_to=later[site.name]) if site.name in later else site
+            for site in sites
+        ]
 
     def positions(self, config: Any) -> int | None:
         """The shorter of the positions of both sides; None for Whisper, which has its own."""

@@ -20,7 +20,7 @@ class BertAdapter(StackedAdapter):
         Input("attention", ("attention.self.query", "attention.self.key", "attention.self.value")),
         Input("heads", ("attention.output.dense",), residual=True),
         Input("mlp", ("intermediate.dense",)),
-        Input("neurons", ("output.dense",)),
+        Input("neurons", ("output.dense",), added_to="mlp"),
     )
 
     def positions(self, config: Any) -> int | None:
@@ -44,7 +44,7 @@ class MpnetAdapter(BertAdapter):
         Input("attention", ("attention.attn.q", "attention.attn.k", "attention.attn.v")),
         Input("heads", ("attention.attn.o",), residual=True),
         Input("mlp", ("intermediate.dense",)),
-        Input("neurons", ("output.dense",)),
+        Input("neurons", ("output.dense",), added_to="mlp"),
     )
 
 
@@ -56,7 +56,7 @@ class DistilBertAdapter(StackedAdapter):
         Input("attention", ("attention.q_lin", "attention.k_lin", "attention.v_lin")),
         Input("heads", ("attention.out_lin",), residual=True),
         Input("mlp", ("ffn.lin1",)),
-        Input("neurons", ("ffn.lin2",)),
+        Input("neurons", ("ffn.lin2",), added_to="mlp"),
     )
 
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:

@@ -25,7 +25,10 @@ class Wav2Vec2Adapter(StackedAdapter):
         if "StableLayerNorm" in type(block).__name__:
             return sites
         last = "feed_forward.output_dense"
-        return [replace(site, residual=site.residual and site.name != last) for site in sites]
+        return [
+            replace(site, residual=False, added_to="mlp") if site.name == last else site
+            for site in sites
+        ]
 
     def positions(self, config: Any) -> int | None:
         """None: positions are convolutions."""

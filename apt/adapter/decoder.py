@@ -30,12 +30,14 @@ class Input:
         linears: the paths of the Linears within the block.
         residual: True if their products are added to the residual stream.
         crossing: True if the input is the output of an earlier stack.
+        added_to: the name of the input to which their products are added; see `Site`.
     """
 
     name: str
     linears: tuple[str, ...]
     residual: bool = False
     crossing: bool = False
+    added_to: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -148,6 +150,7 @@ class DecoderAdapter:
                     entry.residual,
                     isinstance(modules[linear], self.transposed),
                     crossing=entry.crossing,
+                    added_to=entry.added_to,
                 )
         sites = list(declared.values())
         for each in experts:

@@ -36,6 +36,9 @@ class Site:
             weight.
         crossing: True if the input is the output of an earlier stack, as the keys and values of a
             cross attention have it.
+        added_to: the name of the input of the block to which the product is added, if that is not
+            the residual stream: a post-norm block adds its later products to a normalised stream.
+            Sites of that input run earlier.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Site:
     routed: bool = False
     calls: int = 1
     crossing: bool = False
+    added_to: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)

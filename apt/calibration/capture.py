@@ -71,12 +71,13 @@ class Capture:
         sums = Sums(Gram(width, device))
         if not both_streams:
             return sums
-        if width < sum(len(self._weights[site]) * (2 - site.residual) for site in sharing):
+        summed = {site: site.residual or bool(site.added_to) for site in sharing}
+        if width < sum(len(self._weights[site]) * (2 - summed[site]) for site in sharing):
             sums.cross = torch.zeros(width, width, device=device)
         sums.error_products = {
             site: torch.zeros(self._weights[site].shape, device=device)
             for site in sharing
-            if site.residual or sums.cross is None
+            if site.residual or site.added_to or sums.cross is None
         }
         return sums
 
@@ -96,7 +97,9 @@ class Capture:
             unsolved: the sites of this and later stages.
         """
         dense = dense or {}
-        weights = {s: s.oriented(s.weight(block.module).data) for s in [*self.tokens, *dense]}
+        summands = self._summands(block)
+        watched = [*self.tokens, *dense, *summands]
+        weights = {s: s.oriented(s.weight(block.module).data) for s in watched}
         passing: BlockPass | None = None
 
         def take(site: Site, inputs: Tensor) -> None:
@@ -105,6 +108,8 @@ class Capture:
             if all(passing.done(s) for s in weights):  # the block has caught the exception
                 raise _AllSeen
             rows = as_rows(site, inputs, weights[site])
+            if site in summands:
+                passing.keep_summand(site, rows)
             if site in self._weights:
                 self.take(passing, site, rows)
             elif site in self.tokens:
@@ -126,6 +131,14 @@ class Capture:
                 passing = None
             block.progress()
         self.assert_coverage(block.batches)
+
+    def _summands(self, block: OpenBlock) -> list[Site]:
+        """A site for each input to which a product of the summed sites is added."""
+        names = {site.added_to for site in self.sites if site.added_to} - {""}
+        if not names or not any(sums.error_products for sums in self.sums.values()):
+            return []
+        first = {site.input: site for site in reversed(block.adapter.sites(block.module))}
+        return [first[name] for name in sorted(names)]
 
     def take(self, passing: BlockPass, site: Site, rows: Tensor) -> None:
         """Add an input ``rows`` (tokens, in) of a site, before its product is computed."""
@@ -164,8 +177,9 @@ class Capture:
             if sums.cross is None
         }
         for member, product in sums.error_products.items():
+            summand = passing.summand_drift(member, tokens) if member.added_to else None
             error = self._targets.error(
-                input_errors.get(member), drift if member.residual else None
+                input_errors.get(member), drift if member.residual else summand
             )
             if member.residual and member.input == dense.gap_input and dense.gap is not None:
                 error = error + dense.gap[tokens]

@@ -39,6 +39,7 @@ class BlockPass:
         self.parts: dict[Site, int] = defaultdict(int)
         self._owners: dict[str, Site] = {}
         self._current: dict[str, list[Tensor]] = defaultdict(list)
+        self._summands: dict[str, list[Tensor]] = defaultdict(list)
 
     @contextmanager
     def run(self, unsolved: Collection[Site] = ()) -> Iterator[None]:
@@ -71,6 +72,16 @@ class BlockPass:
             return False
         same = parts[index].data_ptr() == rows.data_ptr()
         return same or torch.equal(parts[index], rows)
+
+    def keep_summand(self, site: Site, rows: Tensor) -> None:
+        """Keep the input of a site, to which the block adds a later product."""
+        self._summands[site.input].append(rows)
+
+    def summand_drift(self, site: Site, tokens: slice) -> Tensor:
+        """The drift (tokens, out) of the input to which the products of a site are added."""
+        assert self.dense is not None
+        dense = torch.cat(self.dense.inputs[site.added_to])[tokens]
+        return dense.float() - torch.cat(self._summands[site.added_to])[tokens].float()
 
     def release(self, sharing: Sequence[Site]) -> None:
         """Drop the kept input of the sites ``sharing`` after all of them have received it."""

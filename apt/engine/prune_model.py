@@ -105,9 +105,7 @@ def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor | Samp
     The samples of a mix are in an order in which any first samples are of all sources, generated
     text included, in proportion to the numbers of samples.
     """
-    tokens = text.tokens
-    if isinstance(tokens, Tensor):
-        tokens = job.augmentation.with_random_tokens(store.model, tokens, text.special)
+    tokens = job.augmentation.with_random_tokens(store.model, text.tokens, text.special)
     names = tuple(labels([source.name for source in text.sources]).values()) or ("calibration",)
     owners = _owners(text)
     owners = torch.where(owners < 0, len(names), owners)  # the model's own text

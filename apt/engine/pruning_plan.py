@@ -39,8 +39,7 @@ def settings(
     options.check_used(method, catalog.specs.values(), "method")
     recipe, augmentation = recipe_of(options, method), augmentation_of(options, method, run.samples)
     if not opened.reads.windows:
-        _check_text_options(opened, options)
-        return recipe, Augmentation()
+        return recipe, _without_own_text(opened, options, augmentation)
     if options.own_samples is not None or not augmentation.own_samples or writes(opened.module):
         return recipe, augmentation
     kind = type(opened.module).__name__
@@ -48,13 +47,24 @@ def settings(
     return recipe, replace(augmentation, own_samples=0)
 
 
-def _check_text_options(opened: Opened, options: SolveOptions) -> None:
-    """Raise for options that only a decoder of text has."""
-    given = [name for name in ("own_samples", "random_tokens") if getattr(options, name)]
-    if given:
-        name = given[0].replace("_", " ")
-        message = f"{name} has no effect on {type(opened.module).__name__}"
-        raise AptError(message, "leave it out: it is for decoders of text", (given[0],))
+def _without_own_text(
+    opened: Opened, options: SolveOptions, augmentation: Augmentation
+) -> Augmentation:
+    """The augmentation of a model that does not generate its samples.
+
+    Raises:
+        AptError: an option asks for samples that the model cannot have.
+    """
+    reads, kind = opened.reads, type(opened.module).__name__
+    if options.own_samples:
+        message = f"own samples has no effect on {kind}"
+        raise AptError(message, "leave it out: it is for decoders of text", ("own_samples",))
+    if reads.text:
+        return replace(augmentation, own_samples=0)
+    if options.random_tokens:
+        message = f"random tokens has no effect on {kind}, which reads {reads.words}"
+        raise AptError(message, "leave it out", ("random_tokens",))
+    return Augmentation()
 
 
 def sparse_pruning(

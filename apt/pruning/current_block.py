@@ -250,7 +250,8 @@ class CurrentBlock(OpenBlock):
         pruned = [entry.site for entry in self.planned.pruned]
         with self._routing(sites):
             capture.run(self, earlier, passes, [site for site in pruned if site.order >= last])
-        left = {site.input for site in self.sites if site.order >= last}
+        later = [site for site in self.sites if site.order >= last]
+        left = {site.input for site in later} | {site.added_to for site in later}
         for batch in self.batches if passes else ():
             if batch.dense is not None:
                 batch.dense.inputs.keep(left)

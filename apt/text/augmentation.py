@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apt.adapter import Sample, Samples
 from apt.options import PRESETS
 from apt.text.sampling import drawn, generator, mixed, vocabulary
 from apt.text.self_generated import own_text
@@ -55,6 +56,23 @@ class RandomTokens:
         replaced[:, 0] = False
         return mixed(tokens, torch.where(replaced, random, copies), seed)
 
+    def beside_texts(self, samples: Samples, vocabulary: int, seed: int = 0) -> Samples:
+        """The given texts and the copies, in the order of `beside`.
+
+        Special tokens are neither replaced nor drawn.
+        """
+        given, draw = len(samples), generator(seed)
+        count, copies = self.samples(given, max(1, samples.numel() // given)), list[Sample]()
+        for index in (torch.arange(count) * given // count).tolist():
+            ids = samples[index]["input_ids"]
+            random = drawn(vocabulary, tuple(ids.shape), draw, samples.special)
+            replaced = torch.rand(ids.shape, generator=draw) < self.share
+            replaced &= ~torch.isin(ids, torch.tensor(samples.special))
+            copies.append({**samples[index], "input_ids": torch.where(replaced, random, ids)})
+        both = [*samples, *copies]
+        order = torch.randperm(len(both), generator=generator(seed))
+        return samples.with_samples([both[index] for index in order.tolist()])
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -88,9 +106,11 @@ class Augmentation:
         return mixed(tokens, own, seed)
 
     def with_random_tokens(
-        self, model: nn.Module, tokens: Tensor, special: Collection[int] = ()
-    ) -> Tensor:
-        """``tokens`` (samples, seqlen), and copies of some of them with random tokens."""
+        self, model: nn.Module, tokens: Tensor | Samples, special: Collection[int] = ()
+    ) -> Tensor | Samples:
+        """The given samples, and copies of some of them with random tokens."""
         if self.random_tokens is None:
             return tokens
+        if isinstance(tokens, Samples):
+            return self.random_tokens.beside_texts(tokens, vocabulary(model))
         return self.random_tokens.beside(tokens, vocabulary(model), special)
