@@ -11,6 +11,7 @@ from apt.checkpoints.architecture import Reads, reads_of
 from apt.checkpoints.formats import Checkpoint
 from apt.checkpoints.quantised import QuantisedCheckpoint
 from apt.compute import compute_dtype
+from apt.errors import AptError
 from apt.locations.model_source import Source
 from apt.plugin.specs import AdapterSpec
 
@@ -42,6 +43,19 @@ class Opened:
     def reads(self) -> Reads:
         """What the model reads."""
         return reads_of(type(self.module), self.config)
+
+    def check_windows(self, what: str) -> None:
+        """Raise `AptError` if the model does not predict the next token of text.
+
+        Args:
+            what: the command or option that needs such a model.
+        """
+        if not self.reads.windows:
+            name = self.source.reference or "the model"
+            raise AptError(
+                f"{what} needs a model that predicts the next token, and {name} reads "
+                f"{self.reads.words} ({type(self.module).__name__})"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

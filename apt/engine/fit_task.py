@@ -353,6 +353,7 @@ def prepare_fit(
     texts = [options.calibration, options.evaluation, options.tokenizer]
     spec = check_target_place(request, texts, registry, notice)
     skeleton = open_skeleton(source, registry, options.adapter, expanded=True)
+    skeleton.check_windows("fit")
     if options.adapter is None:
         tell_adapter(skeleton, notice)
     device, dtype = choose_device(options.device), read_dtype(options.dtype)

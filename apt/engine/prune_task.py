@@ -1,7 +1,7 @@
 """The task of ``apt-prune prune`` and ``shrink``."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
 from apt.engine.text import Text, read_text
 from apt.engine.timed_run import fit_to_time, training_of
-from apt.errors import AptError
+from apt.errors import AptError, unknown_name
 from apt.files.journal import Line, journal_beside
 from apt.locations.paths import portable
 from apt.locations.text_sources import portable_sources
@@ -282,12 +282,16 @@ def prepare_pruning(
     make_job: Any = _sparse_job if isinstance(options, PruneRun) else _smaller_job
     seqlen = capped(options.seqlen, skeleton, notice)
     options = replace(options, metrics=metrics_for(skeleton, options, registry))
+    if isinstance(options, PruneRun) and options.stacks:
+        skip = (*options.skip, *_other_stacks(skeleton, options.stacks))
+        options = replace(options, skip=skip, stacks=())
     stream, adapter = options.stream or options.resume, skeleton.spec.name
     options = replace(options, stream=stream, adapter=adapter, seqlen=seqlen)
     in_place = skeleton.quantised is not None
     if in_place and isinstance(options, ShrinkRun):
         options = without_rounding(options, notice)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
+        skeleton.check_windows("minutes")
         _, method, job = make_job(options, skeleton, lambda line: None)
         options = ranks.share(
             fit_to_time(options, skeleton, job, method, device, notice) if ranks.first else options
@@ -311,6 +315,25 @@ def prepare_pruning(
     if options.stream:
         _check_streamable(task)
     return task
+
+
+def _other_stacks(skeleton: Opened, chosen: Sequence[str]) -> list[str]:
+    """A glob for the sites of each stack of a model that is not chosen.
+
+    Raises:
+        AptError: the model has no stack of a name.
+    """
+    stacks = dict(skeleton.adapter.stacks(skeleton.module))
+    for name in chosen:
+        if name not in stacks:
+            raise unknown_name("stack", name, stacks, f" in {skeleton.source.reference}")
+    lists = {
+        block.rpartition(".")[0]
+        for name, blocks in stacks.items()
+        if name not in chosen
+        for block, _ in blocks
+    }
+    return sorted(f"{path}.*" for path in lists)
 
 
 def _sparse_job(

@@ -231,6 +231,7 @@ def prepare_recovery(
     check_recovery(options, spec, registry)
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
     skeleton = open_model(request, texts, registry, notice)
+    skeleton.check_windows("recover")
     check_exportable(options, skeleton, registry)
     device = choose_device(options.device)
     skeleton = with_compute(skeleton, options, device, notice)

@@ -99,7 +99,7 @@ def metrics_for(skeleton: Opened, options: Any, registry: Registry) -> tuple[str
         AptError: a metric is for another kind of models.
     """
     reads, names = skeleton.reads, options.metrics
-    if not reads.windows and names == MeasuringOptions.metrics:
+    if not reads.windows and names in (MeasuringOptions.metrics, ()):
         masked = "MaskedLM" in type(skeleton.module).__name__
         return ("pseudo-perplexity", "predictions") if masked else ("similarity", "neighbours")
     kind = "windows" if reads.windows else "samples"
@@ -114,3 +114,15 @@ def metrics_for(skeleton: Opened, options: Any, registry: Registry) -> tuple[str
                 ("metrics",),
             )
     return tuple(names)
+
+
+def held_out_samples(
+    source: str, options: Any, skeleton: Opened, registry: Registry, samples: int
+) -> Samples:
+    """At most ``samples`` samples of the evaluation split of a source.
+
+    Raises:
+        AptError: the source cannot be read, or does not have what the model takes.
+    """
+    reader = _reader(options, skeleton)
+    return reader.read(source, "evaluation", samples, 0, registry, fewer=True)

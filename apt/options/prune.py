@@ -222,6 +222,11 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
         "Prune these parameters too; for Mamba conv1d, A_log or D; repeatable.",
         default=(), panel=SELECTION, metavar="KIND",
     )  # fmt: skip
+    stacks: tuple[str, ...] = option(
+        "Prune only this chain of blocks, such as encoder, decoder, vision or text; repeatable. The "
+        "report has the others as --skip.",
+        default=(), panel=SELECTION, flag="--stack", metavar="NAME", recorded=False,
+    )  # fmt: skip
     minutes: float | None = option(
         "Time for the whole run: effort and samples become smaller until they fit, and what is "
         "left is spent on distillation, which keeps every zero.",

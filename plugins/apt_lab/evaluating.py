@@ -18,8 +18,11 @@ from apt_lab.options import EvalRun
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from apt.adapter import Samples
     from apt.extending import Opened, Source
     from apt_lab.windows import Score
+
+_SAMPLES = 400  # of a model that does not read windows of text, by default
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,23 @@ class Evaluation:
 
     Attributes:
         run: the options.
-        tokens: the windows of the text (windows, seqlen); None if no text was measured.
+        tokens: the windows of the text (windows, seqlen), or other samples; None if no text was
+            measured.
         bos: the token that begins each window, as an id and as text; None without such a token.
         scores: the metrics on the text by name.
         tasks: the summary of each task, see `apt_lab.tasks.answers.summary`.
     """
 
     run: EvalRun
-    tokens: "Tensor | None"
+    tokens: "Tensor | Samples | None"
     bos: tuple[int, str] | None
     scores: "Mapping[str, Score]"
     tasks: Mapping[str, Any]
+
+    @property
+    def of_windows(self) -> bool:
+        """True if a decoder of text was measured, on windows of text."""
+        return hasattr(self.tokens, "new_ones")
 
     @property
     def not_finite(self) -> str | None:
@@ -102,6 +111,8 @@ def evaluate(
 
     device = choose_device(run.device)
     skeletons = _skeletons(run, sources)
+    if not skeletons[0].reads.windows:
+        return _on_samples(run, skeletons, status, notice)
     tokenizer = load_tokenizer(sources[0], run.tokenizer)
     tokens = _windows(run, tokenizer, skeletons[0], notice) if measures else None
     for each in skeletons:
@@ -116,6 +127,50 @@ def evaluate(
         answered = _answers(models, tokenizer, tasks, run, progress=progress)
     bos = None if bos_id is None else (bos_id, str(tokenizer.bos_token))
     return Evaluation(run, tokens, bos, scores, answered)
+
+
+def _on_samples(
+    run: EvalRun,
+    skeletons: "Sequence[Opened]",
+    status: Callable[[str], None],
+    notice: Callable[[str], None],
+) -> Evaluation:
+    """The measurements of a model that does not read windows of text.
+
+    Raises:
+        AptError: the model cannot answer tasks, or a metric needs the dense model.
+    """
+    from apt.engine.samples import held_out_samples, metrics_for
+    from apt.evaluation.outputs import outputs_of
+    from apt.extending import capped
+    from apt.modes import default_modes
+    from apt_lab.windows import Score
+
+    for name in (name for name in ("tasks", "stream") if getattr(run, name)):
+        skeletons[0].check_windows(name)
+    names = metrics_for(skeletons[0], run, registry())
+    specs = [registry().evaluators.get(name) for name in names]
+    if run.dense is None and (dense_only := [spec.name for spec in specs if spec.dense]):
+        message = f"the metric {dense_only[0]} compares with the dense model"
+        raise AptError(message, "name it", ("dense",))
+    run = replace(run, seqlen=capped(run.seqlen, skeletons[0], notice))
+    samples = held_out_samples(
+        str(run.data), run, skeletons[0], registry(), run.samples or _SAMPLES
+    )
+    status("loading the model")
+    with default_modes(), ExitStack() as stack:
+        models = [stack.enter_context(_runnable(skeleton, None, run)) for skeleton in skeletons]
+        scores = {}
+        for spec in specs:
+            status(f"measuring {spec.name} on {len(samples)} samples")
+            if spec.dense:
+                scores[spec.name] = Score(
+                    spec.measure(models[0], samples, outputs_of(models[1], samples))
+                )
+            else:
+                value, *dense = (spec.measure(model, samples) for model in models)
+                scores[spec.name] = Score(value, dense[0] if dense else None)
+    return Evaluation(run, samples, None, scores, {})
 
 
 def _metrics(run: EvalRun) -> list[EvaluatorSpec]:

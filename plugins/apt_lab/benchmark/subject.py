@@ -41,6 +41,7 @@ class Subject:
             torch.set_num_threads(run.threads)
         self._device, self._dtype = choose_device(run.device), read_dtype(run.dtype)
         skeleton = open_skeleton(source, registry(), run.adapter, packed=True)
+        skeleton.check_windows("bench")
         _check(skeleton)
         self._idle = peak_memory()["cpu"]
         self._skeleton = _downloaded(skeleton) if source.on_hub else skeleton

@@ -42,7 +42,8 @@ def _show(result: Evaluation) -> None:
         windows, seqlen = result.tokens.shape
         figures = ", ".join(f"{name} {score.value:.3f}" for name, score in result.scores.items())
         first_token = f", each with {result.bos[1]} first" if result.bos else ""
-        measured = f"{result.run.data}, {windows} × {seqlen} tokens{first_token}"
+        size = f"{windows} × {seqlen} tokens" if result.of_windows else f"{windows} samples"
+        measured = f"{result.run.data}, {size}{first_token}"
         say(f"{result.run.model}: {figures} on {measured}")
         if any(
             score.dense is not None or score.spread is not None for score in result.scores.values()

@@ -77,6 +77,7 @@ class Grid:
         cells = read_cells(parts(run.methods, "methods"), parts(run.patterns, "patterns"))
         status("reading text")
         skeleton = open_skeleton(source, registry())
+        skeleton.check_windows("compare")
         self._tokenizer = load_tokenizer(source)
         settings: dict[str, Any] = {"seqlen": capped(run.seqlen, skeleton, notice), "bos": run.bos}
         self._tokens = calibration_tokens(
