@@ -59,7 +59,7 @@ def _without_own_text(
     if options.own_samples:
         message = f"own samples has no effect on {kind}"
         raise AptError(message, "leave it out: it is for decoders of text", ("own_samples",))
-    if reads.text:
+    if reads.text and not reads.image:
         return replace(augmentation, own_samples=0)
     if options.random_tokens:
         message = f"random tokens has no effect on {kind}, which reads {reads.words}"
