@@ -24,7 +24,8 @@ WORDS = range(5, 31)  # of a sentence
 # A sentence ends at a full stop, a question or an exclamation mark that stands before a space and a
 # capital, and not after one of these abbreviations or an initial.
 END = re.compile(r"(?<=[.?!])\s+(?=[A-Z])")
-ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|St|Mr|Mrs|Ms|Dr|Jr|Sr|Prof|Gen|Col|Lt|No|vs|c|ca|b|d|r|fl|lit|approx|e\.g|i\.e|etc)|\.[A-Za-z])\.$")  # fmt: skip
+TITLES = "St|Mr|Mrs|Ms|Dr|Jr|Sr|Prof|Gen|Col|Lt|No|vs|c|ca|b|d|r|fl|lit|approx|etc"
+ABBREVIATION = re.compile(rf"(?:\b(?:[A-Z]|{TITLES})|\.[A-Za-z])\.$")
 # What a word of the source has neither before nor after it.
 MARKS = ".,;:?!\"'()[]"
 # Sentences with other characters are left out, so that the task stays one of English.

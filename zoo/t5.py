@@ -31,9 +31,13 @@ PAD_ID, EOS_ID = 0, 1
 IGNORED = -100  # a label that has no loss
 VOCABULARY = 2048
 CONTEXT = 256
-STEPS = 1500
+STEPS = 900
+# The first steps see short pairs alone. The decoder has to find out which place of the source it
+# copies from, and that is sooner found among few.
+SHORT_STEPS = 250
+SHORT = 28  # tokens of a target
 LEARNING_RATE = 3e-3
-TOKENS_PER_STEP = 1536  # of the targets, with padding
+TOKENS_PER_STEP = 1024  # of the targets, with padding
 # The pairs of this many steps are sorted by length before they are cut into steps.
 SORTED_STEPS = 32
 SHAPE = {
@@ -69,10 +73,12 @@ added by the tokenizer; `<pad>` (id 0) pads and starts the decoder.
 ## Training
 
 Made by `python zoo/t5.py --steps {steps}`: {steps} steps of pairs of similar length, at most
-{batch} target tokens with padding; {unique} pairs in all, seen {epochs} times.
+{batch} target tokens with padding. The first {short_steps} steps see pairs of at most {short} target
+tokens. {unique} pairs in all, seen {epochs} times on average.
 
 AdamW, learning rate {learning_rate} with {warmup} steps of warm-up and a cosine decay, weight
-decay {decay} on matrices, gradients clipped to norm 1, float32, no dropout, seed {seed}. The weights are stored in bfloat16.
+decay {decay} on matrices, gradients clipped to norm 1, float32, no dropout, seed {seed}.
+The weights are stored in bfloat16.
 
 ## Evaluation
 
@@ -275,6 +281,9 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps")
+    parser.add_argument(
+        "--short-steps", type=int, default=SHORT_STEPS, help="those of them with short pairs"
+    )
     parser.add_argument("--out", type=Path, default=ZOO_DIR / "t5", help="directory to write")
     return parser.parse_args()
 
@@ -287,12 +296,13 @@ def main() -> None:
     tokenizer = train_tokenizer(training)
     examples, sample = encode(tokenizer, training), encode(tokenizer, held_out)
     model = build_model()
-    stream = batches(examples)
+    short = batches([example for example in examples if len(example.target) <= SHORT])
+    whole = batches(examples)
     drawn = 0
 
-    def loss_at(_step: int) -> Tensor:
+    def loss_at(step: int) -> Tensor:
         nonlocal drawn
-        batch = next(stream)
+        batch = next(short if step <= arguments.short_steps else whole)
         drawn += len(batch.targets)
         return token_losses(model, batch).mean()
 
@@ -305,6 +315,8 @@ def main() -> None:
         architecture="\n".join(f"- `{key}`: {value}" for key, value in SHAPE.items()),
         vocabulary=VOCABULARY,
         steps=arguments.steps,
+        short_steps=arguments.short_steps,
+        short=SHORT,
         batch=f"{TOKENS_PER_STEP:,}",
         unique=f"{len(training):,}",
         epochs=f"{drawn / len(training):.1f}",
