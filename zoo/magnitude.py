@@ -1,7 +1,7 @@
 """Measure what magnitude pruning does to the BERT and the T5: ``python zoo/magnitude.py bert|t5``.
 
-Each matrix inside the blocks is pruned by itself; the stored weights are computed in float32. The rows are those of the tables in
-``README.md``.
+Each matrix inside the blocks is pruned by itself. The stored weights are computed in float32. The
+rows are those of the tables in ``README.md``.
 """
 
 from __future__ import annotations
