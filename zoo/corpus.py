@@ -1,8 +1,8 @@
 """Build the embedded text corpus from an offline collection of Wikipedia summaries.
 
 Run ``python zoo/corpus.py`` to write the calibration and the evaluation text that ship with
-the plugins. ``zoo/train.py`` takes its training and evaluation documents from the same split,
-so no document of the evaluation text has been seen by a checkpoint or by its tokenizer.
+the plugins. The recipes of the checkpoints take their training and evaluation documents from the
+same split, so no document of the evaluation text has been seen by a checkpoint or by its tokenizer.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ The text itself was not edited. The files are made by `zoo/corpus.py`.
 
 The conversations of the text source `builtin:chat` quote these summaries. They are written when
 they are read, by `apt_plugins.generated_texts`, and are under the same licence.
+
+`pairs-calibration.jsonl.gz` and `pairs-evaluation.jsonl.gz` quote sentences of the calibration and
+of the evaluation documents, each beside the same sentence in lower case without the punctuation at
+the ends of its words. They are made by `zoo/pairs.py`, and are under the same licence.
 
 ## Program code
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -353,27 +353,41 @@ def perplexity(model: torch.nn.Module, ids: Tensor) -> float:
 
 def train(model: torch.nn.Module, recipe: Recipe, ids: Tensor, held_out: Tensor) -> None:
     """Train a model in place; print the held-out perplexity every 250 steps."""
-    optimizer = build_optimizer(model, recipe.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, recipe.steps)
-    )
-    started = time.monotonic()
     short, long = batches(ids, recipe.window, SEED), batches(ids, CONTEXT, SEED + 1)
-    for step in range(1, recipe.steps + 1):
+
+    def loss_at(step: int) -> Tensor:
         windows = next(short if step % LONG_EVERY else long)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = (
-                balanced_loss(model, windows, recipe.balance)
-                if recipe.balance
-                else loss_of(model, windows)
-            )
+            if recipe.balance:
+                return balanced_loss(model, windows, recipe.balance)
+            return loss_of(model, windows)
+
+    def held_out_figure() -> float:
+        return perplexity(model, held_out[:16384])
+
+    descend(model, recipe.steps, recipe.learning_rate, loss_at, held_out_figure)
+
+
+def descend(
+    model: torch.nn.Module,
+    steps: int,
+    learning_rate: float,
+    loss_at: Callable[[int], Tensor],
+    held_out: Callable[[], float],
+) -> None:
+    """Train a model in place on a loss of each step; print a held-out figure every 250 steps."""
+    optimizer = build_optimizer(model, learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         if step % 250 == 0:
-            _report(step, loss.item(), perplexity(model, held_out[:16384]), started)
+            _report(step, loss.item(), held_out(), started)
 
 
 def _report(step: int, loss: float, held_out: float, started: float) -> None:
