@@ -93,23 +93,26 @@ def similarity(model: nn.Module, samples: Samples, dense: Outputs) -> float:
 def neighbours(model: nn.Module, samples: Samples, dense: Outputs) -> float:
     """The share of the ten nearest neighbours of each sample that are the dense model's too.
 
-    Neighbours are other samples, by the cosine of their vectors.
+    Neighbours are other samples, by the cosine of their vectors. Of fewer than twenty samples, half
+    as many are the nearest ones as there are samples.
 
     Raises:
-        AptError: there are too few samples.
+        AptError: there is one sample.
     """
-    if len(samples) < 2 * _NEIGHBOURS:
-        message = f"neighbours needs {2 * _NEIGHBOURS} samples, and there are {len(samples)}"
-        raise AptError(message, "measure on more samples", ("samples",))
-    found, expected = (_nearest(each.vectors) for each in (outputs_of(model, samples), dense))
-    return float((found & expected).sum()) / (_NEIGHBOURS * len(samples))
+    if len(samples) < 2:
+        raise AptError("neighbours needs several samples", "measure on more", ("samples",))
+    count = min(_NEIGHBOURS, len(samples) // 2)
+    found, expected = (
+        _nearest(each.vectors, count) for each in (outputs_of(model, samples), dense)
+    )
+    return float((found & expected).sum()) / (count * len(samples))
 
 
-def _nearest(vectors: Tensor) -> Tensor:
+def _nearest(vectors: Tensor, count: int) -> Tensor:
     """For each pair of samples (samples, samples), True if the second is near the first."""
     units = nn.functional.normalize(vectors)
     cosines = (units @ units.T).fill_diagonal_(-math.inf)
-    nearest = cosines.topk(_NEIGHBOURS).indices
+    nearest = cosines.topk(count).indices
     return torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, nearest, True)
 
 

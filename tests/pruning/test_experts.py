@@ -211,7 +211,9 @@ def test_router_does_not_choose_removed_experts(case):
     assert block.unrouted
     batch = block.batches[0]
     after = case.adapter.residual(block.step(batch, batch.state))
-    assert torch.equal(stream_after(block, {}, batch.state, batch.calls[0]), after)  # as it is tuned
+    assert torch.equal(
+        stream_after(block, {}, batch.state, batch.calls[0]), after
+    )  # as it is tuned
 
 
 def permuted(owner, name, values, order):

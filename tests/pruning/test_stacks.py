@@ -1,6 +1,5 @@
 """Models of one or several stacks that do not read windows of text."""
 
-
 import pytest
 import torch
 from hypothesis import given
@@ -88,7 +87,7 @@ def test_batches_of_several_texts_have_the_sums_of_single_texts():
     """No sample is padded, so no row of padding enters a sum."""
     model, samples = stacked_model("bert"), samples_of("bert")
     adapter = adapter_of(model)
-    name, block = adapter.blocks(model)[0]
+    _, block = adapter.blocks(model)[0]
     sites, sums = adapter.sites(block), []
     with eval_mode(model), torch.no_grad():
         together = grams_of(adapter, block, 0, sites, enter(adapter, model, samples))
@@ -118,7 +117,8 @@ def test_samples_are_chosen_by_slices_indices_and_masks():
     mask = torch.tensor([True, False, False, True])
     for chosen, expected in ((slice(1, 3), [1, 2]), (torch.tensor([3, 0]), [3, 0]), (mask, [0, 3])):
         part = samples[chosen]
-        assert [each["input_ids"] is samples[i]["input_ids"] for each, i in zip(part, expected)]
+        texts = [each["input_ids"] for each in part]
+        assert all(text is samples[i]["input_ids"] for text, i in zip(texts, expected, strict=True))
         assert part.mask == 1
     assert samples.digest() != samples[:3].digest()
 
@@ -155,5 +155,3 @@ def test_the_loss_of_a_stack_is_that_of_its_calibration():
         report = apt.prune(model, samples, pattern="2:4", method="ss", options=options)
         results.append([site.relative_error for site in report.sites])
     assert results[0] == pytest.approx(results[1], rel=1e-3)
-
-
