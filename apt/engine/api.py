@@ -119,8 +119,8 @@ def prune(
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen), see `apt.calibration_tokens`; or the samples
-            of a model that does not read windows of text.
+        tokens: calibration token ids (samples, seqlen), see `apt.calibration_tokens`; or `apt.Samples`
+            for a model that does not read windows of text.
         pattern: ``"2:4"``, ``"0.5"`` or 0.5, ``"auto:8@0.5"`` for n:8 with an n of its own for each
             site, or a pattern of `apt.solver`.
         adapter: an adapter or its name; by default the one that serves the model's type.

@@ -223,8 +223,8 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
         default=(), panel=SELECTION, metavar="KIND",
     )  # fmt: skip
     stacks: tuple[str, ...] = option(
-        "Prune only this chain of blocks, such as encoder, decoder, vision or text; repeatable. The "
-        "report has the others as --skip.",
+        "Prune only this chain of blocks, such as encoder, decoder, vision or text; repeatable. "
+        "The report has the others as --skip.",
         default=(), panel=SELECTION, flag="--stack", metavar="NAME", recorded=False,
     )  # fmt: skip
     minutes: float | None = option(
