@@ -18,7 +18,7 @@ from apt.compute import fp32_names
 def skeleton_module(
     config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool
 ) -> nn.Module:
-    """A causal language model, in eval mode, with its parameters on the meta device.
+    """A model in eval mode, with its parameters on the meta device.
 
     Buffers, such as tables of positions, are on the CPU. At most one parameter at a time is in
     memory, and its pages are never written.

@@ -119,8 +119,8 @@ def prune(
 
     Args:
         model: the model.
-        tokens: calibration token ids (samples, seqlen), see `apt.calibration_tokens`; or `apt.Samples`
-            for a model that does not read windows of text.
+        tokens: calibration token ids (samples, seqlen), see `apt.calibration_tokens`; or
+            `apt.Samples` for a model that does not read windows of text.
         pattern: ``"2:4"``, ``"0.5"`` or 0.5, ``"auto:8@0.5"`` for n:8 with an n of its own for each
             site, or a pattern of `apt.solver`.
         adapter: an adapter or its name; by default the one that serves the model's type.
@@ -178,7 +178,7 @@ def shrink(
     ranks: Ranks | None = None,
     observe: Observer = lambda event: None,
 ) -> tuple[Any, Report]:
-    """Make a smaller dense model of a causal language model of transformers.
+    """Make a smaller dense model of a model of transformers.
 
     The given model does not change. A copy of it is needed during the run.
 
