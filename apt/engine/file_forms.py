@@ -11,7 +11,7 @@ from apt.checkpoints.smaller import smaller_skeleton
 from apt.errors import AptError
 from apt.fit.choice import smallest_size
 from apt.fit.levels import FileForm
-from apt.fit.losses import outer_names
+from apt.fit.outer import outer_names
 from apt.options.fit import DEPTH, WIDTH
 from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.specs import ExportSpec

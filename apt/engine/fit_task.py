@@ -29,7 +29,9 @@ from apt.errors import AptError
 from apt.files.journal import Journal, Line, journal_beside
 from apt.fit.choice import choose_first, frontier, smallest_size
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import Prune, forward_sums, measured_levels, outer_names, sensitivities
+from apt.fit.losses import Prune, measured_levels
+from apt.fit.outer import outer_names
+from apt.fit.sensitivities import forward_sums, sensitivities
 from apt.fit.table import LossTable, MeasuredLevel
 from apt.locations.model_source import find
 from apt.options import FitRun

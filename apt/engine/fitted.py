@@ -6,7 +6,7 @@ from typing import Any
 
 from apt.adapter import Site
 from apt.engine.in_memory import InMemory
-from apt.fit.losses import Outer
+from apt.fit.outer import Outer
 from apt.fit.table import LossTable
 from apt.solver import Rounded
 

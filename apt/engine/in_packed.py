@@ -14,7 +14,7 @@ from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.events import BlockRecord
 from apt.fit.choice import choose_first
-from apt.fit.losses import outer_names
+from apt.fit.outer import outer_names
 from apt.fit.table import LossTable
 from apt.output.staging import Staging, write_errors
 from apt.packing.directory import Rounding, expert_tensors, linear_tensors, pack

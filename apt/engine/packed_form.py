@@ -14,7 +14,7 @@ from apt.checkpoints.safetensors_io import read_metadata
 from apt.checkpoints.stored import Stored, find_stored
 from apt.errors import AptError
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import outer_names
+from apt.fit.outer import outer_names
 from apt.layouts.pieces import Layout, Piece
 from apt.packing.directory import expert_tensors, linear_tensors
 from apt.packing.sizes import StoredMatrices, file_bytes, header_bytes
