@@ -86,9 +86,9 @@ class _Rated:
         """The entry of the report."""
         model = self.model
         return {
-            "means": "bits" if model is None else model.means,
+            "means": "bits" if model is None else ",".join(model.means),
             "share": 1.0 if model is None else model.size.share,
-            "kept": {} if model is None else model.size.kept or {"blocks": model.size.blocks},
+            "kept": {} if model is None else model.numbers,
             "predicted": self.predicted, "measured": self.measured, "chosen": chosen,
         }  # fmt: skip
 
@@ -178,32 +178,42 @@ class _Comparison:
     def _estimated(self, store: Fitted, text: Text, most: float) -> list[_Rated]:
         """The smaller models that fit, with the estimates of their losses.
 
-        Of each of the means, the estimates end with a model whose removal alone costs more than
-        the best file so far.
+        The estimates of a row end with a model whose removal alone costs more than the best file
+        so far. With both of the means, they also end where a smaller model has a greater loss, and
+        no model is estimated of which a part alone costs more than the best file.
 
         Args:
             most: the loss of the best file of the whole model.
         """
         task = self.task
-        models = smaller_models(
+        rows = smaller_models(
             task.target.smaller_form,
             task.skeleton,
             task.options.means,
             given=task.options.may is not None,
         )
-        proxy = cache(lambda: self._proxy(store, text))
-        rated, ended = list[_Rated](), set[str]()
-        for model in models:
-            if model.means in ended or model.smallest > task.budget:
-                continue
-            self.status("structure", f"estimating the loss with {model.label}")
-            loss, dropped = self._remembered(
-                f"estimate {model.label}", partial(self._removal, store, text, proxy, model)
-            )
-            rated.append(self._rated(model, loss - self.dense_loss, dropped))
-            if loss - self.dense_loss > most:
-                ended.add(model.means)
-            most = min(most, rated[-1].loss)
+        proxy, dropped = cache(lambda: self._proxy(store, text)), cache(self._dropped(store, text))
+        rated, removals = list[_Rated](), dict[tuple[str, int], float]()
+        for row in rows:
+            best = float("inf")
+            for model in row:
+                parts = [removals.get(part, 0.0) for part in model.numbers.items()]
+                if max(parts) > most:
+                    break
+                if model.smallest > task.budget:
+                    continue
+                self.status("structure", f"estimating the loss with {model.label}")
+                loss, names = self._remembered(
+                    f"estimate {model.label}", partial(self._removal, proxy, dropped, model)
+                )
+                removal = loss - self.dense_loss
+                rated.append(self._rated(model, removal, names))
+                if len(parts) == 1:
+                    removals |= dict.fromkeys(model.numbers.items(), removal)
+                if removal > most or (len(parts) > 1 and rated[-1].loss > best):
+                    break
+                best = min(best, rated[-1].loss)
+                most = min(most, best)
         return rated
 
     def _rated(self, model: SmallerModel, removal: float, dropped: Collection[str]) -> _Rated:
@@ -224,16 +234,19 @@ class _Comparison:
             fit_gaps="depth" in task.options.means,
         )  # fmt: skip
 
+    def _dropped(self, store: Fitted, text: Text) -> Callable[[int], list[str]]:
+        """A function from a number of blocks to the names of those that are dropped."""
+        choice = cast(BlockChoice, registry().default_shrink_method("blocks").load())
+        tokens = text.tokens[: max(1, _CHOOSING_TOKENS // text.tokens.shape[1])]
+        return lambda count: list(choice(store.model, self._adapter, tokens, count))
+
     def _removal(
-        self, store: Fitted, text: Text, proxy: Callable[[], Proxy], model: SmallerModel
+        self, proxy: Callable[[], Proxy], dropped: Callable[[int], list[str]], model: SmallerModel
     ) -> tuple[float, list[str]]:
         """The loss of a smaller model, and the names of the blocks that it drops."""
-        dropped = list[str]()
-        if count := len(self._adapter.blocks(store.model)) - model.size.blocks:
-            choice = cast(BlockChoice, registry().default_shrink_method("blocks").load())
-            tokens = text.tokens[: max(1, _CHOOSING_TOKENS // text.tokens.shape[1])]
-            dropped = list(choice(store.model, self._adapter, tokens, count))
-        return proxy().loss(model.size.kept, dropped, self.held), dropped
+        count = len(self._adapter.blocks(self.task.skeleton.module)) - model.size.blocks
+        names = dropped(count) if count else []
+        return proxy().loss(model.size.kept, names, self.held), names
 
     def _measure(self, rated: _Rated) -> None:
         """Make a smaller model, and measure it."""
@@ -272,8 +285,8 @@ class _Comparison:
         given = (fit & shrink) - solve | {"compute"}
         values = {name: getattr(self.task.options, name) for name in given}
         size: dict[str, Any] = {"sizes": model.size.kept}
-        if not model.size.kept:
-            size = {"blocks": model.size.blocks}
+        if "blocks" in model.numbers:
+            size["blocks"] = model.size.blocks
         place = {"output": self._place(model), "overwrite": True, "evaluation": None}
         request: RunRequest[Any] = resolve_names(
             ShrinkRun(**values | place | size), registry(), ignore_notice

@@ -385,10 +385,10 @@ def _check_smallest(target: FitTarget, skeleton: Opened, options: FitRun, budget
     """Raise if even the smallest output is larger than the budget."""
     given, smallest = options.may is not None, smallest_size(target.form)
     if smallest > budget or given:
-        smaller = smaller_models(
+        rows = smaller_models(
             target.smaller_form, skeleton, options.means, given=given, smallest=True
         )
-        smallest = min([smallest, *(each.smallest for each in smaller)])
+        smallest = min([smallest, *(each.smallest for row in rows for each in row)])
     if smallest > budget:
         verb = "has" if target.is_exact else "may have"
         others = [name for name in options.possible_means if name not in options.means]
