@@ -12,6 +12,7 @@ from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.file_forms import smaller_models
+from apt.engine.fit_tables import MEASURE, read_table
 from apt.engine.fit_targets import FitTarget, check_target_place, file_target, packed_target
 from apt.engine.fitted import FitChoice, Fitted
 from apt.engine.machine import choose_device, read_dtype
@@ -20,7 +21,7 @@ from apt.engine.packed_form import Means
 from apt.engine.prepare import Notice, capped, ignore_notice, tell_adapter, with_compute
 from apt.engine.prune_model import Pruning, prune_model, with_own_text
 from apt.engine.prune_task import CalibratedTask, check_memory
-from apt.engine.pruning_plan import settings
+from apt.engine.pruning_plan import fit_job
 from apt.engine.recipes import record
 from apt.engine.store import ModelStore
 from apt.engine.task import TaskResult
@@ -28,20 +29,18 @@ from apt.engine.text import Text
 from apt.errors import AptError
 from apt.files.journal import Journal, Line, journal_beside
 from apt.fit.choice import choose_first, frontier, smallest_size
-from apt.fit.levels import FileForm, Level
+from apt.fit.levels import FileForm, block_with_levels, with_levels
 from apt.fit.losses import Prune, measured_levels
 from apt.fit.outer import outer_names
 from apt.fit.sensitivities import forward_sums, sensitivities
-from apt.fit.table import LossTable, MeasuredLevel
+from apt.fit.table import LossTable
 from apt.locations.model_source import find
 from apt.options import FitRun
-from apt.output.report import Report, read_report, versions
-from apt.patterns import Pattern, Unstructured, keeps_all
-from apt.planning.plan import Plan, PlannedBlock, PlannedSite, make_plan
-from apt.plugin.registry import Registry, registry
+from apt.output.report import Report, versions
+from apt.patterns import Pattern, keeps_all
+from apt.planning.plan import Plan, PlannedBlock
+from apt.plugin.registry import Registry
 from apt.solver import Gram, SolverOptions, rounded, solve_live
-
-_MEASURE = "leave it out: the losses are then measured"
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class FitTask(CalibratedTask):
         table, weights = self.table
         if weights != store.weights:
             message = f"{self.options.table_from} was made from a model with other weights"
-            raise AptError(message, _MEASURE, ("table_from",))
+            raise AptError(message, MEASURE, ("table_from",))
         return table
 
     def inputs_of_losses(self, store: ModelStore, text: Text) -> Line:
@@ -271,7 +270,7 @@ class FitTask(CalibratedTask):
 
     def with_levels(self, block: PlannedBlock, levels: Mapping[str, str]) -> PlannedBlock:
         """A block with the forms of the levels of its sites; see `with_levels`."""
-        return _with_levels(block, self.form, levels)
+        return block_with_levels(block, self.form, levels)
 
     def open(self, written: Path) -> Opened:
         """The written file or directory, without weights."""
@@ -280,64 +279,6 @@ class FitTask(CalibratedTask):
         return open_skeleton(
             find(str(written), self.registry), self.registry, self.skeleton.spec.name
         )
-
-
-def with_levels(plan: Plan, form: FileForm, levels: Mapping[str, str]) -> Plan:
-    """The plan with the form of the chosen level of each site; other sites stay as they are."""
-    return replace(plan, blocks=tuple(_with_levels(block, form, levels) for block in plan.blocks))
-
-
-def _with_levels(block: PlannedBlock, form: FileForm, levels: Mapping[str, str]) -> PlannedBlock:
-    def changed(entry: PlannedSite) -> PlannedSite:
-        name = f"{block.name}.{entry.site.parameter}"
-        return replace(entry, form=form.level(name, levels[name]).form if name in levels else None)
-
-    return replace(block, sites=tuple(map(changed, block.sites)))
-
-
-def read_table(output: Path, form: FileForm) -> tuple[LossTable, str]:
-    """The table of losses in the report of an earlier run, and the hash of the model's weights.
-
-    Raises:
-        AptError: there is none, or it has other tensors, sizes or levels.
-    """
-    record, hint = read_report(output) or {}, _MEASURE
-    if not record.get("fit"):
-        raise AptError(f"{output} has no table of losses", hint, ("table_from",))
-    try:
-        table = LossTable.read(record["fit"].get("table"))
-    except ValueError as error:
-        message = f"the report of {output} is damaged: {error}"
-        raise AptError(message, hint, ("table_from",)) from error
-    part = _part(table, form)
-    if part is None:
-        message = f"{output} was made from another model, or for another output"
-        raise AptError(message, hint, ("table_from",))
-    return part, str(record["model"].get("sha256", ""))
-
-
-def _part(table: LossTable, form: FileForm) -> LossTable | None:
-    """The levels of a form in a table; None if a tensor, a level or a size differs.
-
-    The table may have more levels, such as those with zeros.
-    """
-    if table.tensors.keys() != form.levels.keys():
-        return None
-    tensors = dict[str, tuple[MeasuredLevel, ...]]()
-    for name, levels in form.levels.items():
-        measured = {level.name: level for level in table.tensors[name]}
-        found = [measured[level.name] for level in levels if level.name in measured]
-        if len(found) < len(levels) or not all(map(_fits, levels, found)):
-            return None
-        tensors[name] = tuple(found)
-    return LossTable(tensors, form.rest, table.gradient)
-
-
-def _fits(level: Level, measured: MeasuredLevel) -> bool:
-    """True if a measured level has the size of a level, or an expected size."""
-    return measured.size == level.size or (
-        level.expected is not None and measured.size < level.size
-    )
 
 
 def prepare_fit(
@@ -411,22 +352,3 @@ def smaller_task(task: FitTask, place: Path) -> FitTask:
         job=fit_job(opened, options, ignore_notice), table=None,
         journal=journal_beside(place, "table", "a fit"),
     )  # fmt: skip
-
-
-def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = False) -> Pruning:
-    """The loop over blocks that solves each site.
-
-    Args:
-        zeros: True if weights may be removed. Only then there are tuning and random tokens by
-            default, which compensate for them.
-    """
-    spec, chosen = registry().default_method(), options
-    if not zeros:
-        epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
-        chosen = replace(options, tuning_epochs=epochs, random_tokens=copies)
-    recipe, augmentation = settings(skeleton, chosen, chosen, spec, notice)
-    recipe = replace(recipe, permute=False)
-    if not zeros:
-        recipe = replace(recipe, row_importance=None)
-    plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0), per=spec.per)
-    return Pruning(skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed)
