@@ -5,7 +5,7 @@ import typer
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.running import CommandWatcher
-from apt.cli.summary import first_not_finite, show_scores, structure_line
+from apt.cli.summary import first_not_finite, show_scores, show_training, structure_line
 from apt.engine.fit_task import FitTask
 from apt.engine.task import Task
 from apt.output.report import Report, levels_by_kind, peak_memory
@@ -33,6 +33,7 @@ class FitWatcher(CommandWatcher):
             _show_candidates(report)
             _show_levels(report)
             show_scores(report, task)
+            show_training(report, task)
             _show_frontier(report)
             written, budget = report.fit["size"], report.fit["budget"]
             say(

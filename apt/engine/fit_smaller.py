@@ -137,7 +137,7 @@ class _Comparison:
             place = self._place(chosen.model)
             structure = Report.read(place).structure
             smaller = Smaller(report, structure, chosen.rise, self.table, self.task.journal)
-            task = replace(smaller_task(task, place), smaller=smaller)
+            task = replace(smaller_task(task, place), smaller=smaller, ends=task.ends)
         return replace(task, spent=time.perf_counter() - started)
 
     @property
@@ -282,7 +282,7 @@ class _Comparison:
         """
         names = ({each.name for each in run.OPTIONS} for run in (FitRun, ShrinkRun, SolveOptions))
         fit, shrink, solve = names
-        given = (fit & shrink) - solve | {"compute"}
+        given = (fit & shrink) - solve - {"minutes"} | {"compute"}
         values = {name: getattr(self.task.options, name) for name in given}
         size: dict[str, Any] = {"sizes": model.size.kept}
         if "blocks" in model.numbers:

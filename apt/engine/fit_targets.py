@@ -116,10 +116,12 @@ class FileTarget(FitTarget):
         model = Exportable(opened, original=whole.original, title=whole.title, changed=True)
         return FileTarget(self.export, model, form_of(self.export, model, opened))
 
-    def write(self, encoded: Mapping[str, EncodedRows], target: Path) -> Exported:
-        """Write the file; other tensors have the values of the model on disk."""
+    def write(
+        self, encoded: Mapping[str, EncodedRows], values: Mapping[str, Tensor], target: Path
+    ) -> Exported:
+        """Write the file; tensors that are not given have the values of the model on disk."""
         write: Export = self.export.load()
-        return write(self.model.with_encoded(encoded), target)
+        return write(self.model.with_encoded(encoded, values), target)
 
 
 @dataclass(frozen=True)

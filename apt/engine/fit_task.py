@@ -1,6 +1,7 @@
 """The task of ``apt-prune fit``: the best output of a given size."""
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from apt.engine.opening import RunRequest
 from apt.engine.packed_form import Means
 from apt.engine.prepare import Notice, capped, ignore_notice, tell_adapter, with_compute
 from apt.engine.prune_model import Pruning, prune_model, with_own_text
-from apt.engine.prune_task import CalibratedTask, check_memory
+from apt.engine.prune_task import CalibratedTask, check_memory, train_in_time
 from apt.engine.pruning_plan import fit_job
 from apt.engine.recipes import record
 from apt.engine.store import ModelStore
 from apt.engine.task import TaskResult
 from apt.engine.text import Text
+from apt.engine.timed_run import norms_after
 from apt.errors import AptError
 from apt.files.journal import Journal, Line, journal_beside
 from apt.fit.choice import choose_first, frontier, smallest_size
@@ -34,7 +36,7 @@ from apt.fit.losses import Prune, measured_levels
 from apt.fit.outer import outer_names
 from apt.fit.sensitivities import forward_sums, sensitivities
 from apt.fit.table import LossTable
-from apt.locations.model_source import find
+from apt.locations.model_source import Source, find
 from apt.options import FitRun
 from apt.output.report import Report, versions
 from apt.patterns import Pattern, keeps_all
@@ -76,6 +78,8 @@ class FitTask(CalibratedTask):
             smaller one, and its weights have changed.
         candidates: the records of the models that were compared, for the report.
         spent: the seconds of the comparison.
+        dense: the location of the model that the user gave.
+        ends: the end of the given time, of `time.perf_counter`; None without a given time.
     """
 
     options: FitRun
@@ -86,6 +90,8 @@ class FitTask(CalibratedTask):
     smaller: Smaller | None = None
     candidates: tuple[dict[str, Any], ...] = ()
     spent: float = 0.0
+    dense: Source
+    ends: float | None = None
     event = " fitting"
 
     @property
@@ -176,7 +182,13 @@ class FitTask(CalibratedTask):
         """The record of a new table of losses."""
 
         def step(work: str) -> Callable[[int, int], None]:
-            return lambda done, total: store.status("allocation", f"{work} {done} of {total}")
+            began = time.perf_counter()
+
+            def show(done: int, total: int) -> None:
+                store.status("allocation", f"{work} {done} of {total}")
+                self._check_time((time.perf_counter() - began) / done * (total - done))
+
+            return show
 
         model, adapter, plan = store.model, self.job.adapter, self.job.plan
         given = sensitivities(model, adapter, plan, text.tokens, step("gradients: sample"))
@@ -185,6 +197,15 @@ class FitTask(CalibratedTask):
             self._prune(),
         )  # fmt: skip
         return LossTable(levels, self.form.rest, given.outer.gradient).record()
+
+    def _check_time(self, left: float) -> None:
+        """Raise if the given time ends before the table of losses, in ``left`` seconds."""
+        if self.ends is not None and (late := time.perf_counter() + left - self.ends) > 0:
+            given = self.options.minutes or 0.0
+            message = f"{given:g} minutes are too few: the table of losses alone takes about "
+            raise AptError(
+                f"{message}{given + late / 60:.2g}", "give more, or leave them out", ("minutes",)
+            )
 
     @property
     def folder(self) -> Path:
@@ -228,6 +249,8 @@ class FitTask(CalibratedTask):
         job = self._job(with_levels(plan, self.form, store.choice.levels))
         options = report.options | record(job.recipe, job.augmentation, None)
         report = prune_model(store, text, job, replace(report, options=options))
+        if self.ends is not None:
+            report = self._with_norms(store, report, self.ends)
         plan = with_levels(plan, self.form, store.choice.levels)
         structure = {} if self.smaller is None else self.smaller.structure
         fit = self._fit_record(store.choice)
@@ -250,6 +273,22 @@ class FitTask(CalibratedTask):
         zeros = any(entry.pattern and not keeps_all(entry.pattern) for entry in plan.sites)
         job = self.job if zeros else fit_job(self.skeleton, self.options, ignore_notice)
         return replace(job, plan=plan)
+
+    def _with_norms(self, store: Fitted, report: Report, ends: float) -> Report:
+        """Train the norms and biases until the end of the given time."""
+        store.restore()
+        structure = {} if self.smaller is None else self.smaller.structure
+        minutes = (ends - time.perf_counter() + store.seconds) / 60
+        training = norms_after(
+            self.options, self.skeleton, self.dense, structure, minutes, self.registry, self.device
+        )
+        vectors = {name: p for name, p in store.model.named_parameters() if p.ndim == 1}
+        for vector in vectors.values() if self.target.is_file else ():
+            vector.data = vector.data.float()  # as in the file
+        report = train_in_time(training, store, report)
+        if report.recovery:
+            store.trained = {name: store.model.get_parameter(name).detach() for name in vectors}
+        return report
 
     def _round_outer(self, store: Fitted, name: str, matrix: Tensor) -> None:
         assert store.choice is not None
@@ -290,7 +329,7 @@ def prepare_fit(
         AptError: an option does not fit the model, the machine or the disk, even the smallest
             output is larger than the budget, or there are several processes.
     """
-    options, source = request.options, request.source
+    started, options, source = time.perf_counter(), request.options, request.source
     if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
         raise AptError("fit runs in one process", "start it without torchrun")
     texts = [options.calibration, options.evaluation, options.tokenizer]
@@ -306,6 +345,8 @@ def prepare_fit(
     if spec is not None:
         target = file_target(spec, skeleton)
     else:
+        if options.minutes is not None:  # a copy of the checkpoint would have its norms
+            dtype = dtype or skeleton.dtype
         means = Means.named(options.means, options.scale_group, registry.default_method().per)
         target = packed_target(skeleton, job.plan, means, dtype, budget, options.counted_context)
     _check_smallest(target, skeleton, options, budget)
@@ -316,7 +357,8 @@ def prepare_fit(
     task = FitTask(
         options=options, registry=registry, skeleton=skeleton, device=device, dtype=dtype,
         plan=target.plan, job=job, notice=notice, target=target, budget=budget, table=table,
-        journal=journal_beside(options.directory, "table", "a fit"),
+        journal=journal_beside(options.directory, "table", "a fit"), dense=source,
+        ends=None if options.minutes is None else started + 60 * options.minutes,
     )  # fmt: skip
     check_memory(task)
     return task
@@ -350,5 +392,5 @@ def smaller_task(task: FitTask, place: Path) -> FitTask:
     return replace(
         task, skeleton=opened, target=task.target.of_smaller(opened),
         job=fit_job(opened, options, ignore_notice), table=None,
-        journal=journal_beside(place, "table", "a fit"),
+        journal=journal_beside(place, "table", "a fit"), ends=None,
     )  # fmt: skip

@@ -6,11 +6,14 @@ from typing import Any, Final, Literal
 from apt.errors import AptError
 from apt.options.declaration import option, options
 from apt.options.prune import Effort, SolveOptions
+from apt.options.recover import check_trainable
 from apt.options.shared import (
     ACCURACY,
+    MINUTES,
     OUTPUT,
     SIZE,
     TEXT,
+    TIME_MEANING,
     DeviceOptions,
     DtypeOptions,
     MeasuringOptions,
@@ -132,6 +135,11 @@ class FitRun(
         "row.",
         default=64, panel=SIZE, metavar="N|row", read=read_columns,
     )  # fmt: skip
+    minutes: float | None = option(
+        "Time for the whole run: what the fit leaves is spent on the training of norms and biases "
+        "towards the model, as by recover --kind norms; all other tensors keep their bytes.",
+        default=None, panel=ACCURACY, metavar="M", within=MINUTES, meaning=TIME_MEANING,
+    )  # fmt: skip
     output: Path | None = option(
         "File or directory to write: NAME.gguf, or the packed directory.",
         default=None, panel=OUTPUT, short="-o",
@@ -196,6 +204,8 @@ class FitRun(
                 read_bytes(budgets[name], name)
         if self.samples < 1:
             raise AptError("fit needs calibration text", "use at least one sample", ("samples",))
+        if self.minutes is not None:
+            check_trainable(self.compute, ("minutes", "compute"))
 
     def check_target(self) -> None:
         """Raise `AptError` if options contradict the kind of output, once it is chosen."""
