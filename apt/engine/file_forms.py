@@ -14,13 +14,13 @@ from apt.errors import AptError
 from apt.fit.choice import smallest_size
 from apt.fit.levels import FileForm
 from apt.fit.outer import outer_names
-from apt.options.fit import DEPTH, WIDTH
+from apt.options.fit import DEPTH, EXPERTS, WIDTH
 from apt.planning.structure import Structure, make_structured_plan
 from apt.plugin.specs import ExportSpec
 from apt.shrinking.sizes import Size, Sizes
 
-Means = Literal["width", "depth"]
-SMALLER: tuple[Means, ...] = (WIDTH, DEPTH)
+Means = Literal["width", "depth", "experts"]
+SMALLER: tuple[Means, ...] = (WIDTH, DEPTH, EXPERTS)
 """The means that make a smaller model."""
 
 _SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the parameters of the blocks
@@ -36,7 +36,7 @@ class SmallerModel:
     """A smaller model that can be made.
 
     Attributes:
-        means: width for fewer channels, depth for fewer blocks; one or both.
+        means: width for fewer channels, depth for fewer blocks, or both; experts for fewer experts.
         size: its numbers of blocks and groups.
         form: what a file of it can hold.
     """
@@ -85,9 +85,9 @@ def smaller_models(
 ) -> Iterator[Iterator[SmallerModel]]:
     """Rows of smaller models, in each row the largest first.
 
-    The first rows have one of the means each. The others have both: in each, the models have the
-    same number of blocks, and fewer and fewer groups. A model takes the time to lay out a file, so
-    that the models are made one by one.
+    The first rows have one of the means each. The others have both width and depth: in each, the
+    models have the same number of blocks, and fewer and fewer groups. A model takes the time to lay
+    out a file, so that the models are made one by one.
 
     Args:
         form_of_smaller: returns what the output can hold of a smaller model without weights.
@@ -135,6 +135,8 @@ def smaller_sizes(opened: Opened, means: Means) -> list[Size]:
     """The sizes of the smaller models of one of the means, the largest first."""
     if means == WIDTH:
         return _widths(opened)
+    if means == EXPERTS:
+        return _numbers_of_experts(opened)
     sizes = Sizes(opened.module, opened.adapter, opened.config, 1)
     return [sizes.size({}, count) for count in _depths(opened, _SHARES)]
 
@@ -168,6 +170,20 @@ def _depths(opened: Opened, shares: Sequence[float]) -> list[int]:
     if not counts:
         raise AptError("this model has one block, which cannot be dropped", options=("may",))
     return sorted(counts, reverse=True)
+
+
+def _numbers_of_experts(opened: Opened) -> list[Size]:
+    """The sizes with fewer experts, the largest first."""
+    sizes = Sizes(opened.module, opened.adapter, opened.config, 1, experts=True)
+    if not sizes.automatic:
+        raise AptError("this model has no routed experts to remove", "leave it out", ("may",))
+    groups = next(iter(sizes.automatic.values()))
+    counts = {round(share * groups.count / groups.step) * groups.step for share in _SHARES}
+    return [
+        sizes.size({groups.kind: count}, sizes.blocks)
+        for count in sorted(counts - {groups.count}, reverse=True)
+        if count >= max(groups.least, groups.step)
+    ]
 
 
 def _widths(opened: Opened) -> list[Size]:

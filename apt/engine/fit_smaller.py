@@ -37,13 +37,16 @@ from apt.engine.text import Text
 from apt.errors import AptError
 from apt.events import Status
 from apt.files.journal import Line
-from apt.fit.choice import DoesNotFitError, choose
+from apt.fit.choice import DoesNotFitError, choose, smallest_size
 from apt.fit.estimate import estimated_table
 from apt.fit.table import LossTable
 from apt.options import FitRun, ShrinkRun, SolveOptions
+from apt.options.fit import EXPERTS
 from apt.output.json_values import json_value
 from apt.output.report import Report, read_report
 from apt.plugin.registry import registry
+from apt.pruning.expert_choice import ExpertChoice
+from apt.shrinking.expert_proxy import ExpertProxy
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.skipping import loss_without
 from apt.shrinking.structure_choice import BlockChoice
@@ -56,8 +59,8 @@ _SMALL_LOSS = 0.05
 _MADE = 2
 """The number of smaller models that are made."""
 
-_CHOOSING_TOKENS = 2048
-"""The calibration tokens on which the blocks to drop are chosen for an estimate."""
+_CHOOSING_TOKENS, _EXPERT_TOKENS = 2048, 4096
+"""The calibration tokens on which blocks and experts to remove are chosen for an estimate."""
 
 
 @dataclass
@@ -117,7 +120,8 @@ class _Comparison:
         with self._opened(task) as (store, text):
             self.inputs = task.inputs_of_losses(store, text)
             self.table = task.losses(store, text)
-            whole = _Rated(None, _loss_in(self.table, task.budget))
+            fits = smallest_size(task.form) <= task.budget  # whatever the values are
+            whole = _Rated(None, _loss_in(self.table, task.budget) if fits else None)
             if whole.loss <= _SMALL_LOSS:
                 return task
             self.held = _held_back(task, text)
@@ -192,7 +196,7 @@ class _Comparison:
             task.options.means,
             given=task.options.may is not None,
         )
-        proxy, dropped = cache(lambda: self._proxy(store, text)), cache(self._dropped(store, text))
+        removal_of = self._removal_of(store, text)
         rated, removals = list[_Rated](), dict[tuple[str, int], float]()
         for row in rows:
             best = float("inf")
@@ -204,7 +208,7 @@ class _Comparison:
                     continue
                 self.status("structure", f"estimating the loss with {model.label}")
                 loss, names = self._remembered(
-                    f"estimate {model.label}", partial(self._removal, proxy, dropped, model)
+                    f"estimate {model.label}", partial(removal_of, model)
                 )
                 removal = loss - self.dense_loss
                 rated.append(self._rated(model, removal, names))
@@ -234,19 +238,39 @@ class _Comparison:
             fit_gaps="depth" in task.options.means,
         )  # fmt: skip
 
-    def _dropped(self, store: Fitted, text: Text) -> Callable[[int], list[str]]:
-        """A function from a number of blocks to the names of those that are dropped."""
-        choice = cast(BlockChoice, registry().default_shrink_method("blocks").load())
-        tokens = text.tokens[: max(1, _CHOOSING_TOKENS // text.tokens.shape[1])]
-        return lambda count: list(choice(store.model, self._adapter, tokens, count))
+    def _expert_proxy(self, store: Fitted, text: Text) -> ExpertProxy:
+        """The approximations of models with fewer experts."""
+        self.status("structure", "choosing experts")
+        choose = cast(ExpertChoice, registry().default_shrink_method("experts").load())
+        counts = [
+            n for size in smaller_sizes(self.task.skeleton, EXPERTS) for n in size.kept.values()
+        ]
+        tokens = _first_tokens(text, _EXPERT_TOKENS)
+        return ExpertProxy(store.model, self._adapter, tokens, choose, counts)
 
-    def _removal(
-        self, proxy: Callable[[], Proxy], dropped: Callable[[int], list[str]], model: SmallerModel
-    ) -> tuple[float, list[str]]:
-        """The loss of a smaller model, and the names of the blocks that it drops."""
-        count = len(self._adapter.blocks(self.task.skeleton.module)) - model.size.blocks
-        names = dropped(count) if count else []
-        return proxy().loss(model.size.kept, names, self.held), names
+    def _removal_of(
+        self, store: Fitted, text: Text
+    ) -> Callable[[SmallerModel], tuple[float, list[str]]]:
+        """A function from a model to its loss, and to the names of the blocks that it drops."""
+        proxy = cache(lambda: self._proxy(store, text))
+        experts = cache(lambda: self._expert_proxy(store, text))
+        choice = cast(BlockChoice, registry().default_shrink_method("blocks").load())
+        tokens, whole = (
+            _first_tokens(text, _CHOOSING_TOKENS),
+            len(self._adapter.blocks(store.model)),
+        )
+
+        @cache
+        def dropped(count: int) -> list[str]:
+            return list(choice(store.model, self._adapter, tokens, count)) if count else []
+
+        def removal(model: SmallerModel) -> tuple[float, list[str]]:
+            if EXPERTS in model.means:
+                return experts().loss(model.size.kept, self.held), []
+            names = dropped(whole - model.size.blocks)
+            return proxy().loss(model.size.kept, names, self.held), names
+
+        return removal
 
     def _measure(self, rated: _Rated) -> None:
         """Make a smaller model, and measure it."""
@@ -305,6 +329,11 @@ def best_task(task: FitTask, change: Callable[[Task], Report], status: Status) -
     if not set(SMALLER).intersection(task.options.means):
         return task
     return _Comparison(task, change, status).best()
+
+
+def _first_tokens(text: Text, count: int) -> Tensor:
+    """The first samples (samples, seqlen), with about this number of tokens."""
+    return text.tokens[: max(1, count // text.tokens.shape[1])]
 
 
 def _held_back(task: FitTask, text: Text) -> Tensor:

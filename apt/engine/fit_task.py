@@ -389,8 +389,9 @@ def smaller_task(task: FitTask, place: Path) -> FitTask:
     source = find(str(place), task.registry, trust_remote_code=options.trust_remote_code)
     opened = open_skeleton(source, task.registry, task.skeleton.spec.name, expanded=True)
     opened = with_compute(opened, options, task.device, ignore_notice)
+    target = task.target.of_smaller(opened)
     return replace(
-        task, skeleton=opened, target=task.target.of_smaller(opened),
-        job=fit_job(opened, options, ignore_notice), table=None,
+        task, skeleton=opened, target=target, plan=target.plan,
+        job=fit_job(opened, options, ignore_notice, zeros=options.zeros), table=None,
         journal=journal_beside(place, "table", "a fit"), ends=None,
     )  # fmt: skip

@@ -214,9 +214,11 @@ def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
             return result.report
         # e. Write it with its report, verify it on disk, and publish the directory.
         report = output.write(result)
-    task.forget()
     # f. Measure what was written, and complete the report.
-    return output.complete(report)
+    try:
+        return output.complete(report)
+    finally:  # the output is published, even if it could not be measured
+        task.forget()
 
 
 def resolve(

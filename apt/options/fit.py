@@ -31,7 +31,8 @@ ZEROS: Final = "zeros"
 BITS: Final = "bits"
 WIDTH: Final = "width"
 DEPTH: Final = "depth"
-MEANS = (ZEROS, BITS, WIDTH, DEPTH, "experts")
+EXPERTS: Final = "experts"
+MEANS = (ZEROS, BITS, WIDTH, DEPTH, EXPERTS)
 """The means to make an output smaller: zeros in the weights, fewer bits for a weight, fewer heads
 and channels, fewer blocks, and fewer experts."""
 
@@ -126,8 +127,8 @@ class FitRun(
     )  # fmt: skip
     may: str | None = option(
         "Means that fit may use, separated by commas. For gguf: bits; width and depth, to remove "
-        "channels and blocks where that is better. For packed: zeros and bits. By default all of "
-        "the output.",
+        "channels and blocks where that is better. For packed: zeros, bits; and experts, to remove "
+        "experts of a mixture. By default all of the output.",
         default=None, panel=SIZE, metavar="MEANS",
     )  # fmt: skip
     scale_group: int | Literal["row"] = option(
@@ -168,12 +169,12 @@ class FitRun(
     @property
     def needs_packed(self) -> bool:
         """True if only a packed directory can have what the options ask for."""
-        return self.memory is not None or ZEROS in self.means
+        return self.memory is not None or bool({ZEROS, EXPERTS}.intersection(self.means))
 
     @property
     def possible_means(self) -> tuple[str, ...]:
         """The means of the target."""
-        return (ZEROS, BITS) if self.target == PACKED else (BITS, WIDTH, DEPTH)
+        return (ZEROS, BITS, EXPERTS) if self.target == PACKED else (BITS, WIDTH, DEPTH)
 
     @property
     def zeros(self) -> bool:
