@@ -24,7 +24,7 @@ SMALLER: tuple[Means, ...] = (WIDTH, DEPTH, EXPERTS)
 """The means that make a smaller model."""
 
 _SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the parameters of the blocks
-_SHARES_BESIDE = (0.95, 0.9, 0.8)  # of the blocks, in models with fewer groups too
+_SHARES_BESIDE = (0.95, 0.9, 0.85, 0.8)  # of the blocks, in models with fewer groups too
 _COLUMNS, _FEW_COLUMNS = 256, 32
 """The columns of the long and short blocks of grids: narrower rows should still consist of them."""
 
