@@ -26,7 +26,8 @@ from torch import Tensor
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.file_forms import SMALLER, SmallerModel, smaller_models, smaller_sizes
-from apt.engine.fit_task import FitTask, Smaller, smaller_task
+from apt.engine.fit_preparation import smaller_task
+from apt.engine.fit_task import FitTask, Smaller
 from apt.engine.fitted import Fitted
 from apt.engine.opening import RunRequest, resolve_names
 from apt.engine.prepare import ignore_notice

@@ -11,8 +11,9 @@ from apt.checkpoints.exporting import Exported
 from apt.distributed.ranks import Ranks
 from apt.engine.costs import PlannedRun
 from apt.engine.export import export_output
+from apt.engine.fit_preparation import prepare_fit
 from apt.engine.fit_smaller import best_task
-from apt.engine.fit_task import FitTask, prepare_fit
+from apt.engine.fit_task import FitTask
 from apt.engine.forecast import forecast
 from apt.engine.opening import AnyRun, RunRequest, resolve_names
 from apt.engine.packing import pack_output
