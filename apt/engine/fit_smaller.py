@@ -25,7 +25,7 @@ from torch import Tensor
 
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
-from apt.engine.file_forms import SMALLER, SmallerModel, smaller_models, smaller_sizes
+from apt.engine.file_forms import SMALLER, Means, SmallerModel, smaller_models, smaller_sizes
 from apt.engine.fit_preparation import smaller_task
 from apt.engine.fit_task import FitTask, Smaller
 from apt.engine.fitted import Fitted
@@ -327,9 +327,19 @@ def best_task(task: FitTask, change: Callable[[Task], Report], status: Status) -
         change: does a run, and returns its report.
         status: called at each step.
     """
-    if not set(SMALLER).intersection(task.options.means):
+    if not any(name in task.options.means and _has_sizes(task, name) for name in SMALLER):
         return task
     return _Comparison(task, change, status).best()
+
+
+def _has_sizes(task: FitTask, means: Means) -> bool:
+    """True if there are smaller models of one of the means."""
+    try:
+        return bool(smaller_sizes(task.skeleton, means))
+    except AptError:
+        if task.options.may is not None:
+            raise
+        return False
 
 
 def _first_tokens(text: Text, count: int) -> Tensor:
