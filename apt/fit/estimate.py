@@ -39,8 +39,8 @@ def _estimated(
         if level.grid is None and level.pattern is None:
             yield MeasuredLevel(level.name, level.size, 0.0)
         elif (whole := known.get(level.name)) is not None:
-            share, size = level.size / whole.size, level.size
+            kept, of, size = level.size, whole.size, level.size
             if level.expected is not None and stored is not None:
-                share = levels[0].size / stored.size
-                size = min(size, round(whole.size * share))
-            yield MeasuredLevel(level.name, size, whole.loss * share)
+                kept, of = levels[0].size, stored.size
+                size = min(size, round(whole.size * kept / of))
+            yield MeasuredLevel(level.name, size, whole.loss * kept / of)
