@@ -20,7 +20,8 @@ from apt.output.report import peak_memory, versions
 from apt.packing.directory import stored_tensors
 from apt.runtime.entries import is_packed
 from apt.text.self_generated import writes
-from apt_lab.benchmark.generation import prompts, speed
+from apt.evaluation.generation import prompts
+from apt_lab.benchmark.generation import speed
 from apt_lab.benchmark.measures import Facts, Turn
 from apt_lab.options import BenchRun
 
