@@ -53,8 +53,10 @@ def prepare_fit(
         if options.minutes is not None:  # a copy of the checkpoint would have its norms
             dtype = dtype or skeleton.dtype
         means = Means.named(options.means, options.scale_group, registry.default_method().per)
-        target = packed_target(skeleton, job.plan, means, dtype, budget, options.counted_context)
-    _check_smallest(target, skeleton, options, budget)
+        largest = budget if options.speed is None else None
+        target = packed_target(skeleton, job.plan, means, dtype, largest, options.counted_context)
+    if options.speed is None:
+        _check_smallest(target, skeleton, options, budget)
     options = replace(
         options, adapter=skeleton.spec.name, seqlen=capped(options.seqlen, skeleton, notice)
     )

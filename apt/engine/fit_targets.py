@@ -137,7 +137,7 @@ class PackedTarget(FitTarget):
         cache: the bytes of the cache, if the bytes in memory are counted; else None.
     """
 
-    store = InPacked
+    store: ClassVar[type[Fitted]] = InPacked
     is_file = False
 
     packed: PackedForm
@@ -226,12 +226,13 @@ def packed_target(
     plan: Plan,
     means: Means,
     dtype: torch.dtype | None,
-    budget: int,
+    budget: int | None,
     context: int | None,
 ) -> PackedTarget:
     """The target of a packed directory.
 
     Args:
+        budget: the largest number of bytes; None if something else is limited.
         context: the tokens of the cache, to count the bytes in memory; None to count those of the
             files.
 
@@ -243,7 +244,7 @@ def packed_target(
     if not packed.matrices:
         message = f"no weight of {name} belongs to a torch.nn.Linear module or to stacked experts"
         raise AptError(message, "other modules, such as Conv1D, cannot be packed", ("target",))
-    if packed.dense <= budget:
+    if budget is not None and packed.dense <= budget:
         size = f"{packed.dense:,} bytes ({packed.dense / 2**20:.1f} MiB)"
         message = f"{name} fits already: with dense weights it has at most {size}"
         raise AptError(message, "give a smaller size", ("size", "bits", "memory"))

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from apt.files.journal import Journal, Line
 from apt.fit.choice import choose_first, frontier
 from apt.fit.levels import FileForm, block_with_levels, with_levels
 from apt.fit.losses import Prune, measured_levels
-from apt.fit.outer import outer_names
+from apt.fit.outer import Outer, outer_names
 from apt.fit.sensitivities import forward_sums, sensitivities
 from apt.fit.table import LossTable
 from apt.locations.model_source import Source, find
@@ -64,7 +64,8 @@ class FitTask(CalibratedTask):
 
     Attributes:
         target: the output.
-        budget: the largest size of its weights in bytes.
+        budget: the largest size of its weights in bytes; for a speed the largest time of a decoding
+            step in nanoseconds.
         table: the table of losses of an earlier run, and the hash of the weights of its model;
             None to measure the losses.
         journal: the journal with the table of an interrupted run.
@@ -130,8 +131,19 @@ class FitTask(CalibratedTask):
         if heads:
             store.status("allocation", "measuring the inputs of the head")
             outer = forward_sums(store.model, self.job.adapter, text.tokens, table.gradient)
-        store.choice = FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
+        store.choice = self.chosen(table, store, heads=heads, outer=outer)
         return text, self.job.plan
+
+    def chosen(
+        self, table: LossTable, store: Fitted, heads: Sequence[str], outer: Outer | None
+    ) -> FitChoice:
+        """The choice of levels.
+
+        Args:
+            heads: the embedding and the head, if they have levels.
+            outer: the statistics of them.
+        """
+        return FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
 
     def losses(self, store: ModelStore, text: Text) -> LossTable:
         """The table of losses: the given one, that of an interrupted run, or a new one.
@@ -247,10 +259,10 @@ class FitTask(CalibratedTask):
             report = self._with_norms(store, report, self.ends)
         plan = with_levels(plan, self.form, store.choice.levels)
         structure = {} if self.smaller is None else self.smaller.structure
-        fit = self._fit_record(store.choice)
+        fit = self.fit_record(store.choice)
         return TaskResult(replace(report, fit=fit, structure=structure, skipped=plan.dense), plan)
 
-    def _fit_record(self, choice: FitChoice) -> dict[str, Any]:
+    def fit_record(self, choice: FitChoice) -> dict[str, Any]:
         """The entry of the report, whose losses are above that of the whole model."""
         table, levels = choice.table, choice.levels
         rise, whole = (0.0, table) if (made := self.smaller) is None else (made.rise, made.table)

@@ -13,6 +13,7 @@ from apt.engine.costs import PlannedRun
 from apt.engine.export import export_output
 from apt.engine.fit_preparation import prepare_fit
 from apt.engine.fit_smaller import best_task
+from apt.engine.fit_speed import speed_task
 from apt.engine.fit_task import FitTask
 from apt.engine.forecast import forecast
 from apt.engine.opening import AnyRun, RunRequest, resolve_names
@@ -236,7 +237,8 @@ def resolve(
     if isinstance(request.options, PruneRun | ShrinkRun):
         return prepare_pruning(request, registry, notice, ranks)
     if isinstance(request.options, FitRun):
-        return prepare_fit(request, registry, notice, ranks)
+        task = prepare_fit(request, registry, notice, ranks)
+        return task if request.options.speed is None else speed_task(task)
     if isinstance(request.options, RecoverRun):
         return prepare_recovery(request, registry, notice)
     return prepare_reapplying(request, registry, notice)

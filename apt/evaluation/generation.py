@@ -1,5 +1,6 @@
 """The times of the tokens of a greedy generation with a cache, by transformers."""
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -15,12 +16,12 @@ from apt.text.special_tokens import named_ids
 class _Arrivals:
     """A stopping criterion that never stops, and records the time of each of its calls."""
 
-    def __init__(self) -> None:
-        self.times = list[float]()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.times, self._clock = list[float](), clock
 
     def __call__(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
         synchronize(tokens.device)
-        self.times.append(perf_counter())
+        self.times.append(self._clock())
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
 
@@ -33,13 +34,16 @@ def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
     return tokens.to(next(model.parameters()).device)
 
 
-def token_times(model: Any, tokens: Tensor, generate: int) -> list[float]:
+def token_times(
+    model: Any, tokens: Tensor, generate: int, clock: Callable[[], float] = perf_counter
+) -> list[float]:
     """The seconds from the start to each generated token of a batch.
 
     Args:
         model: a model of transformers that can generate text.
         tokens: token ids (batch, prompt).
         generate: the number of tokens to generate in each sequence. The end of a text is ignored.
+        clock: returns the time in seconds.
 
     Raises:
         RuntimeError: the model generated another number of tokens.
@@ -50,9 +54,9 @@ def token_times(model: Any, tokens: Tensor, generate: int) -> list[float]:
         max_new_tokens=generate, eos_token_id=None,
     )  # fmt: skip
     model.generation_config = config
-    arrivals = _Arrivals()
+    arrivals = _Arrivals(clock)
     synchronize(tokens.device)
-    start = perf_counter()
+    start = clock()
     text = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), generation_config=config,
         stopping_criteria=[arrivals],

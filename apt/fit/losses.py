@@ -188,7 +188,7 @@ def _with_losses(
     levels: Sequence[Level], found: Sequence[SampledLevel], scale: float
 ) -> tuple[MeasuredLevel, ...]:
     return tuple(
-        MeasuredLevel(level.name, level.size_with(sums.share), sums.loss * scale)
+        MeasuredLevel(level.name, level.size_with(sums.share), sums.loss * scale, sums.share)
         for level, sums in zip(levels, found, strict=True)
     )
 

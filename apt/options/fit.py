@@ -115,6 +115,12 @@ class FitRun(
         "Tokens in the cache with --memory.",
         default=2048, panel=SIZE, flag="--context", metavar="N", within="[0, ∞)",
     )  # fmt: skip
+    speed: float | None = option(
+        "Tokens per second that a packed model decodes on this processor, with one sequence, in "
+        "place of --size. The number of threads is that of the run.",
+        default=None, panel=SIZE, metavar="N", within="(0, ∞)",
+        meaning="it is a number of tokens per second, such as 60",
+    )  # fmt: skip
     table_from: Path | None = option(
         "Take the table of losses from the report of OUT, the output of an earlier fit of the same "
         "model, and do not measure again.",
@@ -169,7 +175,8 @@ class FitRun(
     @property
     def needs_packed(self) -> bool:
         """True if only a packed directory can have what the options ask for."""
-        return self.memory is not None or bool({ZEROS, EXPERTS}.intersection(self.means))
+        names = {ZEROS, EXPERTS}.intersection(self.means)
+        return self.memory is not None or self.speed is not None or bool(names)
 
     @property
     def possible_means(self) -> tuple[str, ...]:
@@ -192,14 +199,16 @@ class FitRun(
             read_means(self.may)
         if not self.model:
             raise AptError("no MODEL is given", "name one, for example zoo:llama")
-        budgets = {"size": self.size, "bits": self.bits, "memory": self.memory}
+        budgets = {
+            "size": self.size, "bits": self.bits, "memory": self.memory, "speed": self.speed,
+        }  # fmt: skip
         given = [name for name, value in budgets.items() if value is not None]
         if len(given) > 1:
             names = (given[0], given[1])
             raise AptError(f"{' and '.join(names)} are both given", "give one of them", names)
         if not given:
             message = "size and bits are missing: what must the model fit into?"
-            raise AptError(message, "give one of them", ("size", "bits", "memory"))
+            raise AptError(message, "give one of them, or a speed", tuple(budgets))
         for name in ("size", "memory"):
             if budgets[name] is not None:
                 read_bytes(budgets[name], name)
@@ -220,12 +229,20 @@ class FitRun(
         if self.target != PACKED and self.memory is not None:
             message = f"memory has no effect for {self.target}: it is that of a packed model"
             raise AptError(message, "give a size", ("memory", "target"))
+        if self.target != PACKED and self.speed is not None:
+            message = f"speed has no effect for {self.target}: it is that of a packed model"
+            raise AptError(message, "give a size", ("speed", "target"))
         if self.target != PACKED and self.scale_group != type(self).scale_group:
             message = f"scale group has no effect for {self.target}: its types have their own"
             raise AptError(message, "leave it out", ("scale_group", "target"))
 
     def budget(self, weights: int) -> int:
-        """The largest number of bytes, for a model of a number of weights."""
+        """The largest number of bytes, for a model of a number of weights.
+
+        For a speed it is the largest number of nanoseconds of a decoding step.
+        """
+        if self.speed is not None:
+            return int(1e9 / self.speed)
         size = self.memory if self.size is None else self.size
         if size is not None:
             return read_bytes(size)
