@@ -27,6 +27,7 @@ from apt.fit.outer import Outer
 from apt.fit.table import LossTable
 from apt.output.report import Report
 from apt.output.staging import Staging
+from apt.runtime.linear import describe_kernels
 
 MISSED = 0.05
 """The share of the goal by which a speed may differ from it."""
@@ -175,11 +176,9 @@ def speed_task(task: FitTask) -> SpeedTask:
         raise AptError(message, "give a higher speed", ("speed",))
     if options.speed > highest:
         others = [name for name in options.possible_means if name not in options.means]
-        raise AptError(
-            f"{options.model} does not decode {options.speed:g} tokens/s {on}: at most "
-            f"{highest:.1f}",
-            "give a lower speed" + (f", or allow {', '.join(others)}" if others else ""),
-            ("speed",),
-        )
+        allow, (_, remedy) = f"allow {', '.join(others)}" if others else "", describe_kernels()
+        hints = ", or ".join(filter(None, ("give a lower speed", allow, remedy)))
+        message = f"{options.model} does not decode {options.speed:g} tokens/s {on}"
+        raise AptError(f"{message}: at most {highest:.1f}", hints, ("speed",))
     fast = FastTarget(**vars(target))
     return SpeedTask(**{**vars(task), "target": fast, "pace": pace})

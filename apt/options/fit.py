@@ -181,7 +181,9 @@ class FitRun(
     @property
     def possible_means(self) -> tuple[str, ...]:
         """The means of the target."""
-        return (ZEROS, BITS, EXPERTS) if self.target == PACKED else (BITS, WIDTH, DEPTH)
+        if self.target != PACKED:
+            return BITS, WIDTH, DEPTH
+        return (ZEROS, BITS, EXPERTS) if self.speed is None else (ZEROS, BITS)
 
     @property
     def zeros(self) -> bool:

@@ -25,6 +25,7 @@ NOT_HERE = {
     "pruned-hf": "the same",
     "doctor --test": "a minute; engine/test_self_test.py",
     **({} if STACKED else {"zoo:moe": "needs transformers 5"}),
+    "--speed": "a speed that this model has on this machine; engine/test_fit_speed.py",
     "--kind norms": "needs a rounded model; recovery/test_recover.py",
     "MODEL.gguf": "needs a mixture as a GGUF file; engine/test_in_place_files.py",
     "w4a16": "its group divides no matrix of so small a model; packing/test_compressed_tensors.py",
