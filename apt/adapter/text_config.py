@@ -19,3 +19,16 @@ def hidden_size(config: Any) -> int:
     if width is None:
         raise AptError(f"{type(text).__name__} does not give the width of the residual stream")
     return width
+
+
+def cache_width(config: Any) -> int | None:
+    """The numbers of the keys of a token in a block, of all heads that the cache keeps.
+
+    None if the configuration does not give the number of heads. The values are as many.
+    """
+    text = text_config(config)
+    heads = getattr(text, "num_attention_heads", None)
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    if not heads or not kept:
+        return None
+    return int(kept) * int(getattr(text, "head_dim", None) or hidden_size(text) // heads)

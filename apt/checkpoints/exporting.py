@@ -60,6 +60,7 @@ class Exportable:
             times scales; else None.
         encoded: the matrices that are written as they are here, in place of those on disk, by the
             names of their parameters.
+        values: the parameters that have other values than those on disk.
         title: the name of the model in the file; by default the name of its directory.
         changed: True if its weights are no longer those of the original. They then have no values
             in the types of the original's tensors.
@@ -80,20 +81,23 @@ class Exportable:
         encoded: Mapping[str, EncodedRows] | None = None,
         title: str | None = None,
         *,
+        values: Mapping[str, Tensor] | None = None,
         changed: bool = False,
     ) -> None:
         self.type, self.original, self.integers = type, original, integers
-        self.changed = changed
+        self.changed, self._values = changed, values or {}
         self.encoded, self.is_fitted = encoded or {}, encoded is not None
         self.config: Any = opened.config
         self.module: nn.Module = opened.module
         self.name = opened.source.reference
         self._opened, self._title = opened, title
 
-    def with_encoded(self, encoded: Mapping[str, EncodedRows]) -> "Exportable":
-        """The same model, with these matrices in place of those on disk."""
+    def with_encoded(
+        self, encoded: Mapping[str, EncodedRows], values: Mapping[str, Tensor] | None = None
+    ) -> "Exportable":
+        """The same model, with these matrices and these values in place of those on disk."""
         parts = (self._opened, self.type, self.original, self.integers)
-        return Exportable(*parts, encoded, self._title, changed=self.changed)
+        return Exportable(*parts, encoded, self._title, values=values, changed=self.changed)
 
     def resized(self, module: nn.Module, config: Any) -> "Exportable":
         """A smaller model that is not on disk yet, with the stored dtypes of this one.
@@ -160,6 +164,8 @@ class Exportable:
 
     def read(self, name: str) -> Tensor:
         """A parameter, in its stored dtype; raises `AptError` if a value is not finite."""
+        if (value := self._values.get(name)) is not None:
+            return value
         return read_parameter(self._stored.layout[name], self.shapes[name], self._stored.shards)
 
 

@@ -14,6 +14,10 @@ from transformers import PreTrainedModel
 from apt.checkpoints.architecture import without_weights
 from apt.compute import fp32_names
 
+_SPREAD = 0.02  # the standard deviation of random weights
+_RANDOM = 2**22 - 3  # random values; rows of common widths do not repeat them
+_LARGE = 2**27  # weights from which values stay zero: only embeddings are this large
+
 
 def skeleton_module(
     config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool
@@ -79,6 +83,24 @@ def skeleton_of_class(model_class: Any, config: Any, model: Any) -> nn.Module:
     with _parameters_on_meta():
         module: nn.Module = model_class._from_config(config, **arguments)
     return module
+
+
+def with_random_weights(model: nn.Module, device: str) -> nn.Module:
+    """A skeleton with normally distributed weights in memory, for measurements of time.
+
+    The same values are repeated, and no tensor is shared. A very large parameter, as only
+    embeddings are, is zero.
+    """
+    random = torch.randn(_RANDOM, generator=torch.Generator().manual_seed(0)) * _SPREAD
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            count = parameter.numel()
+            values = torch.zeros(count, dtype=parameter.dtype, device=device)
+            if count < _LARGE:
+                for part in torch.split(values, _RANDOM):
+                    part.copy_(random[: len(part)])
+            setattr(module, name, nn.Parameter(values.view(parameter.shape)))
+    return model.to(device)
 
 
 @contextmanager

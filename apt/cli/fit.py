@@ -15,7 +15,7 @@ class PlotOptions(Options):
 def fit(
     run: FitRun, picture: PlotOptions, config: ConfigOptions, printing: PrintingOptions
 ) -> None:
-    """Write the best file or packed directory of a given size.
+    """Write the best file or packed directory of a given size, or of a given speed.
 
     Each tensor gets the kind of numbers, and in a packed directory the share of zeros, that serves
     the whole best.

@@ -1,11 +1,13 @@
 """The output of ``apt-prune fit``."""
 
+from typing import Any
+
 import typer
 
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.cli.progress import Progress, PruningProgress
 from apt.cli.running import CommandWatcher
-from apt.cli.summary import first_not_finite, show_scores, structure_line
+from apt.cli.summary import first_not_finite, show_scores, show_training, structure_line
 from apt.engine.fit_task import FitTask
 from apt.engine.task import Task
 from apt.output.report import Report, levels_by_kind, peak_memory
@@ -33,12 +35,11 @@ class FitWatcher(CommandWatcher):
             _show_candidates(report)
             _show_levels(report)
             show_scores(report, task)
+            show_training(report, task)
             _show_frontier(report)
-            written, budget = report.fit["size"], report.fit["budget"]
             say(
-                f"{self.options.output}: {written:,} bytes of {budget:,} ({written / 2**20:.1f} of "
-                f"{budget / 2**20:.1f} MiB); predicted rise of the loss {report.fit['loss']:.4f} "
-                f"nats; {duration(report.seconds)}, "
+                f"{self.options.output}: {_reached(report.fit)}; predicted rise of the loss "
+                f"{report.fit['loss']:.4f} nats; {duration(report.seconds)}, "
                 f"peak memory {size(sum(peak_memory().values()))}"
             )
         if first_not_finite(report.scores, self.options.metrics):
@@ -67,9 +68,22 @@ def _nats(loss: float | None) -> str:
 
 
 def _show_frontier(report: Report) -> None:
-    """Print the predicted loss of the best outputs of other sizes."""
-    sizes = [f"{bytes_ / 2**20:.1f} MiB {loss:.4f}" for bytes_, loss in report.fit["frontier"]]
-    say(f"predicted rise of the loss in nats at other sizes: {', '.join(sizes)}")
+    """Print the predicted loss of the best outputs of other sizes or speeds."""
+    kind, unit, per = ("speeds", "", 1) if "speed" in report.fit else ("sizes", " MiB", 2**20)
+    best = [f"{cost / per:.1f}{unit} {loss:.4f}" for cost, loss in report.fit["frontier"]]
+    say(f"predicted rise of the loss in nats at other {kind}: {', '.join(best)}")
+
+
+def _reached(fit: dict[str, Any]) -> str:
+    """The size or the speed of the output, and the goal."""
+    written = fit["size"]
+    if (speed := fit.get("speed")) is None:
+        budget, unit = fit["budget"], 2**20
+        return f"{written:,} bytes of {budget:,} ({written / unit:.1f} of {budget / unit:.1f} MiB)"
+    return (
+        f"{speed['measured']:.1f} tokens/s measured, {speed['trials'][-1][0]:.1f} estimated, goal "
+        f"{speed['goal']:g} (dense {speed['dense']:.1f}); {written / 2**20:.1f} MiB"
+    )
 
 
 def _show_levels(report: Report) -> None:

@@ -41,7 +41,7 @@ def draw_candidates(
 
 
 def draw_frontier(fit: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> None:
-    """Draw the predicted loss of the best files of ten sizes, and that of the written file.
+    """Draw the predicted loss of the best outputs of ten sizes or speeds, and that of the output.
 
     Args:
         fit: the report's entry of a fit.
@@ -49,10 +49,14 @@ def draw_frontier(fit: Mapping[str, Any], path: Path, *, overwrite: bool = False
         overwrite: True if a file there may be replaced.
     """
     figure, axes = pyplot().subplots(figsize=(7, 4))
-    sizes, losses = zip(*fit["frontier"], strict=True)
-    axes.plot([size / 2**20 for size in sizes], losses, "-o", color="tab:blue", label="best files")
-    axes.plot(fit["size"] / 2**20, fit["loss"], "s", color="tab:red", label="this file")
-    axes.set_xlabel("MiB")
+    costs, losses = zip(*fit["frontier"], strict=True)
+    speed = fit.get("speed")
+    unit, per, own = (
+        ("MiB", 2**20, fit["size"]) if speed is None else ("tokens/s", 1, speed["measured"])
+    )
+    axes.plot([cost / per for cost in costs], losses, "-o", color="tab:blue", label="best files")
+    axes.plot(own / per, fit["loss"], "s", color="tab:red", label="this file")
+    axes.set_xlabel(unit)
     axes.set_ylabel("predicted rise of the loss, nats per token")
     axes.legend()
     write_figure(figure, path, overwrite=overwrite)

@@ -9,7 +9,7 @@ from typing import Any
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.opening import selection_of
 from apt.engine.prune_task import CalibratedTask, PruneTask
-from apt.options import MeasuringOptions, PruneRun
+from apt.options import FitRun, MeasuringOptions, PruneRun
 from apt.output.report import Report, by_kind, peak_memory
 
 _MAX_CANDIDATES = 10  # candidates in the table, beside the Pareto front
@@ -26,9 +26,7 @@ def show_report(report: Report, task: PruneTask, *, as_json: bool) -> None:
     show_scores(report, task)
     if report.structure:
         _show_candidates(report.structure["candidates"])
-    if task.training is not None:
-        training = report.recovery.get("training")
-        say(training_line(training) if training else report.problems[-1])
+    show_training(report, task)
     result = structure_line(report.structure) if report.structure else _sparsity_line(report, task)
     error = f"mean relative layer error {report.relative_layer_error:.4f}; " if report.sites else ""
     say(
@@ -44,6 +42,13 @@ def show_scores(report: Report, task: CalibratedTask) -> None:
         before, after = report.scores["before"][metric], report.scores["after"][metric]
         change = _change(before, after, task.registry.evaluators.get(metric).better)
         say(f"{metric} on {measured_on(report, options)}: {before:.4g} → {after:.4g}{change}")
+
+
+def show_training(report: Report, task: CalibratedTask) -> None:
+    """Print the losses of a training in the rest of a given time, or why there was none."""
+    if isinstance(task.options, PruneRun | FitRun) and task.options.minutes is not None:
+        training = report.recovery.get("training")
+        say(training_line(training) if training else report.problems[-1])
 
 
 def measured_on(report: Report, options: MeasuringOptions) -> str:

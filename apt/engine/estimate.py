@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from apt.adapter.text_config import hidden_size, text_config
+from apt.adapter.text_config import cache_width, hidden_size
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
 from apt.engine.costs import PlannedRun, parameters_of
@@ -108,9 +108,8 @@ def _measuring_bytes(skeleton: Opened, seqlen: int, token_bytes: int) -> int:
 
 def _generating_bytes(skeleton: Opened, blocks: int, seqlen: int, element_bytes: int) -> int:
     """Bytes of the logits of the next tokens, and of the cached keys and values."""
-    config, tokens = text_config(skeleton.config), cached_tokens(seqlen)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = hidden_size(config) * (getattr(config, "num_key_value_heads", None) or heads) // heads
+    config, tokens = skeleton.config, cached_tokens(seqlen)
+    width = cache_width(config) or hidden_size(config)
     logits = part_bytes(vocabulary(skeleton.module), logits_at_once(), 1)
     keys_and_values: int = tokens * blocks * 2 * width * element_bytes
     return logits + keys_and_values

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
-from apt.engine.file_forms import SMALLER, SmallerModel, smaller_models, smaller_sizes
-from apt.engine.fit_task import FitTask, Smaller, smaller_task
+from apt.engine.file_forms import SMALLER, Means, SmallerModel, smaller_models, smaller_sizes
+from apt.engine.fit_preparation import smaller_task
+from apt.engine.fit_task import FitTask, Smaller
 from apt.engine.fitted import Fitted
 from apt.engine.opening import RunRequest, resolve_names
 from apt.engine.prepare import ignore_notice
@@ -37,13 +38,16 @@ from apt.engine.text import Text
 from apt.errors import AptError
 from apt.events import Status
 from apt.files.journal import Line
-from apt.fit.choice import DoesNotFitError, choose
+from apt.fit.choice import DoesNotFitError, choose, smallest_size
 from apt.fit.estimate import estimated_table
 from apt.fit.table import LossTable
 from apt.options import FitRun, ShrinkRun, SolveOptions
+from apt.options.fit import EXPERTS
 from apt.output.json_values import json_value
 from apt.output.report import Report, read_report
 from apt.plugin.registry import registry
+from apt.pruning.expert_choice import ExpertChoice
+from apt.shrinking.expert_proxy import ExpertProxy
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.skipping import loss_without
 from apt.shrinking.structure_choice import BlockChoice
@@ -56,8 +60,8 @@ _SMALL_LOSS = 0.05
 _MADE = 2
 """The number of smaller models that are made."""
 
-_CHOOSING_TOKENS = 2048
-"""The calibration tokens on which the blocks to drop are chosen for an estimate."""
+_CHOOSING_TOKENS, _EXPERT_TOKENS = 2048, 4096
+"""The calibration tokens on which blocks and experts to remove are chosen for an estimate."""
 
 
 @dataclass
@@ -86,9 +90,9 @@ class _Rated:
         """The entry of the report."""
         model = self.model
         return {
-            "means": "bits" if model is None else model.means,
+            "means": "bits" if model is None else ",".join(model.means),
             "share": 1.0 if model is None else model.size.share,
-            "kept": {} if model is None else model.size.kept or {"blocks": model.size.blocks},
+            "kept": {} if model is None else model.numbers,
             "predicted": self.predicted, "measured": self.measured, "chosen": chosen,
         }  # fmt: skip
 
@@ -117,7 +121,8 @@ class _Comparison:
         with self._opened(task) as (store, text):
             self.inputs = task.inputs_of_losses(store, text)
             self.table = task.losses(store, text)
-            whole = _Rated(None, _loss_in(self.table, task.budget))
+            fits = smallest_size(task.form) <= task.budget  # whatever the values are
+            whole = _Rated(None, _loss_in(self.table, task.budget) if fits else None)
             if whole.loss <= _SMALL_LOSS:
                 return task
             self.held = _held_back(task, text)
@@ -137,7 +142,7 @@ class _Comparison:
             place = self._place(chosen.model)
             structure = Report.read(place).structure
             smaller = Smaller(report, structure, chosen.rise, self.table, self.task.journal)
-            task = replace(smaller_task(task, place), smaller=smaller)
+            task = replace(smaller_task(task, place), smaller=smaller, ends=task.ends)
         return replace(task, spent=time.perf_counter() - started)
 
     @property
@@ -178,32 +183,42 @@ class _Comparison:
     def _estimated(self, store: Fitted, text: Text, most: float) -> list[_Rated]:
         """The smaller models that fit, with the estimates of their losses.
 
-        Of each of the means, the estimates end with a model whose removal alone costs more than
-        the best file so far.
+        The estimates of a row end with a model whose removal alone costs more than the best file
+        so far. With both of the means, they also end where a smaller model has a greater loss, and
+        no model is estimated of which a part alone costs more than the best file.
 
         Args:
             most: the loss of the best file of the whole model.
         """
         task = self.task
-        models = smaller_models(
+        rows = smaller_models(
             task.target.smaller_form,
             task.skeleton,
             task.options.means,
             given=task.options.may is not None,
         )
-        proxy = cache(lambda: self._proxy(store, text))
-        rated, ended = list[_Rated](), set[str]()
-        for model in models:
-            if model.means in ended or model.smallest > task.budget:
-                continue
-            self.status("structure", f"estimating the loss with {model.label}")
-            loss, dropped = self._remembered(
-                f"estimate {model.label}", partial(self._removal, store, text, proxy, model)
-            )
-            rated.append(self._rated(model, loss - self.dense_loss, dropped))
-            if loss - self.dense_loss > most:
-                ended.add(model.means)
-            most = min(most, rated[-1].loss)
+        removal_of = self._removal_of(store, text)
+        rated, removals = list[_Rated](), dict[tuple[str, int], float]()
+        for row in rows:
+            best = float("inf")
+            for model in row:
+                parts = [removals.get(part, 0.0) for part in model.numbers.items()]
+                if max(parts) > most:
+                    break
+                if model.smallest > task.budget:
+                    continue
+                self.status("structure", f"estimating the loss with {model.label}")
+                loss, names = self._remembered(
+                    f"estimate {model.label}", partial(removal_of, model)
+                )
+                removal = loss - self.dense_loss
+                rated.append(self._rated(model, removal, names))
+                if len(parts) == 1:
+                    removals |= dict.fromkeys(model.numbers.items(), removal)
+                if removal > most or (len(parts) > 1 and rated[-1].loss > best):
+                    break
+                best = min(best, rated[-1].loss)
+                most = min(most, best)
         return rated
 
     def _rated(self, model: SmallerModel, removal: float, dropped: Collection[str]) -> _Rated:
@@ -224,16 +239,39 @@ class _Comparison:
             fit_gaps="depth" in task.options.means,
         )  # fmt: skip
 
-    def _removal(
-        self, store: Fitted, text: Text, proxy: Callable[[], Proxy], model: SmallerModel
-    ) -> tuple[float, list[str]]:
-        """The loss of a smaller model, and the names of the blocks that it drops."""
-        dropped = list[str]()
-        if count := len(self._adapter.blocks(store.model)) - model.size.blocks:
-            choice = cast(BlockChoice, registry().default_shrink_method("blocks").load())
-            tokens = text.windows[: max(1, _CHOOSING_TOKENS // text.windows.shape[1])]
-            dropped = list(choice(store.model, self._adapter, tokens, count))
-        return proxy().loss(model.size.kept, dropped, self.held), dropped
+    def _expert_proxy(self, store: Fitted, text: Text) -> ExpertProxy:
+        """The approximations of models with fewer experts."""
+        self.status("structure", "choosing experts")
+        choose = cast(ExpertChoice, registry().default_shrink_method("experts").load())
+        counts = [
+            n for size in smaller_sizes(self.task.skeleton, EXPERTS) for n in size.kept.values()
+        ]
+        tokens = _first_tokens(text, _EXPERT_TOKENS)
+        return ExpertProxy(store.model, self._adapter, tokens, choose, counts)
+
+    def _removal_of(
+        self, store: Fitted, text: Text
+    ) -> Callable[[SmallerModel], tuple[float, list[str]]]:
+        """A function from a model to its loss, and to the names of the blocks that it drops."""
+        proxy = cache(lambda: self._proxy(store, text))
+        experts = cache(lambda: self._expert_proxy(store, text))
+        choice = cast(BlockChoice, registry().default_shrink_method("blocks").load())
+        tokens, whole = (
+            _first_tokens(text, _CHOOSING_TOKENS),
+            len(self._adapter.blocks(store.model)),
+        )
+
+        @cache
+        def dropped(count: int) -> list[str]:
+            return list(choice(store.model, self._adapter, tokens, count)) if count else []
+
+        def removal(model: SmallerModel) -> tuple[float, list[str]]:
+            if EXPERTS in model.means:
+                return experts().loss(model.size.kept, self.held), []
+            names = dropped(whole - model.size.blocks)
+            return proxy().loss(model.size.kept, names, self.held), names
+
+        return removal
 
     def _measure(self, rated: _Rated) -> None:
         """Make a smaller model, and measure it."""
@@ -269,11 +307,11 @@ class _Comparison:
         """
         names = ({each.name for each in run.OPTIONS} for run in (FitRun, ShrinkRun, SolveOptions))
         fit, shrink, solve = names
-        given = (fit & shrink) - solve | {"compute"}
+        given = (fit & shrink) - solve - {"minutes"} | {"compute"}
         values = {name: getattr(self.task.options, name) for name in given}
         size: dict[str, Any] = {"sizes": model.size.kept}
-        if not model.size.kept:
-            size = {"blocks": model.size.blocks}
+        if "blocks" in model.numbers:
+            size["blocks"] = model.size.blocks
         place = {"output": self._place(model), "overwrite": True, "evaluation": None}
         request: RunRequest[Any] = resolve_names(
             ShrinkRun(**values | place | size), registry(), ignore_notice
@@ -289,9 +327,24 @@ def best_task(task: FitTask, change: Callable[[Task], Report], status: Status) -
         change: does a run, and returns its report.
         status: called at each step.
     """
-    if not set(SMALLER).intersection(task.options.means):
+    if not any(name in task.options.means and _has_sizes(task, name) for name in SMALLER):
         return task
     return _Comparison(task, change, status).best()
+
+
+def _has_sizes(task: FitTask, means: Means) -> bool:
+    """True if there are smaller models of one of the means."""
+    try:
+        return bool(smaller_sizes(task.skeleton, means))
+    except AptError:
+        if task.options.may is not None:
+            raise
+        return False
+
+
+def _first_tokens(text: Text, count: int) -> Tensor:
+    """The first samples (samples, seqlen), with about this number of tokens."""
+    return text.windows[: max(1, count // text.windows.shape[1])]
 
 
 def _held_back(task: FitTask, text: Text) -> Tensor:

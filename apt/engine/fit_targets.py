@@ -27,8 +27,8 @@ from apt.options import ExportRun, FitRun
 from apt.options.fit import PACKED
 from apt.output.report import read_report, report_beside
 from apt.packing.directory import loaded_bytes, stored_tensors
-from apt.patterns import Grid, IntegerGrid
-from apt.planning.plan import Plan
+from apt.patterns import Grid, IntegerGrid, Unstructured
+from apt.planning.plan import Plan, make_plan
 from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 
@@ -116,10 +116,12 @@ class FileTarget(FitTarget):
         model = Exportable(opened, original=whole.original, title=whole.title, changed=True)
         return FileTarget(self.export, model, form_of(self.export, model, opened))
 
-    def write(self, encoded: Mapping[str, EncodedRows], target: Path) -> Exported:
-        """Write the file; other tensors have the values of the model on disk."""
+    def write(
+        self, encoded: Mapping[str, EncodedRows], values: Mapping[str, Tensor], target: Path
+    ) -> Exported:
+        """Write the file; tensors that are not given have the values of the model on disk."""
         write: Export = self.export.load()
-        return write(self.model.with_encoded(encoded), target)
+        return write(self.model.with_encoded(encoded, values), target)
 
 
 @dataclass(frozen=True)
@@ -128,15 +130,19 @@ class PackedTarget(FitTarget):
 
     Attributes:
         packed: its levels.
+        means: the means by which its matrices become smaller.
+        context: the tokens of the cache, if the bytes in memory are counted; else None.
         changes: the plan with all parameters that may change; None if the whole model is written
             anew.
         cache: the bytes of the cache, if the bytes in memory are counted; else None.
     """
 
-    store = InPacked
+    store: ClassVar[type[Fitted]] = InPacked
     is_file = False
 
     packed: PackedForm
+    means: Means
+    context: int | None
     changes: Plan | None
     cache: int | None = None
 
@@ -154,6 +160,23 @@ class PackedTarget(FitTarget):
     def plan(self) -> Plan | None:
         """See `FitTarget`."""
         return self.changes
+
+    def smaller_form(self, opened: Opened) -> FileForm:
+        """See `FitTarget`."""
+        return self._of_smaller(opened, opened.dtype).form
+
+    def of_smaller(self, opened: Opened) -> "PackedTarget":
+        """See `FitTarget`."""
+        return self._of_smaller(opened, None)
+
+    def _of_smaller(self, opened: Opened, dtype: torch.dtype | None) -> "PackedTarget":
+        """The output for a smaller model.
+
+        Args:
+            dtype: the dtype of its weights; None for that of its checkpoint on disk.
+        """
+        plan = make_plan(opened.module, opened.adapter, Unstructured(0.0), per=self.means.per)
+        return _packed(opened, plan, self.means, dtype, self.context)
 
     def coded(self, name: str, parameter: Tensor, grid: Grid | None) -> int:
         """The bytes of a parameter with its final values."""
@@ -203,28 +226,39 @@ def packed_target(
     plan: Plan,
     means: Means,
     dtype: torch.dtype | None,
-    budget: int,
+    budget: int | None,
     context: int | None,
 ) -> PackedTarget:
     """The target of a packed directory.
 
     Args:
+        budget: the largest number of bytes; None if something else is limited.
         context: the tokens of the cache, to count the bytes in memory; None to count those of the
             files.
 
     Raises:
         AptError: the model has no matrices to pack, or is small enough already.
     """
-    cache = None if context is None else cache_bytes(skeleton, context, dtype)
-    packed, name = packed_form(skeleton, plan, means, dtype, cache), skeleton.source.reference
+    target = _packed(skeleton, plan, means, dtype, context)
+    packed, name = target.packed, skeleton.source.reference
     if not packed.matrices:
         message = f"no weight of {name} belongs to a torch.nn.Linear module or to stacked experts"
         raise AptError(message, "other modules, such as Conv1D, cannot be packed", ("target",))
-    if packed.dense <= budget:
+    if budget is not None and packed.dense <= budget:
         size = f"{packed.dense:,} bytes ({packed.dense / 2**20:.1f} MiB)"
         message = f"{name} fits already: with dense weights it has at most {size}"
         raise AptError(message, "give a smaller size", ("size", "bits", "memory"))
-    return PackedTarget(packed, plan if skeleton.quantised is None else None, cache)
+    return target
+
+
+def _packed(
+    skeleton: Opened, plan: Plan, means: Means, dtype: torch.dtype | None, context: int | None
+) -> PackedTarget:
+    """The target of a packed directory; see `packed_target`."""
+    cache = None if context is None else cache_bytes(skeleton, context, dtype)
+    packed = packed_form(skeleton, plan, means, dtype, cache)
+    changes = plan if skeleton.quantised is None else None
+    return PackedTarget(packed, means, context, changes, cache)
 
 
 def _was_changed(skeleton: Opened) -> bool:

@@ -1,7 +1,8 @@
 """The task of ``apt-prune fit``: the best output of a given size."""
 
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,36 +11,32 @@ from torch import Tensor
 
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
-from apt.distributed.ranks import Ranks
-from apt.engine.file_forms import smaller_models
-from apt.engine.fit_targets import FitTarget, check_target_place, file_target, packed_target
+from apt.engine.fit_tables import MEASURE
+from apt.engine.fit_targets import FitTarget
 from apt.engine.fitted import FitChoice, Fitted
-from apt.engine.machine import choose_device, read_dtype
-from apt.engine.opening import RunRequest
-from apt.engine.packed_form import Means
-from apt.engine.prepare import Notice, capped, ignore_notice, tell_adapter, with_compute
+from apt.engine.prepare import ignore_notice
 from apt.engine.prune_model import Pruning, prune_model, with_own_text
-from apt.engine.prune_task import CalibratedTask, check_memory
-from apt.engine.pruning_plan import settings
+from apt.engine.prune_task import CalibratedTask, train_in_time
+from apt.engine.pruning_plan import fit_job
 from apt.engine.recipes import record
 from apt.engine.store import ModelStore
 from apt.engine.task import TaskResult
 from apt.engine.text import Text
+from apt.engine.timed_run import norms_after
 from apt.errors import AptError
-from apt.files.journal import Journal, Line, journal_beside
-from apt.fit.choice import choose_first, frontier, smallest_size
-from apt.fit.levels import FileForm, Level
-from apt.fit.losses import Prune, forward_sums, measured_levels, outer_names, sensitivities
-from apt.fit.table import LossTable, MeasuredLevel
-from apt.locations.model_source import find
+from apt.files.journal import Journal, Line
+from apt.fit.choice import choose_first, frontier
+from apt.fit.levels import FileForm, block_with_levels, with_levels
+from apt.fit.losses import Prune, measured_levels
+from apt.fit.outer import Outer, outer_names
+from apt.fit.sensitivities import forward_sums, sensitivities
+from apt.fit.table import LossTable
+from apt.locations.model_source import Source, find
 from apt.options import FitRun
-from apt.output.report import Report, read_report, versions
-from apt.patterns import Pattern, Unstructured, keeps_all
-from apt.planning.plan import Plan, PlannedBlock, PlannedSite, make_plan
-from apt.plugin.registry import Registry, registry
+from apt.output.report import Report, versions
+from apt.patterns import Pattern, keeps_all
+from apt.planning.plan import Plan, PlannedBlock
 from apt.solver import Gram, SolverOptions, rounded, solve_live
-
-_MEASURE = "leave it out: the losses are then measured"
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,8 @@ class FitTask(CalibratedTask):
 
     Attributes:
         target: the output.
-        budget: the largest size of its weights in bytes.
+        budget: the largest size of its weights in bytes; for a speed the largest time of a decoding
+            step in nanoseconds.
         table: the table of losses of an earlier run, and the hash of the weights of its model;
             None to measure the losses.
         journal: the journal with the table of an interrupted run.
@@ -75,6 +73,8 @@ class FitTask(CalibratedTask):
             smaller one, and its weights have changed.
         candidates: the records of the models that were compared, for the report.
         spent: the seconds of the comparison.
+        dense: the location of the model that the user gave.
+        ends: the end of the given time, of `time.perf_counter`; None without a given time.
     """
 
     options: FitRun
@@ -85,6 +85,8 @@ class FitTask(CalibratedTask):
     smaller: Smaller | None = None
     candidates: tuple[dict[str, Any], ...] = ()
     spent: float = 0.0
+    dense: Source
+    ends: float | None = None
     event = " fitting"
 
     @property
@@ -129,8 +131,19 @@ class FitTask(CalibratedTask):
         if heads:
             store.status("allocation", "measuring the inputs of the head")
             outer = forward_sums(store.model, self.job.adapter, text.windows, table.gradient)
-        store.choice = FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
+        store.choice = self.chosen(table, store, heads=heads, outer=outer)
         return text, self.job.plan
+
+    def chosen(
+        self, table: LossTable, store: Fitted, heads: Sequence[str], outer: Outer | None
+    ) -> FitChoice:
+        """The choice of levels.
+
+        Args:
+            heads: the embedding and the head, if they have levels.
+            outer: the statistics of them.
+        """
+        return FitChoice(table, choose_first(table, heads, self.form, self.budget), outer)
 
     def losses(self, store: ModelStore, text: Text) -> LossTable:
         """The table of losses: the given one, that of an interrupted run, or a new one.
@@ -151,7 +164,7 @@ class FitTask(CalibratedTask):
         table, weights = self.table
         if weights != store.weights:
             message = f"{self.options.table_from} was made from a model with other weights"
-            raise AptError(message, _MEASURE, ("table_from",))
+            raise AptError(message, MEASURE, ("table_from",))
         return table
 
     def inputs_of_losses(self, store: ModelStore, text: Text) -> Line:
@@ -175,7 +188,13 @@ class FitTask(CalibratedTask):
         """The record of a new table of losses."""
 
         def step(work: str) -> Callable[[int, int], None]:
-            return lambda done, total: store.status("allocation", f"{work} {done} of {total}")
+            began = time.perf_counter()
+
+            def show(done: int, total: int) -> None:
+                store.status("allocation", f"{work} {done} of {total}")
+                self._check_time((time.perf_counter() - began) / done * (total - done))
+
+            return show
 
         model, adapter, plan = store.model, self.job.adapter, self.job.plan
         given = sensitivities(model, adapter, plan, text.windows, step("gradients: sample"))
@@ -184,6 +203,15 @@ class FitTask(CalibratedTask):
             self._prune(),
         )  # fmt: skip
         return LossTable(levels, self.form.rest, given.outer.gradient).record()
+
+    def _check_time(self, left: float) -> None:
+        """Raise if the given time ends before the table of losses, in ``left`` seconds."""
+        if self.ends is not None and (late := time.perf_counter() + left - self.ends) > 0:
+            given = self.options.minutes or 0.0
+            message = f"{given:g} minutes are too few: the table of losses alone takes about "
+            raise AptError(
+                f"{message}{given + late / 60:.2g}", "give more, or leave them out", ("minutes",)
+            )
 
     @property
     def folder(self) -> Path:
@@ -227,12 +255,14 @@ class FitTask(CalibratedTask):
         job = self._job(with_levels(plan, self.form, store.choice.levels))
         options = report.options | record(job.recipe, job.augmentation, None)
         report = prune_model(store, text, job, replace(report, options=options))
+        if self.ends is not None:
+            report = self._with_norms(store, report, self.ends)
         plan = with_levels(plan, self.form, store.choice.levels)
         structure = {} if self.smaller is None else self.smaller.structure
-        fit = self._fit_record(store.choice)
+        fit = self.fit_record(store.choice)
         return TaskResult(replace(report, fit=fit, structure=structure, skipped=plan.dense), plan)
 
-    def _fit_record(self, choice: FitChoice) -> dict[str, Any]:
+    def fit_record(self, choice: FitChoice) -> dict[str, Any]:
         """The entry of the report, whose losses are above that of the whole model."""
         table, levels = choice.table, choice.levels
         rise, whole = (0.0, table) if (made := self.smaller) is None else (made.rise, made.table)
@@ -249,6 +279,22 @@ class FitTask(CalibratedTask):
         zeros = any(entry.pattern and not keeps_all(entry.pattern) for entry in plan.sites)
         job = self.job if zeros else fit_job(self.skeleton, self.options, ignore_notice)
         return replace(job, plan=plan)
+
+    def _with_norms(self, store: Fitted, report: Report, ends: float) -> Report:
+        """Train the norms and biases until the end of the given time."""
+        store.restore()
+        structure = {} if self.smaller is None else self.smaller.structure
+        minutes = (ends - time.perf_counter() + store.seconds) / 60
+        training = norms_after(
+            self.options, self.skeleton, self.dense, structure, minutes, self.registry, self.device
+        )
+        vectors = {name: p for name, p in store.model.named_parameters() if p.ndim == 1}
+        for vector in vectors.values() if self.target.is_file else ():
+            vector.data = vector.data.float()  # as in the file
+        report = train_in_time(training, store, report)
+        if report.recovery:
+            store.trained = {name: store.model.get_parameter(name).detach() for name in vectors}
+        return report
 
     def _round_outer(self, store: Fitted, name: str, matrix: Tensor) -> None:
         assert store.choice is not None
@@ -269,7 +315,7 @@ class FitTask(CalibratedTask):
 
     def with_levels(self, block: PlannedBlock, levels: Mapping[str, str]) -> PlannedBlock:
         """A block with the forms of the levels of its sites; see `with_levels`."""
-        return _with_levels(block, self.form, levels)
+        return block_with_levels(block, self.form, levels)
 
     def open(self, written: Path) -> Opened:
         """The written file or directory, without weights."""
@@ -278,154 +324,3 @@ class FitTask(CalibratedTask):
         return open_skeleton(
             find(str(written), self.registry), self.registry, self.skeleton.spec.name
         )
-
-
-def with_levels(plan: Plan, form: FileForm, levels: Mapping[str, str]) -> Plan:
-    """The plan with the form of the chosen level of each site; other sites stay as they are."""
-    return replace(plan, blocks=tuple(_with_levels(block, form, levels) for block in plan.blocks))
-
-
-def _with_levels(block: PlannedBlock, form: FileForm, levels: Mapping[str, str]) -> PlannedBlock:
-    def changed(entry: PlannedSite) -> PlannedSite:
-        name = f"{block.name}.{entry.site.parameter}"
-        return replace(entry, form=form.level(name, levels[name]).form if name in levels else None)
-
-    return replace(block, sites=tuple(map(changed, block.sites)))
-
-
-def read_table(output: Path, form: FileForm) -> tuple[LossTable, str]:
-    """The table of losses in the report of an earlier run, and the hash of the model's weights.
-
-    Raises:
-        AptError: there is none, or it has other tensors, sizes or levels.
-    """
-    record, hint = read_report(output) or {}, _MEASURE
-    if not record.get("fit"):
-        raise AptError(f"{output} has no table of losses", hint, ("table_from",))
-    try:
-        table = LossTable.read(record["fit"].get("table"))
-    except ValueError as error:
-        message = f"the report of {output} is damaged: {error}"
-        raise AptError(message, hint, ("table_from",)) from error
-    part = _part(table, form)
-    if part is None:
-        message = f"{output} was made from another model, or for another output"
-        raise AptError(message, hint, ("table_from",))
-    return part, str(record["model"].get("sha256", ""))
-
-
-def _part(table: LossTable, form: FileForm) -> LossTable | None:
-    """The levels of a form in a table; None if a tensor, a level or a size differs.
-
-    The table may have more levels, such as those with zeros.
-    """
-    if table.tensors.keys() != form.levels.keys():
-        return None
-    tensors = dict[str, tuple[MeasuredLevel, ...]]()
-    for name, levels in form.levels.items():
-        measured = {level.name: level for level in table.tensors[name]}
-        found = [measured[level.name] for level in levels if level.name in measured]
-        if len(found) < len(levels) or not all(map(_fits, levels, found)):
-            return None
-        tensors[name] = tuple(found)
-    return LossTable(tensors, form.rest, table.gradient)
-
-
-def _fits(level: Level, measured: MeasuredLevel) -> bool:
-    """True if a measured level has the size of a level, or an expected size."""
-    return measured.size == level.size or (
-        level.expected is not None and measured.size < level.size
-    )
-
-
-def prepare_fit(
-    request: RunRequest[FitRun], registry: Registry, notice: Notice, ranks: Ranks
-) -> FitTask:
-    """Check a run that fits a model into a budget.
-
-    Raises:
-        AptError: an option does not fit the model, the machine or the disk, even the smallest
-            output is larger than the budget, or there are several processes.
-    """
-    options, source = request.options, request.source
-    if ranks.size > 1:  # each rank would have the bytes of the weights that it rounds
-        raise AptError("fit runs in one process", "start it without torchrun")
-    texts = [options.calibration, options.evaluation, options.tokenizer]
-    spec = check_target_place(request, texts, registry, notice)
-    skeleton = open_skeleton(source, registry, options.adapter, expanded=True)
-    skeleton.check_windows("fit")
-    if options.adapter is None:
-        tell_adapter(skeleton, notice)
-    device, dtype = choose_device(options.device), read_dtype(options.dtype)
-    skeleton = with_compute(skeleton, options, device, notice)
-    weights = sum(parameter.numel() for parameter in skeleton.module.parameters())
-    budget, job = options.budget(weights), fit_job(skeleton, options, notice, zeros=options.zeros)
-    target: FitTarget
-    if spec is not None:
-        target = file_target(spec, skeleton)
-    else:
-        means = Means.named(options.means, options.scale_group, registry.default_method().per)
-        target = packed_target(skeleton, job.plan, means, dtype, budget, options.counted_context)
-    _check_smallest(target, skeleton, options, budget)
-    options = replace(
-        options, adapter=skeleton.spec.name, seqlen=capped(options.seqlen, skeleton, notice)
-    )
-    table = None if options.table_from is None else read_table(options.table_from, target.form)
-    task = FitTask(
-        options=options, registry=registry, skeleton=skeleton, device=device, dtype=dtype,
-        plan=target.plan, job=job, notice=notice, target=target, budget=budget, table=table,
-        journal=journal_beside(options.directory, "table", "a fit"),
-    )  # fmt: skip
-    check_memory(task)
-    return task
-
-
-def _check_smallest(target: FitTarget, skeleton: Opened, options: FitRun, budget: int) -> None:
-    """Raise if even the smallest output is larger than the budget."""
-    given, smallest = options.may is not None, smallest_size(target.form)
-    if smallest > budget or given:
-        smaller = smaller_models(
-            target.smaller_form, skeleton, options.means, given=given, smallest=True
-        )
-        smallest = min([smallest, *(each.smallest for each in smaller)])
-    if smallest > budget:
-        verb = "has" if target.is_exact else "may have"
-        others = [name for name in options.possible_means if name not in options.means]
-        raise AptError(
-            f"{options.model} does not fit into {budget:,} bytes: its smallest {target.words} "
-            f"{verb} {smallest:,} ({smallest / 2**20:.1f} MiB)",
-            "give a larger size" + (f", or allow {', '.join(others)}" if others else ""),
-            ("size", "bits", "memory"),
-        )
-
-
-def smaller_task(task: FitTask, place: Path) -> FitTask:
-    """The fit of a smaller model in a directory, in place of the model from which it was made."""
-    options = task.options
-    source = find(str(place), task.registry, trust_remote_code=options.trust_remote_code)
-    opened = open_skeleton(source, task.registry, task.skeleton.spec.name, expanded=True)
-    opened = with_compute(opened, options, task.device, ignore_notice)
-    return replace(
-        task, skeleton=opened, target=task.target.of_smaller(opened),
-        job=fit_job(opened, options, ignore_notice), table=None,
-        journal=journal_beside(place, "table", "a fit"),
-    )  # fmt: skip
-
-
-def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = False) -> Pruning:
-    """The loop over blocks that solves each site.
-
-    Args:
-        zeros: True if weights may be removed. Only then there are tuning and random tokens by
-            default, which compensate for them.
-    """
-    spec, chosen = registry().default_method(), options
-    if not zeros:
-        epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
-        chosen = replace(options, tuning_epochs=epochs, random_tokens=copies)
-    recipe, augmentation = settings(skeleton, chosen, chosen, spec, notice)
-    recipe = replace(recipe, permute=False)
-    if not zeros:
-        recipe = replace(recipe, row_importance=None)
-    plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0), per=spec.per)
-    return Pruning(skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed)

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from apt.adapter import Site
 from apt.engine.in_memory import InMemory
-from apt.fit.losses import Outer
+from apt.fit.outer import Outer
 from apt.fit.table import LossTable
 from apt.solver import Rounded
 
@@ -33,6 +35,7 @@ class Fitted(InMemory):
 
     Attributes:
         choice: the chosen levels; None before the choice.
+        trained: the parameters that were trained after the rounding.
         written_bytes: the bytes of the written files of weights.
     """
 
@@ -42,6 +45,7 @@ class Fitted(InMemory):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._fit: Any = self._task
+        self.trained: Mapping[str, Tensor] = {}
 
     def keep_rounded(self, name: str, site: Site | None, weight: Rounded) -> None:
         """Keep the stored form of a rounded weight; the site is None for one outside the blocks."""

@@ -45,7 +45,7 @@ class InFile(Fitted):
         target = work.out / work.output.name
         encoded = {name: _joined(parts) for name, parts in self._parts.items()}
         with write_errors(work.name):
-            self._fit.target.write(encoded, target)
+            self._fit.target.write(encoded, self.trained, target)
         size, expected = target.stat().st_size, result.report.fit["expected"]
         if size != expected:
             raise RuntimeError(f"the file has {size:,} bytes, not {expected:,}")

@@ -14,7 +14,7 @@ from apt.engine.task import TaskResult
 from apt.engine.text import Text
 from apt.events import BlockRecord
 from apt.fit.choice import choose_first
-from apt.fit.losses import outer_names
+from apt.fit.outer import outer_names
 from apt.fit.table import LossTable
 from apt.output.staging import Staging, write_errors
 from apt.packing.directory import Rounding, expert_tensors, linear_tensors, pack
@@ -22,7 +22,34 @@ from apt.patterns import IntegerGrid
 from apt.planning.plan import PlannedBlock
 
 
-class InPacked(Fitted):
+class InPackedDirectory(Fitted):
+    """A model in memory that is written as a packed directory."""
+
+    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
+        """Write the dense directory and its packed form; the dense model is then measured."""
+        super().write(result, work, text)
+        self.status("writing", "packing and verifying")
+        target = work.fresh("packed")
+        with write_errors(work.name):
+            pack(work.out, self._roundings(work.out), target)
+        self.written_bytes = self._fit.target.measured(target)
+        return target
+
+    def _roundings(self, directory: Path) -> Mapping[str, Rounding | None]:
+        """The stored matrices, with the integers of those that were rounded."""
+        assert self.choice is not None
+        skeleton = self._fit.open(directory)
+        layout = layout_of(skeleton, Shards(directory))
+        names = {*linear_tensors(skeleton, layout), *expert_tensors(skeleton, layout)}
+        grids = {
+            piece.key: self._fit.form.level(name, level).grid
+            for name, level in self.choice.levels.items()
+            for piece in layout[name]
+        }
+        return {name: _rounding(grids.get(name)) for name in names}
+
+
+class InPacked(InPackedDirectory):
     """A model in memory whose blocks get their levels one after the other.
 
     The size of a block depends on its values: on the weights that become zero by the rounding, and
@@ -75,30 +102,12 @@ class InPacked(Fitted):
         return [n for path in sorted(paths) if (n := f"{block}.{path}") in self._fit.form.levels]
 
     def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
-        """Write the dense directory and its packed form; the dense model is then measured."""
-        super().write(result, work, text)
-        self.status("writing", "packing and verifying")
-        target = work.fresh("packed")
-        with write_errors(work.name):
-            pack(work.out, self._roundings(work.out), target)
-        self.written_bytes = self._fit.target.measured(target)
+        """Write the packed directory, whose size is at most the budget."""
+        target = super().write(result, work, text)
         if self.written_bytes > self._fit.budget:
             message = f"the directory has {self.written_bytes:,} bytes of {self._fit.budget:,}"
             raise RuntimeError(message)
         return target
-
-    def _roundings(self, directory: Path) -> Mapping[str, Rounding | None]:
-        """The stored matrices, with the integers of those that were rounded."""
-        assert self.choice is not None
-        skeleton = self._fit.open(directory)
-        layout = layout_of(skeleton, Shards(directory))
-        names = {*linear_tensors(skeleton, layout), *expert_tensors(skeleton, layout)}
-        grids = {
-            piece.key: self._fit.form.level(name, level).grid
-            for name, level in self.choice.levels.items()
-            for piece in layout[name]
-        }
-        return {name: _rounding(grids.get(name)) for name in names}
 
 
 def _rounding(grid: IntegerGrid | None) -> Rounding | None:

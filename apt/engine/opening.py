@@ -153,6 +153,7 @@ def _resolve_fit(
     options: FitRun, registry: Registry, notice: Callable[[str], None]
 ) -> RunRequest[FitRun]:
     """`resolve_names` for a run that fits a model into a budget."""
+    _check_packages(options)
     source = find_source(options.model, options, registry)
     if options.calibration == MeasuringOptions.calibration:
         notice(f"calibration: {options.calibration} (default)")
@@ -231,9 +232,9 @@ def _with_export(options: W, registry: Registry) -> W:
     return resolved  # type: ignore[no-any-return]
 
 
-def _check_packages(options: PruneRun | ShrinkRun | RecoverRun) -> None:
+def _check_packages(options: PruneRun | ShrinkRun | FitRun | RecoverRun) -> None:
     """Raise if a package for the training of a run is not installed."""
-    is_timed = isinstance(options, PruneRun) and options.minutes is not None
+    is_timed = isinstance(options, PruneRun | FitRun) and options.minutes is not None
     if not (is_timed or isinstance(options, RecoverRun)):
         return
     if missing := [name for name in ("accelerate", "peft") if find_spec(name) is None]:

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from apt.adapter.text_config import hidden_size, text_config
+from apt.adapter.text_config import cache_width, text_config
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import read_metadata
 from apt.checkpoints.stored import Stored, find_stored
 from apt.errors import AptError
 from apt.fit.levels import FileForm, Level
-from apt.fit.losses import outer_names
+from apt.fit.outer import outer_names
 from apt.layouts.pieces import Layout, Piece
 from apt.packing.directory import expert_tensors, linear_tensors
 from apt.packing.sizes import StoredMatrices, file_bytes, header_bytes
@@ -103,14 +103,11 @@ def cache_bytes(skeleton: Opened, context: int, dtype: torch.dtype | None) -> in
     Raises:
         AptError: the configuration does not give their sizes.
     """
-    config = text_config(skeleton.config)
-    heads = getattr(config, "num_attention_heads", None)
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    if not heads or not kept:
+    width = cache_width(skeleton.config)
+    if width is None:
         message = f"{skeleton.source.reference} has no cache of keys and values of a known size"
         raise AptError(message, "give the size of the weights", ("memory", "size"))
-    width = getattr(config, "head_dim", None) or hidden_size(config) // heads
-    numbers = 2 * int(config.num_hidden_layers) * int(kept) * int(width) * context
+    numbers = 2 * int(text_config(skeleton.config).num_hidden_layers) * width * context
     return numbers * (dtype or skeleton.dtype).itemsize
 
 

@@ -210,7 +210,7 @@ class PruneTask(CalibratedTask):
         if store.ranks.first:
             self._tell_experts(report)
         if self.training is not None:
-            report = _train(self.training, store, report)
+            report = train_in_time(self.training, store, report)
         if self.in_place:
             report = replace(report, structure=report.structure | {"rounded": store.rounded})
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
@@ -237,19 +237,23 @@ class PruneTask(CalibratedTask):
             self.job.structure.journal.clear()
 
 
-def _train(training: RecoverTask, store: ModelStore, report: Report) -> Report:
-    """Train a pruned model in the rest of the time, and return the report with the record.
+def train_in_time(training: RecoverTask, store: ModelStore, report: Report) -> Report:
+    """Train a changed model in the rest of the time, and return the report with the record.
 
     The time for writing and measuring is estimated as the time of reading and measuring.
+
+    Args:
+        training: the training, with the minutes from the opening of the model to the end of the
+            run.
     """
     assert training.options.minutes is not None
     store.status("reading text")
     text = training.read_text(store.ranks)
     minutes = training.options.minutes - (store.seconds + store.opening) / 60
     if minutes <= 0:
-        return replace(report, problems=[*report.problems, "no time was left for distillation"])
+        return replace(report, problems=[*report.problems, "no time was left for the training"])
     training = replace(training, options=replace(training.options, minutes=minutes))
-    store.status("training", "distilling")
+    store.status("training", f"training ({training.spec.name})")
     try:
         return training.change(store, text, None, report).report
     except NotRecoveredError as error:

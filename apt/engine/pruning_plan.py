@@ -8,8 +8,8 @@ from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
 from apt.engine.recipes import augmentation_of, grid_of, recipe_of
 from apt.errors import AptError, name_of
-from apt.options import PruneOptions, PruneRun, SampleOptions, SolveOptions
-from apt.patterns import Pattern, keeps_all
+from apt.options import FitRun, PruneOptions, PruneRun, SampleOptions, SolveOptions
+from apt.patterns import Pattern, Unstructured, keeps_all
 from apt.planning.allocation import (
     Allocation,
     check_allocation,
@@ -107,6 +107,25 @@ def sparse_pruning(
     return spec, Pruning(
         adapter, plan, function, recipe, augmentation, allocation_pair, seed=run.seed
     )
+
+
+def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = False) -> Pruning:
+    """The loop over blocks that solves each site.
+
+    Args:
+        zeros: True if weights may be removed. Only then there are tuning and random tokens by
+            default, which compensate for them.
+    """
+    spec, chosen = registry().default_method(), options
+    if not zeros:
+        epochs, copies = options.tuning_epochs or 0, options.random_tokens or 0
+        chosen = replace(options, tuning_epochs=epochs, random_tokens=copies)
+    recipe, augmentation = settings(skeleton, chosen, chosen, spec, notice)
+    recipe = replace(recipe, permute=False)
+    if not zeros:
+        recipe = replace(recipe, row_importance=None)
+    plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0), per=spec.per)
+    return Pruning(skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed)
 
 
 def _check_effects(options: PruneOptions, recipe: Recipe, plan: Plan) -> None:

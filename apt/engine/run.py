@@ -11,8 +11,10 @@ from apt.checkpoints.exporting import Exported
 from apt.distributed.ranks import Ranks
 from apt.engine.costs import PlannedRun
 from apt.engine.export import export_output
+from apt.engine.fit_preparation import prepare_fit
 from apt.engine.fit_smaller import best_task
-from apt.engine.fit_task import FitTask, prepare_fit
+from apt.engine.fit_speed import speed_task
+from apt.engine.fit_task import FitTask
 from apt.engine.forecast import forecast
 from apt.engine.opening import AnyRun, RunRequest, resolve_names
 from apt.engine.packing import pack_output
@@ -214,9 +216,11 @@ def _change(task: Task, watcher: Watcher, ranks: Ranks) -> Report:
             return result.report
         # e. Write it with its report, verify it on disk, and publish the directory.
         report = output.write(result)
-    task.forget()
     # f. Measure what was written, and complete the report.
-    return output.complete(report)
+    try:
+        return output.complete(report)
+    finally:  # the output is published, even if it could not be measured
+        task.forget()
 
 
 def resolve(
@@ -233,7 +237,8 @@ def resolve(
     if isinstance(request.options, PruneRun | ShrinkRun):
         return prepare_pruning(request, registry, notice, ranks)
     if isinstance(request.options, FitRun):
-        return prepare_fit(request, registry, notice, ranks)
+        task = prepare_fit(request, registry, notice, ranks)
+        return task if request.options.speed is None else speed_task(task)
     if isinstance(request.options, RecoverRun):
         return prepare_recovery(request, registry, notice)
     return prepare_reapplying(request, registry, notice)

@@ -1,15 +1,17 @@
-"""A pruning of a given time: the effort and the samples that fit, and the training after it."""
+"""Runs of a given time: the effort and the samples that fit, and the training afterwards."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from apt.adapter.text_config import hidden_size
 from apt.checkpoints.opened import Opened
 from apt.engine.costs import PlannedRun, measure_machine
 from apt.engine.prune_model import Pruning
 from apt.engine.recover_task import RecoverTask
-from apt.options import Effort, PruneRun, RecoverRun
+from apt.locations.model_source import Source
+from apt.options import Effort, FitRun, PruneRun, RecoverRun
 from apt.plugin.registry import Registry
 from apt.plugin.specs import MethodSpec
 
@@ -71,19 +73,47 @@ def training_of(
     options: PruneRun, skeleton: Opened, registry: Registry, device: str
 ) -> RecoverTask:
     """The distillation after a pruning, in the remaining time."""
-    seqlen = min(options.seqlen, _SHORT_SEQLEN)
-    checks = min(_MAX_CHECKS, math.ceil((options.minutes or 0) / _MINUTES_PER_CHECK))
     rate = _RATE * min(1.0, _RATE_WIDTH / hidden_size(skeleton.config))
-    run = RecoverRun(
-        model=str(options.directory), output=options.directory, dense=options.model,
-        kind="distill", adapter=options.adapter, tokenizer=options.tokenizer,
-        calibration=options.calibration, bos=options.bos, seed=options.seed, seqlen=seqlen,
-        rate=rate, checks=checks, minutes=options.minutes,
-        device=options.device, compute=options.compute,
-        trust_remote_code=options.trust_remote_code, revision=options.revision,
-        max_shard_size=options.max_shard_size,
+    run = replace(
+        _recovery(options, "distill", options.minutes or 0.0),
+        rate=rate, max_shard_size=options.max_shard_size,
     )  # fmt: skip
     return RecoverTask(
         options=run, registry=registry, skeleton=skeleton, device=device,
         spec=registry.recoveries.get("distill"), earlier={}, source=skeleton.source,
+    )  # fmt: skip
+
+
+def norms_after(
+    options: FitRun,
+    skeleton: Opened,
+    dense: Source,
+    structure: Mapping[str, Any],
+    minutes: float,
+    registry: Registry,
+    device: str,
+) -> RecoverTask:
+    """The training of norms and biases after a fit, towards the dense model.
+
+    Args:
+        skeleton: the fitted model, which may be a smaller one of this structure.
+        minutes: the time from the opening of the fitted model to the end of the run.
+    """
+    return RecoverTask(
+        options=_recovery(options, "norms", minutes), registry=registry, skeleton=skeleton,
+        device=device, spec=registry.recoveries.get("norms"), earlier={"structure": structure},
+        source=dense,
+    )  # fmt: skip
+
+
+def _recovery(options: PruneRun | FitRun, kind: str, minutes: float) -> RecoverRun:
+    """The options of a training in the remaining time."""
+    return RecoverRun(
+        model=str(options.directory), output=options.directory, dense=options.model,
+        kind=kind, adapter=options.adapter, tokenizer=options.tokenizer,
+        calibration=options.calibration, bos=options.bos, seed=options.seed,
+        seqlen=min(options.seqlen, _SHORT_SEQLEN),
+        checks=max(1, min(_MAX_CHECKS, math.ceil(minutes / _MINUTES_PER_CHECK))), minutes=minutes,
+        device=options.device, compute=options.compute,
+        trust_remote_code=options.trust_remote_code, revision=options.revision,
     )  # fmt: skip

@@ -30,11 +30,17 @@ def _estimated(
     """The levels of a tensor with their estimated losses.
 
     A level that the tensor does not have in the whole model is left out, except for the stored
-    values, which have no loss.
+    values, which have no loss. A size that depends on the values is a share of that of the whole
+    tensor, as the stored sizes are.
     """
     known = {level.name: level for level in measured}
+    stored = known.get(levels[0].name)
     for level in levels:
-        if level.grid is None:
+        if level.grid is None and level.pattern is None:
             yield MeasuredLevel(level.name, level.size, 0.0)
         elif (whole := known.get(level.name)) is not None:
-            yield MeasuredLevel(level.name, level.size, whole.loss * level.size / whole.size)
+            kept, of, size = level.size, whole.size, level.size
+            if level.expected is not None and stored is not None:
+                kept, of = levels[0].size, stored.size
+                size = min(size, round(whole.size * kept / of))
+            yield MeasuredLevel(level.name, size, whole.loss * kept / of)

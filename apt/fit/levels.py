@@ -1,9 +1,10 @@
 """The levels of the tensors of a model: the target forms that a format has, and their sizes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apt.patterns import Grid, Pattern, TargetForm, Unstructured
+from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,22 @@ class FileForm:
     def level(self, tensor: str, name: str) -> Level:
         """A level of a tensor, by its name."""
         return next(level for level in self.levels[tensor] if level.name == name)
+
+
+def with_levels(plan: Plan, form: FileForm, levels: Mapping[str, str]) -> Plan:
+    """The plan with the form of the chosen level of each site; other sites stay as they are."""
+    return replace(
+        plan, blocks=tuple(block_with_levels(block, form, levels) for block in plan.blocks)
+    )
+
+
+def block_with_levels(
+    block: PlannedBlock, form: FileForm, levels: Mapping[str, str]
+) -> PlannedBlock:
+    """A block with the forms of the chosen levels of its sites; see `with_levels`."""
+
+    def changed(entry: PlannedSite) -> PlannedSite:
+        name = f"{block.name}.{entry.site.parameter}"
+        return replace(entry, form=form.level(name, levels[name]).form if name in levels else None)
+
+    return replace(block, sites=tuple(map(changed, block.sites)))

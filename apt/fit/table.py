@@ -1,7 +1,7 @@
 """The table of losses: for each tensor of a model, its size and its loss at each level."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -14,11 +14,13 @@ class MeasuredLevel:
         size: the bytes in the file.
         loss: the rise of the loss of the model, in nats for each token, if only this tensor has
             this level.
+        zeros: the share of zeros of its values.
     """
 
     name: str
     size: int
     loss: float
+    zeros: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,23 @@ class LossTable:
                 return level
         raise KeyError(f"{tensor} has no level {name}")
 
+    def priced(self, price: Callable[[str, MeasuredLevel], int], rest: int) -> "LossTable":
+        """The same losses, with another cost in the place of bytes.
+
+        Args:
+            price: a function from the name of a tensor and its level to the cost.
+            rest: the cost of everything that is not chosen.
+        """
+        tensors = {
+            name: tuple(replace(level, size=price(name, level)) for level in levels)
+            for name, levels in self.tensors.items()
+        }
+        return LossTable(tensors, rest, self.gradient)
+
     def record(self) -> dict[str, Any]:
         """The table as values for JSON."""
         tensors = {
-            name: [[level.name, level.size, level.loss] for level in levels]
+            name: [[level.name, level.size, level.loss, level.zeros] for level in levels]
             for name, levels in self.tensors.items()
         }
         return {"rest": self.rest, "gradient": self.gradient, "tensors": tensors}
@@ -78,7 +93,9 @@ class LossTable:
         """
         try:
             tensors = {
-                str(name): tuple(MeasuredLevel(str(n), int(s), float(x)) for n, s, x in levels)
+                str(name): tuple(
+                    MeasuredLevel(str(n), int(s), float(x), float(z)) for n, s, x, z in levels
+                )
                 for name, levels in record["tensors"].items()
             }
             table = cls(tensors, int(record["rest"]), float(record["gradient"]))

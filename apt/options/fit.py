@@ -6,11 +6,14 @@ from typing import Any, Final, Literal
 from apt.errors import AptError
 from apt.options.declaration import option, options
 from apt.options.prune import Effort, SolveOptions
+from apt.options.recover import check_trainable
 from apt.options.shared import (
     ACCURACY,
+    MINUTES,
     OUTPUT,
     SIZE,
     TEXT,
+    TIME_MEANING,
     DeviceOptions,
     DtypeOptions,
     MeasuringOptions,
@@ -28,7 +31,8 @@ ZEROS: Final = "zeros"
 BITS: Final = "bits"
 WIDTH: Final = "width"
 DEPTH: Final = "depth"
-MEANS = (ZEROS, BITS, WIDTH, DEPTH, "experts")
+EXPERTS: Final = "experts"
+MEANS = (ZEROS, BITS, WIDTH, DEPTH, EXPERTS)
 """The means to make an output smaller: zeros in the weights, fewer bits for a weight, fewer heads
 and channels, fewer blocks, and fewer experts."""
 
@@ -111,6 +115,12 @@ class FitRun(
         "Tokens in the cache with --memory.",
         default=2048, panel=SIZE, flag="--context", metavar="N", within="[0, ∞)",
     )  # fmt: skip
+    speed: float | None = option(
+        "Tokens per second that a packed model decodes on this processor, with one sequence, in "
+        "place of --size. The number of threads is that of the run.",
+        default=None, panel=SIZE, metavar="N", within="(0, ∞)",
+        meaning="it is a number of tokens per second, such as 60",
+    )  # fmt: skip
     table_from: Path | None = option(
         "Take the table of losses from the report of OUT, the output of an earlier fit of the same "
         "model, and do not measure again.",
@@ -123,14 +133,19 @@ class FitRun(
     )  # fmt: skip
     may: str | None = option(
         "Means that fit may use, separated by commas. For gguf: bits; width and depth, to remove "
-        "channels and blocks where that is better. For packed: zeros and bits. By default all of "
-        "the output.",
+        "channels and blocks where that is better. For packed: zeros, bits; and experts, to remove "
+        "experts of a mixture. By default all of the output.",
         default=None, panel=SIZE, metavar="MEANS",
     )  # fmt: skip
     scale_group: int | Literal["row"] = option(
         "Columns of the integers of a packed directory that share a scale, or row for one scale a "
         "row.",
         default=64, panel=SIZE, metavar="N|row", read=read_columns,
+    )  # fmt: skip
+    minutes: float | None = option(
+        "Time for the whole run: what the fit leaves is spent on the training of norms and biases "
+        "towards the model, as by recover --kind norms; all other tensors keep their bytes.",
+        default=None, panel=ACCURACY, metavar="M", within=MINUTES, meaning=TIME_MEANING,
     )  # fmt: skip
     output: Path | None = option(
         "File or directory to write: NAME.gguf, or the packed directory.",
@@ -160,12 +175,15 @@ class FitRun(
     @property
     def needs_packed(self) -> bool:
         """True if only a packed directory can have what the options ask for."""
-        return self.memory is not None or ZEROS in self.means
+        names = {ZEROS, EXPERTS}.intersection(self.means)
+        return self.memory is not None or self.speed is not None or bool(names)
 
     @property
     def possible_means(self) -> tuple[str, ...]:
         """The means of the target."""
-        return (ZEROS, BITS) if self.target == PACKED else (BITS, WIDTH, DEPTH)
+        if self.target != PACKED:
+            return BITS, WIDTH, DEPTH
+        return (ZEROS, BITS, EXPERTS) if self.speed is None else (ZEROS, BITS)
 
     @property
     def zeros(self) -> bool:
@@ -183,19 +201,23 @@ class FitRun(
             read_means(self.may)
         if not self.model:
             raise AptError("no MODEL is given", "name one, for example zoo:llama")
-        budgets = {"size": self.size, "bits": self.bits, "memory": self.memory}
+        budgets = {
+            "size": self.size, "bits": self.bits, "memory": self.memory, "speed": self.speed,
+        }  # fmt: skip
         given = [name for name, value in budgets.items() if value is not None]
         if len(given) > 1:
             names = (given[0], given[1])
             raise AptError(f"{' and '.join(names)} are both given", "give one of them", names)
         if not given:
             message = "size and bits are missing: what must the model fit into?"
-            raise AptError(message, "give one of them", ("size", "bits", "memory"))
+            raise AptError(message, "give one of them, or a speed", tuple(budgets))
         for name in ("size", "memory"):
             if budgets[name] is not None:
                 read_bytes(budgets[name], name)
         if self.samples < 1:
             raise AptError("fit needs calibration text", "use at least one sample", ("samples",))
+        if self.minutes is not None:
+            check_trainable(self.compute, ("minutes", "compute"))
 
     def check_target(self) -> None:
         """Raise `AptError` if options contradict the kind of output, once it is chosen."""
@@ -209,12 +231,20 @@ class FitRun(
         if self.target != PACKED and self.memory is not None:
             message = f"memory has no effect for {self.target}: it is that of a packed model"
             raise AptError(message, "give a size", ("memory", "target"))
+        if self.target != PACKED and self.speed is not None:
+            message = f"speed has no effect for {self.target}: it is that of a packed model"
+            raise AptError(message, "give a size", ("speed", "target"))
         if self.target != PACKED and self.scale_group != type(self).scale_group:
             message = f"scale group has no effect for {self.target}: its types have their own"
             raise AptError(message, "leave it out", ("scale_group", "target"))
 
     def budget(self, weights: int) -> int:
-        """The largest number of bytes, for a model of a number of weights."""
+        """The largest number of bytes, for a model of a number of weights.
+
+        For a speed it is the largest number of nanoseconds of a decoding step.
+        """
+        if self.speed is not None:
+            return int(1e9 / self.speed)
         size = self.memory if self.size is None else self.size
         if size is not None:
             return read_bytes(size)

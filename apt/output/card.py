@@ -115,9 +115,11 @@ def _pruning(report: Report, reference: str) -> str:
 def _level_rows(report: Report) -> list[str]:
     """The size of the weights, and the levels of the matrices of each kind."""
     levels = levels_by_kind(report.fit["levels"]).items()
-    return [f"| size of the weights | {report.fit['size']:,} bytes |"] + [
-        f"| {kind} | {found} |" for kind, found in levels
-    ]
+    rows = [f"| size of the weights | {report.fit['size']:,} bytes |"]
+    if (speed := report.fit.get("speed")) is not None:
+        words = f"{speed['measured']:.1f} tokens/s on {speed['threads']} threads"
+        rows.append(f"| decoding, measured where the model was made | {words} |")
+    return rows + [f"| {kind} | {found} |" for kind, found in levels]
 
 
 def _structure(report: Report) -> str:

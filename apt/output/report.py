@@ -64,7 +64,7 @@ class Report:
         fit: of a run that fits a model into a budget, the ``budget`` in bytes, the ``size`` of the
             file, the ``levels`` of its tensors, the predicted rise of the ``loss`` in nats for each
             token, the bytes and losses of ten best files (``frontier``), and the ``table`` of
-            losses; else empty.
+            losses; with a ``speed`` and speeds in place of bytes for a speed; else empty.
         structure: the kept and removed parts of a smaller model; empty for a sparse one.
         routing: the routing of the experts of each block, by the source of the calibration text:
             ``tokens``, the numbers of tokens, and ``weights``, the sums of the router's weights,

@@ -164,7 +164,7 @@ _STRUCTURE = object_with(
 _TABLE = object_with(
     {
         "rest": count, "gradient": number,
-        "tensors": object_of(list_of(row_of(text, count, number))),
+        "tensors": object_of(list_of(row_of(text, count, number, number))),
     }
 )  # fmt: skip
 _CANDIDATE = object_with(
@@ -173,13 +173,28 @@ _CANDIDATE = object_with(
         "measured": optional(number), "chosen": flag,
     }
 )  # fmt: skip
-_FIT = object_with(
-    {
-        "budget": size, "size": size, "loss": number, "levels": object_of(text),
-        "frontier": list_of(row_of(count, number)), "table": _TABLE,
-    },
+_ANY_FIT: dict[str, Check] = {
+    "size": size, "loss": number, "levels": object_of(text), "table": _TABLE,
+}  # fmt: skip
+_SIZE_FIT = object_with(
+    {**_ANY_FIT, "budget": size, "frontier": list_of(row_of(count, number))},
     {"expected": count, "candidates": list_of(_CANDIDATE)},
+)
+_SPEED = object_with(
+    {
+        "goal": number, "measured": number, "dense": number, "highest": number,
+        "trials": list_of(row_of(number, number)), "prompt": size, "threads": size,
+    }
 )  # fmt: skip
+_SPEED_FIT = object_with({**_ANY_FIT, "speed": _SPEED, "frontier": list_of(row_of(number, number))})
+
+
+def _fit(value: Any) -> str:
+    """The entry of a fit to a size, or to a speed."""
+    is_speed = isinstance(value, Mapping) and "speed" in value
+    return (_SPEED_FIT if is_speed else _SIZE_FIT)(value)
+
+
 _ROUTED = object_with({"tokens": object_of(list_of(count)), "weights": object_of(list_of(number))})
 _SOURCE = object_with({"name": text, "share": number, "samples": count})
 _TRAINING = object_with(
@@ -223,7 +238,7 @@ _REPORT = object_with(
     },
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
-        "routing": object_of(_ROUTED), "fit": or_empty(_FIT), "reapplied": object_of(anything),
+        "routing": object_of(_ROUTED), "fit": or_empty(_fit), "reapplied": object_of(anything),
         "export": or_empty(_EXPORT), "earlier": object_of(anything), "timeline": _TIMELINE,
     },
 )  # fmt: skip

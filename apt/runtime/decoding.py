@@ -114,7 +114,7 @@ class Decoder:
         parts = (attention, mlp, mlp.act_fn, *linears.values(), *norms.values())
         self._has_hooks = any(hooks_of(part) for part in parts)
         self._run = kernels().Block(
-            {name: _kernel(linear) for name, linear in linears.items()},
+            {name: kernel_of(linear) for name, linear in linears.items()},
             vectors, attention.head_dim, *epsilons, attention.scaling,
         )  # fmt: skip
         self._shape, self._dtype = (1, 1, attention.head_dim), self._run.dtype
@@ -207,6 +207,12 @@ def _is_near(tensor: Tensor, expected: Tensor, added: Tensor | None = None) -> b
     return bool(error <= _TOLERANCE * scale + torch.finfo(expected.dtype).eps * size)
 
 
+def is_decoded_by_kernels(block: nn.Module) -> bool:
+    """True if the block has decoded a token in one call."""
+    decoder = block._decoder if isinstance(block, DecodingLayer) else None
+    return decoder is not None and decoder.proven
+
+
 def decode_by_kernels(model: nn.Module) -> None:
     """Let the blocks of a loaded model decode by ``apt-kernels``, where it supports them."""
     if getattr(kernels(), "Block", None) is None:
@@ -254,7 +260,7 @@ def _dtype(linear: Any) -> torch.dtype:
     return linear.dtype if isinstance(linear, PackedLinear) else linear.weight.dtype
 
 
-def _kernel(linear: nn.Module) -> Any:
+def kernel_of(linear: nn.Module) -> Any:
     """The matrix of a Linear module for ``apt-kernels``.
 
     Raises:

@@ -12,14 +12,12 @@ from torch import nn
 from apt.adapter import Adapter, Groups
 from apt.adapter.recording import eval_mode
 from apt.adapter.text_config import text_config
-from apt.checkpoints.skeletons import skeleton_of_class
+from apt.checkpoints.skeletons import skeleton_of_class, with_random_weights
 from apt.checkpoints.smaller import resized
 from apt.devices import synchronize
 from apt.text.sampling import generator
 
 _ROUNDS, _WARM_UP = 9, 2
-_LARGE = 2**27  # weights from which values stay zero: only embeddings are this large
-_VALUES = 0.02  # the standard deviation of the weights, which are random
 
 
 def block_times(
@@ -61,15 +59,7 @@ def _one_block(
     """A model of one block with ``kept`` groups."""
     removed = [(groups[name], groups[name].count - count) for name, count in kept.items()]
     model = skeleton_of_class(kind, resized(config, removed, range(1), blocks), config)
-    draw = generator(0)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-            if parameter.numel() < _LARGE:
-                random = torch.empty(parameter.shape, dtype=parameter.dtype)
-                values.copy_(random.normal_(0, _VALUES, generator=draw))
-            setattr(module, name, nn.Parameter(values))
-    return model.to(device)
+    return with_random_weights(model, device)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from apt_lab.benchmark.generation import prompts, speed
+from apt_lab.benchmark.generation import speed
 from apt_lab.benchmark.measures import Facts, Result, Speed, Turn, ratios, spread
 from apt_lab.benchmark.rounds import _order, fitted
 from apt_lab.benchmark.worker import Fault, Turns, fault, serve
@@ -20,6 +20,7 @@ from apt_lab.commands.bench import PaysFrom, show_results
 from apt_lab.options import BenchRun
 
 from apt.errors import AptError
+from apt.evaluation.generation import prompts
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.runtime.linear import kernels

@@ -14,7 +14,7 @@ from tests.helpers.families import STACKED
 from tests.helpers.releases import EXTRAS
 
 PAGES = {
-    "README.md": 15, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/fitting.md": 12,
+    "README.md": 15, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/fitting.md": 13,
     "docs/mamba.md": 2, "docs/migrating.md": 4, "docs/packing.md": 8, "docs/recovery.md": 11,
     "docs/shrinking.md": 12 if STACKED else 7, "docs/usage.md": 23 if STACKED else 22,
 }  # fmt: skip
@@ -25,6 +25,7 @@ NOT_HERE = {
     "pruned-hf": "the same",
     "doctor --test": "a minute; engine/test_self_test.py",
     **({} if STACKED else {"zoo:moe": "needs transformers 5"}),
+    "--speed": "a speed that this model has on this machine; engine/test_fit_speed.py",
     "--kind norms": "needs a rounded model; recovery/test_recover.py",
     "MODEL.gguf": "needs a mixture as a GGUF file; engine/test_in_place_files.py",
     "w4a16": "its group divides no matrix of so small a model; packing/test_compressed_tensors.py",
@@ -40,6 +41,7 @@ INSTEAD = {
     "--minutes": "--steps 12", "--blocks": "--blocks 3", "--evaluations": "--evaluations 2",
     "--samples": "", "--seqlen": "", "--batch": "", "--bits": "--bits 32",
 }  # fmt: skip
+TIMED = {"prune": "--minutes 1e-6", "fit": ""}  # of fit: engine/test_fit_minutes.py
 SMALL = "--samples 2 --seqlen 16 --calibration text.txt"
 TRAIN = "--samples 60 --batch 4 --seqlen 32 --steps 12 --checks 2 --calibration builtin"
 ADDED = {
@@ -77,8 +79,8 @@ def shortened(words):
         if word in INSTEAD:
             next(rest)
             search = word == "--minutes" and "--search" in words
-            instead = "--minutes 1e-6" if (words[0], word) == ("prune", "--minutes") else (
-                "--evaluations 2" if search else INSTEAD[word])  # fmt: skip
+            instead = TIMED.get(words[0], INSTEAD[word]) if word == "--minutes" else INSTEAD[word]
+            instead = "--evaluations 2" if search else instead
             found += instead.split()
         else:
             found.append(WORDS.get(word, word))

@@ -134,7 +134,7 @@ def test_losses_fall_with_the_bits_of_a_level(fitted):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--size", "10kB"), "does not fit into 10,000 bytes: its smallest gguf file has 6"),
+        (("--size", "10kB"), "does not fit into 10,000 bytes: its smallest gguf file has 5"),
         (("--size", "little"), "little is not a size; write 73MiB, 1.5GB"),
         ((), "size and bits are missing"),
         (("--size", "2MB", "--bits", 4), "size and bits are both given"),

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from apt.plugin.registry import registry
 
 MODEL = "zoo:llama"
 TEXTS = ("--samples", 8, "--seqlen", 64)
-SIZE = "900kB"
-"""Below the smallest file of the whole model."""
+SIZE = "800kB"
+"""Below the smallest file of the whole model, and of fewer channels of those that cost little."""
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,10 @@ def test_file_of_a_smaller_model_fits_where_bits_alone_do_not(fitted, apt):
     folder, report = fitted
     assert sorted(path.name for path in folder.iterdir()) == ["a.apt_report.json", "a.gguf"]
     size = (folder / "a.gguf").stat().st_size
-    assert 850_000 < size == report.fit["size"] <= report.fit["budget"] == 900_000
+    assert 750_000 < size == report.fit["size"] <= report.fit["budget"] == 800_000
     refused = apt("fit", MODEL, *TEXTS, "--size", SIZE, "--may", "bits", "-o", "b.gguf")
     assert refused.code == 2
-    assert "does not fit into 900,000 bytes: its smallest gguf file has 1,0" in refused.err
+    assert "does not fit into 800,000 bytes: its smallest gguf file has 1,0" in refused.err
 
 
 def test_report_has_the_whole_model_and_the_compared_models(fitted):
@@ -58,7 +59,11 @@ def test_report_has_the_whole_model_and_the_compared_models(fitted):
     assert len(chosen) == 1
     assert chosen[0]["measured"] == report.fit["loss"] > 0
     assert sum(each["measured"] is not None for each in candidates) == 2
-    assert {each["means"] for each in candidates} == {"bits", "width", "depth"}
+    assert {each["means"] for each in candidates} == {"bits", "width", "depth", "depth,width"}
+    assert chosen[0]["means"] == "depth,width"
+    assert chosen[0]["kept"].keys() == {"blocks", "channels"}
+    assert report.structure["blocks"]["kept"] == chosen[0]["kept"]["blocks"] < 4
+    assert report.structure["groups"]["channels"]["kept"] == chosen[0]["kept"]["channels"] < 512
     assert report.structure["share"] == chosen[0]["share"] < 1
     assert report.model["reference"] == MODEL
     assert report.options["model"] == MODEL
@@ -117,14 +122,22 @@ def interrupt(*arguments, **options):
 def test_sizes_of_files_are_known_before_the_smaller_models_exist(fitted):
     task = task_of(size=SIZE)
     parts = (task.target.smaller_form, task.skeleton, task.options.means)
-    models = list(smaller_models(*parts, given=True))
-    smallest = list(smaller_models(*parts, given=True, smallest=True))
-    kept = fitted[1].structure["blocks"]["kept"]
-    made = next(model for model in models if model.size.blocks == kept < 4 or model.size.kept)
-    assert {model.means for model in models} == {"width", "depth"}
+    rows = [list(row) for row in smaller_models(*parts, given=True)]
+    smallest = [*chain(*smaller_models(*parts, given=True, smallest=True))]
+    structure, models = fitted[1].structure, [*chain(*rows)]
+    kept = {"channels": structure["groups"]["channels"]["kept"]}
+    numbers = {"blocks": structure["blocks"]["kept"], **kept}
+    made = next(model for model in models if model.numbers == numbers)
+    assert [{model.means for model in row} for row in rows] == [
+        {("width",)}, {("depth",)}, {("depth", "width")},
+    ]  # fmt: skip
+    assert made.label == "3-blocks-{channels}-channels".format(**kept)
     assert made.form.levels.keys() <= task.form.levels.keys()
-    assert min(models, key=lambda model: model.smallest) in smallest
-    assert len(smallest) == 2
+    assert [row[-1].numbers for row in rows] == [model.numbers for model in smallest]
+    for row in rows:
+        shares = [model.size.share for model in row]
+        assert shares == sorted(shares, reverse=True)
+        assert row[-1].smallest == min(model.smallest for model in row)
 
 
 def test_smaller_models_are_not_tried_where_bits_cost_little(monkeypatch, tmp_path):
@@ -137,7 +150,7 @@ def test_smaller_models_are_not_tried_where_bits_cost_little(monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--size", "10kB"), "does not fit into 10,000 bytes: its smallest gguf file has 6"),
+        (("--size", "10kB"), "does not fit into 10,000 bytes: its smallest gguf file has 5"),
         (("--may", "width"), "may width does not choose the bits; add them: bits,width"),
         (("--may", "bits,less"), "may 'less' is not one of zeros, bits, width, depth, experts"),
         (("--may", "bits,bits"), "may bits,bits has a name twice"),
@@ -168,7 +181,7 @@ def test_model_of_one_block_has_no_depth(apt, tmp_path):
     smaller = smaller_models(
         task.target.smaller_form, task.skeleton, task.options.means, given=False
     )
-    assert {model.means for model in smaller} == {"width"}
+    assert {model.means for row in smaller for model in row} == {("width",)}
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 

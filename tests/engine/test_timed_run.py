@@ -109,9 +109,9 @@ def test_rest_of_the_time_is_spent_on_distillation(apt, monkeypatch):
 def test_training_without_time_is_left_out_with_a_notice(apt):
     run = apt("prune", "zoo:llama", *WORDS, "--minutes", 1e-6, "-o", "out")
     assert run.code == 0, run.err
-    assert "no time was left for distillation" in run.out
+    assert "no time was left for the training" in run.out
     report = json.loads(Path("out/apt_report.json").read_text())
-    assert report["problems"] == ["no time was left for distillation"]
+    assert report["problems"] == ["no time was left for the training"]
     assert report["recovery"] == {}
 
 

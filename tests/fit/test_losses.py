@@ -13,7 +13,9 @@ from apt.calibration.capture import grams_of
 from apt.evaluation.metrics import divergence
 from apt.extending import open_skeleton
 from apt.fit.levels import Level
-from apt.fit.losses import forward_sums, measured_levels, outer_names, sensitivities
+from apt.fit.losses import measured_levels
+from apt.fit.outer import outer_names
+from apt.fit.sensitivities import forward_sums, sensitivities
 from apt.locations.model_source import find
 from apt.patterns import IntegerGrid, Unstructured
 from apt.planning.plan import make_plan

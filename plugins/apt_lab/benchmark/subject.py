@@ -15,12 +15,13 @@ from apt.checkpoints.stored import local_directory
 from apt.compute import compute_dtype, dtype_name
 from apt.devices import is_accelerator, name_of, peak_allocated, reset_peak, synchronize
 from apt.errors import AptError, NotStoredError
+from apt.evaluation.generation import prompts
 from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
 from apt.output.report import peak_memory, versions
 from apt.packing.directory import stored_tensors
 from apt.runtime.entries import is_packed
 from apt.text.self_generated import writes
-from apt_lab.benchmark.generation import prompts, speed
+from apt_lab.benchmark.generation import speed
 from apt_lab.benchmark.measures import Facts, Turn
 from apt_lab.options import BenchRun
 

@@ -99,10 +99,12 @@ class Subject:
 
     @property
     def frontier(self) -> str:
-        """A chart of the predicted loss of the best files of ten sizes."""
-        files = self.report.fit.get("frontier", [])
-        line = Line("best files", [(bytes_ / _MIB, float(loss)) for bytes_, loss in files])
-        return line_chart("Predicted loss by size", [line], "MiB", "nats per token")
+        """A chart of the predicted loss of the best files of ten sizes or speeds."""
+        fit = self.report.fit
+        kind, unit, per = ("speed", "tokens/s", 1) if "speed" in fit else ("size", "MiB", _MIB)
+        points = [(cost / per, float(loss)) for cost, loss in fit.get("frontier", [])]
+        line = Line("best files", points)
+        return line_chart(f"Predicted loss by {kind}", [line], unit, "nats per token")
 
     @property
     def experts(self) -> list[tuple[str, str, str]]:
@@ -177,11 +179,18 @@ def _sparsity(site: SitePruned) -> float:
 
 
 def _sizes(fit: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The budget and the size of a file, and its predicted loss; empty for other runs."""
+    """The budget or the speed of an output, its size and its loss; empty for other runs."""
     if not fit:
         return []
+    speed = fit.get("speed")
     return [
-        ("budget", f"{fit['budget']:,} bytes"),
+        ("budget", f"{fit['budget']:,} bytes")
+        if speed is None
+        else (
+            "speed",
+            f"{speed['measured']:.1f} tokens/s on {speed['threads']} threads, for a goal of "
+            f"{speed['goal']:g}; {speed['dense']:.1f} with dense weights",
+        ),
         ("size", f"{fit['size']:,} bytes"),
         ("predicted rise of the loss", f"{float(fit['loss']):.4f} nats per token"),
     ]
