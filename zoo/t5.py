@@ -7,6 +7,7 @@ from scratch on the training pairs of ``pairs.py``. One CPU core is enough.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -159,8 +160,12 @@ def train_tokenizer(examples: Sequence[pairs.Pair]) -> PreTrainedTokenizerFast:
     )
     texts = (text for pair in examples for text in pair)
     tokenizer.train_from_iterator(texts, trainer)
+    # The trainer takes tokens that it must have as special ones. Those of the bytes are plain: a
+    # decoder must not leave them out with the special tokens.
+    settings = json.loads(tokenizer.to_str())
+    settings["added_tokens"] = settings["added_tokens"][: len(SPECIAL)]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(json.dumps(settings)),
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
