@@ -15,7 +15,7 @@ KERNELS = causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1 triton==3.7.1
 INSTALL = $(BIN)/pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-avx2 test lint doctor check docs benchmarks kernels device sanitize neon template families release-check matrix matrix-oldest matrix-newest clean
+.PHONY: demo demo-avx2 test lint doctor check docs benchmarks kernels device sanitize neon aarch64 template families release-check matrix matrix-oldest matrix-newest clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/apt prune --adapter llama --eval builtin --output out/llama-2of4 --overwrite
@@ -67,9 +67,13 @@ device: $(VENV)/.development
 sanitize: $(VENV)/.development
 	.ci/sanitize $(BIN)/python
 
-# The products for ARM, by a cross compiler and an emulator.
+# The products for ARM, by a cross compiler and an emulator; and the wheel for ARM with its library,
+# in out/aarch64.
 neon:
 	.ci/neon
+
+aarch64:
+	.ci/aarch64 $(PYTHON)
 
 # A package of the template beside a wheel of APT, in an environment of its own.
 template:

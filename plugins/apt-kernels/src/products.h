@@ -10,14 +10,15 @@
 #include "matrix.h"
 
 #if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
+#define VISIBLE __declspec(dllexport)
 #else
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#define VISIBLE __attribute__((visibility("default")))
 #endif
+#define EXPORT extern "C" VISIBLE
 
 namespace apt {
 
-const Kernels &kernels_of(int level);
+VISIBLE const Kernels &kernels_of(int level);  // tests/levels.cpp calls it
 
 // Runs work(part) for each part. On the threads of torch if they are known: they wait for the next
 // operation by spinning, so threads beside them would get no processor.
