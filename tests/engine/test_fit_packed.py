@@ -200,7 +200,7 @@ def test_sizes_fall_with_the_zeros_and_losses_with_the_bits(fitted):
 
 
 def test_experts_have_levels_of_their_stacks(apt, tmp_path):
-    options = ("--size", "2.2MB", "--effort", "fast", "-o", "b")
+    options = ("--size", "2.2MB", "--may", "zeros,bits", "--effort", "fast", "-o", "b")
     done = apt("fit", "zoo:moe", "--samples", 2, "--seqlen", 32, *options)
     assert done.code == 0, done.err
     report = Report.read(tmp_path / "b")
