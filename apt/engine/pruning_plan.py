@@ -6,7 +6,7 @@ from typing import Any
 from apt.checkpoints.opened import Opened
 from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
-from apt.engine.recipes import augmentation_of, grid_of, recipe_of
+from apt.engine.recipes import augmentation_of, for_samples, grid_of, recipe_of
 from apt.errors import AptError, name_of
 from apt.options import FitRun, PruneOptions, PruneRun, SampleOptions, SolveOptions
 from apt.patterns import Pattern, Unstructured, keeps_all
@@ -37,6 +37,8 @@ def settings(
     smaller = isinstance(method, ShrinkMethodSpec)
     catalog: Any = registry().shrink_methods if smaller else registry().methods
     options.check_used(method, catalog.specs.values(), "method")
+    if not opened.reads.windows:
+        options = for_samples(options, method)
     recipe, augmentation = recipe_of(options, method), augmentation_of(options, method, run.samples)
     if not opened.reads.windows:
         return recipe, _without_own_text(opened, options, augmentation)

@@ -230,7 +230,7 @@ def test_command_of_the_report_writes_the_same_file(fitted, apt):
     ("damage", "message"),
     [
         ({"levels": 3}, "fit.levels is no object"),
-        ({"table": {"rest": 1, "gradient": 0.0, "tensors": {"a": [["q8_0", -1, 0.0]]}}},
+        ({"table": {"rest": 1, "gradient": 0.0, "tensors": {"a": [["q8_0", -1, 0.0, 0.0]]}}},
          "fit.table.tensors.a[0][1] is no count"),
         ({"frontier": [[1]]}, "fit.frontier[0] is no list of 2 values"),
     ],
