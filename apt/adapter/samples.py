@@ -18,7 +18,7 @@ ModelInputs = Tensor | Mapping[str, Tensor]
 Sample = Mapping[str, Tensor]
 """The tensors of one sample, by the names of the model's arguments."""
 
-_POSITIONS = 256  # assumed for a sample without token ids
+_VALUES = 256  # of an image or a sound for a position, about
 
 
 class Samples(Sequence[Sample]):
@@ -106,9 +106,10 @@ class Samples(Sequence[Sample]):
 
 
 def positions_of(sample: Sample) -> int:
-    """The number of tokens of a sample, of all its texts; an assumed number without texts."""
+    """The number of tokens of all texts of a sample, and about that of its images and sounds."""
+    others = [each.numel() // _VALUES for each in sample.values() if each.is_floating_point()]
     ids = [each.shape[-1] for name, each in sample.items() if name.endswith("input_ids")]
-    return sum(ids) or _POSITIONS
+    return max(1, sum(ids) + sum(others))
 
 
 def on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:

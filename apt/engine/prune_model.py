@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from apt.adapter import Samples
 from apt.calibration.sources import SampleSources
@@ -13,6 +14,7 @@ from apt.checkpoints.smaller import smaller_skeleton
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
+from apt.evaluation.generated import greedy_outputs, lacks_outputs, with_outputs
 from apt.events import BlockRecord, ExpertsRemoved, ExpertsRouted, SitePruned
 from apt.locations.text_sources import labels
 from apt.output.report import Report
@@ -27,6 +29,8 @@ from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
 from apt.text.mixes import in_turn
 from apt.text.sampling import mixed
+
+_FILLER = -1  # behind the end of a shorter output
 
 OWN_TEXT, RANDOM_TOKENS = "own text", "random tokens"
 """The sources of generated samples, in the record of experts' tokens by source."""
@@ -125,7 +129,9 @@ def _owners(text: Text) -> Tensor:
 
 
 def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
-    """A text with the samples that the model generates."""
+    """A text with the samples, or with the ends of the samples, that the model generates."""
+    if isinstance(text.tokens, Samples):
+        return replace(text, tokens=_with_targets(store, text.tokens))
 
     def generate() -> Tensor:
         assert isinstance(text.tokens, Tensor)
@@ -139,6 +145,24 @@ def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
     owners = _owners(text).unsqueeze(1)
     owners = mixed(owners, torch.full((own_samples, 1), -1), job.seed).squeeze(1)
     return replace(text, tokens=store.generated(generate), owners=owners)
+
+
+def _with_targets(store: ModelStore, samples: Samples) -> Samples:
+    """Samples with the greedy outputs of the model for its decoder, if they lack them.
+
+    Raises:
+        AptError: the decoder needs outputs, and the model cannot write them.
+    """
+    with store.readable():
+        lacks = store.ranks.share(store.ranks.first and lacks_outputs(store.model, samples))
+    if not lacks:
+        return samples
+
+    def generate() -> Tensor:
+        return pad_sequence(greedy_outputs(store.model, samples), True, padding_value=_FILLER)
+
+    rows = store.generated(generate, "targets")
+    return with_outputs(samples, [row[row != _FILLER] for row in rows])
 
 
 def final_plan(store: ModelStore, text: Text, job: Pruning) -> Plan:

@@ -26,7 +26,7 @@ from apt.engine.streamed import Streamed
 from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
 from apt.engine.text import Text
 from apt.errors import AptError, first_line
-from apt.evaluation.outputs import Outputs, outputs_of
+from apt.evaluation.outputs import Outputs, dense_outputs
 from apt.events import Phase
 from apt.files.journal import Line
 from apt.locations.paths import portable
@@ -193,7 +193,9 @@ class RunOutput:
         phase: Phase = "measuring before" if when == "before" else "measuring after"
         with store.measurable(held_out, when) as model:
             if when == "before" and isinstance(held_out, Samples):
-                self._dense_outputs = outputs_of(model, held_out)
+                store.status(phase, "computing the outputs of the dense model")
+                self._dense_outputs, held_out = dense_outputs(model, held_out)
+                self.text = replace(self.text, held_out=held_out)
             for name in task.options.metrics:
                 spec = task.registry.evaluators.get(name)
                 store.status(phase, f"measuring {name} {when}{task.event}")

@@ -2,17 +2,23 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from apt.adapter import Samples
+from apt.checkpoints.architecture import Reads
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.processors import load_feature_extractor, load_image_processor
 from apt.checkpoints.stored import local_directory
 from apt.engine.text import Text
 from apt.errors import AptError
+from apt.evaluation.generated import writes
+from apt.inputs.images import ImageReader
+from apt.inputs.sounds import SoundReader
 from apt.inputs.texts import TextReader
 from apt.locations.text_sources import apportioned, text_sources
 from apt.options import MeasuringOptions
@@ -66,21 +72,42 @@ def check_samples_vocabulary(samples: Samples, skeleton: Opened, reference: str)
             check_vocabulary(sample["input_ids"], skeleton.module, reference)
 
 
-def _reader(options: Any, skeleton: Opened) -> TextReader:
+def _reader(options: Any, skeleton: Opened) -> TextReader | ImageReader | SoundReader:
     """The reader for what a model takes.
 
     Raises:
-        AptError: the model takes what cannot be read yet.
+        AptError: the model takes what cannot be read, or has no processor for it.
     """
-    reads = skeleton.reads
-    if not (reads.text and not reads.image and not reads.sound):
-        raise AptError(
-            f"{skeleton.source.reference} takes {reads.words}, which this command cannot read",
-            "prune it from a program, with samples of named tensors: apt.prune(model, samples)",
-        )
+    match skeleton.reads:
+        case Reads(text=str(), image=None, sound=None):
+            return _text_reader(options, skeleton)
+        case Reads(text=text, image=str(name), sound=None):
+            processor = load_image_processor(skeleton.source)
+            return ImageReader(processor, name, _beside_images(options, skeleton) if text else None)
+        case Reads(text=None, image=None, sound=str(name)):
+            return SoundReader(load_feature_extractor(skeleton.source), name)
+    raise AptError(
+        f"{skeleton.source.reference} takes {skeleton.reads.words}, which this command cannot read",
+        "prune it from a program, with samples of named tensors: apt.prune(model, samples)",
+    )
+
+
+def _text_reader(options: Any, skeleton: Opened) -> TextReader:
+    """The reader of texts alone."""
     tokenizer = load_tokenizer(skeleton.source, options.tokenizer)
     longest = min(options.seqlen, tokenizer.model_max_length, _longest_sentence(skeleton))
-    return TextReader(tokenizer, longest, skeleton.module if reads.target else None)
+    return TextReader(tokenizer, longest, skeleton.module if skeleton.reads.target else None)
+
+
+def _beside_images(options: Any, skeleton: Opened) -> TextReader:
+    """The reader of the texts of images.
+
+    A tokenizer without a mask of the padding, such as SigLIP's, is that of a model that was trained
+    on padded texts and reads the padding.
+    """
+    reader = _text_reader(options, skeleton)
+    masked = "attention_mask" in reader.tokenizer.model_input_names
+    return replace(reader, model=None, padded=not masked)
 
 
 def _longest_sentence(skeleton: Opened) -> int:
@@ -100,6 +127,8 @@ def metrics_for(skeleton: Opened, options: Any, registry: Registry) -> tuple[str
     """
     reads, names = skeleton.reads, options.metrics
     if not reads.windows and names in (MeasuringOptions.metrics, ()):
+        if writes(skeleton.module):
+            return "token-changes", "predictions"
         masked = "MaskedLM" in type(skeleton.module).__name__
         return ("pseudo-perplexity", "predictions") if masked else ("similarity", "neighbours")
     kind = "windows" if reads.windows else "samples"

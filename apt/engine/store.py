@@ -102,7 +102,10 @@ class ModelStore(BlockStore):
         """While entered, the whole dense model can run."""
         return nullcontext()
 
-    def generated(self, generate: Callable[[], Tensor]) -> Tensor:
-        """The samples of ``generate``, which runs the model: the first rank shares its samples."""
-        self.status("generating text", "generating calibration text")
+    def generated(self, generate: Callable[[], Tensor], what: str = "calibration text") -> Tensor:
+        """What ``generate`` returns, which runs the model: the first rank shares its samples.
+
+        ``what`` says what it is.
+        """
+        self.status("generating text", f"generating {what}")
         return self.ranks.share(generate() if self.ranks.first else torch.empty(0))

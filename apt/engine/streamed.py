@@ -159,7 +159,7 @@ class Streamed(ModelStore):
         """While entered, the dense model can run. Each call of a block reads its weights."""
         return self._dense_blocks.read_on_call()
 
-    def generated(self, generate: Callable[[], Tensor]) -> Tensor:
+    def generated(self, generate: Callable[[], Tensor], what: str = "calibration text") -> Tensor:
         """The samples of ``generate``, or the samples of the interrupted run.
 
         Raises:
@@ -172,7 +172,7 @@ class Streamed(ModelStore):
             if tokens is None or digest(tokens) != digests[-1]:
                 raise self.journal.damaged(f"{place.name} was changed")
             return tokens
-        self.status("generating text", "generating calibration text, block by block")
+        self.status("generating text", f"generating {what}, block by block")
         with self.readable():
             tokens = self.ranks.share(generate() if self.ranks.first else torch.empty(0))
         if self.ranks.first and self.journal.path is not None:

@@ -8,7 +8,7 @@ ranked first, at each position.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from apt.adapter import Samples
 from apt.adapter.recording import eval_mode
 from apt.adapter.samples import on_device
 from apt.errors import AptError
+from apt.evaluation.generated import changes, greedy_outputs, lacks_outputs, with_outputs, writes
 from apt.modes import default_modes
 
 _POSITIONS = 4096  # of a batch
@@ -34,10 +35,13 @@ class Outputs:
         vectors: the vectors (samples, width).
         predictions: the predictions of each sample (positions,) or (); None without a head that
             returns logits.
+        written: the tokens that the model writes for each sample (tokens,), of `dense_outputs`;
+            None without a decoder that writes.
     """
 
     vectors: Tensor
     predictions: list[Tensor] | None = None
+    written: list[Tensor] | None = None
 
 
 @default_modes()
@@ -57,6 +61,19 @@ def outputs_of(model: nn.Module, samples: Samples) -> Outputs:
     places = torch.cat(order).argsort()
     ranked = [predictions[place] for place in places.tolist()] if predictions else None
     return Outputs(torch.cat(vectors)[places], ranked)
+
+
+def dense_outputs(model: nn.Module, samples: Samples) -> tuple[Outputs, Samples]:
+    """What the dense model returns for samples, and the samples with what its decoder reads.
+
+    Raises:
+        AptError: the decoder needs outputs that the samples do not have, and cannot write them.
+    """
+    written = greedy_outputs(model, samples) if writes(model) else None
+    if lacks_outputs(model, samples):
+        assert written is not None
+        samples = with_outputs(samples, written)
+    return replace(outputs_of(model, samples), written=written), samples
 
 
 @contextmanager
@@ -128,6 +145,23 @@ def same_predictions(model: nn.Module, samples: Samples, dense: Outputs) -> floa
         raise AptError(message, "choose the metric similarity or neighbours", ("metrics",))
     pairs = zip(found, dense.predictions, strict=True)
     return sum(float((one == other).float().mean()) for one, other in pairs) / len(samples)
+
+
+def token_changes(model: nn.Module, samples: Samples, dense: Outputs) -> float:
+    """The changes from what the dense model writes to what a model writes, for each dense token.
+
+    They are the fewest tokens to insert, remove or replace (the word error rate of transcripts,
+    over tokens).
+
+    Raises:
+        AptError: the model does not write.
+    """
+    if dense.written is None or not writes(model):
+        message = f"{type(model).__name__} has no decoder that writes"
+        raise AptError(message, "choose another metric", ("metrics",))
+    texts = [[each.tolist() for each in s] for s in (greedy_outputs(model, samples), dense.written)]
+    count = sum(map(changes, *texts))
+    return count / max(1, sum(map(len, texts[1])))
 
 
 @default_modes()

@@ -74,11 +74,13 @@ class TextReader:
         tokenizer: the tokenizer of the model.
         longest: the greatest number of tokens of a sample.
         model: the model, if its decoder reads the second texts of pairs; else None.
+        padded: True to fill all samples up to ``longest``, for models that read the padding.
     """
 
     tokenizer: Any
     longest: int
     model: Any = None
+    padded: bool = False
 
     def read(
         self,
@@ -100,7 +102,7 @@ class TextReader:
             AptError: the source cannot be read or has too little text, or a token has no embedding.
         """
         texts = drawn_passages(documents(source, split, registry), count, seed, source, fewer=fewer)
-        encode = self._pair if self.model is not None else self._text
+        encode = self._pair if self.model is not None else self.encode
         samples = [encode(text) for text in texts]
         named = {name for sample in samples for name in sample}
         if any(named != set(sample) for sample in samples):
@@ -111,8 +113,11 @@ class TextReader:
             )
         return Samples(samples, self.tokenizer.mask_token_id, special_ids(self.tokenizer))
 
-    def _text(self, text: Passage) -> Sample:
+    def encode(self, text: Passage) -> Sample:
         """The tensors of a text, or of a pair of texts."""
+        if self.padded:
+            most = {"truncation": True, "max_length": self.longest, "padding": "max_length"}
+            return {"input_ids": torch.tensor(self.tokenizer(*text, **most)["input_ids"])}
         length = len(self.tokenizer(*text, truncation=True, max_length=self.longest)["input_ids"])
         kept = self.tokenizer(*text, truncation=True, max_length=near_length(length))
         names = (name for name in ("input_ids", "token_type_ids") if name in kept)
@@ -120,11 +125,11 @@ class TextReader:
 
     def _pair(self, text: Passage) -> Sample:
         """The tokens of the first text for the encoder, and of the second one for the decoder."""
-        sample = {"input_ids": self._text(text[:1])["input_ids"]}
+        sample = {"input_ids": self.encode(text[:1])["input_ids"]}
         if len(text) > 1:
             most = {"truncation": True, "max_length": self.longest}
             labels = torch.tensor(self.tokenizer(text_target=text[1], **most)["input_ids"])
-            sample["decoder_input_ids"] = _cut(_shifted(labels, self.model))
+            sample["decoder_input_ids"] = cut(_shifted(labels, self.model))
         return sample
 
 
@@ -137,7 +142,7 @@ def near_length(length: int) -> int:
     return octave + (length - octave) // step * step
 
 
-def _cut(ids: Tensor) -> Tensor:
+def cut(ids: Tensor) -> Tensor:
     """The first tokens of ids (tokens,): as many as the `near_length`."""
     return ids[: near_length(len(ids))]
 

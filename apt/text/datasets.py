@@ -1,8 +1,8 @@
 """From text to tokens: data sources, packing into windows, sampling."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from apt.text.sampling import generator
 from apt.text.special_tokens import bos_of
 
 Split = Literal["calibration", "evaluation"]
+T = TypeVar("T")
 _CHARACTERS_PER_TOKEN = 32  # far above the mean of any tokenizer: enough text is always read
 
 
@@ -39,6 +40,9 @@ def documents(source: str, split: Split, registry: Registry) -> Iterator[Documen
     if kind == "file":
         return read_file(path)
     names_file = path.suffix in ENDINGS or (path.suffix and "/" not in source)  # not `org/text:1.0`
+    if kind == "directory":
+        message = f"{shortened(source)} is a folder, and texts are read from one file"
+        raise AptError(message, f"give {SUFFIXES}")
     if kind or names_file or source.startswith((".", "/", "~")):
         raise AptError(f"no such data set: {shortened(source)} is no file", f"give {SUFFIXES}")
     if "/" not in source:
@@ -57,10 +61,31 @@ def hub_documents(
     called: str | None = None,
     parts: Mapping[Split, str] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a data set, streamed by `datasets`.
+    """The documents of a data set, streamed by `datasets`; see `hub_rows`."""
+    return hub_rows(
+        name, config, split, document_of, files, revision=revision, token=token, called=called,
+        parts=parts,
+    )  # fmt: skip
+
+
+def hub_rows(
+    name: str,
+    config: str | None,
+    split: Split,
+    read: Callable[[Any, str], T],
+    files: dict[str, str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    called: str | None = None,
+    parts: Mapping[Split, str] | None = None,
+) -> Iterator[T]:
+    """What is read from each row of a data set, streamed by `datasets`.
 
     Args:
         name: a hub name, or a builder such as ``parquet`` with local ``files``.
+        read: reads a row, called with the row and its place for messages. Images and sounds of a
+            row are as they are stored, with their bytes and their path.
         config: the data set's configuration.
         split: calibration reads ``train``; evaluation reads ``test``, else ``validation``.
         files: the files of each split of the data set.
@@ -88,8 +113,11 @@ def hub_documents(
         part = next((splits[key] for key in split_names if key in splits), None)
         if part is None:
             raise ValueError(f"it has no split {' or '.join(split_names)}")
+        for column, feature in (part.features or {}).items():
+            if isinstance(feature, datasets.Image | datasets.Audio):
+                part = part.cast_column(column, type(feature)(decode=False))
         for number, row in enumerate(part, 1):
-            yield document_of(row, f"row {number}")
+            yield read(row, f"row {number}")
     except Exception as error:  # the exceptions of `datasets` have no common base class
         message = f"data set '{called}' cannot be read: {first_line(error)}"
         raise AptError(message, "check the name and the network, or give a local file") from error

@@ -232,6 +232,10 @@ def apt_evaluators() -> list[EvaluatorSpec]:
             "predictions", "share of predicted tokens or classes that are the dense model's too",
             "apt.evaluation.outputs:same_predictions", "higher", dense=True, reads="samples",
         ),
+        EvaluatorSpec(
+            "token-changes", "changed tokens of what the model writes, for each dense token",
+            "apt.evaluation.outputs:token_changes", dense=True, reads="samples",
+        ),
     ]  # fmt: skip
 
 

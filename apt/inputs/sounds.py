@@ -1,0 +1,105 @@
+"""Samples of sounds, as waves or as the features that a model takes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apt.adapter import Samples
+from apt.errors import AptError
+from apt.inputs.items import Item, Kind, drawn_items
+from apt.inputs.texts import near_length
+from apt.plugin.registry import Registry
+from apt.text.datasets import Split
+
+SOUNDS = Kind("sounds", (".wav", ".flac"))
+_LONGEST = 16.0  # seconds
+_SHORTEST = 0.1  # seconds: what the convolutions of all models need
+
+
+@dataclass(frozen=True)
+class SoundReader:
+    """Reads sounds through the feature extractor of a model.
+
+    A sound is cut to the nearest of a few lengths, of at most 16 seconds, so that batches have
+    samples of equal lengths. If the features have one size for all lengths, as those of Whisper
+    have, it is not cut.
+
+    Args:
+        extractor: the feature extractor, as transformers has it.
+        name: the argument of the model's forward.
+    """
+
+    extractor: Any
+    name: str
+
+    @property
+    def tokenizer(self) -> None:
+        """None: sounds have no tokenizer."""
+        return None
+
+    @property
+    def rate(self) -> int:
+        """The values per second that the model takes."""
+        return int(self.extractor.sampling_rate)
+
+    @cached_property
+    def _is_fixed(self) -> bool:
+        """True if the features of all sounds have one size."""
+        sizes = {self._features(np.zeros(self.rate * length, "float32")).shape for length in (1, 2)}
+        return len(sizes) == 1
+
+    def read(
+        self,
+        source: str,
+        split: Split,
+        count: int,
+        seed: int,
+        registry: Registry,
+        *,
+        fewer: bool = False,
+    ) -> Samples:
+        """Samples in an order drawn by ``seed``; see `drawn_items`.
+
+        Raises:
+            AptError: the source has too few sounds, or one that cannot be read or that is not what
+                the model takes.
+        """
+        items = drawn_items(source, SOUNDS, split, count, seed, registry, fewer=fewer)
+        return Samples([{self.name: self._features(self._wave(item))} for item in items])
+
+    def _features(self, wave: "np.ndarray[Any, Any]") -> Tensor:
+        """The features of a wave (values,), as the model takes them."""
+        found = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt")[self.name]
+        return torch.as_tensor(found)[0]
+
+    def _wave(self, item: Item) -> "np.ndarray[Any, Any]":
+        """The values of a sound (values,), cut."""
+        import soundfile
+
+        try:
+            with item.open() as file:
+                values, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        except Exception as error:  # of soundfile's own types, which depend on its release
+            raise item.unreadable("a sound", error) from error
+        self._check(item, values.shape[1], rate)
+        if len(values) < _SHORTEST * rate:
+            message = f"{item.name} has {len(values) / rate:.3g} seconds of sound"
+            hint = f"a sound needs at least {_SHORTEST} seconds: remove it"
+            raise AptError(message, hint, ("calibration", "evaluation"))
+        longest = min(len(values), int(_LONGEST * rate))
+        return values[:, 0] if self._is_fixed else values[: near_length(longest), 0]
+
+    def _check(self, item: Item, channels: int, rate: int) -> None:
+        """Raise unless a sound has what the model takes."""
+        if channels == 1 and rate == self.rate:
+            return
+        given = f"{channels} channel{'s' * (channels > 1)} of {rate:,} Hz"
+        raise AptError(
+            f"{item.name} has {given}, and the model takes 1 channel of {self.rate:,} Hz",
+            f"convert it, such as with: ffmpeg -i IN -ac 1 -ar {self.rate} OUT.wav",
+            ("calibration", "evaluation"),
+        )
