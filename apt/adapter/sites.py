@@ -36,6 +36,7 @@ class Site:
             weight.
         crossing: True if the input is the output of an earlier stack, as the keys and values of a
             cross attention have it.
+        stack: the index of this earlier stack; -1 for the stack before.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     routed: bool = False
     calls: int = 1
     crossing: bool = False
+    stack: int = -1
 
     def __post_init__(self) -> None:
         check_fields(self)
