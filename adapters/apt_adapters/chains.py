@@ -23,7 +23,7 @@ from apt.adapter.decoder import members
 from apt.adapter.recording import eval_mode, note_form
 from apt.adapter.weight_tap import WeightTap
 from apt.conformance.oracle import Selection
-from apt.errors import AptError, first_line
+from apt.errors import AptError, describe
 from apt_adapters.artificial import kind_of
 from apt_adapters.example_inputs import run_quietly, same_numbers
 from apt_adapters.tracing import HINT, Trace, assert_most, matrices_of
@@ -154,7 +154,8 @@ class _Chains:
             try:
                 yield self._read(full)
             except AptError as error:
-                self.reasons[full] = first_line(error)
+                if not isinstance(module, nn.ModuleList):
+                    self.reasons[full] = error.message
                 for inner in _inner_lists(module):
                     yield from self.readable(f"{full}.{inner}".rstrip("."))
 
@@ -184,7 +185,7 @@ class _Chains:
         except AptError:
             raise
         except Exception as error:  # a block of any origin can fail in any way
-            raise AptError(f"{ran.name} does not run by itself: {error}") from error
+            raise AptError(f"{ran.name} does not run by itself: {describe(error)}") from error
 
     @torch.no_grad()
     def proven(self, chains: list[list[_Ran]]) -> list[list[str]]:
@@ -202,7 +203,11 @@ class _Chains:
                 good, end = self._replayed(chain, earlier)
                 reason = f"{chain[0].name} returns something else in a replay"
             except Exception as error:  # a model of any origin can fail in any way
-                good, end, reason = 0, None, f"{chain[0].name}: {first_line(error)}"
+                good, end, reason = (
+                    0,
+                    None,
+                    f"{chain[0].name} cannot be replayed: {describe(error)}",
+                )
             if not good and len(chain) > 1:
                 queue = sorted([chain[:1], chain[1:], *queue], key=lambda c: c[0].order)
             elif not good:

@@ -4,9 +4,9 @@ The values are random. Several shapes are tried where a configuration does not t
 the first inputs on which a model runs are taken.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from inspect import Parameter, signature
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ _TOKENS, _TARGETS = 16, 6  # of a text; other numbers than those of images and s
 _SOUND = 6400  # values of a sound
 _FRAMES = (48, 100, 24)  # of a spectrogram
 _FIRST_TOKEN = 5  # tokens before it are often special
-_MOST_TRIED = 48
+_MOST_TRIED = 24  # shapes of the same arguments
 _BINS = (
     "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size",
     "n_mels", "input_dim", "num_mels", "input_feat_size", "mel_bins", "input_size",
@@ -37,9 +37,7 @@ def example_inputs(model: nn.Module, samples: int = 2, seed: int = 0) -> Inputs:
         AptError: the model runs on none of the inputs that were tried.
     """
     failure: Exception | None = None
-    for count, inputs in enumerate(_candidates(model, samples, seed)):
-        if count == _MOST_TRIED:
-            break
+    for inputs in _candidates(model, samples, seed):
         try:
             run_quietly(model, inputs)
         except Exception as error:  # a model of any origin can fail in any way
@@ -71,7 +69,10 @@ class same_numbers:
 
 
 def _candidates(model: Any, samples: int, seed: int) -> Iterator[Inputs]:
-    arguments = signature(model.base_model.forward).parameters
+    bodies = [signature(each.forward).parameters for each in (model.base_model, model)]
+    if "grid_thw" not in bodies[0]:
+        bodies = [names for names in bodies if "hidden_states" not in names]
+    arguments = next((names for names in bodies if not names.keys().isdisjoint(_MAKERS)), {})
     draw = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
     config = getattr(model.base_model, "config", None) or getattr(model, "config", None)
@@ -84,11 +85,25 @@ def _candidates(model: Any, samples: int, seed: int) -> Iterator[Inputs]:
     ]
     for chosen in _choices(list(make), needed):
         shapes = [make[name](config, name) for name in chosen]
-        for combined in product(*shapes):
-            yield {
+        for combined in islice(product(*shapes), _MOST_TRIED):
+            inputs = {
                 name: _placed(value(samples, draw), parameter)
                 for name, value in zip(chosen, combined, strict=True)
             }
+            yield from _masked(inputs, arguments)
+
+
+def _masked(inputs: Inputs, arguments: Collection[str]) -> Iterator[Inputs]:
+    """The inputs, then with masks of sounds of which all frames count."""
+    yield inputs
+    names = ("input_features_mask", "padding_mask", "audio_mel_mask")
+    masks = [name for name in names if name in arguments]
+    sound = next((inputs[name] for name in _SOUNDS if name in inputs), None)
+    for name in masks if sound is not None else ():
+        for length in sound.shape[1:] if sound is not None else ():
+            mask = torch.ones(len(sound), length, dtype=torch.long, device=sound.device)
+            yield inputs | {name: mask}
+            yield inputs | {name: mask.bool()}
 
 
 def _placed(value: Tensor, parameter: Tensor) -> Tensor:
@@ -139,20 +154,26 @@ def _ids(length: int) -> Callable[[Any, str], list[Value]]:
     def made(config: Any, name: str) -> list[Value]:
         vocabularies = _numbers(config, "vocab_size", "text_vocab_size", "n_words", "encoder_vocab")
         most = min([v for v in vocabularies if v > 1], default=64)
+        positions = [n for n in _numbers(config, "max_position_embeddings") if n > 1]
+        shortest = min([length, *positions])
 
-        def values(samples: int, draw: torch.Generator, length: int = length) -> Tensor:
+        def values(samples: int, draw: torch.Generator, length: int = shortest) -> Tensor:
             first = _FIRST_TOKEN if most > 2 * _FIRST_TOKEN else 0
             return torch.randint(first, min(most, 250), (samples, length), generator=draw)
 
-        return [values, lambda samples, draw: values(samples, draw, 8 * length)]
+        made: list[Value] = [values, lambda samples, draw: values(samples, draw, 8 * length)]
+        for channels in _numbers(config, "num_channels") if name.startswith("decoder") else ():
+            made.append(
+                lambda samples, draw, n=channels: values(samples, draw)[..., None].repeat(1, 1, n)
+            )
+        return made
 
     return made
 
 
 def _images(config: Any, name: str) -> list[Value]:
-    channels = (_numbers(config, "num_channels", "in_channels", "in_chans", "n_channels") or [3])[
-        :2
-    ]
+    fields = ("num_channels", "in_channels", "in_chans", "n_channels")
+    channels = (_numbers(config, *fields) or [3])[:2]
     sizes = list[tuple[int, int]]()
     for part in _parts(config):
         for field in _SIZES:
@@ -162,9 +183,8 @@ def _images(config: Any, name: str) -> list[Value]:
             elif isinstance(value, list | tuple) and len(value) == 2:
                 sizes.append((int(value[0]), int(value[1])))
     sizes = [size for size in dict.fromkeys(sizes) if max(size) > 1]
-    frames = (_numbers(config, "num_frames", "frames_per_clip", "num_image_with_embedding") or [2])[
-        0
-    ]
+    fields = ("num_frames", "frames_per_clip", "num_image_with_embedding")
+    frames = (_numbers(config, *fields) or [2])[0]
     made = list[Value]()
     for size in [*sizes[:3], (64, 64), (128, 128), (224, 224)]:
         for channel in channels:
@@ -172,6 +192,18 @@ def _images(config: Any, name: str) -> list[Value]:
     for size in [*sizes[:2], (64, 64)]:
         made.append(_random(frames, channels[0], *size))
     return made
+
+
+def _patches(config: Any, name: str) -> list[Value]:
+    """The values of the 16 patches of an image, for models that read them as one sequence."""
+    channels = (_numbers(config, "in_channels", "num_channels", "in_chans") or [3])[0]
+    frames = [*_numbers(config, "temporal_patch_size"), 1]
+    sizes = _numbers(config, "patch_size")
+    return [_random(_TOKENS, channels * n * size**2) for size in sizes for n in frames]
+
+
+def _grid(config: Any, name: str) -> list[Value]:
+    return [lambda samples, draw: torch.tensor([[1, 4, 4]]).repeat(samples, 1)]
 
 
 def _random(*shape: int) -> Value:
@@ -186,7 +218,7 @@ def _sound(config: Any, name: str) -> list[Value]:
 
 
 def _spectrogram(config: Any, name: str) -> list[Value]:
-    bins = [b for b in _numbers(config, *_BINS) if b > 1][:5]
+    bins = list(dict.fromkeys([*[b for b in _numbers(config, *_BINS) if b > 1][:3], 80, 128]))
     fixed = [2 * n for n in _numbers(config, "max_source_positions")]
     made = list[Value]()
     for length in (*fixed[:1], *_FRAMES):
@@ -236,7 +268,8 @@ def _widths(count: int, *names: str, fixed: int = 0) -> Callable[[Any, str], lis
     ]
 
 
-_MAIN = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features")
+_SOUNDS = ("input_values", "input_features", "audio_mel")
+_MAIN = ("input_ids", "decoder_input_ids", "pixel_values", *_SOUNDS)
 _MAKERS: Mapping[str, Callable[[Any, str], list[Value]]] = {
     "input_ids": _ids(_TOKENS),
     "decoder_input_ids": _ids(_TARGETS),
@@ -244,7 +277,16 @@ _MAKERS: Mapping[str, Callable[[Any, str], list[Value]]] = {
     "pixel_values_videos": _images,
     "input_values": _sound,
     "input_features": _spectrogram,
-    "bbox": _zeros(_TOKENS, 4),
+    "audio_mel": _spectrogram,
+    "grid_thw": _grid,
+    "hidden_states": _patches,
+    "bbox": lambda config, name: [
+        *_zeros(_TOKENS, 4)(config, name),
+        _random(_TOKENS, 8),
+        _random(_TOKENS, 4),
+    ],
+    "encoder_hidden_states": _widths(5, "encoder_hidden_size", "hidden_size"),
+    "query_embeds": _widths(6, "hidden_size"),
     "token_type_ids": _zeros(_TOKENS),
     "xpath_tags_seq": _zeros(_TOKENS, 50),
     "xpath_subs_seq": _zeros(_TOKENS, 50),

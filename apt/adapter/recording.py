@@ -1,6 +1,6 @@
 """The recording of block calls: one run of the model with stubs in place of its blocks."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from apt.adapter.sites import Call
 from apt.errors import AptError
 
 _STATE = "hidden_states"
+_GRID = "grid_thw"  # the sizes of images in patches (images, 3)
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,21 @@ def _run(
     raise UncalledError(message, called)
 
 
+def body_of(model: Any, names: Collection[str]) -> nn.Module:
+    """The body of a model if it takes arguments of these names, or else the model."""
+    taken = signature(model.base_model.forward).parameters
+    return model.base_model if all(name in taken for name in names) else model  # type: ignore[no-any-return]
+
+
 def run_body(model: Any, inputs: ModelInputs) -> None:
     """Run the body of a model, without a cache of keys and values."""
-    base = model.base_model
     if isinstance(inputs, Tensor):
-        base(inputs, use_cache=False)
+        model.base_model(inputs, use_cache=False)
         return
+    base = body_of(model, inputs)
     taken = signature(base.forward).parameters
+    if _GRID in inputs:  # the model reads the patches of all images as one sequence
+        inputs = {n: tensor if n == _GRID else tensor.flatten(0, 1) for n, tensor in inputs.items()}
     base(**inputs, **({"use_cache": False} if "use_cache" in taken else {}))
 
 
