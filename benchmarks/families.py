@@ -1,20 +1,23 @@
 """Which model types of transformers APT prunes: one tiny random model of each is pruned.
 
-All types with a causal language model, and all that take images and text, are in the table. A row
-says which adapter served the type, which share of the matrices of the blocks was pruned, if the
-pattern is exact, if all other values are the same bit for bit, and what can be narrower; or why the
-type was refused::
+All types with a causal language model, all that take images and text, and all others that have a
+model, are in the tables. A row says which adapter served the type, which share of the matrices of
+the blocks was pruned, if the pattern is exact, if all other values are the same bit for bit, and
+what can be narrower; or why the type was refused::
 
     python benchmarks/families.py --json benchmarks/results/families.json
     python benchmarks/pages.py
     python benchmarks/families.py --only 'qwen3*' deepseek_v3
 
-The whole takes some minutes on one core. With ``--streamed``, every type that is served is saved,
-and pruned by the command line in memory and streamed: both write the same bytes, or a line says
-what differs.
+The whole takes some minutes on one core. Every type has a process of its own. With ``--rows``, rows
+are kept in a file, and a run that was ended goes on there. With ``--streamed``, every type that is
+served is saved, and pruned by the command line in memory and streamed: both write the same bytes,
+or a line says what differs.
 """
 
 import argparse
+import json
+import multiprocessing
 import signal
 import sys
 import tempfile
@@ -28,14 +31,15 @@ from typing import Any
 import tiny
 import torch
 import transformers
+from apt_adapters.example_inputs import example_inputs
 from common import save
 from tables import SERVED, TITLES, served
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import apt
-from apt.adapter import Adapter, Site
-from apt.checkpoints.architecture import check_kind
+from apt.adapter import Adapter, Samples, Site
+from apt.checkpoints.architecture import check_kind, reads_of
 from apt.checkpoints.load import load_tokenizer
 from apt.cli import app
 from apt.errors import AptError, describe
@@ -55,6 +59,7 @@ COMMAND = (
 PATTERNS = ("2:4", "0.5")
 """The first is used wherever it fits."""
 SECONDS = 120  # for one type
+SAMPLES = 4  # of a model that is no decoder of text
 
 
 class _TooLong(Exception):
@@ -90,7 +95,7 @@ def row(model_type: str, table: str) -> Row:
     made: Row = {"type": model_type, "table": table, "adapter": "", "reason": ""}
     try:
         with limited(SECONDS):
-            model = tiny.model(model_type, image=table == "image")
+            model = made_model(model_type, table)
     except Exception as error:
         return {**made, "served": "not built", "reason": _sentence(error)}
     name, adapter = adapter_for(model_type)
@@ -105,6 +110,21 @@ def row(model_type: str, table: str) -> Row:
     return {**made, "served": by, "adapter": name, **found}
 
 
+def made_model(model_type: str, table: str) -> Any:
+    """The tiny model of a row."""
+    if table == "other":
+        return tiny.other_model(model_type)
+    return tiny.model(model_type, image=table == "image")
+
+
+def inputs_for(model: nn.Module) -> Tensor | Samples:
+    """Random inputs: token ids for a decoder of text, and example inputs for any other model."""
+    if reads_of(type(model), model.config).windows:
+        return tiny.tokens()
+    inputs = example_inputs(model, SAMPLES)
+    return Samples([{n: t[index] for n, t in inputs.items()} for index in range(SAMPLES)])
+
+
 def _sentence(error: Exception) -> str:
     """The first sentence of an exception's text."""
     return describe(error).partition(". ")[0]
@@ -112,12 +132,12 @@ def _sentence(error: Exception) -> str:
 
 def pruned(model: nn.Module, adapter: Adapter) -> Row:
     """What pruning changes in a model, by the first pattern that fits."""
-    before = {name: value.clone() for name, value in tensors(model)}
+    before, inputs = {name: value.clone() for name, value in tensors(model)}, inputs_for(model)
     for pattern in PATTERNS:
         model.load_state_dict(before, strict=False)
         try:
             apt.prune(
-                model, tiny.tokens(), pattern=pattern, adapter=adapter, method="ss",
+                model, inputs, pattern=pattern, adapter=adapter, method="ss",
                 options=PruneOptions(),
             )  # fmt: skip
         except AptError as error:
@@ -144,6 +164,7 @@ def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str,
         for parameter in block.parameters()
         if parameter.ndim > 1
     }
+    names_of_stacks = [name for name, _ in adapter.stacks(model)]
     exact = all(is_exact(site.oriented(weight), pattern) for site, weight, _ in weights)
     total = sum(weight.numel() for _, weight, _ in weights)
     for site, weight, parameter in weights:  # back to the values of before
@@ -151,6 +172,7 @@ def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str,
         weight.copy_(old if site.expert is None else old[site.expert])
     return {
         "share": total / sum(matrices.values()),
+        **({} if names_of_stacks == ["decoder"] else {"stacks": names_of_stacks}),
         "experts": any(site.routed for site, _, _ in weights),
         "groups": groups(model, adapter),
         "pattern": pattern,
@@ -194,7 +216,7 @@ def streamed(row: Row) -> str:
     tokenizer = load_tokenizer(find("zoo:llama", registry()))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        for part in (tiny.model(row["type"], image=row["table"] == "image"), tokenizer):
+        for part in (made_model(row["type"], row["table"]), tokenizer):
             part.save_pretrained(path / "model")
         written = []
         for way in ("memory", "streamed"):
@@ -211,8 +233,37 @@ def streamed(row: Row) -> str:
 
 def types(table: str) -> Sequence[str]:
     """The model types of a table."""
-    names = {"causal": tiny.CAUSAL, "image": tiny.IMAGE}[table]
+    names = {"causal": tiny.CAUSAL, "image": tiny.IMAGE, "other": tiny.other_types()}[table]
     return sorted(names)
+
+
+def guarded(model_type: str, table: str) -> Row:
+    """The row of a type, made in a process of its own, which may crash or hang."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: send.send(row(model_type, table)))
+    process.start()
+    send.close()
+    try:
+        if receive.poll(3 * SECONDS):
+            made: Row = receive.recv()
+            return made
+        reason = f"not done after {3 * SECONDS} s"
+    except EOFError:
+        reason = "its process has crashed"
+    finally:
+        process.kill()
+        process.join()
+    return {
+        "type": model_type, "table": table, "adapter": "", "reason": reason, "served": "refused",
+    }  # fmt: skip
+
+
+def kept_rows(path: Path | None) -> dict[tuple[str, str], Row]:
+    """The rows of a run that was ended, by type and table."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+    rows = map(json.loads, lines)
+    return {(row["type"], row["table"]): row for row in rows}
 
 
 def main() -> None:
@@ -221,14 +272,20 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=TITLES, default=[*TITLES])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--streamed", action="store_true")
+    parser.add_argument("--rows", type=Path, help="a file of rows, to go on with a run")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for one type")
     options = parser.parse_args()
+    globals()["SECONDS"] = options.seconds
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    rows = []
+    rows, kept = [], kept_rows(options.rows)
     for table in options.tables:
         for model_type in types(table):
             if any(fnmatch(model_type, glob) for glob in options.only):
-                rows.append(row(model_type, table))
+                rows.append(kept.get((model_type, table)) or guarded(model_type, table))
+                if options.rows and (model_type, table) not in kept:
+                    with options.rows.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
                 print(told(rows[-1]), flush=True)
                 if options.streamed and rows[-1]["served"] in SERVED:
                     print(f"{'':28} {streamed(rows[-1])}", flush=True)
@@ -244,7 +301,9 @@ def told(row: Row) -> str:
         return f"{head} {row['reason']}"
     marks = [m for m in ("exact", "untouched") if not row[m]]
     wrong = f"  NOT {' and NOT '.join(marks)}" if marks else ""
-    return f"{head} {row['share']:6.1%} {row['pattern']} {'experts' * row['experts']}{wrong}"
+    stacks = ", ".join(row.get("stacks", ()))
+    marks = f"{'experts ' * row['experts']}{stacks}{wrong}"
+    return f"{head} {row['share']:6.1%} {row['pattern']} {marks}"
 
 
 if __name__ == "__main__":

@@ -324,7 +324,11 @@ def products(rows: Rows) -> str:
     return table(header, lines)
 
 
-TITLES = {"causal": "Causal language models", "image": "Models that take images and text"}
+TITLES = {
+    "causal": "Causal language models",
+    "image": "Models that take images and text",
+    "other": "Encoders, encoder-decoders, images, sounds, and all others",
+}
 SERVED = ("own", "auto")
 
 
@@ -359,19 +363,36 @@ def narrower(rows: Rows) -> str:
     )
 
 
+def stacked(row: Row) -> list[str]:
+    """The line of a type of one or several stacks that is served."""
+    line = family(row)
+    return [*line[:2], ", ".join(row.get("stacks", ["decoder"])), *line[3:6]]
+
+
+def all_types(rows: Rows) -> str:
+    """How many model types are served in some table."""
+    types = {row["type"] for row in rows}
+    count = len({row["type"] for row in rows if row["served"] in SERVED})
+    return f"{count} of {len(types)} model types are served."
+
+
 def families(rows: Rows) -> str:
-    """Both tables of model types: those that are served, and the others with the reason."""
-    parts = []
-    head = ["type", "adapter", "experts", "in sites", "exact", "rest untouched", "groups"]
+    """The tables of model types: those that are served, and the others with the reason."""
+    parts = [all_types(rows)]
+    decoders = ["type", "adapter", "experts", "in sites", "exact", "rest untouched", "groups"]
     for name, title in TITLES.items():
         own = [row for row in rows if row["table"] == name]
-        lines = [family(row) for row in own if row["served"] in SERVED]
+        line, head = family, decoders
+        if name == "other":
+            line, head = stacked, [*decoders[:2], "stacks", *decoders[3:6]]
+        lines = [line(row) for row in own if row["served"] in SERVED]
         others = [
             [f"`{row['type']}`", row["served"], row["reason"].replace("|", "\\|")]
             for row in own
             if row["served"] not in SERVED
         ]
-        parts += [f"## {title}", f"{served(own)} {narrower(own)}", table(head, lines)]
+        said = f"{served(own)} {narrower(own)}" if name != "other" else served(own)
+        parts += [f"## {title}", said, table(head, lines)]
         parts += [table(["type", "", "reason"], others)]
     return "\n\n".join(parts)
 

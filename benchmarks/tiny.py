@@ -17,12 +17,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE,
 )
 
+from apt.checkpoints.architecture import class_of
+
 Fields = dict[str, Any]
+
+_NO_DECODERS = (
+    "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC",
+    "SPEECH_SEQ_2_SEQ",
+)  # fmt: skip
+_ANY = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION")
 
 LAYERS = 4
 VOCABULARY = 2048  # that of the tokenizer of the embedded models
@@ -70,13 +79,16 @@ _INDICES = r".*(_idxs|_layer_ids|layers|_indexes|_indices|_block_indexes)"
 _LANGUAGE = r"text_config|decoder(_config)?"
 
 NEEDED: dict[str, Fields] = {
+    "autoformer": {"prediction_length": 8},
+    "informer": {"prediction_length": 8},
+    "time_series_transformer": {"prediction_length": 8},
     "gemma4_assistant": {
         "text_config": {
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": 0,
             "num_kv_shared_layers": 30,
         }
-    }
+    },
 }
 """Fields of types that have no default configuration."""
 
@@ -207,6 +219,37 @@ SPECIAL: dict[str, Fields] = {
 }
 """Fields of single types, by type: they replace those that the rules give."""
 
+_RESNET: Fields = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16, 16, 32],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+}
+_SERIES: Fields = {"prediction_length": 8, "context_length": 16}
+_WIDE: Fields = {"hidden_size": 64}  # one head has 64 values
+
+OTHER: dict[str, Fields] = {
+    "autoformer": _SERIES,
+    "bridgetower": {**_WIDE, "text_config": _WIDE, "vision_config": _WIDE},
+    "clap": {"audio_config": {"hidden_size": 256}},
+    "conditional_detr": _RESNET,
+    "convbert": {"conv_kernel_size": 3},
+    "csm": {"codec_config": {"upsample_groups": 32}},
+    "dab-detr": _RESNET,
+    "deformable_detr": _RESNET,
+    "detr": _RESNET,
+    "informer": _SERIES,
+    "mimi": {"upsample_groups": 32},
+    "table-transformer": _RESNET,
+    "time_series_transformer": _SERIES,
+}
+"""The same for the models of `other_model`."""
+
 
 def config(model_type: str, **fields: Any) -> Any:
     """The configuration of a tiny model.
@@ -219,6 +262,8 @@ def config(model_type: str, **fields: Any) -> Any:
     needed = NEEDED.get(model_type, {})
     large = kind(**copy.deepcopy(needed)).to_dict()
     small = _merged(copy.deepcopy(needed), shrunk(large))
+    if "backbone_config" in fields:  # of another type
+        small.pop("backbone_config", None)
     return kind(**_merged(small, fields))
 
 
@@ -239,6 +284,56 @@ def model(model_type: str, *, image: bool = False, **fields: Any) -> Any:
         own.is_decoder = True  # by default BERT and its relatives read in both directions
     own.architectures = [kind.__name__]  # as `save_pretrained` writes it
     return with_values(kind._from_config(own).float().eval())
+
+
+def other_types() -> set[str]:
+    """The types of all other mappings: encoders, models of several stacks, images and sounds.
+
+    A decoder of text is none of them, even if it has a head for classes.
+    """
+
+    def named(*tasks: str) -> set[str]:
+        return {
+            kind
+            for task in tasks
+            for kind in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+        }
+
+    every = {*modeling_auto.MODEL_MAPPING_NAMES, *named(*_ANY)}
+    return named(*_NO_DECODERS) | (every - set(CAUSAL) - set(IMAGE))
+
+
+def other_model(model_type: str, **fields: Any) -> Any:
+    """A tiny model of one of the `other_types`, of the class that opens its checkpoints."""
+    torch.manual_seed(0)
+    large = CONFIG_MAPPING[model_type](**copy.deepcopy(NEEDED.get(model_type, {}))).to_dict()
+    special = copy.deepcopy(OTHER.get(model_type, {}))
+    own = config(model_type, **_merged(_merged(_sizes(large), special), fields))
+    kind = class_of(own)
+    if kind is None:
+        raise ValueError("transformers has no class for it")
+    own.architectures = [kind.__name__]
+    return with_values(kind._from_config(own).float().eval())
+
+
+def _sizes(fields: Fields) -> Fields:
+    """The sizes of images and of convolutions that fit the other fields of a type and its parts."""
+    made = {n: part for n, v in fields.items() if isinstance(v, dict) and (part := _sizes(v))}
+    if isinstance(fields.get("conv_dim"), list | tuple) and "num_feat_extract_layers" in fields:
+        made["num_feat_extract_layers"] = len(fields["conv_dim"])
+    if isinstance(heads := fields.get("num_heads"), list):  # of widths that are all 32
+        made["num_heads"] = [2] * len(heads)
+    size, patch, window = (fields.get(name) for name in ("image_size", "patch_size", "window_size"))
+    stages = fields.get("depths")
+    if _is_int(window) and isinstance(stages, list) and _is_int(patch):
+        return made | {"window_size": 2, "image_size": patch * 2 ** len(stages)}
+    merge = fields.get("spatial_merge_size")
+    if _is_int(window) and _is_int(merge) and _is_int(patch):
+        made["window_size"] = 2 * merge * patch
+    if size is not None and _is_int(patch):
+        edge = patch * max(2, 28 // patch)
+        return made | {"image_size": edge if _is_int(size) else [edge] * len(size)}
+    return made
 
 
 def with_values(made: nn.Module) -> nn.Module:

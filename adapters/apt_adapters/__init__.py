@@ -157,7 +157,7 @@ def apt_adapters() -> list[AdapterSpec]:
         ),
         AdapterSpec(
             "auto",
-            "Any causal language model of transformers, examined by a run; the default adapter",
+            "Any model of transformers, examined by a run; the default adapter",
             "apt_adapters.auto:AutoAdapter",
             default=True,
         ),

@@ -25,6 +25,7 @@ from apt.adapter.recording import UncalledError
 from apt.conformance.checks.recording import uncached
 
 _SPREAD = 0.05  # standard deviation of random values
+_LARGE = 1 << 20  # values of a table
 
 
 def kind_of(block: nn.Module) -> Any:
@@ -159,6 +160,36 @@ def with_distinct_values(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Mo
             id(parameters[path]): _parameter(tensor) for path, tensor in of_kind[kind].items()
         }
     return with_values(model, values)
+
+
+def with_random_values(model: nn.Module) -> nn.Module:
+    """The model, or a copy on the CPU with random values for its parts on the meta device.
+
+    The blocks of a kind share their values, and the rows of large tensors are equal.
+    """
+    if not _on_meta(model):
+        return model
+    draw, values, of_kind = torch.Generator().manual_seed(0), dict[int, Any](), dict[Any, Any]()
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for block in (member for module in lists for member in module if member is not None):
+        parameters = dict(block.named_parameters())
+        first = of_kind.setdefault(
+            kind_of(block), {path: _random(tensor, draw) for path, tensor in parameters.items()}
+        )
+        for path, tensor in parameters.items():
+            values.setdefault(id(tensor), _parameter(first[path]))
+    for tensor in model.parameters():
+        if tensor.is_meta and id(tensor) not in values:
+            values[id(tensor)] = _parameter(_repeated(tensor, draw))
+    return with_values(model, values)
+
+
+def _repeated(parameter: Tensor, draw: torch.Generator) -> Tensor:
+    """Random values for a parameter; a large table repeats one row, which needs no memory."""
+    if parameter.numel() < _LARGE or parameter.ndim < 2:
+        return _random(parameter, draw)
+    row = torch.randn(parameter.shape[-1], generator=draw) * _SPREAD
+    return row.to(parameter.dtype).expand(parameter.shape)
 
 
 def _on_meta(model: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """The recording of block calls: one run of the model with stubs in place of its blocks."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from apt.adapter.sites import Call
 from apt.errors import AptError
 
 _STATE = "hidden_states"
+_GRID = "grid_thw"  # the sizes of images in patches (images, 3)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ _FORMS: tuple[_Form, ...] = (
     lambda state: state,
 )
 _form_of_block: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
+_observed: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()  # see `note_form`
 
 
 class _LastBlock(Exception):
@@ -84,14 +86,17 @@ def record_calls(
         UncalledError: the model does not call some of the blocks.
     """
     failures: list[tuple[int, Exception]] = []
-    for end_form, form in product(_FORMS if earlier else _FORMS[:1], _FORMS):
+    observed = [_observed[blocks[0]]] if blocks[0] in _observed else []
+    unknown = any(passed[-1] not in _observed for passed, _ in earlier)
+    for end_form, form in product(_FORMS if unknown else _FORMS[:1], (*observed, *_FORMS)):
         states: list[Tensor] = []
         calls: list[Call] = []
         try:
             with ExitStack() as stack:
                 for passed, end in earlier:
-                    stack.enter_context(stubbed(passed, partial(_passed, end_form)))
-                    stack.enter_context(stubbed(passed[-1:], partial(_ended, end_form, end)))
+                    known = _observed.get(passed[-1], end_form)
+                    stack.enter_context(stubbed(passed, partial(_passed, known)))
+                    stack.enter_context(stubbed(passed[-1:], partial(_ended, known, end)))
                 _run(model, blocks, tokens, form, states, calls)
         except AptError:
             raise
@@ -100,10 +105,25 @@ def record_calls(
             continue
         _form_of_block.update(dict.fromkeys(blocks, form))
         for passed, _ in earlier:
-            _form_of_block.update(dict.fromkeys(passed, end_form))
+            known = _observed.get(passed[-1], end_form)
+            _form_of_block.update(dict.fromkeys(passed, known))
         taken = {place for call in calls for place in call.carried.values()}
         return states[0], [replace(call, keeps=1 + max(taken, default=0)) for call in calls]
     raise max(failures, key=lambda failure: failure[0])[1]  # of the run with the most calls
+
+
+def note_form(block: nn.Module, values: int | None) -> None:
+    """Note what a block was seen to return, so that `record_calls` tries this form first.
+
+    Args:
+        values: the length of the returned tuple, of which the stream is the first item; None for
+            the stream alone.
+    """
+    if values is None:
+        _observed[block] = _FORMS[-1]
+        return
+    others = tuple(map(_OtherValue, range(1, values)))
+    _observed[block] = lambda state: (state, *others)
 
 
 def _run(
@@ -141,19 +161,28 @@ def _run(
         for index, block in enumerate(blocks):
             stack.enter_context(stubbed([block], partial(stub, index)))
         try:
-            _forward(model.base_model, tokens)
+            run_body(model, tokens)
         except _LastBlock:
             return
     message = f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks"
     raise UncalledError(message, called)
 
 
-def _forward(base: Any, inputs: ModelInputs) -> None:
+def body_of(model: Any, names: Collection[str]) -> nn.Module:
+    """The body of a model if it takes arguments of these names, or else the model."""
+    taken = signature(model.base_model.forward).parameters
+    return model.base_model if all(name in taken for name in names) else model  # type: ignore[no-any-return]
+
+
+def run_body(model: Any, inputs: ModelInputs) -> None:
     """Run the body of a model, without a cache of keys and values."""
     if isinstance(inputs, Tensor):
-        base(inputs, use_cache=False)
+        model.base_model(inputs, use_cache=False)
         return
+    base = body_of(model, inputs)
     taken = signature(base.forward).parameters
+    if _GRID in inputs:  # the model reads the patches of all images as one sequence
+        inputs = {n: tensor if n == _GRID else tensor.flatten(0, 1) for n, tensor in inputs.items()}
     base(**inputs, **({"use_cache": False} if "use_cache" in taken else {}))
 
 

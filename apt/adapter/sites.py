@@ -36,6 +36,7 @@ class Site:
             weight.
         crossing: True if the input is the output of an earlier stack, as the keys and values of a
             cross attention have it.
+        stack: the index of this earlier stack; -1 for the stack before.
         added_to: the name of the input of the block to which the product is added, if that is not
             the residual stream: a post-norm block adds its later products to a normalised stream.
             Sites of that input run earlier.
@@ -51,6 +52,7 @@ class Site:
     routed: bool = False
     calls: int = 1
     crossing: bool = False
+    stack: int = -1
     added_to: str = ""
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from apt.errors import AptError
 
@@ -91,7 +92,7 @@ def _weight_wrapper(module: nn.Module) -> tuple[str, str] | None:
         for base in type(hook).__mro__:
             if base.__name__ in _HOOKS:
                 return _path(type(hook)), _HOOKS[base.__name__]
-    stem = isinstance(module, nn.Conv1d | nn.Conv2d)  # a convolution outside the blocks stays dense
+    stem = isinstance(module, _ConvNd)  # convolutions stay dense, inside of blocks as well
     for chain in [] if stem else getattr(module, "parametrizations", {}).values():
         return _path(type(chain[0])), _PARAMETRIZED
     return next(((quantised, _QUANTISED) for quantised in _quantised(module)), None)

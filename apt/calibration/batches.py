@@ -100,7 +100,7 @@ class Batch:
         sources: the index of the source of each token (tokens,), on the CPU; None if there is one.
         inputs: the inputs of the model.
         ends: the states after the stacks that the model has passed.
-        crossing: the number of tokens of the last of these stacks.
+        passed: the number of tokens of each of these stacks.
     """
 
     state = InStore[State]()
@@ -120,11 +120,11 @@ class Batch:
         self.state, self.calls, self.tokens, self.dense = state, calls, tokens, dense
         self.sample, self.sources, self.inputs = sample, sources, inputs
         self.ends: list[State] = []
-        self.crossing = 0
+        self.passed: list[int] = []
 
     def tokens_of(self, site: Site) -> int:
         """The number of tokens that a site multiplies in one call."""
-        return self.crossing if site.crossing else self.tokens
+        return self.passed[site.stack] if site.crossing else self.tokens
 
     def token_sources(self) -> Tensor:
         """The index of the source of each token (tokens,)."""
@@ -263,7 +263,7 @@ def enter_next(
         before = batch.calls
         batch.state, calls = entered(batch, batch.ends)
         batch.calls = [*before, *calls]
-        batch.crossing = batch.tokens
+        batch.passed.append(batch.tokens)
         batch.tokens = _rows(adapter, batch.inputs, batch.state)
         batch.sample = batch.tokens // samples
         batch.sources = None

@@ -139,7 +139,8 @@ def class_of(config: Any) -> Any:
     is_decoder = not (getattr(config, "is_encoder_decoder", False) or _bidirectional(config))
     for auto in (*(_DECODERS if is_decoder else ()), *_OTHERS):
         if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
     return None
 
 
