@@ -77,11 +77,14 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
         tokenizer = load_tokenizer(find(options.model, registry()))
         reader = TextReader(tokenizer, 256)
         texts = {"wiki": evaluation, "dictionary": dictionary(options.dictionary)}
-        held_out = {
-            key: reader.read(str(written(folder, key, part[options.skip :][:count])), "evaluation", count, 0,
-                             registry())
+        files = {
+            key: str(written(folder, key, part[options.skip :][:count]))
             for key, part in texts.items()
-        }  # fmt: skip
+        }
+        held_out = {
+            key: reader.read(file, "evaluation", count, 0, registry())
+            for key, file in files.items()
+        }
         dense = measured(options.model, held_out, None)
         for pattern in options.patterns:
             for method in options.methods:

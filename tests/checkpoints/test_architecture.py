@@ -5,16 +5,24 @@ import json
 import pytest
 import transformers
 
-from apt.checkpoints.architecture import class_of
+from apt.checkpoints.architecture import class_of, reads_of
 from apt.checkpoints.load import open_skeleton
 from apt.errors import AptError
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 
-ENCODER_DECODERS = ["T5Config", "BartConfig", "WhisperConfig", "MT5Config", "PegasusConfig"]
-ENCODERS = ["BertConfig", "RobertaConfig", "XLMConfig", "ElectraConfig", "ModernBertConfig"]
-OTHERS = ["ViTConfig", "CLIPConfig"]
-(OTHERS if transformers.__version__ >= "5" else ENCODERS).append("Wav2Vec2Config")
+OPENED = {
+    "T5Config": ("T5ForConditionalGeneration", "texts", True),
+    "BartConfig": ("BartForConditionalGeneration", "texts", True),
+    "WhisperConfig": ("WhisperForConditionalGeneration", "sounds", True),
+    "BertConfig": ("BertForMaskedLM", "texts", False),
+    "ElectraConfig": ("ElectraForMaskedLM", "texts", False),
+    "ModernBertConfig": ("ModernBertForMaskedLM", "texts", False),
+    "ViTConfig": ("ViTForImageClassification", "images", False),
+    "CLIPConfig": ("CLIPModel", "texts and images", False),
+    "Wav2Vec2Config": ("Wav2Vec2ForCTC", "sounds", False),
+}
+"""The class without a name of a class, what it reads, and whether it reads a target."""
 
 
 def refusal(path, adapter=None):
@@ -24,19 +32,30 @@ def refusal(path, adapter=None):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("adapter", [None, "auto"])
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        *((name, "is an encoder-decoder model (type '") for name in ENCODER_DECODERS),
-        *((name, "is an encoder (type '") for name in ENCODERS),
-        *((name, "of which transformers has no causal language model") for name in OTHERS),
-    ],
-)
-def test_other_kinds_of_model_are_refused_with_their_kind(tmp_path, name, message, adapter):
-    getattr(transformers, name)().save_pretrained(tmp_path)
-    assert message in refusal(tmp_path, adapter)
-    assert "APT prunes causal language models" in refusal(tmp_path, adapter)
+@pytest.mark.parametrize("name", OPENED)
+def test_models_that_do_not_predict_the_next_token_are_opened_with_their_head(name):
+    config = getattr(transformers, name)()
+    config.architectures = None
+    found, words, target = OPENED[name]
+    model_class = class_of(config)
+    reads = reads_of(model_class, config)
+    if found == "CLIPModel" and model_class.__name__ != found:
+        pytest.skip("transformers 4 opens it with another head")
+    assert model_class.__name__ in (found, "Wav2Vec2ForMaskedLM")
+    assert not reads.windows
+    assert (reads.words, reads.target) == (words, target)
+
+
+def test_class_without_a_head_is_opened_without_one():
+    config = transformers.BertConfig(architectures=["BertModel"])
+    assert class_of(config) is transformers.BertModel
+
+
+def test_type_without_a_class_is_refused_with_its_kind(tmp_path):
+    transformers.EncodecConfig(architectures=None).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "none"}))
+    assert refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +79,15 @@ def test_quantised_checkpoints_are_refused_with_the_method(apt, edited, settings
     assert len(run.err.splitlines()) == 1
 
 
-def test_bert_as_decoder_opens_with_the_automatic_adapter(tmp_path):
+def test_bert_as_decoder_reads_windows(tmp_path):
     config = transformers.BertConfig(
         is_decoder=True, vocab_size=64, hidden_size=32, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=64,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     opened = open_skeleton(find(str(tmp_path), registry()), registry())
-    assert opened.spec.name == "auto"
+    assert opened.spec.name == "bert"
+    assert opened.reads.windows
 
 
 def test_model_with_code_in_its_repository_asks_to_allow_the_code(tmp_path):
