@@ -53,6 +53,8 @@ def greedy_outputs(model: nn.Module, samples: Samples) -> list[Tensor]:
     )
     with eval_mode(model):
         for batch, indices in inputs.batches(_POSITIONS):
+            if "input_ids" in batch:  # otherwise `generate` takes tokens for padding
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             given: Any = on_device(batch, device)
             rows = module.generate(**given, generation_config=settings).sequences.cpu()
             outputs += [_until_end(row, settings.eos_token_id) for row in rows]

@@ -91,7 +91,8 @@ class SoundReader:
             hint = f"a sound needs at least {_SHORTEST} seconds: remove it"
             raise AptError(message, hint, ("calibration", "evaluation"))
         longest = min(len(values), int(_LONGEST * rate))
-        return values[:, 0] if self._is_fixed else values[: near_length(longest), 0]
+        wave: np.ndarray[Any, Any] = values[: None if self._is_fixed else near_length(longest), 0]
+        return wave
 
     def _check(self, item: Item, channels: int, rate: int) -> None:
         """Raise unless a sound has what the model takes."""

@@ -136,7 +136,8 @@ class CalibrationOptions(Options):
 
     calibration: str = option(
         "builtin, chat, code, math, wiki, wikitext2, ptb, c4, a hub data set, or a .txt, .jsonl or "
-        ".parquet file; or a mix of them with shares: builtin:chat=0.5,builtin:code=0.3,my.jsonl.",
+        ".parquet file; or a mix of them with shares: builtin:chat=0.5,builtin:code=0.3,my.jsonl. "
+        "For models of images or sounds, a folder of them.",
         default="builtin", panel=TEXT, metavar="SRC", place=True,
     )  # fmt: skip
     bos: bool = option(

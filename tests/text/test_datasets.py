@@ -80,6 +80,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, name, content, message)
         ("nowhere.txt", "no such data set: nowhere.txt is no file"),
         ("folder/nowhere.txt", "is no file"),
         ("./nowhere", "is no file"),
+        (".", r"\. is a folder, and texts are read from one file"),
     ],
 )
 def test_unknown_sources_are_refused_by_name(source, message):
