@@ -238,7 +238,6 @@ OTHER: dict[str, Fields] = {
     "bridgetower": {**_WIDE, "text_config": _WIDE, "vision_config": _WIDE},
     "clap": {"audio_config": {"hidden_size": 256}},
     "conditional_detr": _RESNET,
-    "convbert": {"conv_kernel_size": 3},
     "csm": {"codec_config": {"upsample_groups": 32}},
     "dab-detr": _RESNET,
     "deformable_detr": _RESNET,
@@ -262,7 +261,7 @@ def config(model_type: str, **fields: Any) -> Any:
     needed = NEEDED.get(model_type, {})
     large = kind(**copy.deepcopy(needed)).to_dict()
     small = _merged(copy.deepcopy(needed), shrunk(large))
-    if "backbone_config" in fields:  # of another type
+    if "model_type" in fields.get("backbone_config", {}):  # of another type
         small.pop("backbone_config", None)
     return kind(**_merged(small, fields))
 
@@ -321,6 +320,8 @@ def _sizes(fields: Fields) -> Fields:
     made = {n: part for n, v in fields.items() if isinstance(v, dict) and (part := _sizes(v))}
     if isinstance(fields.get("conv_dim"), list | tuple) and "num_feat_extract_layers" in fields:
         made["num_feat_extract_layers"] = len(fields["conv_dim"])
+    if _is_int(kernel := fields.get("conv_kernel_size")) and kernel % 2:
+        made["conv_kernel_size"] = 3  # the rules give even ones, for causal convolutions
     if isinstance(heads := fields.get("num_heads"), list):  # of widths that are all 32
         made["num_heads"] = [2] * len(heads)
     size, patch, window = (fields.get(name) for name in ("image_size", "patch_size", "window_size"))

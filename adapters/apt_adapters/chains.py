@@ -30,6 +30,7 @@ from apt_adapters.tracing import HINT, Trace, assert_most, matrices_of
 
 _STATE = "hidden_states"
 _LEAST = 0.5  # the share of the weights of all lists that must be in proven blocks
+_SMALL = 0.1  # of the largest list: the layers of a head
 _SAME = 1e-3  # of the largest output
 _GENERAL = {
     "base_model",
@@ -112,23 +113,25 @@ def find_chains(model: nn.Module, inputs: Mapping[str, Tensor]) -> Chains:
     )
     chains = found.proven(_chained(blocks))
     proven = {name for chain in chains for name in chain}
+    blocks = [found.ran[name] for name in proven]
     modules = dict(model.named_modules())
     weight = sum(map(_weight, map(modules.__getitem__, proven)))
     if weight < _LEAST * sum(_weight(modules[path]) for path in lists) or not proven:
         reason = next(iter(found.reasons.values()), "the blocks are not called one after the other")
         raise AptError(f"adapter auto cannot prune {type(model).__name__}: {reason}", HINT)
-    forms = {ran.name: ran.values for ran in blocks if ran.name in proven}
+    forms = {ran.name: ran.values for ran in blocks}
     return Chains(list(_named(chains)), found.sites, forms)
 
 
 def outer_lists(model: nn.Module) -> list[str]:
-    """The paths of the lists of modules with matrices that are inside of no other list."""
+    """The paths of the lists of modules that are inside of no other list, without small ones."""
     found = list[str]()
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for path in found)
         if not inside and isinstance(module, nn.ModuleList) and _weight(module):
             found.append(name)
-    return found
+    sizes = {name: _weight(model.get_submodule(name)) for name in found}
+    return [name for name in found if sizes[name] >= _SMALL * max(sizes.values())]
 
 
 def _weight(module: nn.Module) -> int:
@@ -143,7 +146,7 @@ class _Chains:
         self._model, self._inputs = model, inputs
         self.sites: Sites = {}
         self.reasons: dict[str, str] = {}  # why a member of a list is not a block, by its name
-        self._ran, self._calls = _observed(model, inputs)
+        self.ran, self._calls = _observed(model, inputs)
 
     def readable(self, path: str) -> Iterator[_Ran]:
         """The blocks in a list: its members, or those of lists inside of the members."""
@@ -156,8 +159,12 @@ class _Chains:
             except AptError as error:
                 if not isinstance(module, nn.ModuleList):
                     self.reasons[full] = error.message
-                for inner in _inner_lists(module):
-                    yield from self.readable(f"{full}.{inner}".rstrip("."))
+                yield from self._inside(full, module)
+
+    def _inside(self, name: str, module: nn.Module) -> Iterator[_Ran]:
+        """The blocks in the lists inside of a module, or in the module if it is a list."""
+        for inner in _inner_lists(module):
+            yield from self.readable(f"{name}.{inner}".rstrip("."))
 
     def _read(self, name: str) -> _Ran:
         """The call of a block whose sites can be read."""
@@ -165,14 +172,14 @@ class _Chains:
         if calls > 1:
             message = f"{name} is called {calls} times in a run, and its weights are shared"
             raise AptError(message, HINT)
-        if name not in self._ran:
+        if name not in self.ran:
             what = "takes and returns no stream" if calls else "is not called"
             raise AptError(f"{name} {what}", HINT)
-        ran = self._ran[name]
+        ran = self.ran[name]
         if kind_of(ran.block) not in self.sites:
             earlier = [
                 other.output[..., 0].numel()
-                for other in sorted(self._ran.values(), key=lambda other: other.order)
+                for other in sorted(self.ran.values(), key=lambda other: other.order)
                 if other.order < ran.order and not name.startswith(f"{other.name}.")
             ]
             self.sites[kind_of(ran.block)] = self._traced(ran, earlier)
@@ -212,6 +219,9 @@ class _Chains:
                 queue = sorted([chain[:1], chain[1:], *queue], key=lambda c: c[0].order)
             elif not good:
                 self.reasons[chain[0].name] = reason
+                inside = list(self._inside(chain[0].name, chain[0].block))
+                queue += _chained(sorted(inside, key=lambda ran: ran.order))
+                queue.sort(key=lambda c: c[0].order)
             else:
                 if good < len(chain):
                     queue.append(chain[good:])
@@ -233,10 +243,17 @@ class _Chains:
             end: Tensor | None = None
             passed: Any = state
             for index, (ran, call) in enumerate(zip(chain, calls, strict=True)):
-                counts: dict[Site, int] = {}
+                counts, filled = dict[Site, int](), set[Site]()
 
-                def count(site: Site, rows: Tensor, counts: dict[Site, int] = counts) -> None:
+                def count(
+                    site: Site,
+                    rows: Tensor,
+                    counts: dict[Site, int] = counts,
+                    filled: set[Site] = filled,
+                ) -> None:
                     counts[site] = counts.get(site, 0) + rows[..., 0].numel()
+                    if rows.any():
+                        filled.add(site)
 
                 sites = self.sites[kind_of(ran.block)]
                 weights = {site: site.weight(ran.block) for site in sites}
@@ -246,6 +263,9 @@ class _Chains:
                 if not _near(stream, ran.value) or not self._complete(ran, counts, earlier):
                     return index, end
                 end = stream
+                # Of zeros nothing can be learned: the queries of an object detector begin as zeros.
+                kept = [site for site in sites if site.routed or site in filled]
+                self.sites[kind_of(ran.block)] = kept
         return len(chain), end
 
     def _complete(
@@ -284,7 +304,7 @@ def traced(ran: _Ran, earlier: Sequence[int]) -> list[Site]:
             stack.enter_context(context)
         ran.block(*args, **kwargs)
     sites = trace.sites(ran.rows, selection.routers, earlier)
-    assert_most(ran.name, ran.block, sites, trace.unread(ran.block))
+    assert_most(ran.name, ran.block, sites, trace.unread(ran.block), convolutions=True)
     return sites
 
 

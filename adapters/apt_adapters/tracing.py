@@ -205,8 +205,19 @@ def _short(key: _Key) -> str:
     return name if key[1] is None else f"{name}.{key[1]}"
 
 
-def assert_most(name: str, block: nn.Module, sites: list[Site], unread: Collection[str]) -> None:
-    """Raise if many weights of a block are not sites; weights that no operator reads may be."""
+def assert_most(
+    name: str,
+    block: nn.Module,
+    sites: list[Site],
+    unread: Collection[str],
+    *,
+    convolutions: bool = False,
+) -> None:
+    """Raise if many weights of a block are not sites; weights that no operator reads may be.
+
+    Args:
+        convolutions: True if convolutions and tables may be any part of the block.
+    """
     site_parameters = {site.parameter for site in sites}
     sizes = {n: p.numel() for n, p in block.named_parameters() if p.ndim > 1 and n not in unread}
     unread_sizes = {n: size for n, size in sizes.items() if n not in site_parameters}
@@ -215,7 +226,7 @@ def assert_most(name: str, block: nn.Module, sites: list[Site], unread: Collecti
     if (
         not site_parameters
         or matrices > _MOST_LEFT * total
-        or sum(unread_sizes.values()) > total / 2
+        or (sum(unread_sizes.values()) > total / 2 and not convolutions)
     ):
         largest = max(unread_sizes, key=lambda n: unread_sizes[n], default="a matrix")
         raise AptError(

@@ -1,6 +1,7 @@
 """The table of model types: rows made now, and what makes a row wrong."""
 
 import json
+import os
 from importlib import import_module
 
 import pytest
@@ -32,6 +33,14 @@ IMAGES = {
     "llama4": "a class that does not run on text, around a language model that does",
     "mllama": "layers that look at an image: they stay dense",
 }
+OTHERS = {
+    "bert": "an adapter of its own, one encoder",
+    "bigbird_pegasus": "an encoder and a decoder that reads it",
+    "swin": "stages of blocks, between which rows are merged",
+    "flava": "three towers that are called one after the other",
+    "nllb-moe": "experts in two stacks",
+    "albert": "one block that is called several times: refused",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +61,17 @@ def test_row_of_a_multimodal_family_equals_the_table(kind):
     assert import_module("families").row(kind, "image") == TABLE[kind, "image"]
 
 
+@pytest.mark.skipif(transformers.__version__ != VERSION, reason="the table is of another version")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_row_of_another_model_equals_the_table(kind):
+    assert import_module("families").row(kind, "other") == TABLE[kind, "other"]
+
+
 def test_table_has_every_type_and_the_page_its_version():
     tiny = import_module("tiny")
     if transformers.__version__ == VERSION:
-        wanted = {(kind, "causal") for kind in tiny.CAUSAL} | {
-            (kind, "image") for kind in tiny.IMAGE
-        }
-        assert set(TABLE) == wanted
+        tables = {"causal": tiny.CAUSAL, "image": tiny.IMAGE, "other": tiny.other_types()}
+        assert set(TABLE) == {(kind, table) for table, kinds in tables.items() for kind in kinds}
     assert f"transformers {VERSION}" in (ROOT / "docs/families.md").read_text(encoding="utf-8")
 
 
@@ -77,6 +90,26 @@ def test_changes_outside_the_sites_are_detected(monkeypatch):
     model = tiny.model("llama")
     found = families.pruned(model, adapter_of(model))
     assert (found["exact"], found["untouched"]) == (False, False)
+
+
+def test_run_goes_on_behind_the_rows_of_a_file(monkeypatch, tmp_path, capsys):
+    families = import_module("families")
+    rows = tmp_path / "rows.jsonl"
+    kept = {"type": "bert", "table": "other", "adapter": "", "reason": "kept", "served": "refused"}
+    rows.write_text(json.dumps(kept) + "\n")
+    command = ["--only", "bert", "fnet", "--tables", "other", "--rows", str(rows)]
+    monkeypatch.setattr("sys.argv", ["families.py", *command])
+    families.main()
+    assert [json.loads(line)["type"] for line in rows.read_text().splitlines()] == ["bert", "fnet"]
+    bert, fnet = capsys.readouterr().out.splitlines()
+    assert "kept" in bert
+    assert "auto" in fnet
+
+
+def test_crash_of_a_process_is_the_reason_in_its_row(monkeypatch):
+    families = import_module("families")
+    monkeypatch.setattr(families, "row", lambda kind, table: os.abort())
+    assert families.guarded("llama", "causal")["reason"] == "its process has crashed"
 
 
 def test_timeout_of_a_model_is_the_reason_in_its_row(monkeypatch):
