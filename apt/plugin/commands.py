@@ -9,7 +9,7 @@ def _in_cli(name: str, summary: str, module: str = "") -> CommandSpec:
 
 MODELS = (
     _in_cli("prune", "Prune a model and write a Hugging Face directory."),
-    _in_cli("fit", "Write the best file or packed directory of a given size."),
+    _in_cli("fit", "Write the best file or packed directory of a given size, or of a given speed."),
     _in_cli("shrink", "Make a smaller dense model, which plain transformers opens."),
     _in_cli("recover", "Train the kept weights of a pruned model; every zero stays zero."),
     _in_cli("reapply", "Set the weights to zero again that a fine-tuning has filled."),
