@@ -10,7 +10,7 @@ run, a new stack begins; a block that still returns something else is left dense
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -297,10 +297,11 @@ def traced(ran: _Ran, earlier: Sequence[int]) -> list[Site]:
         kwargs[_STATE] = stream
     trace = Trace(ran.block, stream)
     selection = Selection(dict(matrices_of(ran.block)))
+    outer: tuple[AbstractContextManager[Any], ...] = (
+        torch.no_grad(), same_numbers(), eval_mode(ran.block), one_by_one(ran.block)
+    )  # fmt: skip
     with ExitStack() as stack:
-        for context in (torch.no_grad(), same_numbers(), eval_mode(ran.block)):
-            stack.enter_context(context)
-        for context in (one_by_one(ran.block), selection, trace):
+        for context in (*outer, selection, trace):
             stack.enter_context(context)
         ran.block(*args, **kwargs)
     sites = trace.sites(ran.rows, selection.routers, earlier)
