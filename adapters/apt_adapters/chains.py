@@ -135,8 +135,10 @@ def outer_lists(model: nn.Module) -> list[str]:
 
 
 def _weight(module: nn.Module) -> int:
-    """The number of values in the matrices of Linears and of stacked experts."""
-    return sum(tensor.numel() for _, tensor in matrices_of(module))
+    """The number of values in the matrices of a module, without those of tables."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    owners = {name: id(parameter) for name, parameter in module.named_parameters()}
+    return sum(t.numel() for (name, _), t in matrices_of(module) if owners[name] not in tables)
 
 
 class _Chains:
@@ -323,6 +325,9 @@ def _observed(
         stream = args[0] if args else kwargs.get(_STATE)
         plain = isinstance(result, Tensor)
         output = result if plain else result[0] if type(result) is tuple and result else None
+        others = () if plain or output is None else result[1:]
+        if not all(value is None or isinstance(value, Tensor) for value in others):
+            return  # sizes, which the model goes on with
         if isinstance(stream, Tensor) and isinstance(output, Tensor) and stream.ndim > 1:
             values = None if plain else len(result)
             ran[name] = _Ran(

@@ -107,6 +107,7 @@ def _masked(inputs: Inputs, arguments: Collection[str]) -> Iterator[Inputs]:
     for name in masks:
         for length in sound.shape[1:]:
             mask = torch.ones(len(sound), length, dtype=torch.long, device=sound.device)
+            mask = mask * (name != "audio_mel_mask")  # of padding
             yield inputs | {name: mask}
             yield inputs | {name: mask.bool()}
 
@@ -276,7 +277,8 @@ def _widths(count: int, *names: str, fixed: int = 0) -> Callable[[Any, str], lis
 
 
 _SOUNDS = ("input_values", "input_features", "audio_mel")
-_MAIN = ("input_ids", "decoder_input_ids", "pixel_values", *_SOUNDS)
+_MAIN = ("input_ids", "decoder_input_ids", "pixel_values", *_SOUNDS, "future_values",
+    "future_time_features")  # fmt: skip
 _MAKERS: Mapping[str, Callable[[Any, str], list[Value]]] = {
     "input_ids": _ids(_TOKENS),
     "decoder_input_ids": _ids(_TARGETS),
