@@ -243,6 +243,8 @@ OTHER: dict[str, Fields] = {
     "deformable_detr": _RESNET,
     "detr": _RESNET,
     "informer": _SERIES,
+    "bros": _WIDE,
+    "lilt": {"hidden_size": 48},
     "mimi": {"upsample_groups": 32},
     "table-transformer": _RESNET,
     "time_series_transformer": _SERIES,

@@ -10,7 +10,7 @@ run, a new stack begins; a block that still returns something else is left dense
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,8 +135,10 @@ def outer_lists(model: nn.Module) -> list[str]:
 
 
 def _weight(module: nn.Module) -> int:
-    """The number of values in the matrices of Linears and of stacked experts."""
-    return sum(tensor.numel() for _, tensor in matrices_of(module))
+    """The number of values in the matrices of a module, without those of tables."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    owners = {name: id(parameter) for name, parameter in module.named_parameters()}
+    return sum(t.numel() for (name, _), t in matrices_of(module) if owners[name] not in tables)
 
 
 class _Chains:
@@ -297,10 +299,11 @@ def traced(ran: _Ran, earlier: Sequence[int]) -> list[Site]:
         kwargs[_STATE] = stream
     trace = Trace(ran.block, stream)
     selection = Selection(dict(matrices_of(ran.block)))
+    outer: tuple[AbstractContextManager[Any], ...] = (
+        torch.no_grad(), same_numbers(), eval_mode(ran.block), one_by_one(ran.block)
+    )  # fmt: skip
     with ExitStack() as stack:
-        for context in (torch.no_grad(), same_numbers(), eval_mode(ran.block)):
-            stack.enter_context(context)
-        for context in (one_by_one(ran.block), selection, trace):
+        for context in (*outer, selection, trace):
             stack.enter_context(context)
         ran.block(*args, **kwargs)
     sites = trace.sites(ran.rows, selection.routers, earlier)
@@ -322,6 +325,9 @@ def _observed(
         stream = args[0] if args else kwargs.get(_STATE)
         plain = isinstance(result, Tensor)
         output = result if plain else result[0] if type(result) is tuple and result else None
+        others = () if plain or output is None else result[1:]
+        if not all(value is None or isinstance(value, Tensor) for value in others):
+            return  # sizes, which the model goes on with
         if isinstance(stream, Tensor) and isinstance(output, Tensor) and stream.ndim > 1:
             values = None if plain else len(result)
             ran[name] = _Ran(

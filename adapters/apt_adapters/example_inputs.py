@@ -5,6 +5,7 @@ the first inputs on which a model runs are taken.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from inspect import Parameter, signature
 from itertools import islice, product
 from typing import Any
@@ -72,7 +73,9 @@ def _candidates(model: Any, samples: int, seed: int) -> Iterator[Inputs]:
     bodies = [signature(each.forward).parameters for each in (model.base_model, model)]
     if "grid_thw" not in bodies[0]:
         bodies = [names for names in bodies if "hidden_states" not in names]
-    arguments = next((names for names in bodies if not names.keys().isdisjoint(_MAKERS)), {})
+    arguments: Mapping[str, Parameter] = next(
+        (names for names in bodies if not names.keys().isdisjoint(_MAKERS)), {}
+    )
     draw = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
     config = getattr(model.base_model, "config", None) or getattr(model, "config", None)
@@ -99,9 +102,12 @@ def _masked(inputs: Inputs, arguments: Collection[str]) -> Iterator[Inputs]:
     names = ("input_features_mask", "padding_mask", "audio_mel_mask")
     masks = [name for name in names if name in arguments]
     sound = next((inputs[name] for name in _SOUNDS if name in inputs), None)
-    for name in masks if sound is not None else ():
-        for length in sound.shape[1:] if sound is not None else ():
+    if sound is None:
+        return
+    for name in masks:
+        for length in sound.shape[1:]:
             mask = torch.ones(len(sound), length, dtype=torch.long, device=sound.device)
+            mask = mask * (name != "audio_mel_mask")  # of padding
             yield inputs | {name: mask}
             yield inputs | {name: mask.bool()}
 
@@ -162,18 +168,20 @@ def _ids(length: int) -> Callable[[Any, str], list[Value]]:
             return torch.randint(first, min(most, 250), (samples, length), generator=draw)
 
         made: list[Value] = [values, lambda samples, draw: values(samples, draw, 8 * length)]
+
+        def several(samples: int, draw: torch.Generator, channels: int) -> Tensor:
+            return values(samples, draw)[..., None].repeat(1, 1, channels)
+
         for channels in _numbers(config, "num_channels") if name.startswith("decoder") else ():
-            made.append(
-                lambda samples, draw, n=channels: values(samples, draw)[..., None].repeat(1, 1, n)
-            )
+            made.append(partial(several, channels=channels))
         return made
 
     return made
 
 
 def _images(config: Any, name: str) -> list[Value]:
-    fields = ("num_channels", "in_channels", "in_chans", "n_channels")
-    channels = (_numbers(config, *fields) or [3])[:2]
+    channels = _numbers(config, "num_channels", "in_channels", "in_chans", "n_channels") or [3]
+    channels = channels[:2]
     sizes = list[tuple[int, int]]()
     for part in _parts(config):
         for field in _SIZES:
@@ -183,8 +191,8 @@ def _images(config: Any, name: str) -> list[Value]:
             elif isinstance(value, list | tuple) and len(value) == 2:
                 sizes.append((int(value[0]), int(value[1])))
     sizes = [size for size in dict.fromkeys(sizes) if max(size) > 1]
-    fields = ("num_frames", "frames_per_clip", "num_image_with_embedding")
-    frames = (_numbers(config, *fields) or [2])[0]
+    several = _numbers(config, "num_frames", "frames_per_clip", "num_image_with_embedding")
+    frames = several[0] if several else 2
     made = list[Value]()
     for size in [*sizes[:3], (64, 64), (128, 128), (224, 224)]:
         for channel in channels:
@@ -249,10 +257,10 @@ def _time_features(config: Any, name: str) -> list[Value]:
 
 
 def _ones(of: Callable[[Any, str], list[Value]]) -> Callable[[Any, str], list[Value]]:
-    return lambda config, name: [
-        lambda samples, draw, value=value: torch.ones_like(value(samples, draw))
-        for value in of(config, name)
-    ]
+    def ones(samples: int, draw: torch.Generator, value: Value) -> Tensor:
+        return torch.ones_like(value(samples, draw))
+
+    return lambda config, name: [partial(ones, value=value) for value in of(config, name)]
 
 
 def _zeros(*shape: int) -> Callable[[Any, str], list[Value]]:
@@ -269,7 +277,8 @@ def _widths(count: int, *names: str, fixed: int = 0) -> Callable[[Any, str], lis
 
 
 _SOUNDS = ("input_values", "input_features", "audio_mel")
-_MAIN = ("input_ids", "decoder_input_ids", "pixel_values", *_SOUNDS)
+_MAIN = ("input_ids", "decoder_input_ids", "pixel_values", *_SOUNDS, "future_values",
+    "future_time_features")  # fmt: skip
 _MAKERS: Mapping[str, Callable[[Any, str], list[Value]]] = {
     "input_ids": _ids(_TOKENS),
     "decoder_input_ids": _ids(_TARGETS),

@@ -86,10 +86,11 @@ def reads_of(model_class: Any, config: Any) -> Reads:
     is_decoder = not (getattr(config, "is_encoder_decoder", False) or _bidirectional(config))
     if not issubclass(model_class, PreTrainedModel):
         return Reads()
-    if is_decoder and issubclass(model_class, GenerationMixin):
-        return Reads()
     forward: Any = model_class.forward
     arguments = signature(forward).parameters
+    hears = "input_ids" not in arguments and not arguments.keys().isdisjoint(_SOUND)  # with CTC
+    if is_decoder and issubclass(model_class, GenerationMixin) and not hears:
+        return Reads()
 
     def named(names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in arguments), None)

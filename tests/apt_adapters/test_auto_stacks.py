@@ -1,0 +1,154 @@
+"""The adapter ``auto`` on models of one or several stacks."""
+
+import pytest
+import torch
+from apt_adapters.auto import AutoAdapter
+from apt_adapters.bart import BartAdapter
+from apt_adapters.chains import find_chains
+from apt_adapters.example_inputs import example_inputs
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPConfig,
+    CLIPModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
+)
+
+import apt
+from apt.adapter import Samples
+from apt.errors import AptError
+
+_SIDES = {"encoder": 2, "decoder": 2}
+_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bart():
+    torch.manual_seed(0)
+    fields = {f"{side}_layers": count for side, count in _SIDES.items()}
+    fields |= {f"{side}_attention_heads": 4 for side in _SIDES}
+    fields |= {f"{side}_ffn_dim": 64 for side in _SIDES}
+    config = BartConfig(
+        vocab_size=64, d_model=32, max_position_embeddings=40, pad_token_id=1,
+        decoder_start_token_id=2, bos_token_id=0, eos_token_id=2, forced_eos_token_id=2, **fields,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
+def vit():
+    torch.manual_seed(0)
+    return ViTModel(ViTConfig(**_TOWER, intermediate_size=64, image_size=16, patch_size=4)).eval()
+
+
+def samples_for(model, count=8):
+    inputs = example_inputs(model, count)
+    return Samples([{name: each[i] for name, each in inputs.items()} for i in range(count)])
+
+
+def described(adapter, model):
+    """What an adapter says of the sites of every block, without the names of inputs."""
+    return [
+        {s.name: (s.residual, s.crossing, s.calls) for s in adapter.sites(block)}
+        for _, block in adapter.blocks(model)
+    ]
+
+
+def test_encoder_and_decoder_have_the_sites_that_are_declared():
+    model = bart()
+    found, declared = AutoAdapter(), BartAdapter()
+    assert [name for name, _ in found.stacks(model)] == ["encoder", "decoder"]
+    assert described(found, model) == described(declared, model)
+
+
+def test_crossing_sites_share_the_input_from_the_first_stack():
+    model = bart()
+    adapter = AutoAdapter()
+    _, block = adapter.blocks(model)[-1]
+    crossing = [site for site in adapter.sites(block) if site.crossing]
+    assert {site.name for site in crossing} == {"encoder_attn.k_proj", "encoder_attn.v_proj"}
+    assert len({site.input for site in crossing}) == 1
+    assert {site.stack for site in crossing} == {0}
+
+
+def test_results_equal_those_of_the_declared_adapter():
+    one, other = bart(), bart()
+    for model, adapter in ((one, "auto"), (other, "bart")):
+        apt.prune(model, samples_for(model), pattern="2:4", adapter=adapter, method="ss")
+    for value, expected in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_towers_are_stacks():
+    config = CLIPConfig(
+        text_config={**_TOWER, "vocab_size": 64, "intermediate_size": 64, "eos_token_id": 2,
+                     "max_position_embeddings": 20},
+        vision_config={**_TOWER, "intermediate_size": 64, "image_size": 16, "patch_size": 4},
+        projection_dim=16,
+    )  # fmt: skip
+    stacks = AutoAdapter().stacks(CLIPModel(config).eval())
+    assert {name: len(blocks) for name, blocks in stacks} == {"vision": 2, "text": 2}
+
+
+def test_stages_with_other_numbers_of_rows_are_stacks():
+    config = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=2
+    )
+    model = SwinModel(config).eval()
+    stacks = AutoAdapter().stacks(model)
+    assert [len(blocks) for _, blocks in stacks] == [2, 1]
+    apt.prune(model, samples_for(model), pattern="2:4", adapter="auto", method="ss")
+
+
+def test_model_without_weights_has_the_same_sites():
+    with torch.device("meta"):
+        skeleton = vit()
+    assert described(AutoAdapter(), skeleton) == described(AutoAdapter(), vit())
+
+
+def test_shared_blocks_are_refused_in_one_line():
+    config = AlbertConfig(**_TOWER, vocab_size=64, embedding_size=16, intermediate_size=64)
+    with pytest.raises(AptError, match=r"albert_layer_groups.0 is called 2 times in a run"):
+        AutoAdapter().blocks(AlbertForMaskedLM(config).eval())
+
+
+def test_blocks_that_keep_a_value_between_calls_are_refused():
+    """A replay of such a block returns something else."""
+    model = vit()
+
+    class Counting(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.calls = block, 0
+
+        def forward(self, hidden_states, *args, **kwargs):
+            self.calls += 1
+            return self.block(hidden_states * self.calls, *args, **kwargs)
+
+    model.layers = nn.ModuleList([Counting(block) for block in model.layers])
+    inputs = example_inputs(vit())
+    with pytest.raises(AptError, match="returns something else in a replay"):
+        find_chains(model, inputs)
+
+
+def test_chain_with_a_module_between_its_blocks_is_split():
+    """What the model does between two blocks is done by the model itself."""
+    model = vit()
+
+    class Between(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, hidden_states):
+            return self.layers[1](self.layers[0](hidden_states) * 2)
+
+    model.base_model_prefix = ""
+    model.forward = lambda pixel_values: between(model.embeddings(pixel_values))
+    between = Between(model.layers)
+    chains = find_chains(model, example_inputs(vit()))
+    assert [len(names) for _, names in chains.stacks] == [1, 1]
