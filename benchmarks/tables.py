@@ -511,6 +511,19 @@ def runtimes(rows: Rows) -> str:
     return table(["runtime", "model", "weights", "same text", "tokens/s", "files, MiB"], lines)
 
 
+def encoded(rows: Rows) -> str:
+    """The similarity and the neighbours on both texts, for each method and pattern."""
+
+    def cell(row: Row) -> str:
+        texts = (
+            f"{row[f'{text} similarity']:.3f} · {row[f'{text} neighbours']:.2f}"
+            for text in ("wiki", "dictionary")
+        )
+        return " / ".join(texts)
+
+    return pivot(rows, cell)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -522,6 +535,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "paper": ("paper", lambda rows: pivot(rows, with_error("wiki"))),
     "joint": ("paper", joint),
     "minutes": ("minutes", timed),
+    "encoders": ("encoders", encoded),
     "costs": ("costs", costs),
     "memory": ("memory", memories),
     "tokens": ("tokens", tokens),

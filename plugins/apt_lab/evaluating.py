@@ -141,7 +141,7 @@ def _on_samples(
         AptError: the model cannot answer tasks, or a metric needs the dense model.
     """
     from apt.engine.samples import held_out_samples, metrics_for
-    from apt.evaluation.outputs import outputs_of
+    from apt.evaluation.outputs import dense_outputs
     from apt.extending import capped
     from apt.modes import default_modes
     from apt_lab.windows import Score
@@ -160,13 +160,14 @@ def _on_samples(
     status("loading the model")
     with default_modes(), ExitStack() as stack:
         models = [stack.enter_context(_runnable(skeleton, None, run)) for skeleton in skeletons]
-        scores = {}
+        scores, outputs = {}, None
+        if any(spec.dense for spec in specs):
+            status("running the dense model")
+            outputs, samples = dense_outputs(models[1], samples)
         for spec in specs:
             status(f"measuring {spec.name} on {len(samples)} samples")
             if spec.dense:
-                scores[spec.name] = Score(
-                    spec.measure(models[0], samples, outputs_of(models[1], samples))
-                )
+                scores[spec.name] = Score(spec.measure(models[0], samples, outputs))
             else:
                 value, *dense = (spec.measure(model, samples) for model in models)
                 scores[spec.name] = Score(value, dense[0] if dense else None)
