@@ -376,6 +376,9 @@ def all_types(rows: Rows) -> str:
     return f"{count} of {len(types)} model types are served."
 
 
+_ESCAPED = str.maketrans({sign: f"\\{sign}" for sign in "|[]"})  # they would be links
+
+
 def families(rows: Rows) -> str:
     """The tables of model types: those that are served, and the others with the reason."""
     parts = [all_types(rows)]
@@ -387,7 +390,7 @@ def families(rows: Rows) -> str:
             line, head = stacked, [*decoders[:2], "stacks", *decoders[3:6]]
         lines = [line(row) for row in own if row["served"] in SERVED]
         others = [
-            [f"`{row['type']}`", row["served"], row["reason"].replace("|", "\\|")]
+            [f"`{row['type']}`", row["served"], row["reason"].translate(_ESCAPED)]
             for row in own
             if row["served"] not in SERVED
         ]

@@ -79,7 +79,7 @@ def test_a_stack_reads_the_pruned_stack_in_the_pruned_stream_and_the_dense_one_i
         if isinstance(one, torch.Tensor) and one.is_floating_point() and one.ndim == 3
     ]
     assert differ == [True]  # the states of the encoder
-    assert batch.crossing == batch.inputs["input_ids"].numel()
+    assert batch.passed == [batch.inputs["input_ids"].numel()]
     assert batch.tokens == batch.inputs["decoder_input_ids"].numel()
 
 
