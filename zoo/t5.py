@@ -31,7 +31,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 PAD_ID, EOS_ID = 0, 1
 VOCABULARY = 2048
 CONTEXT = 256
-STEPS = 200
+STEPS = 2500
 # The start. From random weights a short training does not find out which place of the source the
 # decoder copies from. So both stacks start with heads that write the last tokens into dimensions of
 # their own, and the cross-attention of the first block starts by matching these: it attends to the
