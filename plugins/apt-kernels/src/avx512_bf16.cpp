@@ -186,14 +186,14 @@ void integer_rows(const Matrix &m, const Vectors &x, int64_t begin, int64_t firs
     }
 }
 
-// True if all rows have the same mask and no weight was removed. The last word may have fewer columns:
-// the vectors have zeros behind them.
+// True if no weight was removed from any row. The columns of the last word are not known: where some of
+// its bits are 0, weights may have been removed behind the last one that is kept.
 bool is_whole(const Matrix &m) {
     if (m.mask_stride) return false;
-    for (int64_t word = 0; word + 1 < m.words; ++word) {
+    for (int64_t word = 0; word < m.words; ++word) {
         if (~m.mask[word]) return false;
     }
-    return m.words && !(m.mask[m.words - 1] & (m.mask[m.words - 1] + 1));
+    return m.words;
 }
 
 template <int32_t kind, int batch>

@@ -21,7 +21,7 @@ from apt_kernels import (
     library,
     memory,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(not available(), reason="installed without a compiler")
@@ -113,6 +113,9 @@ def test_product_equals_that_of_the_dense_matrix(
     kind=st.sampled_from(["int8", "int4"]), group=st.sampled_from([64, 128, 192, 256, 320, 1152]),
     pattern=st.sampled_from(["", "same", "empty"]), seed=st.integers(0, 2**16),
 )  # fmt: skip
+@example(  # the last columns of all rows are removed
+    rows=2, columns=2, batch=1, share=0.3, kind="int8", group=64, pattern="same", seed=1
+)
 def test_sums_of_integers_in_a_group_are_exact(
     level, rows, columns, batch, share, kind, group, pattern, seed
 ):
@@ -123,7 +126,12 @@ def test_sums_of_integers_in_a_group_are_exact(
     given = rounded(x, group) if level == "avx512-bf16" else x.double()
     found, expected = matrix.product(x), given @ dense.T
     # Only the sums over groups are rounded, relative to the sum of the absolute products.
-    assert ((found - expected).abs() <= given.abs() @ dense.abs().T * 2e-6 + 1e-30).all()
+    bound = given.abs() @ dense.abs().T * 2e-6 + 1e-30
+    if level == "avx512-bf16":  # a value half way between two integers may be rounded to the other
+        padded = torch.nn.functional.pad(x.double().abs(), (0, -columns % group))
+        most = padded.view(batch, -1, group).amax(2).repeat_interleave(group, 1)[:, :columns]
+        bound += (most.unsqueeze(1) / 32512 * dense.abs()).amax(2)
+    assert ((found - expected).abs() <= bound).all()
     assert torch.equal(matrix.expand(0, rows), dense.float())
 
 
