@@ -15,8 +15,13 @@ from apt.plugin.registry import registry
 from apt.recovery import recover as recovery
 
 MODEL = "zoo:llama"
-GIVEN = {"model": MODEL, "samples": 8, "seqlen": 64, "evaluation": "builtin"}
-WORDS = ("fit", MODEL, "--samples", 8, "--seqlen", 64, "--eval", "builtin", "--may", "bits")
+GIVEN = {
+    "model": MODEL, "samples": 8, "seqlen": 64, "evaluation": "builtin", "effort": "fast",
+}  # fmt: skip
+WORDS = (
+    "fit", MODEL, "--samples", 8, "--seqlen", 64, "--eval", "builtin", "--may", "bits",
+    "--effort", "fast",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from apt.fit.table import LossTable
 from apt.packing.directory import stored_tensors
 from apt.runtime.entries import read_entries
 
-SMALL = ("--samples", 4, "--seqlen", 32)
+SMALL = ("--samples", 4, "--seqlen", 32, "--effort", "fast")
 MODEL = "zoo:llama"
 SIZE = "1.6MB"
 
@@ -43,7 +43,7 @@ def content(directory):
 def fitted(tmp_path_factory):
     """A model in 1.6 MB, the folder of its directory, and the report."""
     folder = tmp_path_factory.mktemp("packed")
-    options = {"samples": 4, "seqlen": 32, "evaluation": "builtin"}
+    options = {"samples": 4, "seqlen": 32, "effort": "fast", "evaluation": "builtin"}
     return folder, run(FitRun(model=MODEL, size=SIZE, output=folder / "a", **options))
 
 

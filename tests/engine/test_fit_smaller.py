@@ -21,7 +21,7 @@ from apt.engine.run import resolve
 from apt.plugin.registry import registry
 
 MODEL = "zoo:llama"
-TEXTS = ("--samples", 8, "--seqlen", 64)
+TEXTS = ("--samples", 8, "--seqlen", 64, "--effort", "fast")
 SIZE = "800kB"
 """Below the smallest file of the whole model, and of fewer channels of those that cost little."""
 
@@ -30,7 +30,7 @@ SIZE = "800kB"
 def fitted(tmp_path_factory):
     """The folder of a file of a smaller model, and the report."""
     folder = tmp_path_factory.mktemp("fit")
-    options = {"samples": 8, "seqlen": 64, "evaluation": "builtin"}
+    options = {"samples": 8, "seqlen": 64, "effort": "fast", "evaluation": "builtin"}
     return folder, run(FitRun(model=MODEL, size=SIZE, output=folder / "a.gguf", **options))
 
 
