@@ -231,8 +231,7 @@ def enter(
         rows, samples = _rows(adapter, part, state), len(of)
         each = None if sources is None else of.repeat_interleave(rows // samples)
         calls = _pooled(calls, pool)
-        inputs = None if isinstance(part, Tensor) else part
-        batches.append(Batch(state, calls, rows, dense, store, rows // samples, each, inputs))
+        batches.append(Batch(state, calls, rows, dense, store, rows // samples, each, part))
     return batches
 
 
