@@ -65,17 +65,17 @@ class FitTarget(ABC):
         """A plan with all parameters that may change; None if the whole model is written anew."""
         return None
 
+    @abstractmethod
     def smaller_form(self, opened: Opened) -> FileForm:
         """The levels of a smaller model that is not on disk yet.
 
         Args:
             opened: the smaller model, without weights.
         """
-        raise NotImplementedError(f"a {self.words} is made of the whole model")
 
+    @abstractmethod
     def of_smaller(self, opened: Opened) -> "FitTarget":
         """The output for a smaller model on disk, in place of the whole one."""
-        raise NotImplementedError(f"a {self.words} is made of the whole model")
 
 
 @dataclass(frozen=True)
