@@ -14,9 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from apt_plugins import texts
 from hypothesis import settings
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from apt.cli import main
@@ -87,6 +88,30 @@ def pytest_runtest_teardown(item, nextitem):
 def tokenizer():
     """The zoo's tokenizer."""
     return AutoTokenizer.from_pretrained(registry().adapters.get("llama").zoo_path())
+
+
+@pytest.fixture(scope="session")
+def two_blocks(tmp_path_factory, tokenizer):
+    """The directory of an embedded LLaMA with two of its blocks, for runs that take a while."""
+    return _first_blocks("llama", tmp_path_factory.mktemp("two") / "blocks", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def two_mixtures(tmp_path_factory, tokenizer):
+    """The same of the embedded mixture of experts."""
+    return _first_blocks("moe", tmp_path_factory.mktemp("two") / "mixtures", tokenizer)
+
+
+def _first_blocks(name, place, tokenizer):
+    path = registry().adapters.get(name).zoo_path()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:2]
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
 
 
 @pytest.fixture(scope="session")

@@ -20,16 +20,26 @@ from apt.engine.run import resolve
 from apt.fit.table import LossTable
 from apt.options.fit import read_bytes
 from apt.plugin.registry import registry
+from tests.helpers import TEXT
 
-SMALL = ("--samples", 4, "--seqlen", 32)
+SMALL = ("--samples", 4, "--seqlen", 32, "--calibration", TEXT)
 MODEL = "zoo:llama"
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    """A model in 1.2 MB, the folder of the file, and the report."""
+def fitted(tmp_path_factory, two_blocks):
+    """A model in 720 kB, the folder of the file, and the report."""
     folder = tmp_path_factory.mktemp("fit")
-    report = run(FitRun(model=MODEL, size="1.2MB", output=folder / "a.gguf", samples=4, seqlen=32))
+    report = run(
+        FitRun(
+            model=str(two_blocks),
+            size="720kB",
+            output=folder / "a.gguf",
+            samples=4,
+            seqlen=32,
+            calibration=str(TEXT),
+        )
+    )
     return folder, report
 
 
@@ -37,21 +47,21 @@ def test_file_has_exactly_the_promised_size_and_the_chosen_types(fitted):
     folder, report = fitted
     assert sorted(path.name for path in folder.iterdir()) == ["a.apt_report.json", "a.gguf"]
     size = (folder / "a.gguf").stat().st_size
-    assert 1_190_000 < size == report.fit["size"] <= report.fit["budget"] == 1_200_000
+    assert 710_000 < size == report.fit["size"] <= report.fit["budget"] == 720_000
     types = {t.name: t.tensor_type.name.lower() for t in GGUFReader(folder / "a.gguf").tensors}
     levels = {name: level.lower() for name, level in report.fit["levels"].items()}
     assert types["token_embd.weight"] == levels["model.embed_tokens.weight"]
-    assert types["blk.2.ffn_down.weight"] == levels["model.layers.2.mlp.down_proj.weight"]
+    assert types["blk.1.ffn_down.weight"] == levels["model.layers.1.mlp.down_proj.weight"]
     assert types["blk.0.attn_norm.weight"] == "f32"
     file_type = GGUFReader(folder / "a.gguf").fields["general.file_type"].contents()
     assert gguf.LlamaFileType(file_type).name in ("MOSTLY_IQ4_NL", "MOSTLY_MXFP4_MOE")
-    assert len(levels) == 1 + 4 * 7
+    assert len(levels) == 1 + 2 * 7
 
 
-def test_file_opens_with_the_values_of_its_types(fitted):
+def test_file_opens_with_the_values_of_its_types(fitted, two_blocks):
     folder, _ = fitted
     opened = AutoModelForCausalLM.from_pretrained(folder, gguf_file="a.gguf", dtype=torch.float32)
-    dense = AutoModelForCausalLM.from_pretrained(zoo_path(), dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(two_blocks, dtype=torch.float32)
     for name, parameter in opened.named_parameters():
         original = dense.get_parameter(name)
         if "norm" in name:
@@ -63,30 +73,25 @@ def test_file_opens_with_the_values_of_its_types(fitted):
             assert 0 < error < 0.6, name
 
 
-def zoo_path():
-    """The directory of the model."""
-    return registry().adapters.get("llama").zoo_path()
-
-
-def test_another_budget_takes_the_table_of_an_earlier_run(fitted, apt, tmp_path):
+def test_another_budget_takes_the_table_of_an_earlier_run(fitted, apt, tmp_path, two_blocks):
     folder, report = fitted
-    options = (MODEL, *SMALL, "--size", "1.3MB", "-o", "b.gguf")
+    options = (two_blocks, *SMALL, "--size", "780kB", "-o", "b.gguf")
     assert apt("fit", *options, "--from", folder / "a.gguf").code == 0
     second = Report.read(tmp_path / "b.gguf")
     assert second.fit["table"] == report.fit["table"]
-    assert report.fit["size"] < second.fit["size"] <= 1_300_000
+    assert report.fit["size"] < second.fit["size"] <= 780_000
     assert second.fit["loss"] < report.fit["loss"]
 
 
-def test_same_budget_gives_the_same_bytes_again(fitted, apt, tmp_path):
+def test_same_budget_gives_the_same_bytes_again(fitted, apt, tmp_path, two_blocks):
     folder, _ = fitted
-    options = (MODEL, *SMALL, "--size", "1.2MB", "-o", "b.gguf")
+    options = (two_blocks, *SMALL, "--size", "720kB", "-o", "b.gguf")
     assert apt("fit", *options, "--from", folder / "a.gguf").code == 0
     assert (tmp_path / "b.gguf").read_bytes() == (folder / "a.gguf").read_bytes()
 
 
-def test_interrupted_run_goes_on_with_its_table(fitted, apt, tmp_path, monkeypatch):
-    options = ("fit", MODEL, *SMALL, "--size", "1.2MB", "-o", "b.gguf")
+def test_interrupted_run_goes_on_with_its_table(fitted, apt, tmp_path, monkeypatch, two_blocks):
+    options = ("fit", two_blocks, *SMALL, "--size", "720kB", "-o", "b.gguf")
     with monkeypatch.context() as patch:
         patch.setattr(fit_task, "measured_levels", raises(KeyboardInterrupt))
         assert apt(*options).code == 130
@@ -160,8 +165,8 @@ def test_sizes_are_read_in_their_units(text, count):
     assert read_bytes(text) == count
 
 
-def test_no_budget_makes_a_file_larger_than_the_stored_model(apt, tmp_path):
-    assert apt("fit", MODEL, *SMALL, "--size", "100MB", "-o", "b.gguf").code == 0
+def test_no_budget_makes_a_file_larger_than_the_stored_model(apt, tmp_path, two_blocks):
+    assert apt("fit", two_blocks, *SMALL, "--size", "100MB", "-o", "b.gguf").code == 0
     report = Report.read(tmp_path / "b.gguf")
     assert report.fit["loss"] == 0
     assert set(report.fit["levels"].values()) == {"bf16"}
@@ -172,7 +177,7 @@ def test_no_budget_makes_a_file_larger_than_the_stored_model(apt, tmp_path):
 def test_quantised_file_has_one_name_for_each_type_and_keeps_its_tensors(fitted, apt, tmp_path):
     folder, first = fitted
     shutil.copy(folder / "a.gguf", "a.gguf")
-    assert apt("fit", "a.gguf", *SMALL, "--size", "1.19MB", "-o", "b.gguf").code == 0
+    assert apt("fit", "a.gguf", *SMALL, "--size", "715kB", "-o", "b.gguf").code == 0
     second = Report.read(tmp_path / "b.gguf")
     levels = first.fit["levels"]
     for name, level in second.fit["levels"].items():
@@ -184,7 +189,7 @@ def test_quantised_file_has_one_name_for_each_type_and_keeps_its_tensors(fitted,
     assert 0 < len(kept) < len(levels)
     stored = ({t.name: t for t in GGUFReader(name).tensors} for name in ("a.gguf", "b.gguf"))
     before, after = stored
-    for block in range(4):
+    for block in range(2):
         if f"model.layers.{block}.mlp.down_proj.weight" in kept:
             name = f"blk.{block}.ffn_down.weight"
             assert (before[name].data == after[name].data).all()
@@ -217,10 +222,12 @@ def test_file_is_verified_by_its_hash_and_has_a_page(fitted, apt):
     assert len(refused.err.splitlines()) == 1
 
 
-def test_command_of_the_report_writes_the_same_file(fitted, apt):
+def test_command_of_the_report_writes_the_same_file(fitted, apt, two_blocks):
     folder, report = fitted
     command = shlex.split(command_of(report.to_dict()))
-    assert command[:3] == ["apt-prune", "fit", MODEL]
+    assert command[:3] == ["apt-prune", "fit", "blocks"]
+    Path("blocks").symlink_to(two_blocks)
+    shutil.copy(TEXT, "text.txt")
     again = apt(*command[1:-1], "again.gguf")
     assert again.code == 0, again.err
     assert Path("again.gguf").read_bytes() == (folder / "a.gguf").read_bytes()
@@ -235,13 +242,13 @@ def test_command_of_the_report_writes_the_same_file(fitted, apt):
         ({"frontier": [[1]]}, "fit.frontier[0] is no list of 2 values"),
     ],
 )  # fmt: skip
-def test_damaged_report_of_a_fit_is_an_error_of_one_line(fitted, apt, damage, message):
+def test_damaged_report_of_a_fit_is_an_error_of_one_line(fitted, apt, damage, message, two_blocks):
     folder, _ = fitted
     shutil.copy(folder / "a.gguf", "a.gguf")
     record = json.loads((folder / "a.apt_report.json").read_text())
     record["fit"] |= damage
     Path("a.apt_report.json").write_text(json.dumps(record))
-    options = (MODEL, *SMALL, "--size", "1.3MB", "-o", "b.gguf")
+    options = (two_blocks, *SMALL, "--size", "780kB", "-o", "b.gguf")
     for words in (("report", "a.gguf", "-o", "p.html"), ("fit", *options, "--from", "a.gguf")):
         refused = apt(*words)
         assert refused.code == 2
@@ -255,14 +262,14 @@ def test_several_processes_are_refused():
         resolve(request, registry(), lambda line: None, SimpleNamespace(size=2, first=True))
 
 
-def test_table_of_a_model_with_other_weights_is_refused(fitted, apt, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(zoo_path(), dtype=torch.bfloat16)
+def test_table_of_a_model_with_other_weights_is_refused(fitted, apt, tmp_path, two_blocks):
+    model = AutoModelForCausalLM.from_pretrained(two_blocks, dtype=torch.bfloat16)
     model.model.norm.weight.data += 1
     model.save_pretrained("other")
-    for path in zoo_path().glob("tokenizer*"):
+    for path in two_blocks.glob("tokenizer*"):
         (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
     table = ("--from", fitted[0] / "a.gguf")
-    refused = apt("fit", "other", *SMALL, "--size", "1.2MB", "-o", "b.gguf", *table)
+    refused = apt("fit", "other", *SMALL, "--size", "720kB", "-o", "b.gguf", *table)
     assert refused.code == 2
     assert "was made from a model with other weights; leave it out" in refused.err
     assert not (tmp_path / "b.gguf").exists()

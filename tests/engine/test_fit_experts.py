@@ -12,6 +12,7 @@ from apt.packing.directory import stored_tensors
 from apt.plugin.registry import registry
 from apt.pruning.expert_choice import lowest_scores
 from apt.shrinking.expert_proxy import ExpertProxy
+from tests.helpers import TEXT
 from tests.helpers.families import STACKED
 
 MODEL = "zoo:moe"
@@ -25,11 +26,13 @@ def opened():
     return load(skeleton, torch.float32, "cpu")
 
 
-def test_experts_bits_and_zeros_share_one_budget(tmp_path):
-    folder, budget = tmp_path / "a", 1_700_000
+def test_experts_bits_and_zeros_share_one_budget(tmp_path, two_mixtures):
+    folder, budget = tmp_path / "a", 1_080_000
     report = run(
         FitRun(
-            model=MODEL, size=budget, samples=4, seqlen=32, effort="fast", output=folder
+            model=str(two_mixtures), size=budget, samples=4, seqlen=32, effort="fast",
+            output=folder,
+            calibration=str(TEXT),
         )
     )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -50,7 +53,7 @@ def test_experts_bits_and_zeros_share_one_budget(tmp_path):
     assert model.config.num_experts == kept
     tokens = torch.arange(32)[None]
     assert model(tokens).logits.isfinite().all()
-    assert Report.read(folder).model["reference"] == MODEL
+    assert Report.read(folder).model["reference"] == "mixtures"
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from apt.checkpoints.load import open_skeleton
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.recovery import recover as recovery
+from tests.helpers import TEXT
 
-MODEL = "zoo:llama"
 GIVEN = {
-    "model": MODEL, "samples": 8, "seqlen": 64, "evaluation": "builtin", "effort": "fast",
+    "samples": 8, "seqlen": 64, "effort": "fast", "calibration": str(TEXT), "evaluation": str(TEXT),
 }  # fmt: skip
 WORDS = (
-    "fit", MODEL, "--samples", 8, "--seqlen", 64, "--eval", "builtin", "--may", "bits",
-    "--effort", "fast",
+    "--samples", 8, "--seqlen", 64, "--effort", "fast", "--calibration", TEXT, "--eval", TEXT,
+    "--may", "bits",
 )  # fmt: skip
 
 
@@ -31,15 +31,17 @@ def few_steps(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
+def fitted(tmp_path_factory, two_blocks):
     """A file without a training, and its report."""
     path = tmp_path_factory.mktemp("fit") / "a.gguf"
-    return path, run(FitRun(**GIVEN, size="1.05MB", may="bits", output=path))
+    return path, run(FitRun(model=str(two_blocks), **GIVEN, size="665kB", may="bits", output=path))
 
 
-def test_rest_of_the_time_trains_the_norms_of_a_file(fitted, few_steps, apt):
+def test_rest_of_the_time_trains_the_norms_of_a_file(fitted, few_steps, apt, two_blocks):
     path, plain = fitted
-    done = apt(*WORDS, "--size", "1.05MB", "--minutes", 9, "--from", path, "-o", "b.gguf")
+    done = apt(
+        "fit", two_blocks, *WORDS, "--size", "665kB", "--minutes", 9, "--from", path, "-o", "b.gguf"
+    )
     assert done.code == 0, done.err
     assert "loss on the samples held back: " in done.out
     report = Report.read(Path("b.gguf"))
@@ -57,17 +59,21 @@ def test_rest_of_the_time_trains_the_norms_of_a_file(fitted, few_steps, apt):
     assert apt("verify", "b.gguf").code == 0
 
 
-def test_rest_of_the_time_trains_the_norms_of_a_smaller_model(few_steps, tmp_path):
+def test_rest_of_the_time_trains_the_norms_of_a_smaller_model(few_steps, tmp_path, two_blocks):
     path = tmp_path / "c.gguf"
-    report = run(FitRun(**GIVEN, size="900kB", may="bits,width", minutes=9, output=path))
+    report = run(
+        FitRun(
+            model=str(two_blocks), **GIVEN, size="560kB", may="bits,width", minutes=9, output=path
+        )
+    )
     assert report.structure["share"] < 1
     assert report.recovery["options"]["kind"] == "norms"
-    assert report.recovery["parameters_before"] == pytest.approx(weights(), rel=1e-3)
-    assert path.stat().st_size == report.fit["size"] <= 900_000
+    assert report.recovery["parameters_before"] == pytest.approx(weights(two_blocks), rel=1e-3)
+    assert path.stat().st_size == report.fit["size"] <= 560_000
 
 
-def test_rest_of_the_time_trains_the_norms_of_a_packed_directory(few_steps, apt):
-    size = (*WORDS, "--size", "1.9MB")
+def test_rest_of_the_time_trains_the_norms_of_a_packed_directory(few_steps, apt, two_blocks):
+    size = ("fit", two_blocks, *WORDS, "--size", "1.33MB")
     runs = [
         apt(*size, "-o", "table"),
         apt(*size, "--from", "table", "--minutes", 1e-6, "-o", "plain"),
@@ -76,7 +82,7 @@ def test_rest_of_the_time_trains_the_norms_of_a_packed_directory(few_steps, apt)
     assert [done.code for done in runs] == [0, 0, 0], runs[-1].err
     assert "no time was left for the training" in runs[1].out
     report = Report.read(Path("timed"))
-    assert report.fit["size"] <= 1_900_000
+    assert report.fit["size"] <= 1_330_000
     assert report.recovery["options"]["kind"] == "norms"
     before, after = (tensors_of(Path(name)) for name in ("plain", "timed"))
     changed = {n for n, t in before.items() if not torch.equal(t, after[n])}
@@ -85,9 +91,9 @@ def test_rest_of_the_time_trains_the_norms_of_a_packed_directory(few_steps, apt)
     assert apt("verify", "timed").code == 0
 
 
-def weights():
+def weights(directory):
     """The number of weights of the whole model."""
-    skeleton = open_skeleton(find(MODEL, registry()), registry())
+    skeleton = open_skeleton(find(str(directory), registry()), registry())
     return sum(parameter.numel() for parameter in skeleton.module.parameters())
 
 
@@ -97,8 +103,8 @@ def tensors_of(directory):
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
-def test_fit_without_time_for_a_training_says_so(fitted, apt):
-    words = (*WORDS, "--size", "1.05MB", "--from", fitted[0], "-o", "b.gguf")
+def test_fit_without_time_for_a_training_says_so(fitted, apt, two_blocks):
+    words = ("fit", two_blocks, *WORDS, "--size", "665kB", "--from", fitted[0], "-o", "b.gguf")
     done = apt(*words, "--minutes", 1e-6)
     assert done.code == 0, done.err
     assert "no time was left for the training" in done.out
@@ -106,8 +112,8 @@ def test_fit_without_time_for_a_training_says_so(fitted, apt):
     assert Path("b.gguf").read_bytes() == fitted[0].read_bytes()
 
 
-def test_time_that_ends_before_the_table_is_an_error_of_one_line(apt, tmp_path):
-    refused = apt(*WORDS, "--size", "1.05MB", "--minutes", 1e-3, "-o", "b.gguf")
+def test_time_that_ends_before_the_table_is_an_error_of_one_line(apt, tmp_path, two_blocks):
+    refused = apt("fit", two_blocks, *WORDS, "--size", "665kB", "--minutes", 1e-3, "-o", "b.gguf")
     assert refused.code == 2
     assert "0.001 minutes are too few: the table of losses alone takes about 0." in refused.err
     assert "(--minutes)" in refused.err

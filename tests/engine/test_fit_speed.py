@@ -25,11 +25,14 @@ from apt.planning.plan import make_plan
 from apt.plugin.registry import registry
 from apt.runtime.entries import read_entries
 from apt.runtime.linear import kernels
+from tests.helpers import TEXT
 
-SMALL = ("--samples", 2, "--seqlen", 32, "--effort", "fast", "--may", "bits")
+SMALL = (
+    "--samples", 2, "--seqlen", 32, "--effort", "fast", "--may", "bits", "--calibration", TEXT,
+)  # fmt: skip
 WIDE = {
-    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True,
 }  # fmt: skip
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="without kernels nothing is faster")
@@ -104,7 +107,7 @@ def test_directory_has_the_levels_of_a_speed(wide, apt, tmp_path, monkeypatch):
     logits = apt_runtime("fast")(torch.arange(8).view(1, 8)).logits
     assert logits.isfinite().all()
     # The table has bytes, so that it serves for a size.
-    other = ("--size", "8MB", "--from", "fast", "-o", "small")
+    other = ("--size", "2.4MB", "--from", "fast", "-o", "small")
     assert apt("fit", wide, *SMALL, *other).code == 0
     assert Report.read(tmp_path / "small").fit["table"] == fit["table"]
     assert apt("report", "fast", "-o", "page.html").code == 0
