@@ -13,7 +13,7 @@ from apt.engine.opening import find_source
 from apt.errors import AptError
 from apt.extending import registry
 from apt.hookspecs import EvaluatorSpec
-from apt_lab.options import EvalRun
+from apt_lab.options import SAMPLES, EvalRun
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from apt.adapter import Samples
     from apt.extending import Opened, Source
     from apt_lab.windows import Score
-
-_SAMPLES = 400  # of a model that does not read windows of text, by default
 
 
 @dataclass(frozen=True)
@@ -154,9 +152,7 @@ def _on_samples(
         message = f"the metric {dense_only[0]} compares with the dense model"
         raise AptError(message, "name it", ("dense",))
     run = replace(run, seqlen=capped(run.seqlen, skeletons[0], notice))
-    samples = held_out_samples(
-        str(run.data), run, skeletons[0], registry(), run.samples or _SAMPLES
-    )
+    samples = held_out_samples(str(run.data), run, skeletons[0], registry(), run.samples or SAMPLES)
     status("loading the model")
     with default_modes(), ExitStack() as stack:
         models = [stack.enter_context(_runnable(skeleton, None, run)) for skeleton in skeletons]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +120,13 @@ class Comparison:
         write_file(self.path, text, overwrite=True)
 
 
+def size_of(setting: Mapping[str, Any], shape: Sequence[int]) -> str:
+    """The size of a calibration or of a text in words, from its shape in the setting."""
+    if "reads" in setting:
+        return f"{shape[0]} samples"
+    return f"{' × '.join(map(str, shape))} tokens"
+
+
 def _read_setting(record: Any) -> dict[str, Any]:
     """What the rows have in common.
 
@@ -131,7 +138,7 @@ def _read_setting(record: Any) -> dict[str, Any]:
         raise TypeError("shape and metrics must be lists")
     if not all(isinstance(size, list) for size in dict(setting["windows"]).values()):
         raise TypeError("the shapes of the windows must be lists")
-    _texts(setting, "model", "calibration")
+    _texts(setting, "model", "calibration", *({"reads"} & setting.keys()))
     return setting
 
 
