@@ -201,14 +201,17 @@ class BenchRun(AdapterOptions, RemoteOptions, DeviceOptions, DtypeOptions):
         place=True,
     )
     prompt: int = option(
-        "Tokens of a prompt; they are random.", default=512, panel=_WORK, within="[1, ∞)"
+        "Tokens of a prompt, or of a text of an encoder; they are random.",
+        default=512,
+        panel=_WORK,
+        within="[1, ∞)",
     )
     generate: int = option(
         "Tokens to generate after a prompt; the first one belongs to the prefill.",
         default=64, panel=_WORK, within="[2, ∞)",
     )  # fmt: skip
     batch: tuple[int, ...] = option(
-        "Number of sequences that run together; repeatable.", default=(1, 8), panel=_WORK
+        "Number of sequences or samples that run together; repeatable.", default=(1, 8), panel=_WORK
     )
     rounds: int = option(
         "Number of rounds; each loads and measures every model.",

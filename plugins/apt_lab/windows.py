@@ -167,3 +167,10 @@ def spread(
     """The uncertainty of a metric of a row, see `Windows.spread`; None if it is unknown."""
     windows, dense_windows = Windows.of(row, text, metric), Windows.of(dense, text, metric)
     return None if windows is None or dense_windows is None else windows.spread(dense_windows)
+
+
+def size_of(setting: Mapping[str, Any], shape: Sequence[int]) -> str:
+    """The size of a calibration or of a text in words, from its shape in the setting of a comparison."""
+    if "reads" in setting:
+        return f"{shape[0]} samples"
+    return f"{' × '.join(map(str, shape))} tokens"

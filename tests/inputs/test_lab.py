@@ -76,3 +76,48 @@ def test_metric_of_text_is_refused(apt, model_of, images):
     assert done.code == 2
     assert "has no perplexity" in done.err
     assert not Path("cmp").exists()
+
+
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize(
+    ("name", "unit", "is_written"),
+    [
+        ("vit", "images", False), ("clip", "samples", False), ("wav2vec2", "sounds", False),
+        ("whisper", "sounds", True), ("t5", "texts", True),
+    ],
+)  # fmt: skip
+def test_speed_is_that_of_samples(apt, model_of, name, unit, is_written):
+    words = ("--rounds", 1, "--batch", 2, "--prompt", 18, "--generate", 3, "--threads", 1)
+    run = apt("bench", model_of(name), model_of(name), *words)
+    assert run.code == 0, run.err
+    assert f"{unit}/s" in run.out
+    assert ("decode tokens/s" in run.out) == is_written
+    assert ("3 tokens written" in run.out) == is_written
+    run = apt("bench", model_of(name), *words, "--json")
+    (speed,) = json.loads(run.out)["models"][0]["speeds"]
+    keys = ["samples_per_second", *(["decode_tokens_per_second"] if is_written else [])]
+    assert list(speed) == ["batch", *keys]
+    assert all(speed[key]["median"] > 0 for key in keys)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_other_kinds_of_models_are_not_measured_together(apt, model_of):
+    run = apt("bench", model_of("t5"), "zoo:bert", "--rounds", 1, "--threads", 1)
+    assert run.code == 2
+    assert " reads texts and writes, and zoo:bert reads texts; measure them apart" in " ".join(
+        run.err.split()
+    )
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_packed_encoder_is_measured_beside_the_dense_one(apt):
+    words = ("--pattern", "0.5", "--method", "magnitude", "--samples", 8, "--pack", "packed")
+    assert apt("prune", "zoo:bert", *words, "-o", "pruned").code == 0
+    run = apt("bench", "pruned", "packed", "--rounds", 1, "--threads", 1, "--prompt", 1000,
+              "--batch", 1, "--json")  # fmt: skip
+    assert run.code == 0, run.err
+    assert "prompt: 256 tokens (not 1000: pruned has 256 positions)" in run.err
+    record = json.loads(run.out)
+    assert "packed_pays_from" not in record  # which is about one vector at a time
+    sizes = [model["weight_bytes"] for model in record["models"]]
+    assert sizes[1] < 0.75 * sizes[0]

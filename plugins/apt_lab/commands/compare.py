@@ -102,8 +102,8 @@ def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -
     from importlib.util import find_spec
 
     from apt.files.writing import write_file
-    from apt_lab.comparing.results import size_of
     from apt_lab.comparing.tables import as_csv, markdown
+    from apt_lab.windows import size_of
 
     setting = comparison.setting
     about = f"{setting['model']}, calibrated on {setting['calibration']}, "

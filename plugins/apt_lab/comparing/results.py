@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,13 +118,6 @@ class Comparison:
         record = json_value({"setting": self.setting, "rows": self.rows})
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
         write_file(self.path, text, overwrite=True)
-
-
-def size_of(setting: Mapping[str, Any], shape: Sequence[int]) -> str:
-    """The size of a calibration or of a text in words, from its shape in the setting."""
-    if "reads" in setting:
-        return f"{shape[0]} samples"
-    return f"{' × '.join(map(str, shape))} tokens"
 
 
 def _read_setting(record: Any) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apt_lab.comparing.results import size_of
 from apt_lab.reporting.charts import Bar, bar_chart
-from apt_lab.windows import spread
+from apt_lab.windows import size_of, spread
 
 
 @dataclass(frozen=True)
