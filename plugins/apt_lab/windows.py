@@ -170,7 +170,7 @@ def spread(
 
 
 def size_of(setting: Mapping[str, Any], shape: Sequence[int]) -> str:
-    """The size of a calibration or of a text in words, from its shape in the setting of a comparison."""
+    """The size of a calibration or of a text in words, from its shape in a comparison."""
     if "reads" in setting:
         return f"{shape[0]} samples"
     return f"{' × '.join(map(str, shape))} tokens"
