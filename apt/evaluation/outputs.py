@@ -147,6 +147,24 @@ def same_predictions(model: nn.Module, samples: Samples, dense: Outputs) -> floa
     return sum(float((one == other).float().mean()) for one, other in pairs) / len(samples)
 
 
+def class_accuracy(model: nn.Module, samples: Samples) -> float:
+    """The share of samples whose class the model ranks first.
+
+    Raises:
+        AptError: the model does not classify samples, or their classes are not known.
+    """
+    if samples.labels is None:
+        message = f"accuracy needs a model that classifies samples ({type(model).__name__}), and "
+        raise AptError(
+            f"{message}the class of each sample",
+            "give a column label, or choose another metric",
+            ("evaluation", "metrics"),
+        )
+    found = outputs_of(model, samples).predictions
+    assert found is not None
+    return float((torch.stack(found) == samples.labels).float().mean())
+
+
 def token_changes(model: nn.Module, samples: Samples, dense: Outputs) -> float:
     """The changes from what the dense model writes to what a model writes, for each dense token.
 

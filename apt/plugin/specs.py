@@ -302,12 +302,13 @@ class EvaluatorSpec(Spec):
         reads: what it is measured on. ``"windows"``: windows of text. ``"samples"``: the samples of
             other models, `apt.adapter.Samples`; a metric that compares then gets what the dense
             model returns, an `apt.evaluation.outputs.Outputs`, in place of the dense model.
+            ``"both"``: one or the other, by the model.
     """
 
     better: Literal["lower", "higher"] = "lower"
     dense: bool = False
     mean: Literal["arithmetic", "geometric"] | None = None
-    reads: Literal["windows", "samples"] = "windows"
+    reads: Literal["windows", "samples", "both"] = "windows"
 
     def measure(self, *given: Any) -> float:
         """Call the metric.

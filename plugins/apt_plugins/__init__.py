@@ -205,8 +205,8 @@ def apt_evaluators() -> list[EvaluatorSpec]:
             mean="geometric",
         ),
         EvaluatorSpec(
-            "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy",
-            "higher", mean="arithmetic",
+            "accuracy", "share of tokens, or of classes of samples, that are ranked first",
+            "apt.evaluation:accuracy", "higher", mean="arithmetic", reads="both",
         ),
         EvaluatorSpec(
             "divergence", "mean Kullback-Leibler divergence from the dense model, in nats",

@@ -48,7 +48,7 @@ def test_row_equals_a_single_run_of_a_model_that_writes_its_targets(apt, model_o
     """The dense model writes the outputs once, as every single run does."""
     texts = Path("texts.jsonl")
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    texts.write_text("\n".join(json.dumps({"text": row["question"]}) for row in rows))
+    texts.write_text("\n".join(json.dumps({"text": row["source"]}) for row in rows))
     result = compared(apt, model_of("t5"), texts)
     done = apt("prune", model_of("t5"), "--pattern", "2:4", "--method", "wanda", "--calibration",
                texts, "--samples", 8, "-o", "single")  # fmt: skip
