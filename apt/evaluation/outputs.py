@@ -21,7 +21,7 @@ from apt.errors import AptError
 from apt.evaluation.generated import changes, greedy_outputs, lacks_outputs, with_outputs, writes
 from apt.modes import default_modes
 
-_POSITIONS = 4096  # of a batch
+POSITIONS = 4096  # of a batch
 _NEIGHBOURS = 10
 _MASKED = 8  # tokens of a text, each masked alone
 _EMBEDDINGS = ("image_embeds", "text_embeds")
@@ -51,7 +51,7 @@ def outputs_of(model: nn.Module, samples: Samples) -> Outputs:
     device, order = next(model.parameters()).device, list[Tensor]()
     vectors, predictions = list[Tensor](), list[Tensor]()
     with eval_mode(model), _watched(model) as states:
-        for inputs, indices in samples.batches(_POSITIONS):
+        for inputs, indices in samples.batches(POSITIONS):
             found = model(**on_device(inputs, device))  # type: ignore[arg-type]
             vectors.append(_vectors(found, states.pop() if states else None))
             states.clear()
