@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def _reader(options: Any, skeleton: Opened) -> TextReader | ImageReader | SoundR
             beside = _beside_images(options, skeleton) if text else None
             return ImageReader(processor, name, beside, _classes(skeleton))
         case Reads(text=None, image=None, sound=str(name)):
-            return SoundReader(load_feature_extractor(skeleton.source), name)
+            transcripts = partial(_text_reader, options, skeleton)
+            extractor = load_feature_extractor(skeleton.source)
+            return SoundReader(extractor, name, transcripts if skeleton.reads.target else None)
     raise AptError(
         f"{skeleton.source.reference} takes {skeleton.reads.words}, which this command cannot read",
         "prune it from a program, with samples of named tensors: apt.prune(model, samples)",
@@ -97,7 +100,8 @@ def _reader(options: Any, skeleton: Opened) -> TextReader | ImageReader | SoundR
 def _text_reader(options: Any, skeleton: Opened) -> TextReader:
     """The reader of texts alone."""
     tokenizer = load_tokenizer(skeleton.source, options.tokenizer)
-    longest = min(options.seqlen, tokenizer.model_max_length, _longest_sentence(skeleton))
+    most = tokenizer.model_max_length, getattr(skeleton.config, "max_target_positions", _UNLIMITED)
+    longest = min(options.seqlen, _longest_sentence(skeleton), *most)
     model = skeleton.module if skeleton.reads.target else None
     return TextReader(tokenizer, longest, model, classes=_classes(skeleton))
 

@@ -1,7 +1,7 @@
 """Samples of text for encoders, and of pairs of texts for encoders with a decoder."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -124,13 +124,7 @@ class TextReader:
         texts = drawn_passages(documents(source, split, registry), count, seed, source, fewer=fewer)
         encode = self._pair if self.model is not None else self.encode
         samples = [encode(text.texts) for text in texts]
-        named = {name for sample in samples for name in sample}
-        if any(named != set(sample) for sample in samples):
-            raise AptError(
-                f"some texts of {source} have a second text, and others have none",
-                "give one column for all rows, or two",
-                ("calibration",),
-            )
+        check_alike(samples, f"some texts of {source} have a second text, and others have none")
         labels = class_numbers([text.label for text in texts], self.classes, source)
         return Samples(samples, self.tokenizer.mask_token_id, special_ids(self.tokenizer), labels)
 
@@ -146,12 +140,21 @@ class TextReader:
 
     def _pair(self, text: tuple[str, ...]) -> Sample:
         """The tokens of the first text for the encoder, and of the second one for the decoder."""
-        sample = {"input_ids": self.encode(text[:1])["input_ids"]}
-        if len(text) > 1:
-            most = {"truncation": True, "max_length": self.longest}
-            labels = torch.tensor(self.tokenizer(text_target=text[1], **most)["input_ids"])
-            sample["decoder_input_ids"] = cut(_shifted(labels, self.model))
-        return sample
+        ids = self.encode(text[:1])["input_ids"]
+        return {"input_ids": ids, **(self.target(text[1]) if len(text) > 1 else {})}
+
+    def target(self, text: str) -> Sample:
+        """The tokens that the decoder reads of its output."""
+        most = {"truncation": True, "max_length": self.longest}
+        labels = torch.tensor(self.tokenizer(text_target=text, **most)["input_ids"])
+        return {"decoder_input_ids": cut(_shifted(labels, self.model))}
+
+
+def check_alike(samples: Sequence[Sample], message: str) -> None:
+    """Raise `AptError` if only some samples have the inputs of a decoder."""
+    named = {name for sample in samples for name in sample}
+    if any(named != set(sample) for sample in samples):
+        raise AptError(message, "give a second text for all of them, or none", ("calibration",))
 
 
 def near_length(length: int) -> int:
@@ -176,4 +179,6 @@ def _shifted(labels: Tensor, model: Any) -> Tensor:
             f"{type(model).__name__} has no decoder_start_token_id",
             "add it to the model's config.json",
         )
+    if labels[:1].tolist() == [start]:  # Whisper's tokenizer adds it
+        return labels[:-1]
     return torch.cat([labels.new_tensor([start]), labels[:-1]])
