@@ -43,6 +43,13 @@ class Outputs:
     predictions: list[Tensor] | None = None
     written: list[Tensor] | None = None
 
+    def __getitem__(self, chosen: slice) -> "Outputs":
+        """The outputs for some of the samples."""
+        parts = (
+            None if each is None else each[chosen] for each in (self.predictions, self.written)
+        )
+        return Outputs(self.vectors[chosen], *parts)
+
 
 @default_modes()
 @torch.no_grad()

@@ -142,7 +142,7 @@ def _on_samples(
     from apt.evaluation.outputs import dense_outputs
     from apt.extending import capped
     from apt.modes import default_modes
-    from apt_lab.windows import Score
+    from apt_lab.windows import Score, score_beside
 
     for name in (name for name in ("tasks", "stream") if getattr(run, name)):
         skeletons[0].check_windows(name)
@@ -162,11 +162,10 @@ def _on_samples(
             outputs, samples = dense_outputs(models[1], samples)
         for spec in specs:
             status(f"measuring {spec.name} on {len(samples)} samples")
-            if spec.dense:
-                scores[spec.name] = Score(spec.measure(models[0], samples, outputs))
+            if len(models) == 1:
+                scores[spec.name] = Score(spec.measure(models[0], samples))
             else:
-                value, *dense = (spec.measure(model, samples) for model in models)
-                scores[spec.name] = Score(value, dense[0] if dense else None)
+                scores[spec.name] = score_beside(spec, models[0], samples, models[1], outputs)
     return Evaluation(run, samples, None, scores, {})
 
 

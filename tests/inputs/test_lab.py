@@ -39,6 +39,12 @@ def test_comparison_has_the_metrics_of_the_model(
     best = {m: 0 if m == "token-changes" else pytest.approx(1, abs=1e-5) for m in metrics}
     assert dense["scores"][source.name] == best
     assert all(row["scores"][source.name] != best for row in rows)
+    means = {"similarity", "predictions"}.intersection(metrics)
+    for row in rows:
+        intervals, scores = row["intervals"][source.name], row["scores"][source.name]
+        assert set(intervals) == means
+        assert all(low - 1e-6 <= scores[m] <= high + 1e-6 for m, (low, high) in intervals.items())
+        assert any(low < high for low, high in intervals.values()) == bool(means)
     assert "8 samples" in Path("cmp/comparison.md").read_text()
     assert apt("report", "cmp", "-o", "page.html").code == 0
     assert f"{source.name}, 10 samples" in Path("page.html").read_text()

@@ -32,10 +32,8 @@ class Measured:
     def score(
         self, spec: EvaluatorSpec, module: nn.Module, dense: nn.Module
     ) -> tuple[float, Windows | None]:
-        """A metric of a model, and the metric of each window if it is a mean over windows."""
-        if isinstance(self.inputs, Tensor):
-            return score(spec, module, self.inputs, dense)
-        return spec.measure(module, self.inputs, *([self.outputs] if spec.dense else [])), None
+        """A metric of a model, and that of each window or sample if it is a mean over them."""
+        return score(spec, module, self.inputs, self.outputs or dense)
 
 
 @dataclass
