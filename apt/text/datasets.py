@@ -112,9 +112,10 @@ def hub_rows(
         splits = datasets.load_dataset(
             name, config, data_files=files, revision=revision, token=token, streaming=True
         )
-        found = [splits[key] for name in split_names for key in splits if _is_split(key, name)]
-        found = sorted(found[:2], key=_is_unlabelled) if len(found) > 1 else found
-        part = found[0] if found else None
+        keys = [key for name in split_names if (key := _split_of(splits, name)) is not None]
+        part = splits[keys[0]] if keys else None
+        if len(keys) > 1 and _is_unlabelled(part):
+            part = splits[keys[1]]
         if part is None:
             raise ValueError(f"it has no split {' or '.join(split_names)}")
         for column, feature in (part.features or {}).items():
@@ -130,9 +131,11 @@ def hub_rows(
         raise AptError(message, "check the name and the network, or give a local file") from error
 
 
-def _is_split(key: str, name: str) -> bool:
-    """True for a split, also for one of several such as ``validation_matched``."""
-    return key == name or key.startswith(f"{name}_")
+def _split_of(splits: Iterable[str], name: str) -> str | None:
+    """The split of a name, or the first one of several such as ``validation_matched``."""
+    if name in splits:
+        return name
+    return next((key for key in splits if key.startswith(f"{name}_")), None)
 
 
 def _is_unlabelled(part: Any) -> bool:

@@ -131,7 +131,8 @@ def test_data_set_of_the_hub_gives_names_and_leaves_splits_without_classes(tmp_p
          "label": names, "idx": datasets.Value("int32")}
     )  # fmt: skip
     files = {}
-    for split, labels in (("train", [1, 0]), ("validation_matched", [0, 1]), ("test", [-1, -1])):
+    splits = {"train": [1, 0], "validation_matched": [0, 1], "test_a": [-1, -1], "test_b": [-1]}
+    for split, labels in splits.items():
         rows = [
             {"premise": f"{split} {n}", "hypothesis": "so", "label": label, "idx": n}
             for n, label in enumerate(labels)
