@@ -1,4 +1,4 @@
-"""APT: one-shot post-training pruning of language models.
+"""APT: one-shot post-training pruning of transformers.
 
 `run` does what a command does, with the options `PruneRun`, `ShrinkRun`, `RecoverRun` or
 `ReapplyRun`. `prune` prunes a model in memory, and `prune_copy` prunes a copy of it. `shrink` makes

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import typer
@@ -27,7 +28,7 @@ _EPILOG = "The options above can be given with every command, before or after it
 app = typer.Typer(
     name="apt-prune",
     cls=Commands,
-    help="Prune language models after training, in one shot.",
+    help="Prune transformers after training, in one shot.",
     epilog=_EPILOG,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -62,7 +63,7 @@ def options(
     ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of every error."),
 ) -> None:
-    """Prune language models after training, in one shot."""
+    """Prune transformers after training, in one shot."""
     from apt.cli.output import Level, set_up
 
     if quiet and verbose:
@@ -81,11 +82,10 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if arguments[0] in _PACKAGE_MANAGER:
-        _fail(
-            f"this is APT, which prunes language models; for packages, run "
-            f"/usr/bin/apt {arguments[0]}"
-        )
+    pairs = pairwise(["", *arguments])
+    commands = (word for last, word in pairs if word[:1] != "-" and last != _LOG_FILE)
+    if (command := next(commands, "")) in _PACKAGE_MANAGER:
+        _fail(f"this is APT, which prunes transformers; for packages, run /usr/bin/apt {command}")
     arguments = _global_options_first(arguments)
     _quieten_libraries()
     options = [word for word in arguments if word != "--debug"]

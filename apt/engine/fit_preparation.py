@@ -9,7 +9,13 @@ from apt.checkpoints.opened import Opened
 from apt.distributed.ranks import Ranks
 from apt.engine.file_forms import smaller_models
 from apt.engine.fit_tables import read_table
-from apt.engine.fit_targets import FitTarget, check_target_place, file_target, packed_target
+from apt.engine.fit_targets import (
+    FitTarget,
+    check_target_place,
+    compressed_target,
+    file_target,
+    packed_target,
+)
 from apt.engine.fit_task import FitTask
 from apt.engine.machine import choose_device, read_dtype
 from apt.engine.opening import RunRequest
@@ -22,6 +28,7 @@ from apt.files.journal import journal_beside
 from apt.fit.choice import smallest_size
 from apt.locations.model_source import find
 from apt.options import FitRun
+from apt.options.fit import VLLM
 from apt.plugin.registry import Registry
 
 
@@ -54,8 +61,11 @@ def prepare_fit(
         if options.minutes is not None:  # a copy of the checkpoint would have its norms
             dtype = dtype or skeleton.dtype
         means = Means.named(options.means, options.scale_group, registry.default_method().per)
-        largest = budget if options.speed is None else None
-        target = packed_target(skeleton, job.plan, means, dtype, largest, options.counted_context)
+        if options.target == VLLM:
+            target = compressed_target(skeleton, job.plan, means, dtype, budget)
+        else:
+            largest, context = budget if options.speed is None else None, options.counted_context
+            target = packed_target(skeleton, job.plan, means, dtype, largest, context)
     if options.speed is None:
         _check_smallest(target, skeleton, options, budget)
     options = replace(

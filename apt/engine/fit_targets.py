@@ -11,12 +11,14 @@ from torch import Tensor
 
 from apt.checkpoints.exporting import EncodedRows, Export, Exportable, Exported
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import local_directory
+from apt.engine.compressed_form import compressed_form
 from apt.engine.export import original_file
 from apt.engine.file_forms import form_of
 from apt.engine.fitted import Fitted
 from apt.engine.in_file import InFile
-from apt.engine.in_packed import InPacked
+from apt.engine.in_packed import InCompressed, InPacked
 from apt.engine.opening import RunRequest, check_export
 from apt.engine.packed_form import Means, PackedForm, cache_bytes, packed_form
 from apt.engine.prepare import Notice, check_place, input_paths
@@ -24,7 +26,7 @@ from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.fit.levels import FileForm
 from apt.options import ExportRun, FitRun
-from apt.options.fit import PACKED
+from apt.options.fit import PACKED, VLLM
 from apt.output.report import read_report, report_beside
 from apt.packing.directory import loaded_bytes, stored_tensors
 from apt.patterns import Grid, IntegerGrid, Unstructured
@@ -65,17 +67,17 @@ class FitTarget(ABC):
         """A plan with all parameters that may change; None if the whole model is written anew."""
         return None
 
+    @abstractmethod
     def smaller_form(self, opened: Opened) -> FileForm:
         """The levels of a smaller model that is not on disk yet.
 
         Args:
             opened: the smaller model, without weights.
         """
-        raise NotImplementedError(f"a {self.words} is made of the whole model")
 
+    @abstractmethod
     def of_smaller(self, opened: Opened) -> "FitTarget":
         """The output for a smaller model on disk, in place of the whole one."""
-        raise NotImplementedError(f"a {self.words} is made of the whole model")
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,7 @@ class PackedTarget(FitTarget):
         Args:
             dtype: the dtype of its weights; None for that of its checkpoint on disk.
         """
-        plan = make_plan(opened.module, opened.adapter, Unstructured(0.0), per=self.means.per)
-        return _packed(opened, plan, self.means, dtype, self.context)
+        return _packed(opened, _plan_of(opened, self.means), self.means, dtype, self.context)
 
     def coded(self, name: str, parameter: Tensor, grid: Grid | None) -> int:
         """The bytes of a parameter with its final values."""
@@ -190,6 +191,57 @@ class PackedTarget(FitTarget):
         return sum(path.stat().st_size for path in stored_tensors(directory).files)
 
 
+@dataclass(frozen=True)
+class CompressedTarget(FitTarget):
+    """A directory in the format of compressed-tensors, which vLLM opens.
+
+    Attributes:
+        file_form: its levels.
+        means: the means by which its matrices become smaller.
+        changes: the plan with all parameters that may change; None if the whole model is written
+            anew.
+    """
+
+    store: ClassVar[type[Fitted]] = InCompressed
+    is_file = False
+
+    file_form: FileForm
+    means: Means
+    changes: Plan | None
+
+    @property
+    def words(self) -> str:
+        """The words for such a directory."""
+        return "directory for vLLM"
+
+    @property
+    def form(self) -> FileForm:
+        """The levels of the matrices."""
+        return self.file_form
+
+    @property
+    def plan(self) -> Plan | None:
+        """See `FitTarget`."""
+        return self.changes
+
+    def smaller_form(self, opened: Opened) -> FileForm:
+        """See `FitTarget`."""
+        return compressed_form(opened, _plan_of(opened, self.means), self.means, opened.dtype)
+
+    def of_smaller(self, opened: Opened) -> "CompressedTarget":
+        """See `FitTarget`."""
+        return _compressed(opened, _plan_of(opened, self.means), self.means, None)
+
+    def measured(self, directory: Path) -> int:
+        """The bytes of the weights in a written directory."""
+        return sum(path.stat().st_size for path in Shards(directory).files)
+
+
+def _plan_of(opened: Opened, means: Means) -> Plan:
+    """A plan with all sites of a model."""
+    return make_plan(opened.module, opened.adapter, Unstructured(0.0), per=means.per)
+
+
 def check_target_place(
     request: RunRequest[FitRun], texts: Sequence[str | None], registry: Registry, notice: Notice
 ) -> ExportSpec | None:
@@ -199,7 +251,7 @@ def check_target_place(
         AptError: it has a wrong name or exists, or the format has no levels.
     """
     options, output = request.options, request.options.directory
-    if options.target == PACKED:
+    if options.target in (PACKED, VLLM):
         check_place(options, request.source, texts, notice)
         return None
     run = ExportRun(model=options.model, output=output, format=options.target)
@@ -244,11 +296,46 @@ def packed_target(
     if not packed.matrices:
         message = f"no weight of {name} belongs to a torch.nn.Linear module or to stacked experts"
         raise AptError(message, "other modules, such as Conv1D, cannot be packed", ("target",))
-    if budget is not None and packed.dense <= budget:
-        size = f"{packed.dense:,} bytes ({packed.dense / 2**20:.1f} MiB)"
+    if budget is not None:
+        _check_large(name, packed.dense, budget)
+    return target
+
+
+def compressed_target(
+    skeleton: Opened, plan: Plan, means: Means, dtype: torch.dtype | None, budget: int
+) -> CompressedTarget:
+    """The target of a directory for vLLM; see `packed_target`.
+
+    Raises:
+        AptError: the model has no matrices that can be integers, or is small enough already.
+    """
+    target = _compressed(skeleton, plan, means, dtype)
+    form, name = target.form, skeleton.source.reference
+    if not any(len(levels) > 1 for levels in form.levels.values()):
+        message = (
+            f"no weight of {name} belongs to a torch.nn.Linear module whose columns are a multiple "
+            "of the scale group"
+        )
+        raise AptError(message, "choose another group, or another kind", ("scale_group", "target"))
+    dense = form.rest + sum(levels[0].size for levels in form.levels.values())
+    _check_large(name, dense, budget)
+    return target
+
+
+def _compressed(
+    skeleton: Opened, plan: Plan, means: Means, dtype: torch.dtype | None
+) -> CompressedTarget:
+    """The target of a directory for vLLM; see `compressed_target`."""
+    changes = plan if skeleton.quantised is None else None
+    return CompressedTarget(compressed_form(skeleton, plan, means, dtype), means, changes)
+
+
+def _check_large(name: str, dense: int, budget: int) -> None:
+    """Raise if a model with dense weights is small enough."""
+    if dense <= budget:
+        size = f"{dense:,} bytes ({dense / 2**20:.1f} MiB)"
         message = f"{name} fits already: with dense weights it has at most {size}"
         raise AptError(message, "give a smaller size", ("size", "bits", "memory"))
-    return target
 
 
 def _packed(

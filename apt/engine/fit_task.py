@@ -152,11 +152,12 @@ class FitTask(CalibratedTask):
             text: the text with generated samples.
         """
         if self.table is not None:
-            return self._given(store)
-        record = self.remembered(
-            self.inputs_of_losses(store, text), "table", lambda: self._measured(store, text)
-        )
-        return LossTable.read(record)
+            table = self._given(store)
+        else:
+            inputs = self.inputs_of_losses(store, text)
+            record = self.remembered(inputs, "table", lambda: self._measured(store, text))
+            table = LossTable.read(record)
+        return replace(table, tied=self.form.tied)
 
     def _given(self, store: ModelStore) -> LossTable:
         """The table of an earlier run; raises `AptError` if its model had other weights."""

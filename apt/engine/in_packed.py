@@ -1,5 +1,6 @@
 """A model in memory that is written as a packed directory of a given size."""
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from apt.fit.choice import choose_first
 from apt.fit.outer import outer_names
 from apt.fit.table import LossTable
 from apt.output.staging import Staging, write_errors
+from apt.packing.compressed_tensors import write_compressed_tensors
 from apt.packing.directory import Rounding, expert_tensors, linear_tensors, pack
 from apt.patterns import IntegerGrid
 from apt.planning.plan import PlannedBlock
@@ -31,8 +33,19 @@ class InPackedDirectory(Fitted):
         self.status("writing", "packing and verifying")
         target = work.fresh("packed")
         with write_errors(work.name):
-            pack(work.out, self._roundings(work.out), target)
+            self._pack(work.out, target)
         self.written_bytes = self._fit.target.measured(target)
+        return target
+
+    def _pack(self, directory: Path, target: Path) -> None:
+        """Write the packed form of the dense directory."""
+        pack(directory, self._roundings(directory), target)
+
+    def checked(self, target: Path) -> Path:
+        """The written directory; raises `RuntimeError` if it is larger than the budget."""
+        if self.written_bytes > self._fit.budget:
+            message = f"the directory has {self.written_bytes:,} bytes of {self._fit.budget:,}"
+            raise RuntimeError(message)
         return target
 
     def _roundings(self, directory: Path) -> Mapping[str, Rounding | None]:
@@ -103,11 +116,26 @@ class InPacked(InPackedDirectory):
 
     def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
         """Write the packed directory, whose size is at most the budget."""
-        target = super().write(result, work, text)
-        if self.written_bytes > self._fit.budget:
-            message = f"the directory has {self.written_bytes:,} bytes of {self._fit.budget:,}"
-            raise RuntimeError(message)
-        return target
+        return self.checked(super().write(result, work, text))
+
+
+class InCompressed(InPackedDirectory):
+    """A model in memory that is written as a directory of compressed-tensors."""
+
+    def output_bytes(self) -> int:
+        """The bytes of the dense directory, and of the output."""
+        return super().output_bytes() + int(self._fit.budget)
+
+    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
+        """Write the directory, whose size is at most the budget."""
+        return self.checked(super().write(result, work, text))
+
+    def _pack(self, directory: Path, target: Path) -> None:
+        roundings = {n: each for n, each in self._roundings(directory).items() if each}
+        if roundings:
+            write_compressed_tensors(directory, self._fit.open(directory), target, roundings)
+        else:  # a smaller model can fit with dense weights
+            shutil.copytree(directory, target, dirs_exist_ok=True)
 
 
 def _rounding(grid: IntegerGrid | None) -> Rounding | None:

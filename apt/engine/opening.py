@@ -23,7 +23,7 @@ from apt.options import (
     RemoteOptions,
     ShrinkRun,
 )
-from apt.options.fit import PACKED
+from apt.options.fit import PACKED, VLLM
 from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 
@@ -36,6 +36,7 @@ R = TypeVar("R", bound=AnyRun)
 W = TypeVar("W", bound=PruneRun | ShrinkRun | RecoverRun)
 
 _DEFAULT_FORMAT = "gguf"  # of a fit without an output
+_DIRECTORIES = (PACKED, VLLM)  # the targets of a fit that are no files
 PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
 """The allocation for each unit of a sparsity that several sites share."""
 
@@ -159,7 +160,7 @@ def _resolve_fit(
         notice(f"calibration: {options.calibration} (default)")
     output, target = options.output, _fit_target(options, registry)
     if output is None:
-        suffix = "" if target == PACKED else registry.exports.get(target).suffix
+        suffix = "" if target in _DIRECTORIES else registry.exports.get(target).suffix
         output = Path(f"{source.name}-fit{suffix}")
         notice(f"output: {output} (default)")
     metrics = _metrics(options, registry)
@@ -169,23 +170,23 @@ def _resolve_fit(
 
 
 def _fit_target(options: FitRun, registry: Registry) -> str:
-    """The kind of output of a fit: packed, or the name of an export format.
+    """The kind of output of a fit: packed, vllm, or the name of an export format.
 
     Raises:
         AptError: there is no such format, or the output has the name of a file.
     """
     specs = registry.exports.specs.values()
     named = [spec.name for spec in specs if options.output and spec.suffix == options.output.suffix]
-    if options.target not in (None, PACKED):
+    if options.target not in (None, *_DIRECTORIES):
         return registry.exports.get(options.target).name
     if options.target is None and options.output is None:
         return PACKED if options.needs_packed else _DEFAULT_FORMAT
     if options.target is None:
         return next(iter(named), PACKED)
     if named:
-        message = f"a packed model is a directory, and {options.output} is the name of a file"
+        message = f"the output is a directory, and {options.output} is the name of a file"
         raise AptError(message, "choose another name", ("output", "target"))
-    return PACKED
+    return options.target
 
 
 def _is_cut_out(options: AnyRun, source: Source, registry: Registry) -> bool:

@@ -76,7 +76,7 @@ class PackedForm:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
+class Checkpoint:
     """The tensors of the dense directory of a run, as it will be written.
 
     Attributes:
@@ -121,8 +121,7 @@ def packed_form(
         dtype: the dtype to which the weights are cast; None for that of the checkpoint.
         cache: the bytes of the cache, to count the bytes in memory; None to count those of files.
     """
-    stored = find_stored(skeleton) if dtype is None and skeleton.quantised is None else None
-    checkpoint = _saved(skeleton, dtype) if stored is None else _copied(stored)
+    checkpoint = checkpoint_of(skeleton, dtype)
     packable = {
         *linear_tensors(skeleton, checkpoint.layout),
         *expert_tensors(skeleton, checkpoint.layout),
@@ -135,17 +134,27 @@ def packed_form(
             found = _matrices(checkpoint, pieces, stacked=stacked, in_memory=cache is not None)
             matrices[name], levels[name] = found, tuple(_levels(found, sites, means))
     with_levels = {piece.key for name in matrices for piece in checkpoint.layout[name]}
-    return PackedForm(FileForm(levels, _rest(checkpoint, with_levels, cache)), matrices)
+    return PackedForm(FileForm(levels, rest_bytes(checkpoint, with_levels, cache)), matrices)
 
 
-def _copied(stored: Stored) -> _Checkpoint:
+def checkpoint_of(skeleton: Opened, dtype: torch.dtype | None) -> Checkpoint:
+    """The tensors of the dense directory of a run.
+
+    Args:
+        dtype: the dtype to which the weights are cast; None for that of the checkpoint.
+    """
+    stored = find_stored(skeleton) if dtype is None and skeleton.quantised is None else None
+    return _saved(skeleton, dtype) if stored is None else _copied(stored)
+
+
+def _copied(stored: Stored) -> Checkpoint:
     """The checkpoint of a run that writes a modified copy."""
     shards = stored.shards
     tensors = {name: (entry.dtype, entry.shape) for name, entry in shards.entries.items()}
-    return _Checkpoint(tensors, stored.layout, [read_metadata(path) for path in shards.files])
+    return Checkpoint(tensors, stored.layout, [read_metadata(path) for path in shards.files])
 
 
-def _saved(skeleton: Opened, dtype: torch.dtype | None) -> _Checkpoint:
+def _saved(skeleton: Opened, dtype: torch.dtype | None) -> Checkpoint:
     """The checkpoint of a run whose model is written by transformers."""
     state: Mapping[str, Tensor] = skeleton.module.state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in state.items()}  # one name for tied weights
@@ -156,9 +165,9 @@ def _saved(skeleton: Opened, dtype: torch.dtype | None) -> _Checkpoint:
     }
     experts = max((shape[0] for _, shape in tensors.values() if len(shape) > 2), default=1)
     layout = {name: (Piece(name),) for name in tensors}
-    checkpoint = _Checkpoint(tensors, layout, (), 2 * experts)
+    checkpoint = Checkpoint(tensors, layout, (), 2 * experts)
     count = 1 + checkpoint.bytes // _LARGEST_FILE
-    return _Checkpoint(tensors, layout, [{"format": "pt"}] * count, 2 * experts)
+    return Checkpoint(tensors, layout, [{"format": "pt"}] * count, 2 * experts)
 
 
 def _heads(skeleton: Opened) -> dict[str, list[PlannedSite]]:
@@ -176,7 +185,7 @@ def _sites(plan: Plan) -> dict[str, list[PlannedSite]]:
 
 
 def _matrices(
-    checkpoint: _Checkpoint, pieces: Sequence[Piece], *, stacked: bool, in_memory: bool
+    checkpoint: Checkpoint, pieces: Sequence[Piece], *, stacked: bool, in_memory: bool
 ) -> StoredMatrices:
     tensors = [checkpoint.tensors[piece.key] for piece in pieces]
     shapes, digits = [shape for _, shape in tensors], len(str(checkpoint.bytes))
@@ -189,7 +198,7 @@ def _levels(
 ) -> Iterator[Level]:
     """The stored level, and all levels that are smaller than a denser one of the same grid."""
     stored = partial(matrices.expected, grid=None)
-    yield Level(_name(None, None, matrices.dtype), matrices.dense, expected=stored)
+    yield Level(name_of_level(None, None, matrices.dtype), matrices.dense, expected=stored)
     smallest: dict[IntegerGrid | None, int] = {None: matrices.dense}
     is_transposed = any(entry.site.transposed for entry in sites)  # its groups are other columns
     for pattern, grid in means.forms():
@@ -199,18 +208,18 @@ def _levels(
         size = matrices.largest(matrices.weights - removed, grid)
         if size < smallest.get(grid, matrices.dense):
             smallest[grid] = size
-            name = _name(pattern, grid, matrices.dtype)
+            name = name_of_level(pattern, grid, matrices.dtype)
             expected = partial(matrices.expected, grid=grid)
             yield Level(name, size, grid, pattern, expected)
 
 
-def _name(pattern: Pattern | None, grid: IntegerGrid | None, dtype: torch.dtype) -> str:
+def name_of_level(pattern: Pattern | None, grid: IntegerGrid | None, dtype: torch.dtype) -> str:
     """The name of a level, such as ``int4 50%``."""
     numbers = str(dtype).removeprefix("torch.") if grid is None else grid.name
     return numbers if pattern is None else f"{numbers} {100 * pattern.sparsity:g}%"
 
 
-def _rest(checkpoint: _Checkpoint, without: Collection[str], cache: int | None) -> int:
+def rest_bytes(checkpoint: Checkpoint, without: Collection[str], cache: int | None) -> int:
     """The bytes of all tensors but some, and of the cache, or of the files with their headers."""
     digits = len(str(checkpoint.bytes))
     kept = {name: x for name, x in checkpoint.tensors.items() if name not in without}

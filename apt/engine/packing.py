@@ -74,7 +74,9 @@ def pack_model(run: PackRun, registry: Registry, notice: Notice = lambda line: N
         )
     with staged_directory(run.output, run.overwrite) as work, write_errors(run.output):
         if run.format != "apt" and rounding is not None:
-            packed = write_compressed_tensors(directory, skeleton, work.out, rounding)
+            modules = linear_tensors(skeleton, layout, blocks=True)
+            integers = dict.fromkeys(modules, rounding)
+            packed = write_compressed_tensors(directory, skeleton, work.out, integers)
         else:
             packed = pack(directory, roundings, work.out)
             mark_as_packed(work.out, has_code=(work.out / OWN_CODE_FILE).is_file())

@@ -43,6 +43,11 @@ def choose(table: LossTable, budget: int) -> dict[str, str]:
     Raises:
         DoesNotFitError: the smallest file is larger.
     """
+    return table.separate(_chosen(table.joined(), budget))
+
+
+def _chosen(table: LossTable, budget: int) -> dict[str, str]:
+    """`choose` for a table without tied tensors."""
     if table.smallest > budget:
         raise DoesNotFitError(table.smallest)
     hulls = {name: lower_hull(levels) for name, levels in table.tensors.items()}

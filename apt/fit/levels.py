@@ -45,10 +45,12 @@ class FileForm:
     Attributes:
         levels: the levels of each tensor whose level can be chosen, by the name of its parameter.
         rest: the bytes of the file without these tensors.
+        tied: groups of tensors that have the same level.
     """
 
     levels: Mapping[str, Sequence[Level]]
     rest: int
+    tied: Sequence[tuple[str, ...]] = ()
 
     def level(self, tensor: str, name: str) -> Level:
         """A level of a tensor, by its name."""

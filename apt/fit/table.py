@@ -32,11 +32,13 @@ class LossTable:
         rest: the bytes of the file without these tensors.
         gradient: the mean square of a gradient after the embedding, for each token, with which
             another run rounds the embedding.
+        tied: groups of tensors that have the same level. The record of a table does not have them.
     """
 
     tensors: Mapping[str, Sequence[MeasuredLevel]]
     rest: int
     gradient: float = 0.0
+    tied: Sequence[tuple[str, ...]] = ()
 
     @property
     def smallest(self) -> int:
@@ -63,6 +65,19 @@ class LossTable:
                 return level
         raise KeyError(f"{tensor} has no level {name}")
 
+    def joined(self) -> "LossTable":
+        """The table with one row for each group of tied tensors, under the name of the first."""
+        tensors = dict(self.tensors)
+        for first, *others in self.tied:
+            for name in others:
+                tensors[first] = _sums(tensors[first], tensors.pop(name))
+        return replace(self, tensors=tensors, tied=())
+
+    def separate(self, choice: Mapping[str, str]) -> dict[str, str]:
+        """The level of each tensor, from a choice in the joined table."""
+        others = {name: choice[group[0]] for group in self.tied for name in group}
+        return {**choice, **others}
+
     def priced(self, price: Callable[[str, MeasuredLevel], int], rest: int) -> "LossTable":
         """The same losses, with another cost in the place of bytes.
 
@@ -74,7 +89,7 @@ class LossTable:
             name: tuple(replace(level, size=price(name, level)) for level in levels)
             for name, levels in self.tensors.items()
         }
-        return LossTable(tensors, rest, self.gradient)
+        return replace(self, tensors=tensors, rest=rest)
 
     def record(self) -> dict[str, Any]:
         """The table as values for JSON."""
@@ -104,3 +119,15 @@ class LossTable:
         if not all(table.tensors.values()):
             raise ValueError("the table of losses has a tensor without levels")
         return table
+
+
+def _sums(
+    levels: Sequence[MeasuredLevel], others: Sequence[MeasuredLevel]
+) -> tuple[MeasuredLevel, ...]:
+    """The levels that two tensors have, with the sums of their sizes and losses."""
+    by_name = {level.name: level for level in others}
+    return tuple(
+        replace(level, size=level.size + other.size, loss=level.loss + other.loss)
+        for level in levels
+        if (other := by_name.get(level.name)) is not None
+    )

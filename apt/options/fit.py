@@ -27,6 +27,8 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib
 """The units of sizes in bytes."""
 PACKED = "packed"
 """The name of the target that is a packed directory."""
+VLLM = "vllm"
+"""The name of the target that is a directory for vLLM, in the format of compressed-tensors."""
 ZEROS: Final = "zeros"
 BITS: Final = "bits"
 WIDTH: Final = "width"
@@ -127,19 +129,19 @@ class FitRun(
         default=None, panel=SIZE, flag="--from", metavar="OUT", place=True,
     )  # fmt: skip
     target: str | None = option(
-        "Kind of output: gguf, a file for llama.cpp, or packed, a packed directory. By default "
-        "packed, unless --output ends in .gguf; without --output gguf.",
+        "Kind of output: gguf, a file for llama.cpp; packed, a packed directory; or vllm, a "
+        "directory of compressed-tensors. By default packed, unless --output ends in .gguf; "
+        "without --output gguf.",
         default=None, panel=SIZE, flag="--for", metavar="KIND",
     )  # fmt: skip
     may: str | None = option(
-        "Means that fit may use, separated by commas. For gguf: bits; width and depth, to remove "
-        "channels and blocks where that is better. For packed: zeros, bits; and experts, to remove "
-        "experts of a mixture. By default all of the output.",
+        "Means that fit may use, separated by commas. For gguf and vllm: bits; width and depth, to "
+        "remove channels and blocks where that is better. For packed: zeros, bits; and experts, to "
+        "remove experts of a mixture. By default all of the output.",
         default=None, panel=SIZE, metavar="MEANS",
     )  # fmt: skip
     scale_group: int | Literal["row"] = option(
-        "Columns of the integers of a packed directory that share a scale, or row for one scale a "
-        "row.",
+        "Columns of the integers of a directory that share a scale, or row for one scale a row.",
         default=64, panel=SIZE, metavar="N|row", read=read_columns,
     )  # fmt: skip
     minutes: float | None = option(
@@ -148,7 +150,7 @@ class FitRun(
         default=None, panel=ACCURACY, metavar="M", within=MINUTES, meaning=TIME_MEANING,
     )  # fmt: skip
     output: Path | None = option(
-        "File or directory to write: NAME.gguf, or the packed directory.",
+        "File or directory to write: NAME.gguf, or a directory.",
         default=None, panel=OUTPUT, short="-o",
     )  # fmt: skip
     overwrite: bool = option(
@@ -234,7 +236,7 @@ class FitRun(
         if self.target != PACKED and self.speed is not None:
             message = f"speed has no effect for {self.target}: it is that of a packed model"
             raise AptError(message, "give a size", ("speed", "target"))
-        if self.target != PACKED and self.scale_group != type(self).scale_group:
+        if self.target not in (PACKED, VLLM) and self.scale_group != type(self).scale_group:
             message = f"scale group has no effect for {self.target}: its types have their own"
             raise AptError(message, "leave it out", ("scale_group", "target"))
 

@@ -4,7 +4,8 @@ vLLM and transformers open them (W4A16 and W8A16). The package compressed-tensor
 write them. Zeros stay zeros, but need as many bits as other integers.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from apt.packing.directory import (
     relative_error,
     rewrite,
 )
-from apt.patterns import ScaleGroup
+from apt.patterns import IntegerGrid, ScaleGroup
 from apt.runtime.entries import KEY, read_config
 from apt.runtime.rounding import BITS, exact_integers, nearest_integers
 
@@ -32,13 +33,14 @@ _PARTS = _PACKED, _SCALE, _SHAPE = "weight_packed", "weight_scale", "weight_shap
 
 
 def write_compressed_tensors(
-    directory: Path, skeleton: Opened, target: Path, rounding: Rounding
+    directory: Path, skeleton: Opened, target: Path, roundings: Mapping[str, Rounding]
 ) -> Packed:
-    """Write a checkpoint with the weights of the blocks' Linear modules as integers.
+    """Write a checkpoint with weights of Linear modules as integers.
 
     Args:
         target: an empty directory.
-        rounding: the kind of integers; with ``exact`` the weights must be integers times scales.
+        roundings: the kind of integers of each stored tensor of `linear_tensors` that becomes
+            integers; with ``exact`` it must consist of integers times scales.
 
     Raises:
         AptError: the group does not divide the columns of a matrix, or a matrix does not consist
@@ -47,37 +49,44 @@ def write_compressed_tensors(
     config = read_config(directory)
     shards = Shards(directory)
     modules = linear_tensors(skeleton, layout_of(skeleton, shards), blocks=True)
-    _check_group(shards, modules, rounding.scale_group)
+    modules = {name: module for name, module in modules.items() if name in roundings}
+    _check_groups(shards, roundings)
 
     def converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name not in modules:
             return {name: tensor}
         check_finite(name, tensor)
-        integers, scales = _integers(name, tensor, rounding)
+        integers, scales = _integers(name, tensor, roundings[name])
         stem = name.removesuffix("weight")
         return {
-            f"{stem}{_PACKED}": packed(integers, BITS[rounding.kind]),
+            f"{stem}{_PACKED}": packed(integers, BITS[roundings[name].kind]),
             f"{stem}{_SCALE}": scales,
             f"{stem}{_SHAPE}": torch.tensor(tensor.shape),
         }
 
     rewrite(shards, target, converted)
-    finish(directory, target, {**config, KEY: _description(skeleton, modules, rounding)})
+    finish(directory, target, {**config, KEY: _description(skeleton, modules, roundings)})
     written = Shards(target)
-    error = relative_error(_verified(shards, written, modules, rounding))
+    error = relative_error(_verified(shards, written, roundings))
     sizes = {name: entry.size for name, entry in written.entries.items()}
     parts = sum(size for name, size in sizes.items() if name.rpartition(".")[2] in _PARTS)
     dense = sum(shards.entries[name].size for name in modules)
     return Packed(len(modules), dense, parts, parts, sum(sizes.values()), error)
 
 
-def _check_group(shards: Shards, modules: Mapping[str, str], group: ScaleGroup) -> None:
-    """Raise if there is nothing to write, or the group does not divide the columns."""
-    if not modules:
+def _check_groups(shards: Shards, roundings: Mapping[str, Rounding]) -> None:
+    """Raise if there is nothing to write, or a group does not divide the columns."""
+    if not roundings:
         raise AptError("the blocks have no torch.nn.Linear modules", "use the format apt")
-    if group == "row":
-        return
-    widths = {shards.entries[name].shape[1] for name in modules}
+    by_group: dict[ScaleGroup, set[int]] = {}
+    for name, rounding in roundings.items():
+        by_group.setdefault(rounding.scale_group, set()).add(shards.entries[name].shape[1])
+    for group, widths in by_group.items():
+        if group != "row":
+            _check_widths(widths, group)
+
+
+def _check_widths(widths: Collection[int], group: int) -> None:
     if unfitting := sorted(width for width in widths if width % group):
         divisor = next((g for g in (128, 64) if not any(w % g for w in widths)), None)
         advice = f"use {divisor}" if divisor else "use the format apt"
@@ -97,6 +106,23 @@ def _integers(name: str, tensor: Tensor, rounding: Rounding) -> tuple[Tensor, Te
         message = f"{name} does not consist of integers times scales"
         raise AptError(message, "round it", ("quantize",))
     return exact
+
+
+def part_shapes(
+    shape: Sequence[int], dtype: torch.dtype, grid: IntegerGrid
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtypes and the shapes of the parts of a matrix (out, in), by their names.
+
+    Args:
+        dtype: the dtype of the scales.
+    """
+    rows, columns = shape
+    groups = 1 if grid.group == "row" else columns // grid.group
+    return {
+        _PACKED: (torch.int32, (rows, math.ceil(columns * grid.bits / 32))),
+        _SCALE: (dtype, (rows, groups)),
+        _SHAPE: (torch.int64, (2,)),
+    }
 
 
 def packed(integers: Tensor, bits: int) -> Tensor:
@@ -125,16 +151,36 @@ def dequantized(integers: Tensor, scales: Tensor) -> Tensor:
 
 
 def _description(
-    skeleton: Opened, modules: Mapping[str, str], rounding: Rounding
+    skeleton: Opened, modules: Mapping[str, str], roundings: Mapping[str, Rounding]
 ) -> dict[str, Any]:
-    """The ``quantization_config``."""
+    """The ``quantization_config``, with one group of modules for each kind of integers."""
     names = set(modules.values())
     ignored = [
         name
         for name, module in skeleton.module.named_modules()
         if isinstance(module, nn.Linear) and name not in names
     ]
-    weights = {
+    kinds: dict[Rounding, list[str]] = {}
+    for name, module_name in modules.items():
+        kinds.setdefault(roundings[name], []).append(module_name)
+    groups = {
+        f"group_{index}": {
+            "targets": targets if len(kinds) > 1 else ["Linear"], "weights": _scheme(rounding)
+        }
+        for index, (rounding, targets) in enumerate(kinds.items())
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+    }
+
+
+def _scheme(rounding: Rounding) -> dict[str, Any]:
+    """The description of a kind of integers."""
+    return {
         "num_bits": BITS[rounding.kind],
         "type": "int",
         "symmetric": True,
@@ -142,21 +188,14 @@ def _description(
         "group_size": None if rounding.scale_group == "row" else rounding.scale_group,
         "dynamic": False,
     }
-    scheme = {"targets": ["Linear"], "weights": weights}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
-        "ignore": ignored,
-    }
 
 
 def _verified(
-    shards: Shards, written: Shards, modules: Mapping[str, str], rounding: Rounding
+    shards: Shards, written: Shards, roundings: Mapping[str, Rounding]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The weights by the integers and scales on disk, and the original ones that they must fit."""
-    for name in (name for name in shards.entries if name in modules):
+    for name in (name for name in shards.entries if name in roundings):
+        rounding = roundings[name]
         original = shards.read(name)
         integers, scales = _integers(name, original, rounding)
         stem = name.removesuffix("weight")

@@ -113,15 +113,16 @@ class StoredMatrices:
         )
 
 
-def header_bytes(name: str, shape: Sequence[int], digits: int) -> int:
-    """The bytes of a tensor in the header of a file at most, with its checksum.
+def header_bytes(name: str, shape: Sequence[int], digits: int, *, checked: bool = True) -> int:
+    """The bytes of a tensor in the header of a file at most.
 
     Args:
         digits: the number of digits of the largest offset.
+        checked: True for a file with checksums.
     """
     numbers = sum(len(str(size)) + 1 for size in shape) + digits  # packed values have one dimension
     fields = len('":{"dtype":"BF16","shape":[],"data_offsets":[,]},"') + 2 * digits
-    return len(json.dumps(name)) + fields + numbers + _checksum(name)
+    return len(json.dumps(name)) + fields + numbers + (_checksum(name) if checked else 0)
 
 
 def file_bytes(metadata: Mapping[str, str] | None) -> int:

@@ -289,7 +289,8 @@ BAD = [
     (["prune", "zoo:llama", "--sparsity", "0.5", "--allocation", "owll"], "did you mean 'owl'"),
     (["prune", "zoo:llama", "--pattern", "2:4", "--allocation", "owl"], "owl cannot be used"),
     (["inspect", "full"], "has no config.json"),
-    (["install", "vim"], "this is APT, which prunes language models"),
+    (["install", "vim"], "this is APT, which prunes transformers"),
+    (["-y", "install", "vim"], "for packages, run /usr/bin/apt install"),
     (["update"], "for packages, run /usr/bin/apt update"),
 ]
 

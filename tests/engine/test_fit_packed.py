@@ -239,7 +239,7 @@ def test_untied_head_has_integers(apt, tokenizer, tmp_path):
             "does not fit into 10,000 bytes: its smallest packed directory may have 1,2",
         ),
         (("--size", "9MB"), "zoo:llama fits already: with dense weights it has at most 3,9"),
-        (("--size", SIZE, "-o", "x.gguf"), "a packed model is a directory, and x.gguf is"),
+        (("--size", SIZE, "-o", "x.gguf"), "the output is a directory, and x.gguf is"),
         (("--size", SIZE, "--may", "bit"), "may 'bit' is not one of zeros, bits"),
         (("--size", SIZE, "--may", "depth"), "fit has no depth to choose for packed"),
         (("--size", SIZE, "--scale-group", 40), "scale group 40 is not a multiple of 32"),

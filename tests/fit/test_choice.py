@@ -1,5 +1,6 @@
 """The choice of levels under a budget, against all choices where these are few."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -50,6 +51,23 @@ def test_loss_is_near_the_least_of_all_choices(rows, share):
     widest = max(x.loss for levels in table.tensors.values() for x in levels)
     # The Lagrangian relaxation is at most one level of one tensor away from the optimum.
     assert least - 1e-12 <= table.loss(choose(table, budget)) <= least + widest
+
+
+@given(st.lists(_LEVELS, min_size=3, max_size=5), st.floats(0, 1))
+def test_tied_tensors_have_one_level(rows, share):
+    count = min(map(len, rows))
+    table = replace(table_of([row[:count] for row in rows]), tied=(("a", "c"),))
+    budget = round(table.smallest + share * (table.largest - table.smallest))
+    if budget < table.joined().smallest:
+        with pytest.raises(DoesNotFitError):
+            choose(table, budget)
+        return
+    choice = choose(table, budget)
+    assert choice.keys() == table.tensors.keys()
+    assert choice["a"] == choice["c"]
+    assert table.size(choice) <= budget
+    joined = table.joined()
+    assert joined.size({name: choice[name] for name in joined.tensors}) == table.size(choice)
 
 
 def test_left_over_bytes_are_spent():
