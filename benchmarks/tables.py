@@ -527,6 +527,19 @@ def encoded(rows: Rows) -> str:
     return pivot(rows, cell)
 
 
+def encoder_speeds(rows: Rows) -> str:
+    """The sentences per second of each model and software, with the ratio to the dense model."""
+
+    def cell(row: Row) -> str:
+        return f"{row['speed']:.1f}" + (f" ({row['ratio']:.2f})" if row["model"] != "dense" else "")
+
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    kinds = list(dict.fromkeys((row["software"], row["model"]) for row in rows))
+    found = {(row["software"], row["model"], row["batch"]): cell(row) for row in rows}
+    lines = [[*kind, *(found[*kind, batch] for batch in batches)] for kind in kinds]
+    return table(["", "model", *(f"batch {batch}" for batch in batches)], lines)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "smollm2": ("smollm2", comparison),
     "tasks": ("smollm2", tasks),
@@ -539,6 +552,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "joint": ("paper", joint),
     "minutes": ("minutes", timed),
     "encoders": ("encoders", encoded),
+    "encoder-speed": ("encoder-speed", encoder_speeds),
     "costs": ("costs", costs),
     "memory": ("memory", memories),
     "tokens": ("tokens", tokens),

@@ -134,6 +134,10 @@ class AutoAdapter(DecoderAdapter):
         sites = {site.parameter for site in self.sites(block)}
         return tuple(name for name, _ in block.named_parameters() if name not in sites)
 
+    def idle_of(self, block: nn.Module) -> Sequence[str]:
+        """The matrices of a block that multiply only zeros, or a block of its kind does so."""
+        return () if self._chains is None else self._chains.idle.get(kind_of(block), ())
+
     def groups(self, block: nn.Module, config: Any) -> list[Groups]:
         """Experts, the channels inside them, and the groups of `find_widths`."""
         experts, channels = self._experts(block, config), self._channels.get(kind_of(block))

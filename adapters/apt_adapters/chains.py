@@ -89,12 +89,14 @@ class Chains:
     Attributes:
         stacks: their names, and the names of their blocks.
         sites: the sites of each kind of block.
+        idle: the names of the matrices of each kind of block that multiply only zeros.
         forms: for the name of each block, the length of the tuple that it returns; None for a
             tensor.
     """
 
     stacks: Names
     sites: Sites
+    idle: Mapping[Any, Sequence[str]]
     forms: dict[str, int | None]
 
 
@@ -117,10 +119,12 @@ def find_chains(model: nn.Module, inputs: Mapping[str, Tensor]) -> Chains:
     modules = dict(model.named_modules())
     weight = sum(map(_weight, map(modules.__getitem__, proven)))
     if weight < _LEAST * sum(_weight(modules[path]) for path in lists) or not proven:
-        reason = next(iter(found.reasons.values()), "the blocks are not called one after the other")
-        raise AptError(f"adapter auto cannot prune {type(model).__name__}: {reason}", HINT)
+        unchained = AptError("the blocks are not called one after the other", HINT)
+        reason = next(iter(found.reasons.values()), unchained)
+        message = f"adapter auto cannot prune {type(model).__name__}: {reason.message}"
+        raise AptError(message, reason.hint)
     forms = {ran.name: ran.values for ran in blocks}
-    return Chains(list(_named(chains)), found.sites, forms)
+    return Chains(list(_named(chains)), found.sites, found.idle, forms)
 
 
 def outer_lists(model: nn.Module) -> list[str]:
@@ -147,7 +151,8 @@ class _Chains:
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         self._model, self._inputs = model, inputs
         self.sites: Sites = {}
-        self.reasons: dict[str, str] = {}  # why a member of a list is not a block, by its name
+        self.idle = dict[Any, list[str]]()
+        self.reasons: dict[str, AptError] = {}  # why a member of a list is not a block, by its name
         self.ran, self._calls = _observed(model, inputs)
 
     def readable(self, path: str) -> Iterator[_Ran]:
@@ -160,7 +165,7 @@ class _Chains:
                 yield self._read(full)
             except AptError as error:
                 if not isinstance(module, nn.ModuleList):
-                    self.reasons[full] = error.message
+                    self.reasons[full] = error
                 yield from self._inside(full, module)
 
     def _inside(self, name: str, module: nn.Module) -> Iterator[_Ran]:
@@ -173,7 +178,7 @@ class _Chains:
         calls = self._calls.get(name, 0)
         if calls > 1:
             message = f"{name} is called {calls} times in a run, and its weights are shared"
-            raise AptError(message, HINT)
+            raise AptError(message, "APT prunes blocks that are called once")
         if name not in self.ran:
             what = "takes and returns no stream" if calls else "is not called"
             raise AptError(f"{name} {what}", HINT)
@@ -220,7 +225,7 @@ class _Chains:
             if not good and len(chain) > 1:
                 queue = sorted([chain[:1], chain[1:], *queue], key=lambda c: c[0].order)
             elif not good:
-                self.reasons[chain[0].name] = reason
+                self.reasons[chain[0].name] = AptError(reason, HINT)
                 inside = list(self._inside(chain[0].name, chain[0].block))
                 queue += _chained(sorted(inside, key=lambda ran: ran.order))
                 queue.sort(key=lambda c: c[0].order)
@@ -266,8 +271,9 @@ class _Chains:
                     return index, end
                 end = stream
                 # Of zeros nothing can be learned: the queries of an object detector begin as zeros.
-                kept = [site for site in sites if site.routed or site in filled]
-                self.sites[kind_of(ran.block)] = kept
+                kind, kept = kind_of(ran.block), [s for s in sites if s.routed or s in filled]
+                self.sites[kind] = kept
+                self.idle.setdefault(kind, []).extend(s.name for s in sites if s not in kept)
         return len(chain), end
 
     def _complete(

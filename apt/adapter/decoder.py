@@ -175,6 +175,10 @@ class DecoderAdapter:
         """The channels among the groups of the block."""
         return list(permutable_channels(self.groups(block, config), self.sites(block)))
 
+    def idle_of(self, block: nn.Module) -> Sequence[str]:
+        """The names of matrices that multiply only zeros, and stay dense; empty by default."""
+        return ()
+
     def ungrouped(self, block: nn.Module, config: Any) -> dict[str, str]:
         """The names of sites whose inputs form no groups, with the reasons; empty by default."""
         return {}

@@ -28,13 +28,18 @@ class Samples(Sequence[Sample]):
         samples: the samples; all have the same names.
         mask: the token that hides a token of a text; None if the model knows none.
         special: the special tokens of texts.
+        labels: the class of each sample (samples,), for the metric ``accuracy``; None if unknown.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], mask: int | None = None, special: tuple[int, ...] = ()
+        self,
+        samples: Sequence[Sample],
+        mask: int | None = None,
+        special: tuple[int, ...] = (),
+        labels: Tensor | None = None,
     ) -> None:
         self._samples = list(samples)
-        self.mask, self.special = mask, special
+        self.mask, self.special, self.labels = mask, special, labels
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -47,13 +52,15 @@ class Samples(Sequence[Sample]):
         """A sample, or the samples of a slice, of indices, or of a mask (samples,)."""
         if isinstance(chosen, int):
             return self._samples[chosen]
+        labels = None if self.labels is None else self.labels[chosen]
         if isinstance(chosen, slice):
-            return self.with_samples(self._samples[chosen])
+            return Samples(self._samples[chosen], self.mask, self.special, labels)
         indices = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
-        return self.with_samples([self._samples[index] for index in indices.tolist()])
+        kept = [self._samples[index] for index in indices.tolist()]
+        return Samples(kept, self.mask, self.special, labels)
 
     def with_samples(self, samples: Sequence[Sample]) -> "Samples":
-        """Other samples, with the same special tokens."""
+        """Other samples without classes, with the same special tokens."""
         return Samples(samples, self.mask, self.special)
 
     @property
@@ -102,6 +109,8 @@ class Samples(Sequence[Sample]):
             for name, tensor in sample.items():
                 found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
                 found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if self.labels is not None:
+            found.update(f"labels {self.labels.tolist()}\n".encode())
         return found.hexdigest()
 
 

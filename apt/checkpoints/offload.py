@@ -1,5 +1,6 @@
 """A model in memory without its blocks, which are read from the checkpoint one at a time."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -143,10 +144,11 @@ def assemble(
         name: cast(read_parameter(pieces, state[name].shape, shards), dtype and state[name].dtype)
         for name, pieces in stored.items()
     }
+    computed = _compute_unsaved(module, {*state} - {*stored} - in_blocks)
     module.load_state_dict(tensors, strict=False, assign=True)
     module.tie_weights()
     with _without_blocks(module, {name.rpartition(".")[0] for name, _ in blocks}):
-        _check_complete(skeleton, module, stored)
+        _check_complete(skeleton, module, {*stored, *computed})
         module.to(device)
     for owner in (part for _, block in blocks for part in block.modules()):
         for name, buffer in owner.named_buffers(recurse=False):
@@ -154,6 +156,25 @@ def assemble(
             owner._buffers[name] = buffer.to(device)
     model: nn.Module = module
     return model
+
+
+@torch.no_grad()
+def _compute_unsaved(module: Any, names: set[str]) -> set[str]:
+    """Give values to the parameters that a class of transformers never saves; returns their names.
+
+    Such as Marian's sines of positions, which its configuration determines.
+    """
+    patterns = list(getattr(module, "_keys_to_ignore_on_save", None) or ())
+    tied = set(getattr(module, "_tied_weights_keys", None) or ())
+    names = {name for name, _ in module.named_parameters()} & names - tied
+    found = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+    for name in found:
+        path, _, parameter = name.rpartition(".")
+        owner = module.get_submodule(path)
+        values = torch.empty_like(getattr(owner, parameter), device="cpu")
+        setattr(owner, parameter, nn.Parameter(values, requires_grad=False))
+        module._init_weights(owner)
+    return found
 
 
 @contextmanager
@@ -168,7 +189,7 @@ def _without_blocks(module: nn.Module, paths: Collection[str]) -> Iterator[None]
 
 
 def _check_complete(skeleton: Opened, module: nn.Module, stored: Collection[str]) -> None:
-    """Raise if a weight outside the blocks is neither in the checkpoint nor tied to another."""
+    """Raise if a weight outside the blocks is neither known nor tied to another."""
     tied = {p.data_ptr() for n, p in module.state_dict().items() if n in stored}
     for name, tensor in module.state_dict().items():
         if name not in stored and tensor.data_ptr() not in tied:

@@ -137,7 +137,7 @@ def _show_needs(planned: PlannedRun) -> None:
     needs = estimate(planned)
     disk = f", {size(needs.disk)} of disk" if planned.options.activations == "disk" else ""
     say(
-        f"calibration {planned.samples} × {planned.options.seqlen} tokens: about "
+        f"calibration {_calibration(planned)}: about "
         f"{size(needs.memory)} of memory (process {size(needs.process)}, "
         f"weights {size(needs.weights)}, "
         f"activations {size(needs.activations)}, Gram matrices {size(needs.grams)}, "
@@ -152,6 +152,16 @@ def _show_needs(planned: PlannedRun) -> None:
         where = f"on {planned.on or planned.device}"
         remark = "" if machine.measured else " (40 % of its maker's figures; not measured)"
         say(f"time by effort, error-aware, {where}: about {', '.join(times)}{remark}")
+
+
+def _calibration(planned: PlannedRun) -> str:
+    """The size of the calibration in words."""
+    length, reads = planned.options.seqlen, planned.skeleton.reads
+    if reads.windows:
+        return f"{planned.samples} × {length} tokens"
+    if reads.words == "texts":
+        return f"{planned.samples} texts of at most {length} tokens"
+    return f"{planned.samples} samples, each as {length} tokens"
 
 
 def _memory_fit(planned: PlannedRun, memory: int) -> str:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from apt.adapter.text_config import cache_width, hidden_size
+from apt.adapter.text_config import cache_width, hidden_size, text_config
 from apt.calibration.batches import TOKENS_PER_BATCH
 from apt.checkpoints.opened import Opened
 from apt.engine.costs import PlannedRun, parameters_of
 from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
+from apt.evaluation.outputs import POSITIONS
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
 from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
@@ -101,7 +102,14 @@ def estimate(planned: PlannedRun) -> Estimate:
 
 
 def _measuring_bytes(skeleton: Opened, seqlen: int, token_bytes: int) -> int:
-    """Bytes of a part of the logits, and ``each`` bytes for each token of a batch of windows."""
+    """Bytes of a part of the logits, and ``token_bytes`` for each token of a batch of windows.
+
+    Of a model that does not read windows, of all logits of a batch of samples.
+    """
+    if not skeleton.reads.windows:
+        has_words = skeleton.module.get_output_embeddings() is not None  # type: ignore[operator]
+        words = getattr(text_config(skeleton.config), "vocab_size", None) if has_words else None
+        return POSITIONS * (token_bytes + _FP32 * (words or 0))
     windows = windows_at_once(seqlen)
     return part_bytes(vocabulary(skeleton.module), windows, seqlen) + windows * seqlen * token_bytes
 

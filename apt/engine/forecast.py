@@ -16,7 +16,7 @@ from apt.locations.model_source import Source
 from apt.options import DEFAULT_PATTERN, InspectRun, PruneRun
 from apt.output.report import peak_memory
 from apt.planning.allocation import default_allocation
-from apt.planning.plan import Plan, check_rounding, make_plan, read_pattern, tell_shared
+from apt.planning.plan import Plan, check_rounding, make_plan, read_pattern, tell_idle, tell_shared
 from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM
 from apt.solver.options import EFFORTS
@@ -64,6 +64,7 @@ def default_forecast(
     plan = make_plan(skeleton.module, skeleton.adapter, pattern, selection)
     seqlen = capped(run.seqlen, skeleton, notice)
     tell_shared(plan, notice)
+    tell_idle(skeleton.adapter, skeleton.module, notice)
     check_rounding(plan, notice, quantized=True)  # a run may round the weights
     allocated = default_allocation(pattern, error_aware=True) != UNIFORM
     options = PruneRun(

@@ -18,7 +18,7 @@ from apt.planning.allocation import (
     unstructured,
 )
 from apt.planning.permutable import with_permutable
-from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_shared
+from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_idle, tell_shared
 from apt.plugin.registry import registry
 from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
@@ -96,6 +96,7 @@ def sparse_pruning(
     plan = make_plan(model, adapter, pattern, selection, spec.per, run.also, grid)
     _check_method(plan, spec)
     tell_shared(plan, notice)
+    tell_idle(adapter, model, notice)
     check_rounding(plan, notice, grid is not None)
     if recipe.permute:
         plan = with_permutable(plan, model, adapter, opened.config)

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from apt.text.ids import check_vocabulary
 from apt.text.mixes import SourceSamples, in_turn
 from apt.text.special_tokens import special_ids
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 _UNLIMITED = 10**6  # a larger ``model_max_length`` of a tokenizer means no limit
 
 
@@ -83,9 +85,12 @@ def _reader(options: Any, skeleton: Opened) -> TextReader | ImageReader | SoundR
             return _text_reader(options, skeleton)
         case Reads(text=text, image=str(name), sound=None):
             processor = load_image_processor(skeleton.source)
-            return ImageReader(processor, name, _beside_images(options, skeleton) if text else None)
+            beside = _beside_images(options, skeleton) if text else None
+            return ImageReader(processor, name, beside, _classes(skeleton))
         case Reads(text=None, image=None, sound=str(name)):
-            return SoundReader(load_feature_extractor(skeleton.source), name)
+            transcripts = partial(_text_reader, options, skeleton)
+            extractor = load_feature_extractor(skeleton.source)
+            return SoundReader(extractor, name, transcripts if skeleton.reads.target else None)
     raise AptError(
         f"{skeleton.source.reference} takes {skeleton.reads.words}, which this command cannot read",
         "prune it from a program, with samples of named tensors: apt.prune(model, samples)",
@@ -95,8 +100,18 @@ def _reader(options: Any, skeleton: Opened) -> TextReader | ImageReader | SoundR
 def _text_reader(options: Any, skeleton: Opened) -> TextReader:
     """The reader of texts alone."""
     tokenizer = load_tokenizer(skeleton.source, options.tokenizer)
-    longest = min(options.seqlen, tokenizer.model_max_length, _longest_sentence(skeleton))
-    return TextReader(tokenizer, longest, skeleton.module if skeleton.reads.target else None)
+    most = tokenizer.model_max_length, getattr(skeleton.config, "max_target_positions", _UNLIMITED)
+    longest = min(options.seqlen, _longest_sentence(skeleton), *most)
+    model = skeleton.module if skeleton.reads.target else None
+    return TextReader(tokenizer, longest, model, classes=_classes(skeleton))
+
+
+def _classes(skeleton: Opened) -> dict[str, int]:
+    """The numbers of the classes of a model that classifies samples, by their names; else empty."""
+    head = type(skeleton.module).__name__
+    if not head.endswith(_CLASSIFIERS) or getattr(skeleton.config, "num_labels", 1) < 2:
+        return {}
+    return {str(name): int(number) for name, number in skeleton.config.label2id.items()}
 
 
 def _beside_images(options: Any, skeleton: Opened) -> TextReader:
@@ -133,9 +148,11 @@ def metrics_for(skeleton: Opened, options: Any, registry: Registry) -> tuple[str
         return ("pseudo-perplexity", "predictions") if masked else ("similarity", "neighbours")
     kind = "windows" if reads.windows else "samples"
     for spec in map(registry.evaluators.get, names):
-        if spec.reads != kind:
+        if spec.reads not in (kind, "both"):
             fitting = [
-                each.name for each in registry.evaluators.specs.values() if each.reads == kind
+                each.name
+                for each in registry.evaluators.specs.values()
+                if each.reads in (kind, "both")
             ]
             raise AptError(
                 f"{type(skeleton.module).__name__} has no {spec.name}",

@@ -117,7 +117,9 @@ def read_text(
 
 
 def check_same_vocabulary(model: Opened, dense: Opened) -> None:
-    """Raise if two models have different numbers of tokens."""
+    """Raise if two models of text have different numbers of tokens."""
+    if not (model.reads.text and dense.reads.text):
+        return
     sizes = [m.module.get_input_embeddings().weight.shape[0] for m in (model, dense)]  # type: ignore[operator]
     if sizes[0] != sizes[1]:
         raise AptError(

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from apt.adapter import Samples
 from apt.adapter.recording import eval_mode
 from apt.adapter.wrapped import check_in_memory
 from apt.arguments import checked
 from apt.evaluation.logits import parts_of_logits
+from apt.evaluation.outputs import class_accuracy
 from apt.modes import default_modes
 from apt.text.ids import check_ids, check_vocabulary
 
@@ -47,13 +49,20 @@ def perplexity(model: nn.Module, tokens: Tensor) -> float:
 @default_modes()
 @torch.no_grad()
 @checked
-def accuracy(model: nn.Module, tokens: Tensor) -> float:
+def accuracy(model: nn.Module, tokens: Tensor | Samples) -> float:
     """The share of tokens that the model ranks first, without the first token of each window.
 
+    Or the share of samples whose class the model ranks first, of a model that classifies.
+
     Args:
-        model: a causal language model of transformers.
-        tokens: token ids (windows, seqlen).
+        model: a model of transformers that predicts the next token, or classes.
+        tokens: token ids (windows, seqlen), or samples with their classes.
+
+    Raises:
+        AptError: the classes of the samples are not known.
     """
+    if isinstance(tokens, Samples):
+        return class_accuracy(model, tokens)
     return _mean(model, tokens, lambda logits, following: (logits.argmax(-1) == following).sum())
 
 

@@ -21,7 +21,7 @@ from apt.errors import AptError
 from apt.evaluation.generated import changes, greedy_outputs, lacks_outputs, with_outputs, writes
 from apt.modes import default_modes
 
-_POSITIONS = 4096  # of a batch
+POSITIONS = 4096  # of a batch
 _NEIGHBOURS = 10
 _MASKED = 8  # tokens of a text, each masked alone
 _EMBEDDINGS = ("image_embeds", "text_embeds")
@@ -43,6 +43,13 @@ class Outputs:
     predictions: list[Tensor] | None = None
     written: list[Tensor] | None = None
 
+    def __getitem__(self, chosen: slice) -> "Outputs":
+        """The outputs for some of the samples."""
+        parts = (
+            None if each is None else each[chosen] for each in (self.predictions, self.written)
+        )
+        return Outputs(self.vectors[chosen], *parts)
+
 
 @default_modes()
 @torch.no_grad()
@@ -51,7 +58,7 @@ def outputs_of(model: nn.Module, samples: Samples) -> Outputs:
     device, order = next(model.parameters()).device, list[Tensor]()
     vectors, predictions = list[Tensor](), list[Tensor]()
     with eval_mode(model), _watched(model) as states:
-        for inputs, indices in samples.batches(_POSITIONS):
+        for inputs, indices in samples.batches(POSITIONS):
             found = model(**on_device(inputs, device))  # type: ignore[arg-type]
             vectors.append(_vectors(found, states.pop() if states else None))
             states.clear()
@@ -145,6 +152,24 @@ def same_predictions(model: nn.Module, samples: Samples, dense: Outputs) -> floa
         raise AptError(message, "choose the metric similarity or neighbours", ("metrics",))
     pairs = zip(found, dense.predictions, strict=True)
     return sum(float((one == other).float().mean()) for one, other in pairs) / len(samples)
+
+
+def class_accuracy(model: nn.Module, samples: Samples) -> float:
+    """The share of samples whose class the model ranks first.
+
+    Raises:
+        AptError: the model does not classify samples, or their classes are not known.
+    """
+    if samples.labels is None:
+        message = f"accuracy needs a model that classifies samples ({type(model).__name__}), and "
+        raise AptError(
+            f"{message}the class of each sample",
+            "give a column label, or choose another metric",
+            ("evaluation", "metrics"),
+        )
+    found = outputs_of(model, samples).predictions
+    assert found is not None
+    return float((torch.stack(found) == samples.labels).float().mean())
 
 
 def token_changes(model: nn.Module, samples: Samples, dense: Outputs) -> float:

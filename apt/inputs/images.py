@@ -1,7 +1,7 @@
 """Samples of images, and of images with texts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from apt.adapter import Sample, Samples
+from apt.inputs.classes import class_numbers
 from apt.inputs.items import Item, Kind, drawn_items
-from apt.inputs.texts import Passage, TextReader, passages
+from apt.inputs.texts import TextReader, passages
 from apt.plugin.registry import Registry
 from apt.text.datasets import Split, documents
 from apt.text.special_tokens import special_ids
@@ -28,11 +29,13 @@ class ImageReader:
         name: the argument of the model's forward.
         texts: the reader of the texts of a model of images and texts; else None. An image without
             a text gets one of the embedded text.
+        classes: the numbers of the classes of the model by their names.
     """
 
     processor: Any
     name: str = "pixel_values"
     texts: TextReader | None = None
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Any:
@@ -57,7 +60,8 @@ class ImageReader:
         items = drawn_items(source, IMAGES, split, count, seed, registry, fewer=fewer)
         samples: list[Sample] = [{self.name: self._values(item)} for item in items]
         if self.texts is None:
-            return Samples(samples)
+            labels = class_numbers([item.label for item in items], self.classes, source)
+            return Samples(samples, labels=labels)
         texts = _texts_of(items, split, registry)
         samples = [
             {**sample, "input_ids": self.texts.encode(text)["input_ids"]}
@@ -77,9 +81,9 @@ class ImageReader:
         return torch.as_tensor(values)[0]
 
 
-def _texts_of(items: Sequence[Item], split: Split, registry: Registry) -> list[Passage]:
+def _texts_of(items: Sequence[Item], split: Split, registry: Registry) -> list[tuple[str, ...]]:
     """The text of each item; passages of the embedded text for those without one."""
     if all(item.text is not None for item in items):
         return [(str(item.text),) for item in items]
-    others = cycle(text[:1] for text in passages(documents(_OTHER_TEXTS, split, registry)))
+    others = cycle(text.texts[:1] for text in passages(documents(_OTHER_TEXTS, split, registry)))
     return [(item.text,) if item.text is not None else next(others) for item in items]

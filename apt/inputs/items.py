@@ -11,6 +11,7 @@ import torch
 
 from apt.errors import AptError, first_line, shortened
 from apt.locations.paths import expanded, kind_at
+from apt.plugin.documents import Label, label_of
 from apt.plugin.registry import Registry
 from apt.text.datasets import Split, hub_rows
 from apt.text.sampling import generator
@@ -46,11 +47,13 @@ class Item:
         name: its file or its row, for messages.
         stored: its file, or the bytes of a file.
         text: its text; None if it has none.
+        label: its class; None if it is not known.
     """
 
     name: str
     stored: Path | bytes
     text: str | None = None
+    label: Label | None = None
 
     def open(self) -> BinaryIO:
         """The bytes of its file."""
@@ -161,8 +164,8 @@ def _of_row(row: dict[str, Any], where: str, kind: Kind) -> Item:
     for value in row.values():
         held = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(held, bytes):
-            return Item(where, held, next(iter(texts), None))
+            return Item(where, held, next(iter(texts), None), label_of(row))
         place = value.get("path") if isinstance(value, dict) else None
         if isinstance(place, str) and Path(place).is_file():
-            return Item(where, Path(place), next(iter(texts), None))
+            return Item(where, Path(place), next(iter(texts), None), label_of(row))
     raise ValueError(f"{where} has no column of {kind.name}")

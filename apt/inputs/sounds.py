@@ -1,5 +1,6 @@
 """Samples of sounds, as waves or as the features that a model takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt.adapter import Samples
+from apt.adapter import Sample, Samples
 from apt.errors import AptError
 from apt.inputs.items import Item, Kind, drawn_items
-from apt.inputs.texts import near_length
+from apt.inputs.texts import TextReader, check_alike, near_length
 from apt.plugin.registry import Registry
 from apt.text.datasets import Split
 
@@ -31,14 +32,16 @@ class SoundReader:
     Args:
         extractor: the feature extractor, as transformers has it.
         name: the argument of the model's forward.
+        transcripts: returns the reader of the texts of sounds, for a decoder that reads them.
     """
 
     extractor: Any
     name: str
+    transcripts: Callable[[], TextReader] | None = None
 
     @property
     def tokenizer(self) -> None:
-        """None: sounds have no tokenizer."""
+        """None: the samples have no special tokens."""
         return None
 
     @property
@@ -69,7 +72,16 @@ class SoundReader:
                 the model takes.
         """
         items = drawn_items(source, SOUNDS, split, count, seed, registry, fewer=fewer)
-        return Samples([{self.name: self._features(self._wave(item))} for item in items])
+        samples: list[Sample] = [{self.name: self._features(self._wave(item))} for item in items]
+        if self.transcripts is None or all(item.text is None for item in items):
+            return Samples(samples)
+        texts = self.transcripts()
+        samples = [
+            sample if item.text is None else {**sample, **texts.target(item.text)}
+            for sample, item in zip(samples, items, strict=True)
+        ]
+        check_alike(samples, f"some sounds of {source} have a text, and others have none")
+        return Samples(samples)
 
     def _features(self, wave: "np.ndarray[Any, Any]") -> Tensor:
         """The features of a wave (values,), as the model takes them."""

@@ -1,8 +1,8 @@
 """Samples of text for encoders, and of pairs of texts for encoders with a decoder."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -11,14 +11,26 @@ from torch import Tensor
 
 from apt.adapter import Sample, Samples
 from apt.errors import AptError
-from apt.plugin.documents import Conversation, Document
+from apt.inputs.classes import class_numbers
+from apt.plugin.documents import Conversation, Document, Label, Texts
 from apt.plugin.registry import Registry
 from apt.text.datasets import Split, documents
 from apt.text.sampling import generator
 from apt.text.special_tokens import special_ids
 
-Passage = tuple[str, ...]
-"""A text, or a text with a second one: its answer, its translation, its summary."""
+
+@dataclass(frozen=True)
+class Passage:
+    """A text, or a text with a second one: its answer, its translation, its summary.
+
+    Attributes:
+        texts: the text or both texts.
+        label: its class; None if it is not known.
+    """
+
+    texts: tuple[str, ...]
+    label: Label | None = None
+
 
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _SHORTEST = 8  # tokens of a sample, unless its text is shorter
@@ -27,17 +39,22 @@ _READ = 4  # passages that are read for each sample, so that seeds give differen
 
 
 def passages(documents: Iterable[Document]) -> Iterator[Passage]:
-    """The paragraphs of plain text, and the pairs of question and answer of other documents.
+    """The paragraphs of plain text, and the texts and pairs of texts of other documents.
 
     A conversation of more than two messages gives a pair for each answer.
     """
     for document in documents:
         if isinstance(document, Conversation):
             texts = [text.strip() for role, text in document.messages if role != "system"]
-            yield from (pair for pair in zip(texts[::2], texts[1::2], strict=False) if all(pair))
+            pairs = zip(texts[::2], texts[1::2], strict=False)
+            yield from (Passage(pair) for pair in pairs if all(pair))
+        elif isinstance(document, Texts):
+            texts = [text.strip() for text in document.parts]
+            if all(texts):
+                yield Passage(tuple(texts), document.label)
         else:
             paragraphs = (text.strip() for text in _PARAGRAPHS.split(document))
-            yield from ((text,) for text in paragraphs if text)
+            yield from (Passage((text,)) for text in paragraphs if text)
 
 
 def drawn_passages(
@@ -75,12 +92,14 @@ class TextReader:
         longest: the greatest number of tokens of a sample.
         model: the model, if its decoder reads the second texts of pairs; else None.
         padded: True to fill all samples up to ``longest``, for models that read the padding.
+        classes: the numbers of the classes of the model by their names.
     """
 
     tokenizer: Any
     longest: int
     model: Any = None
     padded: bool = False
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     def read(
         self,
@@ -99,21 +118,17 @@ class TextReader:
             fewer: True if the source may have fewer texts; at least one.
 
         Raises:
-            AptError: the source cannot be read or has too little text, or a token has no embedding.
+            AptError: the source cannot be read, has too little text or another class than the
+                model, or a token has no embedding.
         """
         texts = drawn_passages(documents(source, split, registry), count, seed, source, fewer=fewer)
         encode = self._pair if self.model is not None else self.encode
-        samples = [encode(text) for text in texts]
-        named = {name for sample in samples for name in sample}
-        if any(named != set(sample) for sample in samples):
-            raise AptError(
-                f"some texts of {source} have a second text, and others have none",
-                "give one column for all rows, or two",
-                ("calibration",),
-            )
-        return Samples(samples, self.tokenizer.mask_token_id, special_ids(self.tokenizer))
+        samples = [encode(text.texts) for text in texts]
+        check_alike(samples, f"some texts of {source} have a second text, and others have none")
+        labels = class_numbers([text.label for text in texts], self.classes, source)
+        return Samples(samples, self.tokenizer.mask_token_id, special_ids(self.tokenizer), labels)
 
-    def encode(self, text: Passage) -> Sample:
+    def encode(self, text: tuple[str, ...]) -> Sample:
         """The tensors of a text, or of a pair of texts."""
         if self.padded:
             most = {"truncation": True, "max_length": self.longest, "padding": "max_length"}
@@ -123,14 +138,23 @@ class TextReader:
         names = (name for name in ("input_ids", "token_type_ids") if name in kept)
         return {name: torch.tensor(kept[name]) for name in names}
 
-    def _pair(self, text: Passage) -> Sample:
+    def _pair(self, text: tuple[str, ...]) -> Sample:
         """The tokens of the first text for the encoder, and of the second one for the decoder."""
-        sample = {"input_ids": self.encode(text[:1])["input_ids"]}
-        if len(text) > 1:
-            most = {"truncation": True, "max_length": self.longest}
-            labels = torch.tensor(self.tokenizer(text_target=text[1], **most)["input_ids"])
-            sample["decoder_input_ids"] = cut(_shifted(labels, self.model))
-        return sample
+        ids = self.encode(text[:1])["input_ids"]
+        return {"input_ids": ids, **(self.target(text[1]) if len(text) > 1 else {})}
+
+    def target(self, text: str) -> Sample:
+        """The tokens that the decoder reads of its output."""
+        most = {"truncation": True, "max_length": self.longest}
+        labels = torch.tensor(self.tokenizer(text_target=text, **most)["input_ids"])
+        return {"decoder_input_ids": cut(_shifted(labels, self.model))}
+
+
+def check_alike(samples: Sequence[Sample], message: str) -> None:
+    """Raise `AptError` if only some samples have the inputs of a decoder."""
+    named = {name for sample in samples for name in sample}
+    if any(named != set(sample) for sample in samples):
+        raise AptError(message, "give a second text for all of them, or none", ("calibration",))
 
 
 def near_length(length: int) -> int:
@@ -155,4 +179,6 @@ def _shifted(labels: Tensor, model: Any) -> Tensor:
             f"{type(model).__name__} has no decoder_start_token_id",
             "add it to the model's config.json",
         )
+    if labels[:1].tolist() == [start]:  # Whisper's tokenizer adds it
+        return labels[:-1]
     return torch.cat([labels.new_tensor([start]), labels[:-1]])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from apt.adapter import Adapter, Extra, Groups, Permutable, Site
+from apt.adapter import Adapter, DecoderAdapter, Extra, Groups, Permutable, Site
 from apt.errors import AptError, plugin_error
 from apt.patterns import Granularity, Grid, Pattern, SitePattern, TargetForm, keeps_all, read
 from apt.plugin.registry import registry
@@ -427,6 +427,17 @@ def tell_shared(plan: Plan, notice: Callable[[str], None]) -> None:
     if plan.shared:
         count, first = len(plan.shared), plan.shared[0]
         notice(f"left dense: {count} sites, whose weights several blocks use ({first}, …)")
+
+
+def tell_idle(adapter: Adapter, model: nn.Module, notice: Callable[[str], None]) -> None:
+    """Call ``notice`` with a line about matrices that stay dense because they multiply zeros."""
+    if not isinstance(adapter, DecoderAdapter):
+        return
+    blocks = adapter.blocks(model)
+    names = [f"{name}.{each}" for name, block in blocks for each in adapter.idle_of(block)]
+    if names:
+        inputs = "whose inputs are only zeros, at least in one block of their kind"
+        notice(f"left dense: {len(names)} matrices {inputs} ({names[0]}, …)")
 
 
 def check_rounding(

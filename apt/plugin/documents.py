@@ -9,6 +9,10 @@ from apt.errors import AptError, first_line
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 _LISTS = (("messages", "role", "content"), ("conversations", "from", "value"))
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
+_TWO_TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("source", "target"))
+_ONE_TEXT = ("text", "sentence")
+LABELS = ("label", "label_text")
+"""The columns of the number or the name of a class, and of its name beside the number."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,41 @@ class Conversation:
         return sum(len(text) for _, text in self.messages)
 
 
+@dataclass(frozen=True)
+class Label:
+    """The class of a document.
+
+    Attributes:
+        index: its number; None if only its name is known.
+        name: its name; None if only its number is known.
+    """
+
+    index: int | None
+    name: str | None = None
+
+
+class Texts(str):
+    """A text with its class, or two texts that are no conversation, such as two sentences.
+
+    A model that reads one text reads both, joined by a blank line.
+
+    Attributes:
+        parts: the texts.
+        label: the class; None if it is not known.
+    """
+
+    parts: tuple[str, ...]
+    label: Label | None
+
+    def __new__(cls, parts: tuple[str, ...], label: Label | None = None) -> "Texts":
+        """A document of one or two texts."""
+        made = super().__new__(cls, "\n\n".join(parts))
+        made.parts, made.label = parts, label
+        return made
+
+
 Document = str | Conversation
+"""A text, which may be `Texts`, or a conversation."""
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -91,6 +129,38 @@ def conversation_of(row: Any) -> Conversation | None:
             )
             return Conversation((("user", question), ("assistant", row[second])))
     return None
+
+
+def label_of(row: Any) -> Label | None:
+    """The class of a row of a data set; None if it has none. A number below zero means none."""
+    number, name = (row.get(column) for column in LABELS)
+    if isinstance(number, str):
+        return Label(None, number)
+    if not isinstance(number, int) or number < 0:
+        return None
+    return Label(int(number), name if isinstance(name, str) else None)
+
+
+def texts_of(row: Any) -> Texts | None:
+    """Two texts of a row of a data set, or its one text if it has a class; else None.
+
+    Two texts are in the columns ``sentence1`` and ``sentence2``, ``premise`` and ``hypothesis``, or
+    ``source`` and ``target``; one is in ``text`` or ``sentence``, or the only string.
+    """
+    if not isinstance(row, dict):
+        return None
+    label = label_of(row)
+    pairs = _TWO_TEXTS if "text" not in row else ()
+    for names in pairs:
+        if all(isinstance(row.get(name), str) for name in names):
+            return Texts(tuple(row[name] for name in names), label)
+    if label is None:
+        return None
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    others = [name for name in strings if name not in LABELS]
+    name = next((name for name in _ONE_TEXT if name in strings), None)
+    name = others[0] if name is None and len(others) == 1 else name
+    return Texts((row[name],), label) if name else None
 
 
 def _listed(messages: list[Any], role: str, content: str) -> Conversation | None:

@@ -297,17 +297,18 @@ class EvaluatorSpec(Spec):
         better: the better direction, ``"lower"`` or ``"higher"``.
         dense: True if it compares the model with the dense one, which is then the third argument.
         mean: the kind of mean, ``"arithmetic"`` or ``"geometric"``, of the metrics of single
-            windows that equals the metric of all windows. Then ``apt-prune compare`` and ``eval
-            --dense`` give a confidence interval. None if the metric is not a mean over windows.
+            windows or samples that equals the metric of all of them. Then ``apt-prune compare`` and
+            ``eval --dense`` give a confidence interval. None if the metric is not such a mean.
         reads: what it is measured on. ``"windows"``: windows of text. ``"samples"``: the samples of
             other models, `apt.adapter.Samples`; a metric that compares then gets what the dense
             model returns, an `apt.evaluation.outputs.Outputs`, in place of the dense model.
+            ``"both"``: one or the other, by the model.
     """
 
     better: Literal["lower", "higher"] = "lower"
     dense: bool = False
     mean: Literal["arithmetic", "geometric"] | None = None
-    reads: Literal["windows", "samples"] = "windows"
+    reads: Literal["windows", "samples", "both"] = "windows"
 
     def measure(self, *given: Any) -> float:
         """Call the metric.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -87,7 +88,8 @@ def hub_rows(
         read: reads a row, called with the row and its place for messages. Images and sounds of a
             row are as they are stored, with their bytes and their path.
         config: the data set's configuration.
-        split: calibration reads ``train``; evaluation reads ``test``, else ``validation``.
+        split: calibration reads ``train``; evaluation reads ``test``, else ``validation``. A split
+            whose classes are unknown, as that of GLUE's tests, comes after the other.
         files: the files of each split of the data set.
         revision: a branch of the data set's repository.
         token: the access token of the hub.
@@ -110,17 +112,37 @@ def hub_rows(
         splits = datasets.load_dataset(
             name, config, data_files=files, revision=revision, token=token, streaming=True
         )
-        part = next((splits[key] for key in split_names if key in splits), None)
+        keys = [key for name in split_names if (key := _split_of(splits, name)) is not None]
+        part = splits[keys[0]] if keys else None
+        if len(keys) > 1 and _is_unlabelled(part):
+            part = splits[keys[1]]
         if part is None:
             raise ValueError(f"it has no split {' or '.join(split_names)}")
         for column, feature in (part.features or {}).items():
             if isinstance(feature, datasets.Image | datasets.Audio):
                 part = part.cast_column(column, type(feature)(decode=False))
+        classes = getattr((part.features or {}).get("label"), "names", None)
         for number, row in enumerate(part, 1):
+            if classes and isinstance(row["label"], int) and row["label"] >= 0:
+                row = {**row, "label_text": classes[row["label"]]}
             yield read(row, f"row {number}")
     except Exception as error:  # the exceptions of `datasets` have no common base class
         message = f"data set '{called}' cannot be read: {first_line(error)}"
         raise AptError(message, "check the name and the network, or give a local file") from error
+
+
+def _split_of(splits: Iterable[str], name: str) -> str | None:
+    """The split of a name, or the first one of several such as ``validation_matched``."""
+    if name in splits:
+        return name
+    return next((key for key in splits if key.startswith(f"{name}_")), None)
+
+
+def _is_unlabelled(part: Any) -> bool:
+    """True for a split whose rows have −1 for their unknown class."""
+    if "label" not in (part.features or {}):
+        return False
+    return any(row["label"] == -1 for row in islice(part, 1))
 
 
 def tokenize(tokenizer: Any, texts: Iterable[Document], limit: int | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apt.errors import AptError, first_line
-from apt.plugin.documents import Document, conversation_of
+from apt.plugin.documents import Document, conversation_of, texts_of
 
 SUFFIXES = ".txt, .jsonl or .parquet"
 ENDINGS = (".txt", ".jsonl", ".parquet", ".gz")
@@ -97,7 +97,8 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 def document_of(row: Any, where: str) -> Document:
     """The document of a row.
 
-    It is the row if that is a string, its field ``text``, its conversation, or its only string.
+    It is the row if that is a string, its field ``text``, its conversation, two texts, or its only
+    string; with its class if it has one.
 
     Args:
         where: the row or line number, for messages.
@@ -109,6 +110,9 @@ def document_of(row: Any, where: str) -> Document:
     conversation = None if named else conversation_of(row)
     for text in (message for _, message in conversation.messages) if conversation else ():
         _check_surrogates(text, where)
+    if conversation is None and (texts := texts_of(row)) is not None:
+        _check_surrogates(texts, where)
+        return texts
     return conversation or text_of(row, where)
 
 

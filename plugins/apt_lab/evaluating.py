@@ -13,7 +13,7 @@ from apt.engine.opening import find_source
 from apt.errors import AptError
 from apt.extending import registry
 from apt.hookspecs import EvaluatorSpec
-from apt_lab.options import EvalRun
+from apt_lab.options import SAMPLES, EvalRun
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from apt.adapter import Samples
     from apt.extending import Opened, Source
     from apt_lab.windows import Score
-
-_SAMPLES = 400  # of a model that does not read windows of text, by default
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def _on_samples(
     from apt.evaluation.outputs import dense_outputs
     from apt.extending import capped
     from apt.modes import default_modes
-    from apt_lab.windows import Score
+    from apt_lab.windows import Score, score_beside
 
     for name in (name for name in ("tasks", "stream") if getattr(run, name)):
         skeletons[0].check_windows(name)
@@ -154,9 +152,7 @@ def _on_samples(
         message = f"the metric {dense_only[0]} compares with the dense model"
         raise AptError(message, "name it", ("dense",))
     run = replace(run, seqlen=capped(run.seqlen, skeletons[0], notice))
-    samples = held_out_samples(
-        str(run.data), run, skeletons[0], registry(), run.samples or _SAMPLES
-    )
+    samples = held_out_samples(str(run.data), run, skeletons[0], registry(), run.samples or SAMPLES)
     status("loading the model")
     with default_modes(), ExitStack() as stack:
         models = [stack.enter_context(_runnable(skeleton, None, run)) for skeleton in skeletons]
@@ -166,11 +162,10 @@ def _on_samples(
             outputs, samples = dense_outputs(models[1], samples)
         for spec in specs:
             status(f"measuring {spec.name} on {len(samples)} samples")
-            if spec.dense:
-                scores[spec.name] = Score(spec.measure(models[0], samples, outputs))
+            if len(models) == 1:
+                scores[spec.name] = Score(spec.measure(models[0], samples))
             else:
-                value, *dense = (spec.measure(model, samples) for model in models)
-                scores[spec.name] = Score(value, dense[0] if dense else None)
+                scores[spec.name] = score_beside(spec, models[0], samples, models[1], outputs)
     return Evaluation(run, samples, None, scores, {})
 
 

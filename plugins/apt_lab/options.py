@@ -23,6 +23,9 @@ from apt.options import (
     options,
 )
 
+SAMPLES = 400
+"""Samples to measure a model on that does not read windows of text, by default."""
+
 _GRID, _TASKS, _WORK = "Comparison", "Tasks", "Work"
 
 
@@ -92,13 +95,14 @@ class EvalRun(
         default=None, panel=TEXT, metavar="SRC", place=True,
     )  # fmt: skip
     metrics: tuple[str, ...] = option(
-        "perplexity (the default) or accuracy; with --dense also divergence or agreement; "
-        "repeatable.",
+        "perplexity (the default) or accuracy; with --dense also divergence or agreement; of "
+        "models that read no windows of text pseudo-perplexity, and with --dense similarity, "
+        "neighbours, predictions or token-changes; repeatable.",
         default=(), panel=TEXT, flag="--metric", metavar="NAME",
     )  # fmt: skip
     dense: str | None = option(
         "The dense model, to compare the metrics and the answers to --tasks with; the metrics "
-        "divergence and agreement need it.",
+        "that compare need it.",
         default=None, panel=TEXT, metavar="MODEL", place=True,
     )  # fmt: skip
     samples: int | None = option(
@@ -149,14 +153,18 @@ class CompareRun(
         default=(), panel=_GRID, flag="--with", metavar="DIR",
     )  # fmt: skip
     data: tuple[str, ...] = option(
-        "Text to measure on; repeatable.", default=("builtin",), panel=_GRID, metavar="SRC"
+        "Text or other samples to measure on; repeatable.",
+        default=("builtin",),
+        panel=_GRID,
+        metavar="SRC",
     )
     windows: int | None = option(
-        "Windows of each text; by default all.",
+        "Windows of each text, by default all; or samples of each source, by default 400.",
         default=None, panel=_GRID, metavar="N", within="[1, ∞)",
     )  # fmt: skip
     metrics: tuple[str, ...] = option(
-        "perplexity, accuracy, divergence or agreement; repeatable.",
+        "perplexity, accuracy, divergence or agreement; of models that read no windows of text "
+        "similarity, neighbours, predictions, pseudo-perplexity or token-changes; repeatable.",
         default=("perplexity",), panel=_GRID, flag="--metric", metavar="NAME",
     )  # fmt: skip
     samples: int = option(
@@ -193,14 +201,17 @@ class BenchRun(AdapterOptions, RemoteOptions, DeviceOptions, DtypeOptions):
         place=True,
     )
     prompt: int = option(
-        "Tokens of a prompt; they are random.", default=512, panel=_WORK, within="[1, ∞)"
+        "Tokens of a prompt, or of a text of an encoder; they are random.",
+        default=512,
+        panel=_WORK,
+        within="[1, ∞)",
     )
     generate: int = option(
         "Tokens to generate after a prompt; the first one belongs to the prefill.",
         default=64, panel=_WORK, within="[2, ∞)",
     )  # fmt: skip
     batch: tuple[int, ...] = option(
-        "Number of sequences that run together; repeatable.", default=(1, 8), panel=_WORK
+        "Number of sequences or samples that run together; repeatable.", default=(1, 8), panel=_WORK
     )
     rounds: int = option(
         "Number of rounds; each loads and measures every model.",

@@ -1,4 +1,4 @@
-"""A metric of each window of a text.
+"""A metric of each window of a text, or of each sample.
 
 The windows of a text differ more from each other than methods do. So a model is compared with the
 dense model window by window.
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from apt.adapter import Samples
+from apt.evaluation.outputs import Outputs
 from apt.hookspecs import EvaluatorSpec
 
 # The 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom.
@@ -143,21 +145,47 @@ class Score:
     spread: Spread | None = None
 
 
-def score_beside(spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module) -> Score:
-    """A metric of a model and of the dense one, or of their difference, on (windows, seqlen)."""
-    value, windows = score(spec, model, tokens, dense)
-    dense_value, dense_windows = (None, None) if spec.dense else score(spec, dense, tokens, None)
+def score_beside(
+    spec: EvaluatorSpec,
+    model: nn.Module,
+    inputs: Tensor | Samples,
+    dense: nn.Module,
+    outputs: Outputs | None = None,
+) -> Score:
+    """A metric of a model and of the dense one, or of their difference, on (windows, seqlen).
+
+    Args:
+        inputs: token ids (windows, seqlen), or samples.
+        outputs: what the dense model returns for samples.
+    """
+    value, windows = score(spec, model, inputs, outputs or dense)
+    dense_value, dense_windows = (None, None) if spec.dense else score(spec, dense, inputs, None)
     return Score(value, dense_value, None if windows is None else windows.spread(dense_windows))
 
 
 def score(
-    spec: EvaluatorSpec, model: nn.Module, tokens: Tensor, dense: nn.Module | None
+    spec: EvaluatorSpec,
+    model: nn.Module,
+    inputs: Tensor | Samples,
+    dense: nn.Module | Outputs | None,
 ) -> tuple[float, Windows | None]:
-    """A metric on ``tokens`` (windows, seqlen), and on each window if it is a mean over them."""
-    others = [dense] if spec.dense else []
+    """A metric, and the metric of each window or sample if it is a mean over them.
+
+    Args:
+        inputs: token ids (windows, seqlen), or samples.
+        dense: the dense model; for samples what it returns.
+    """
     if spec.mean is None:
-        return spec.measure(model, tokens, *others), None
-    windows = Windows(spec.mean, [spec.measure(model, window[None], *others) for window in tokens])
+        return spec.measure(model, inputs, *([dense] if spec.dense else [])), None
+
+    def beside(part: slice) -> list[nn.Module | Outputs | None]:
+        if not spec.dense:
+            return []
+        return [dense[part] if isinstance(dense, Outputs) else dense]
+
+    parts = [slice(index, index + 1) for index in range(len(inputs))]
+    values = [spec.measure(model, inputs[part], *beside(part)) for part in parts]
+    windows = Windows(spec.mean, values)
     return windows.value, windows
 
 
@@ -167,3 +195,10 @@ def spread(
     """The uncertainty of a metric of a row, see `Windows.spread`; None if it is unknown."""
     windows, dense_windows = Windows.of(row, text, metric), Windows.of(dense, text, metric)
     return None if windows is None or dense_windows is None else windows.spread(dense_windows)
+
+
+def size_of(setting: Mapping[str, Any], shape: Sequence[int]) -> str:
+    """The size of a calibration or of a text in words, from its shape in a comparison."""
+    if "reads" in setting:
+        return f"{shape[0]} samples"
+    return f"{' × '.join(map(str, shape))} tokens"

@@ -205,8 +205,8 @@ def apt_evaluators() -> list[EvaluatorSpec]:
             mean="geometric",
         ),
         EvaluatorSpec(
-            "accuracy", "share of tokens that are ranked first", "apt.evaluation:accuracy",
-            "higher", mean="arithmetic",
+            "accuracy", "share of tokens, or of classes of samples, that are ranked first",
+            "apt.evaluation:accuracy", "higher", mean="arithmetic", reads="both",
         ),
         EvaluatorSpec(
             "divergence", "mean Kullback-Leibler divergence from the dense model, in nats",
@@ -222,7 +222,8 @@ def apt_evaluators() -> list[EvaluatorSpec]:
         ),
         EvaluatorSpec(
             "similarity", "mean cosine of the vectors to those of the dense model",
-            "apt.evaluation.outputs:similarity", "higher", dense=True, reads="samples",
+            "apt.evaluation.outputs:similarity", "higher", dense=True, mean="arithmetic",
+            reads="samples",
         ),
         EvaluatorSpec(
             "neighbours", "share of the ten nearest samples that are the dense model's too",
@@ -230,7 +231,8 @@ def apt_evaluators() -> list[EvaluatorSpec]:
         ),
         EvaluatorSpec(
             "predictions", "share of predicted tokens or classes that are the dense model's too",
-            "apt.evaluation.outputs:same_predictions", "higher", dense=True, reads="samples",
+            "apt.evaluation.outputs:same_predictions", "higher", dense=True, mean="arithmetic",
+            reads="samples",
         ),
         EvaluatorSpec(
             "token-changes", "changed tokens of what the model writes, for each dense token",

@@ -14,6 +14,9 @@ from transformers import (
     BartForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
+    DetrConfig,
+    DetrForObjectDetection,
+    ResNetConfig,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -112,8 +115,31 @@ def test_model_without_weights_has_the_same_sites():
 
 def test_shared_blocks_are_refused_in_one_line():
     config = AlbertConfig(**_TOWER, vocab_size=64, embedding_size=16, intermediate_size=64)
-    with pytest.raises(AptError, match=r"albert_layer_groups.0 is called 2 times in a run"):
+    with pytest.raises(
+        AptError, match=r"albert_layer_groups.0 is called 2 times in a run"
+    ) as refused:
         AutoAdapter().blocks(AlbertForMaskedLM(config).eval())
+    assert refused.value.hint == "APT prunes blocks that are called once"
+
+
+def test_matrices_that_multiply_zeros_are_left_dense_and_named(apt, tmp_path):
+    """The queries of an object detector begin as zeros; it reads no text at all."""
+    body = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic",
+        out_features=["stage2"],
+    )  # fmt: skip
+    config = DetrConfig(
+        use_timm_backbone=False, backbone_config=body, backbone=None, d_model=32, num_queries=8,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, use_pretrained_backbone=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    DetrForObjectDetection(config).save_pretrained(tmp_path / "detr")
+    done = apt("inspect", tmp_path / "detr")
+    assert done.code == 0, done.err
+    assert "left dense: 2 matrices whose inputs are only zeros" in done.err
+    assert "model.decoder.layers.0.self_attn.v_proj" in done.err
+    assert "samples, each as 2048 tokens" in done.out
 
 
 def test_blocks_that_keep_a_value_between_calls_are_refused():

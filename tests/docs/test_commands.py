@@ -14,7 +14,7 @@ from tests.helpers.families import STACKED
 from tests.helpers.releases import EXTRAS
 
 PAGES = {
-    "README.md": 15, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/encoders.md": 3,
+    "README.md": 15, "docs/allocation.md": 9, "docs/choosing.md": 4, "docs/encoders.md": 5,
     "docs/fitting.md": 14,
     "docs/mamba.md": 2, "docs/migrating.md": 4, "docs/packing.md": 8, "docs/recovery.md": 11,
     "docs/shrinking.md": 12 if STACKED else 7, "docs/usage.md": 23 if STACKED else 22,
@@ -29,6 +29,7 @@ NOT_HERE = {
     "--speed": "a speed that this model has on this machine; engine/test_fit_speed.py",
     "--kind norms": "needs a rounded model; recovery/test_recover.py",
     "MODEL.gguf": "needs a mixture as a GGUF file; engine/test_in_place_files.py",
+    "CLASSIFIER": "needs a data set of the hub; inputs/test_classes.py",
     "w4a16": "its group divides no matrix of so small a model; packing/test_compressed_tensors.py",
 }
 WORDS = {

@@ -115,8 +115,6 @@ def test_smaller_encoder_has_fewer_channels(folder, texts, tmp_path):
         (("recover",), "recover needs a model that predicts the next token"),
         (("fit", "--size", "1MB"), "fit needs a model that predicts the next token"),
         (("eval", "--metric", "similarity"), "compares with the dense model"),
-        (("compare", "--methods", "wanda", "-o", "out"), "compare needs a model that predicts"),
-        (("bench",), "bench needs a model that predicts the next token"),
     ],
 )  # fmt: skip
 def test_what_an_encoder_does_not_have_is_one_line(folder, apt, tmp_path, arguments, words):

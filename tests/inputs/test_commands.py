@@ -15,7 +15,7 @@ from tests.inputs.conftest import write_wave
 @pytest.fixture
 def pairs(tmp_path):
     """A file of questions with answers."""
-    rows = [{"question": f"What are {n} and {n}?", "answer": f"{2 * n}, I say"} for n in range(24)]
+    rows = [{"source": f"What are {n} and {n}?", "target": f"{2 * n}, I say"} for n in range(24)]
     place = tmp_path / "pairs.jsonl"
     place.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     return place

@@ -2,8 +2,11 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor
 
-from apt import AptError
+from apt import AptError, PruneRun
+from apt.checkpoints.load import load_tokenizer, open_skeleton
+from apt.engine.samples import held_out_samples
 from apt.inputs.sounds import SoundReader
+from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from tests.inputs.conftest import write_wave
 
@@ -85,3 +88,23 @@ def test_a_sound_that_is_too_short(waves, tmp_path):
 def test_a_folder_of_images_has_no_sounds(waves, images):
     with pytest.raises(AptError, match="has no sounds"):
         read(waves, images)
+
+
+def test_transcripts_beside_sounds_are_what_the_decoder_reads(apt, model_of, sounds, tmp_path):
+    for number in range(12):
+        (sounds / f"{number}.txt").write_text(f"this is the sound number {number}", "utf-8")
+    model, run = model_of("whisper"), PruneRun(seqlen=2048)
+    skeleton = open_skeleton(find(str(model), registry()), registry())
+    samples = held_out_samples(str(sounds), run, skeleton, registry(), 12)
+    tokenizer = load_tokenizer(skeleton.source)
+    assert samples.names == ("input_features", "decoder_input_ids")
+    targets = [sample["decoder_input_ids"].tolist() for sample in samples]
+    assert {ids[0] for ids in targets} == {1}  # with which the output of this model begins
+    written = tokenizer("this is the sound number 1")["input_ids"]
+    assert all(len(ids) > 6 and ids[1:6] == written[:5] for ids in targets)
+    (sounds / "3.txt").unlink()
+    done = apt("prune", model, "--pattern", "2:4", "--calibration", sounds, "--samples", 12,
+               "-o", "out")  # fmt: skip
+    assert done.code == 2
+    assert "some sounds of" in done.err
+    assert "have a text, and others have none" in done.err

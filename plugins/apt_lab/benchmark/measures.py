@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+SOUND_SECONDS = 10
+"""The length of random sounds."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -17,6 +20,8 @@ class Facts:
         device, device_name: the chosen device, and the name of its model.
         threads: the number of CPU threads.
         versions: the versions of the packages.
+        reads: the kinds of samples, such as ``texts``; empty for a decoder of text.
+        writes: True for a model that generates text.
     """
 
     parameters: int
@@ -27,21 +32,25 @@ class Facts:
     device_name: str
     threads: int
     versions: dict[str, str]
+    reads: str = ""
+    writes: bool = True
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of one batch, in tokens of all its sequences per second.
+    """The speed of one batch, in tokens of all its sequences, or samples, per second.
 
     Attributes:
-        batch: the number of sequences.
-        prefill: the number of prompt tokens, divided by the time to the first generated tokens.
-        decode: the number of further generated tokens, divided by their time.
+        batch: the number of sequences or samples.
+        prefill: the number of prompt tokens, or of samples of a model that does not read windows of
+            text, divided by the time to the first generated tokens. Without generated tokens, it is
+            the time of a forward.
+        decode: the number of further generated tokens, divided by their time; None without them.
     """
 
     batch: int
     prefill: float
-    decode: float
+    decode: float | None
 
 
 @dataclass(frozen=True)

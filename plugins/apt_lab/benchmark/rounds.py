@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from apt.errors import AptError
 from apt.extending import Source
-from apt_lab.benchmark.measures import Result, Turn
+from apt_lab.benchmark.measures import Facts, Result, Turn
 from apt_lab.benchmark.process import started
 from apt_lab.options import BenchRun
 
@@ -41,8 +41,9 @@ def bench(
     with ExitStack() as stack:
         workers = [stack.enter_context(started(source, run)) for source in sources]
         facts = [worker.facts() for worker in workers]
+        _check_alike(names, facts)
         limits = {name: of_model.positions for name, of_model in zip(names, facts, strict=True)}
-        run = fitted(run, limits, notice)
+        run = fitted(run, limits, notice, one_side=not facts[0].reads)
         turns: list[list[Turn]] = [[] for _ in workers]
         for number, index in _order(run.rounds, len(workers)):
             status(f"round {number + 1}/{run.rounds}: {names[index]}")
@@ -60,8 +61,27 @@ def _order(rounds: int, models: int) -> Iterator[tuple[int, int]]:
         yield from ((number, index) for index in (reversed(order) if number % 2 else order))
 
 
+def _check_alike(names: Sequence[str], facts: Sequence[Facts]) -> None:
+    """Raise if models do not read the same kinds of inputs, or only some of them write."""
+    for name, each in zip(names, facts, strict=True):
+        if (each.reads, each.writes) != (facts[0].reads, facts[0].writes):
+            raise AptError(
+                f"{names[0]} {_task(facts[0])}, and {name} {_task(each)}", "measure them apart"
+            )
+
+
+def _task(facts: Facts) -> str:
+    """What a model does, in words."""
+    reads = facts.reads or "windows of text"
+    return f"reads {reads}" + (" and writes" if facts.reads and facts.writes else "")
+
+
 def fitted(
-    run: BenchRun, positions: Mapping[str, int | None], notice: Callable[[str], None]
+    run: BenchRun,
+    positions: Mapping[str, int | None],
+    notice: Callable[[str], None],
+    *,
+    one_side: bool = True,
 ) -> BenchRun:
     """The options with a prompt that fits the positions of every model.
 
@@ -71,6 +91,7 @@ def fitted(
         run: the options.
         positions: the positions of each model by its name; None if unlimited.
         notice: called with a line if the prompt is shortened.
+        one_side: True if the generated tokens have positions behind those of the prompt.
 
     Raises:
         AptError: a model has too few positions for the generated tokens.
@@ -79,7 +100,7 @@ def fitted(
     if not limits:
         return run
     name = min(limits, key=limits.__getitem__)
-    space = limits[name] - run.generate
+    space = limits[name] - (run.generate if one_side else 0)
     if space < 1:
         raise AptError(
             f"{name} has {limits[name]} positions, too few for a prompt and {run.generate} "
@@ -89,8 +110,8 @@ def fitted(
         )
     if run.prompt <= space:
         return run
+    generated = f", and {run.generate} tokens are generated" if one_side else ""
     notice(
-        f"prompt: {space} tokens (not {run.prompt}: {name} has {limits[name]} positions, and "
-        f"{run.generate} tokens are generated)"
+        f"prompt: {space} tokens (not {run.prompt}: {name} has {limits[name]} positions{generated})"
     )
     return replace(run, prompt=space)

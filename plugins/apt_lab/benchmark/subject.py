@@ -15,14 +15,16 @@ from apt.checkpoints.stored import local_directory
 from apt.compute import compute_dtype, dtype_name
 from apt.devices import is_accelerator, name_of, peak_allocated, reset_peak, synchronize
 from apt.errors import AptError, NotStoredError
+from apt.evaluation.generated import writes as writes_outputs
 from apt.evaluation.generation import prompts
 from apt.extending import Opened, Source, choose_device, load, open_skeleton, read_dtype, registry
 from apt.output.report import peak_memory, versions
 from apt.packing.directory import stored_tensors
 from apt.runtime.entries import is_packed
 from apt.text.self_generated import writes
-from apt_lab.benchmark.generation import speed
-from apt_lab.benchmark.measures import Facts, Turn
+from apt_lab.benchmark.generation import speed, speed_on_samples
+from apt_lab.benchmark.inputs import RandomInputs
+from apt_lab.benchmark.measures import Facts, Speed, Turn
 from apt_lab.options import BenchRun
 
 
@@ -42,8 +44,8 @@ class Subject:
             torch.set_num_threads(run.threads)
         self._device, self._dtype = choose_device(run.device), read_dtype(run.dtype)
         skeleton = open_skeleton(source, registry(), run.adapter, packed=True)
-        skeleton.check_windows("bench")
         _check(skeleton)
+        self._inputs = None if skeleton.reads.windows else RandomInputs(skeleton)
         self._idle = peak_memory()["cpu"]
         self._skeleton = _downloaded(skeleton) if source.on_hub else skeleton
 
@@ -59,6 +61,8 @@ class Subject:
             device_name=_device_name(self._device),
             threads=torch.get_num_threads(),
             versions=versions(),
+            reads="" if skeleton.reads.windows else skeleton.reads.words,
+            writes=skeleton.reads.windows or writes_outputs(skeleton.module),
         )
 
     def turn(self, run: BenchRun, seed: int) -> Turn:
@@ -74,10 +78,7 @@ class Subject:
         synchronize(self._device)
         seconds = perf_counter() - start
         with model.adapter.running(model.module):
-            speeds = tuple(
-                speed(model.module, prompts(model.module, batch, run.prompt, seed), run.generate)
-                for batch in run.batch
-            )
+            speeds = tuple(self._speed(model, run, batch, seed) for batch in run.batch)
         peak = {"cpu": peak_memory()["cpu"]}
         if is_accelerator(self._device):
             peak[torch.device(self._device).type] = peak_allocated(self._device)
@@ -90,12 +91,23 @@ class Subject:
             torch.accelerator.empty_cache()
         return Turn(seconds, dtype, speeds, peak, slow)
 
+    def _speed(self, model: Opened, run: BenchRun, batch: int, seed: int) -> Speed:
+        """The speed of one batch of random inputs."""
+        module = model.module
+        if self._inputs is None:
+            return speed(module, prompts(module, batch, run.prompt, seed), run.generate)
+        inputs = {
+            name: each.to(self._device, model.dtype if each.is_floating_point() else each.dtype)
+            for name, each in self._inputs.make(batch, run.prompt, run.generate, seed).items()
+        }
+        return speed_on_samples(module, inputs, run.generate if writes_outputs(module) else None)
+
 
 def _check(skeleton: Opened) -> None:
     """Raise if the adapter does not fit the model, or the model cannot generate text."""
     for _, block in skeleton.adapter.blocks(skeleton.module):
         skeleton.adapter.sites(block)
-    if not writes(skeleton.module):
+    if skeleton.reads.windows and not writes(skeleton.module):
         raise AptError(
             f"{type(skeleton.module).__name__} of {skeleton.source.reference} cannot generate text",
             "its decoding speed cannot be measured",

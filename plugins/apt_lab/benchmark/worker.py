@@ -107,6 +107,5 @@ def _for_the_user(error: Exception, reference: str) -> AptError:
     if isinstance(error, OSError) and (path_error := user_error(error)):
         return path_error
     return AptError(
-        f"{reference} failed: {describe(error)}",
-        "does transformers generate text with it on this machine?",
+        f"{reference} failed: {describe(error)}", "does transformers run it on this machine?"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt.console import Progress, find_model, notice, say, show, show_json, size, table
 from apt.options import PrintingOptions
-from apt_lab.benchmark.measures import Result, Spread, Turn, ratios, spread
+from apt_lab.benchmark.measures import SOUND_SECONDS, Facts, Result, Spread, Turn, ratios, spread
 from apt_lab.options import BenchRun
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ def bench(run: BenchRun, printing: PrintingOptions) -> None:
     with Progress("starting a process for each model") as progress:
         run, results = measure(run, sources, notice, progress.status)
         pays = None
-        if results[0].facts.device == "cpu" and any(map(_is_packed, sources)):
+        facts = results[0].facts
+        if facts.device == "cpu" and not facts.reads and any(map(_is_packed, sources)):
             progress.status("measuring from which share of zeros on packing pays")
-            pays = PaysFrom(pays_from(results[0].facts.threads))
+            pays = PaysFrom(pays_from(facts.threads))
     show_results(run, results, pays, as_json=printing.as_json)
 
 
@@ -87,12 +88,63 @@ def show_results(
     rounds_text = "1 round" if rounds == 1 else f"median (smallest–largest) of {rounds} rounds"
     threads = f"{facts.threads} thread{'s' if facts.threads > 1 else ''}"
     say(
-        f"{rounds_text}; {run.prompt} tokens of prompt, {run.generate} generated; "
-        f"on {facts.device} "
+        f"{rounds_text}; {_work(run, facts)}; on {facts.device} "
         f"({threads if facts.device == 'cpu' else facts.device_name})"
     )
     for line in (*_slow(results), *_without_gain(run, results), *([pays.line] if pays else [])):
         say(line)
+
+
+def _work(run: BenchRun, facts: Facts) -> str:
+    """The inputs of a sequence or of a sample, and the outputs."""
+    if not facts.reads:
+        return f"{run.prompt} tokens of prompt, {run.generate} generated"
+    kinds = {
+        "texts": f"texts of {run.prompt} tokens", "images": "images",
+        "sounds": f"sounds of {SOUND_SECONDS} s",
+    }  # fmt: skip
+    words = " and ".join(kinds[kind] for kind in facts.reads.split(" and "))
+    return f"{words}, {run.generate} tokens written" if facts.writes else words
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A speed.
+
+    Attributes:
+        title: its title in the table.
+        key: its entry in the record.
+        work: what is done, for messages.
+        things: the things in a batch, for messages.
+        name: the attribute of `Speed`.
+    """
+
+    title: str
+    key: str
+    work: str
+    things: str
+    name: str
+
+    def measure(self, index: int) -> _Measure:
+        """The speed of one batch."""
+
+        def speed(turn: Turn) -> float:
+            value: float = getattr(turn.speeds[index], self.name)
+            return value
+
+        return speed
+
+
+def _columns(facts: Facts) -> list[_Column]:
+    """The speeds that models of a kind have."""
+    things = facts.reads if facts.reads and " " not in facts.reads else "samples"
+    things = things if facts.reads else "sequences"
+    tokens = "decode tokens/s", "decode_tokens_per_second", "decoding", things, "decode"
+    decode = [_Column(*tokens)] if facts.writes else []
+    if not facts.reads:
+        key = "prefill_tokens_per_second"
+        return [_Column("prefill tokens/s", key, "prefill", things, "prefill"), *decode]
+    return [_Column(f"{things}/s", "samples_per_second", "reading", things, "prefill"), *decode]
 
 
 def _slow(results: Sequence[Result]) -> Iterator[str]:
@@ -110,10 +162,10 @@ def _without_gain(run: BenchRun, results: Sequence[Result]) -> Iterator[str]:
     """A line for each model that was not faster than the first one in all rounds."""
     for result in results[1:]:
         lines = [
-            f"{name} of {batch} {'sequence' if batch == 1 else 'sequences'}"
-            for name, measure in (("prefill", _prefill), ("decoding", _decode))
+            f"{column.work} of {batch} {column.things[:-1] if batch == 1 else column.things}"
+            for column in _columns(results[0].facts)
             for index, batch in enumerate(run.batch)
-            if (ratio := _ratio(measure(index), result, results)) and ratio.smallest <= 1
+            if (ratio := _ratio(column.measure(index), result, results)) and ratio.smallest <= 1
         ]
         if lines:
             yield f"{result.model} is not faster than {results[0].model} in: {', '.join(lines)}"
@@ -123,11 +175,14 @@ def _show_speeds(run: BenchRun, results: Sequence[Result]) -> None:
     """Print a row for each model and batch."""
     several = len(results) > 1
     ratio = [">ratio"] if several else []
-    rows = table("model", ">batch", ">prefill tokens/s", *ratio, ">decode tokens/s", *ratio)
+    columns = _columns(results[0].facts)
+    titles = (title for column in columns for title in (f">{column.title}", *ratio))
+    rows = table("model", ">batch", *titles)
     for result in results:
         for index, batch in enumerate(run.batch):
-            measures = (_prefill(index), _decode(index))
-            cells = (c for m in measures for c in _cells(m, result, results, ",.0f"))
+            measures = (column.measure(index) for column in columns)
+            form = ",.1f" if results[0].facts.reads else ",.0f"
+            cells = (c for m in measures for c in _cells(m, result, results, form))
             rows.add_row(result.model, str(batch), *cells)
     show(rows)
 
@@ -179,17 +234,10 @@ def _load(turn: Turn) -> float:
     return turn.load_seconds
 
 
-def _prefill(index: int) -> _Measure:
-    return lambda turn: turn.speeds[index].prefill
-
-
-def _decode(index: int) -> _Measure:
-    return lambda turn: turn.speeds[index].decode
-
-
 def _record(run: BenchRun, results: Sequence[Result]) -> dict[str, Any]:
     facts = results[0].facts
     return {
+        **({"reads": facts.reads} if facts.reads else {}),
         "prompt": run.prompt,
         "generate": run.generate,
         "batches": run.batch,
@@ -218,8 +266,8 @@ def _model_record(run: BenchRun, result: Result, results: Sequence[Result]) -> d
         "peak_memory_bytes": result.peak_bytes,
         "load_seconds": measured(_load),
         "speeds": [
-            {"batch": batch, "prefill_tokens_per_second": measured(_prefill(index)),
-             "decode_tokens_per_second": measured(_decode(index))}
+            {"batch": batch}
+            | {each.key: measured(each.measure(index)) for each in _columns(result.facts)}
             for index, batch in enumerate(run.batch)
         ],
     }  # fmt: skip

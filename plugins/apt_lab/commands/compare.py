@@ -103,10 +103,11 @@ def _write(output: Path, comparison: "Comparison", rows: list[dict[str, Any]]) -
 
     from apt.files.writing import write_file
     from apt_lab.comparing.tables import as_csv, markdown
+    from apt_lab.windows import size_of
 
     setting = comparison.setting
     about = f"{setting['model']}, calibrated on {setting['calibration']}, "
-    about += f"{' × '.join(map(str, setting['shape']))} tokens\n\n"
+    about += f"{size_of(setting, setting['shape'])}\n\n"
     write_file(output / "comparison.md", about + markdown(rows), overwrite=True)
     write_file(output / "comparison.csv", as_csv(rows), overwrite=True)
     if find_spec("matplotlib") is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from apt import calibration_tokens, evaluation_tokens, prune_copy
+from apt import prune_copy
 from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import CARD
 from apt.checkpoints.load import fingerprint
@@ -20,12 +20,9 @@ from apt.evaluation import kept_states
 from apt.extending import (
     Opened,
     Source,
-    capped,
     check_same_vocabulary,
-    check_vocabulary,
     choose_device,
     load,
-    load_tokenizer,
     open_skeleton,
     registry,
 )
@@ -33,14 +30,15 @@ from apt.files.hashes import file_hashes
 from apt.locations.model_source import find
 from apt.locations.paths import portable
 from apt.locations.text_sources import portable_sources
+from apt.modes import default_modes
 from apt.options import PruneOptions
 from apt.output.report import versions
 from apt.text.datasets import digest
 from apt_lab.comparing.cells import Cell, read_cells
+from apt_lab.comparing.inputs import read_inputs
 from apt_lab.comparing.results import DENSE, Comparison, Row
 from apt_lab.options import CompareRun, parts
 from apt_lab.tasks.harness import answer, task_setting
-from apt_lab.windows import score
 
 
 class Grid:
@@ -72,23 +70,12 @@ class Grid:
         self._run, self._tasks = run, tasks
         self._status, self._progress = status, progress
         self._device = choose_device(run.device)
-        specs = [registry().evaluators.get(name) for name in run.metrics]
-        self._metrics = {spec.name: spec for spec in specs}
         cells = read_cells(parts(run.methods, "methods"), parts(run.patterns, "patterns"))
         status("reading text")
         skeleton = open_skeleton(source, registry())
-        skeleton.check_windows("compare")
-        self._tokenizer = load_tokenizer(source)
-        settings: dict[str, Any] = {"seqlen": capped(run.seqlen, skeleton, notice), "bos": run.bos}
-        self._tokens = calibration_tokens(
-            self._tokenizer, run.calibration, samples=run.samples, seed=run.seed, **settings
-        )
-        self._held_out = {
-            name: evaluation_tokens(self._tokenizer, name, samples=run.windows, **settings)
-            for name in run.data
-        }
-        for tokens in (self._tokens, *self._held_out.values()):
-            check_vocabulary(tokens, skeleton.module, source.reference)
+        if tasks:
+            skeleton.check_windows("tasks")
+        self._inputs = read_inputs(run, skeleton, notice)
         self._work: dict[str, Callable[[], Row]] = {DENSE: self._unpruned}
         self._work |= {cell.key: partial(self._pruned, cell) for cell in cells}
         for path in run.others:
@@ -101,6 +88,10 @@ class Grid:
         status("loading the model")
         self._dense: Opened = load(skeleton, None, self._device)
         self._compute = compute_dtype(self._dense.dtype, self._device, run.compute)
+        if not skeleton.reads.windows:
+            status("running the dense model")
+            with default_modes(), self._computing(self._dense.module):
+                self._inputs.complete(self._dense.module)
 
     def _name_of(self, path: Path) -> str:
         """The name of a directory of another tool; its path if two directories have this name."""
@@ -110,18 +101,19 @@ class Grid:
 
     def setting(self) -> dict[str, Any]:
         """The common setting of all rows, for the file of the results."""
-        run = self._run
+        run, inputs = self._run, self._inputs
         return {
             "model": portable(run.model),
             "weights": fingerprint(self._dense.module),
             "calibration": portable_sources(run.calibration),
-            "tokens": digest(self._tokens),
-            "shape": list(self._tokens.shape),
+            "tokens": digest(inputs.calibration),
+            "shape": list(inputs.calibration.shape),
+            **({} if inputs.words is None else {"reads": inputs.words}),
             "seed": run.seed,
             "compute": dtype_name(self._compute),
-            "data": {portable(name): digest(t) for name, t in self._held_out.items()},
-            "windows": {portable(name): list(t.shape) for name, t in self._held_out.items()},
-            "metrics": list(self._metrics),
+            "data": {portable(n): digest(each.inputs) for n, each in inputs.measured.items()},
+            "windows": {portable(n): list(e.inputs.shape) for n, e in inputs.measured.items()},
+            "metrics": list(inputs.metrics),
             **(task_setting(self._tasks, run.limit) if self._tasks else {}),
             "versions": versions(),
         }
@@ -141,7 +133,7 @@ class Grid:
         Returns:
             All rows in order.
         """
-        beside_dense = any(spec.dense for spec in self._metrics.values())
+        beside_dense = any(spec.dense for spec in self._inputs.metrics.values())
         with kept_states(self._dense.module) if beside_dense else nullcontext():
             waiting = [key for key in self._work if not self._row(comparison, key, tell)]
             for key in waiting:
@@ -169,13 +161,13 @@ class Grid:
     def _pruned(self, cell: Cell) -> Row:
         module, report = prune_copy(
             self._dense.module,
-            self._tokens,
+            self._inputs.calibration,
             pattern=cell.pattern,
             adapter=self._dense.spec.name,
             method=cell.method,
             options=PruneOptions(effort=cell.effort, compute=self._run.compute),
             allocation=cell.allocation,
-            tokenizer=self._tokenizer,
+            tokenizer=self._inputs.tokenizer,
             seed=self._run.seed,
         )
         return {
@@ -207,21 +199,21 @@ class Grid:
     def _scores(self, module: nn.Module) -> Row:
         """The metrics on each text and on its windows, and the answers to each task."""
         row: Row = {"scores": {}, "windows": {}}
-        shared = kept_states(module) if len(self._metrics) > 1 else nullcontext()
+        metrics = self._inputs.metrics
+        shared = kept_states(module) if len(metrics) > 1 else nullcontext()
         with self._computing(module), self._dense.adapter.running(module), shared:
-            for name, tokens in self._held_out.items():
+            for name, measured in self._inputs.measured.items():
                 scores = row["scores"][portable(name)] = {}
                 windows = row["windows"][portable(name)] = {}
-                for metric in self._metrics:
+                for metric, spec in metrics.items():
                     self._status(f"measuring {metric} on {name}")
-                    spec = self._metrics[metric]
-                    scores[metric], values = score(spec, module, tokens, self._dense.module)
+                    scores[metric], values = measured.score(spec, module, self._dense.module)
                     if values is not None:
                         windows[metric] = values.record()
             if self._tasks:
                 self._status("answering tasks")
                 answers = answer(
-                    module, self._tokenizer, self._tasks, self._run.limit,
+                    module, self._inputs.tokenizer, self._tasks, self._run.limit,
                     progress=self._progress, trust_remote_code=self._run.trust_remote_code,
                 )  # fmt: skip
                 row["tasks"] = {task.task: task.record() for task in answers}

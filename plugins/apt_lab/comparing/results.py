@@ -131,7 +131,7 @@ def _read_setting(record: Any) -> dict[str, Any]:
         raise TypeError("shape and metrics must be lists")
     if not all(isinstance(size, list) for size in dict(setting["windows"]).values()):
         raise TypeError("the shapes of the windows must be lists")
-    _texts(setting, "model", "calibration")
+    _texts(setting, "model", "calibration", *({"reads"} & setting.keys()))
     return setting
 
 

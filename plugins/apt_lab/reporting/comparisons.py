@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt_lab.reporting.charts import Bar, bar_chart
-from apt_lab.windows import spread
+from apt_lab.windows import size_of, spread
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,12 @@ class ComparisonSection:
     def facts(self) -> list[tuple[str, str]]:
         """The facts of the summary, each with its name."""
         setting = self.setting
-        shape = " × ".join(map(str, setting["shape"]))
         windows = (
-            f"{text}, {' × '.join(map(str, size))} tokens"
-            for text, size in setting["windows"].items()
+            f"{text}, {size_of(setting, shape)}" for text, shape in setting["windows"].items()
         )
         return [
             ("original", str(setting["model"])),
-            ("calibration", f"{setting['calibration']}, {shape} tokens"),
+            ("calibration", f"{setting['calibration']}, {size_of(setting, setting['shape'])}"),
             ("measured on", "; ".join(windows)),
         ]
 
