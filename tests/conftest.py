@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from apt.cli import main
 from apt.engine import costs
 from apt.plugin.registry import registry
+from apt.text import datasets
 from tests.helpers.families import random_model
 from tests.helpers.processes import forked
 
@@ -66,6 +67,24 @@ def _this_machine_is_measured_once():
     with pytest.MonkeyPatch.context() as patch:
         for module in ("costs", "timed_run"):
             patch.setattr(f"apt.engine.{module}.measure_machine", known)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _long_texts_are_tokenized_once():
+    """The ids of a long text are cached: those of the embedded one take two seconds."""
+    compute, known = datasets.token_ids, {}
+
+    def token_ids(tokenizer, text):
+        if len(text) < 100_000 or not isinstance(tokenizer, PreTrainedTokenizerFast):
+            return compute(tokenizer, text)
+        key = tokenizer.backend_tokenizer.to_str(), text
+        if key not in known:
+            known[key] = compute(tokenizer, text)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "token_ids", token_ids)
         yield
 
 

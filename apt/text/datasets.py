@@ -162,7 +162,12 @@ def tokenize(tokenizer: Any, texts: Iterable[Document], limit: int | None = None
         size += len(text)
         if limit is not None and size >= limit * _CHARACTERS_PER_TOKEN:
             break
-    ids = tokenizer(join.join(parts), add_special_tokens=False, verbose=False)["input_ids"]
+    return token_ids(tokenizer, join.join(parts))
+
+
+def token_ids(tokenizer: Any, text: str) -> Tensor:
+    """The ids (tokens,) of a text, without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if ids[:1] == [bos_of(tokenizer)]:  # some tokenizers ignore add_special_tokens=False
         ids = ids[1:]
     return torch.tensor(ids, dtype=torch.long)
