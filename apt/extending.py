@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from apt.engine.prepare import capped
     from apt.engine.text import check_same_vocabulary
     from apt.fit.levels import FileForm, Level
+    from apt.inputs.items import Item
     from apt.locations.model_source import Source
     from apt.planning.allocation import Allocation, Unallocated, sparsity_of, unstructured
     from apt.planning.plan import Plan, PlannedBlock, PlannedSite
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Allocation", "Batch", "BlockChoice", "Checkpoint", "Conversation", "Document",
     "ExpandedTensor", "ExpertChoice", "Export", "Exportable", "Exported", "FileForm", "Finding",
-    "GroupScores", "Level", "Loss", "Method", "Opened", "Plan", "PlannedBlock", "PlannedSite",
-    "QuantisedCheckpoint", "Recovery", "Registry", "RoutedExperts", "Slices", "Source", "Split",
-    "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
+    "GroupScores", "Item", "Level", "Loss", "Method", "Opened", "Plan", "PlannedBlock",
+    "PlannedSite", "QuantisedCheckpoint", "Recovery", "Registry", "RoutedExperts", "Slices",
+    "Source", "Split", "Teacher", "Trainable", "Unallocated", "Unrecovered", "capped",
     "check_same_vocabulary", "check_vocabulary", "choose_device", "divergence", "enter",
     "eval_mode", "find_file", "hub_documents", "load", "load_tokenizer", "loss_without",
     "lowest_scores", "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry",
@@ -67,6 +68,7 @@ _LAZY = {
     "apt.engine.prepare": ("capped",),
     "apt.engine.text": ("check_same_vocabulary",),
     "apt.fit.levels": ("FileForm", "Level"),
+    "apt.inputs.items": ("Item",),
     "apt.text.ids": ("check_vocabulary",),
     "apt.locations.model_source": ("Source",),
     "apt.planning.allocation": ("Allocation", "Unallocated", "sparsity_of", "unstructured"),

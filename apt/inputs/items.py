@@ -79,7 +79,8 @@ def drawn_items(
 
     Args:
         source: a folder, whose files are read with those of its subfolders; a .parquet file or a
-            hub data set with a column of files.
+            hub data set with a column of files; or the name of a registered source, which may have
+            fewer items.
         fewer: True if the source may have fewer items; at least one.
 
     Raises:
@@ -93,7 +94,8 @@ def drawn_items(
     if not items:
         message = f"{shortened(source)} has no {kind.name}"
         raise AptError(message, kind.advice, ("calibration", "evaluation"))
-    if len(items) < count and not fewer:
+    registered = source.lower() in registry.calibrations.specs
+    if len(items) < count and not (fewer or registered):
         raise AptError(
             f"{shortened(source)} has {len(items)} {kind.name}, but {count} are needed",
             f"use fewer samples or more {kind.name}",
@@ -126,14 +128,16 @@ def _of_file(path: Path, folder: Path) -> Item:
 
 
 def _rows(source: str, kind: Kind, split: Split, registry: Registry) -> Iterator[Item]:
-    """The items of a data set.
+    """The items of a data set, or of a registered source.
 
     Raises:
         AptError: the source is one of texts, or does not exist.
     """
     path = expanded(source)
-    is_text = source.lower() in map(str.lower, registry.calibrations.specs)
-    if is_text or path.suffix in _TEXTS:
+    spec = registry.calibrations.specs.get(source.lower())
+    if spec is not None and (target := getattr(spec, kind.name)):
+        return spec.items(target, split)
+    if spec is not None or path.suffix in _TEXTS:
         message = f"{shortened(source)} has texts, and the model takes {kind.name}"
         raise AptError(message, kind.advice, ("calibration", "evaluation"))
 

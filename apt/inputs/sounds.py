@@ -16,7 +16,7 @@ from apt.inputs.texts import TextReader, check_alike, near_length
 from apt.plugin.registry import Registry
 from apt.text.datasets import Split
 
-SOUNDS = Kind("sounds", (".wav", ".flac"))
+SOUNDS = Kind("sounds", (".wav", ".flac", ".ogg"))
 _LONGEST = 16.0  # seconds
 _SHORTEST = 0.1  # seconds: what the convolutions of all models need
 

@@ -336,9 +336,27 @@ class CalibrationSpec(Spec):
 
     Args:
         source: the origin of the text, and its licence.
+        images: ``"module:attribute"`` of a function of a split that yields `apt.extending.Item`
+            for models of images; empty if the source has none.
+        sounds: the same for models of sounds.
     """
 
     source: str = ""
+    images: str = ""
+    sounds: str = ""
+
+    def items(self, target: str, split: str) -> Iterator[Any]:
+        """The images or the sounds of a split.
+
+        Args:
+            target: ``images`` or ``sounds``.
+
+        Raises:
+            AptError: the function cannot be imported.
+        """
+        with self.loading(target):
+            function = resolve_name(target)
+        yield from function(split)
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split.

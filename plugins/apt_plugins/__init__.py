@@ -245,10 +245,12 @@ def apt_evaluators() -> list[EvaluatorSpec]:
 def apt_calibrations() -> list[CalibrationSpec]:
     """The embedded texts, kinds of text on the hub, and the usual data sets of the literature."""
     texts, generated = "apt_plugins.texts", "apt_plugins.generated_texts"
+    others = "apt_plugins.pictures_and_sounds"
     wikipedia = "Wikipedia, CC BY-SA 4.0"
     return [
         CalibrationSpec("builtin", "summaries of Wikipedia articles, embedded",
-                        f"{texts}:builtin", wikipedia),
+                        f"{texts}:builtin", wikipedia,
+                        images=f"{others}:pictures", sounds=f"{others}:sounds"),
         CalibrationSpec("builtin:wiki", "the same as builtin", f"{texts}:builtin", wikipedia),
         CalibrationSpec("builtin:chat", "conversations about Wikipedia articles, generated",
                         f"{generated}:chat", wikipedia),

@@ -88,6 +88,15 @@ def test_a_model_writes_the_second_texts_that_are_missing(
     assert changed_tensors(model_of("t5"), tmp_path / "out") == 32
 
 
+@pytest.mark.parametrize(("name", "count"), [("vit", 12), ("wav2vec2", 12), ("whisper", 32)])
+def test_embedded_pictures_and_sounds_are_the_default(apt, model_of, tmp_path, name, count):
+    options = ("--pattern", "2:4", "--method", "ss", "--samples", 24, "--eval", "builtin")
+    result = apt("prune", model_of(name), *options, "-o", "out")
+    assert result.code == 0, result.err
+    assert "calibration: builtin (default)" in result.err
+    assert changed_tensors(model_of(name), tmp_path / "out") == count
+
+
 def refused(result, tmp_path, message):
     assert result.code == 2
     lines = result.err.strip().splitlines()
@@ -99,7 +108,7 @@ def refused(result, tmp_path, message):
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("vit", "builtin", "builtin has texts, and the model takes images; give a folder of"),
+        ("vit", "builtin:code", "builtin:code has texts, and the model takes images; give a"),
         ("vit", "pairs.jsonl", "pairs.jsonl has texts, and the model takes images"),
         ("vit", "empty", "empty has no images; give a folder of"),
         ("t5", "images", "images is a folder, and texts are read from one file"),

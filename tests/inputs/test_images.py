@@ -1,3 +1,5 @@
+from itertools import islice
+
 import pyarrow as pa
 import pytest
 import torch
@@ -9,6 +11,8 @@ from apt import AptError
 from apt.inputs.images import ImageReader
 from apt.inputs.texts import TextReader
 from apt.plugin.registry import registry
+
+SPLITS = ("calibration", "evaluation")
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def test_a_parquet_file_without_images(processor, tmp_path):
         read(ImageReader(processor), place)
 
 
-@pytest.mark.parametrize("source", ["builtin", "text.jsonl"])
+@pytest.mark.parametrize("source", ["builtin:code", "text.jsonl"])
 def test_texts_are_no_images(processor, source):
     with pytest.raises(AptError, match=f"{source} has texts, and the model takes images") as error:
         read(ImageReader(processor), source)
@@ -104,3 +108,15 @@ def test_grey_images_and_palettes_have_three_channels(processor, tmp_path):
     Image.new("P", (20, 20), 7).save(tmp_path / "palette.gif")
     shapes = {each["pixel_values"].shape for each in read(ImageReader(processor), tmp_path, 2)}
     assert shapes == {torch.Size([3, 16, 16])}
+
+
+def test_embedded_pictures_have_two_splits(processor):
+    texts = registry().calibrations.get("builtin")
+    items = {s: list(islice(texts.items(texts.images, s), 16)) for s in SPLITS}
+    names = {split: {item.name.split()[-1] for item in found} for split, found in items.items()}
+    assert [len(names[split]) for split in SPLITS] == [8, 3]
+    assert not names["calibration"] & names["evaluation"]
+    again = list(islice(texts.items(texts.images, "calibration"), 16))
+    assert [item.stored for item in again] == [item.stored for item in items["calibration"]]
+    samples = read(ImageReader(processor), "builtin", 40)
+    assert len({float(each["pixel_values"].sum()) for each in samples}) == 40

@@ -108,3 +108,13 @@ def test_transcripts_beside_sounds_are_what_the_decoder_reads(apt, model_of, sou
     assert done.code == 2
     assert "some sounds of" in done.err
     assert "have a text, and others have none" in done.err
+
+
+def test_embedded_sounds_have_their_texts(waves):
+    source = registry().calibrations.get("builtin")
+    items = {s: list(source.items(source.sounds, s)) for s in ("calibration", "evaluation")}
+    assert [len(each) for each in items.values()] == [20, 6]
+    texts = [item.text for each in items.values() for item in each]
+    assert len(set(texts)) == 26
+    assert all(text.endswith(".") for text in texts)
+    assert len(read(waves, "builtin", 128)) == 20
