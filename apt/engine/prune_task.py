@@ -79,10 +79,10 @@ class CalibratedTask(Task):
         """The calibration samples, and at most the same number of windows to measure on."""
         options = self.options
         if not self.skeleton.reads.windows:
-            windows = options.samples or None
             return read_samples(
-                options, self.skeleton, self.registry, windows=windows, measures=ranks.first
-            )
+                options, self.skeleton, self.registry, samples=options.samples, windows=None,
+                measures=ranks.first,
+            )  # fmt: skip
 
         def draw(
             tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None

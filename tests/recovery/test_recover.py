@@ -35,9 +35,10 @@ from apt.recovery import recover as recovery
 from apt.recovery import training as recovery_training
 from apt.recovery.job import RecoveryJob
 from apt.recovery.moving_masks import _exchange
+from apt.recovery.objective import next_token_loss
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
-from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
+from apt.recovery.trainable import Trainable, Unrecovered, train_only
 from apt.recovery.windows import BlockWindows
 from tests.helpers import ROOT
 from tests.helpers.families import FAMILIES, random_model, random_tokens
