@@ -295,7 +295,6 @@ def prepare_pruning(
     if in_place and isinstance(options, ShrinkRun):
         options = without_rounding(options, notice)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
-        skeleton.check_windows("minutes")
         _, method, job = make_job(options, skeleton, lambda line: None)
         options = ranks.share(
             fit_to_time(options, skeleton, job, method, device, notice) if ranks.first else options
