@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Samples
 from apt.adapter.recording import eval_mode
+from apt.adapter.samples import ModelInputs, on_device
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in, mixed_precision
 from apt.devices import keep_random_states, synchronize
@@ -44,7 +44,6 @@ _ENOUGH_STEPS = 400  # steps in a given time, above which a step may have more s
 _SLOW_SECONDS = 1.0  # of the gradients of one sample, above which more samples are not timed
 _DENSE = "dense"  # the folder of the outputs of the dense model
 _WINDOWS = Objective()
-T = TypeVar("T", Tensor, Samples)
 
 
 class NotRecoveredError(AptError):
@@ -78,7 +77,7 @@ def recover_model(
         job.status("training", "preparing")
         amount, teacher, sample = None, None, None
         if objective.dense:
-            sample = _moved(objective, text[:1], job.device)[GROUPS][0]
+            sample = _batch(objective, text[:1], job.device)[GROUPS][0]
         elif job.spec.teacher:  # the dense model runs on the samples of the steps only
             with _gradients_of_blocks(model, job.adapter):
                 given = Trainable(model), text, held_back, job, started
@@ -144,7 +143,7 @@ def _objective(
         job.journal.remember(DENSE_LOSS, lambda: 0.0)
     if tokens.mask is not None and "MaskedLM" in type(model).__name__:
         tokens = hiding_tokens(tokens, job.seed)
-    with _in_fp32(dense), eval_mode(dense), job.adapter.running(dense):
+    with computing_in(dense, torch.float32), eval_mode(dense), job.adapter.running(dense):
         yield beside_dense(model, dense, tokens, job.options.hidden), tokens
 
 
@@ -155,11 +154,17 @@ def _dense_model(job: RecoveryJob) -> nn.Module:
     return job.dense().to(job.device)
 
 
-def _moved(objective: Objective, samples: Tensor | Samples, device: str) -> dict[str, Any]:
-    """The first samples as a batch on a device."""
+def _batch(objective: Objective, samples: Tensor | Samples, device: str) -> dict[str, Any]:
+    """The first samples of a text as a batch on a device."""
     batch = objective.collate([(row, samples[row]) for row in range(len(samples))])
-    moved: dict[str, Any] = send_to_device(batch, device)
-    return moved
+    return {key: _moved(value, torch.device(device)) for key, value in batch.items()}
+
+
+def _moved(value: Tensor | list[ModelInputs], device: torch.device) -> Tensor | list[ModelInputs]:
+    """A tensor, or the inputs of samples, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [on_device(inputs, device) for inputs in value]
 
 
 @contextmanager
@@ -243,7 +248,9 @@ def _windows(model: nn.Module, steps: int, job: RecoveryJob) -> BlockWindows | N
     return BlockWindows(model, job.adapter, job.options.window, steps)
 
 
-def _split(tokens: T, options: RecoverOptions, processes: int) -> tuple[T, T]:
+def _split(
+    tokens: Tensor | Samples, options: RecoverOptions, processes: int
+) -> tuple[Tensor | Samples, Tensor | Samples]:
     """The samples to train on, and the last samples, which are held back.
 
     If possible, their number is a multiple of the processes: otherwise the Trainer gives a sample
@@ -260,7 +267,7 @@ def _split(tokens: T, options: RecoverOptions, processes: int) -> tuple[T, T]:
     )
     if (rounded_up := count + -count % processes) < len(tokens):
         count = rounded_up
-    return tokens[:-count], tokens[-count:]  # type: ignore[return-value]
+    return tokens[:-count], tokens[-count:]
 
 
 def _amount(
@@ -360,7 +367,7 @@ def _pace(
         optimizer = torch.optim.AdamW(trained, lr=0.0)
         for size in (1, len(samples)):  # the first run warms up, and is enough if it is slow
             started = _now(device)
-            batch = _moved(objective, samples[:size], job.device)
+            batch = _batch(objective, samples[:size], job.device)
             with mixed:
                 loss = loss_of(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -101,7 +101,8 @@ def _run_after(given: Unrecovered, block: nn.Module) -> list[nn.Module]:
                 hooks.callback(module.register_forward_pre_hook(record).remove)
         hooks.callback(block.register_forward_hook(lambda *_: block_outputs.append(True)).remove)
         token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        model(**(given.sample or {"input_ids": token, "use_cache": False}))
+        inputs: Mapping[str, Any] = {"input_ids": token, "use_cache": False}
+        model(**(given.sample or inputs))
     return modules
 
 
