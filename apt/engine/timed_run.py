@@ -94,8 +94,9 @@ def training_of(
     options: PruneRun, skeleton: Opened, registry: Registry, device: str
 ) -> RecoverTask:
     """The distillation after a pruning, in the remaining time."""
-    spec = registry.recoveries.get("distill")
-    rate = _RATE * min(1.0, _RATE_WIDTH / hidden_size(skeleton.config))
+    spec, rate = registry.recoveries.get("distill"), None  # other samples: measured on MiniLM
+    if skeleton.reads.windows:
+        rate = _RATE * min(1.0, _RATE_WIDTH / hidden_size(skeleton.config))
     run = replace(
         _recovery(options, "distill", options.minutes or 0.0),
         rate=rate, max_shard_size=options.max_shard_size,

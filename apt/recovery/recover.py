@@ -41,6 +41,7 @@ A divergence from the dense model is 0.
 _MOST_HELD_BACK = 64
 _MEASURING = 0.1  # the greatest share of a given time for measurements
 _ENOUGH_STEPS = 400  # steps in a given time, above which a step may have more samples
+_LEAST_STEP = 512  # positions of a step of samples that are not windows: fewer are too noisy
 _SLOW_SECONDS = 1.0  # of the gradients of one sample, above which more samples are not timed
 _DENSE = "dense"  # the folder of the outputs of the dense model
 _WINDOWS = Objective()
@@ -293,7 +294,8 @@ def _amount(
             pace = _pace(trainable, windows, first, job, objective)
             pace = pace * (text.numel() / len(text) * len(first) / first.numel())
             remaining = 60 * options.minutes - (time.perf_counter() - started)
-            return [*_steps_in(remaining, pace, len(held_back), job)]
+            least = math.ceil(_LEAST_STEP * len(text) / text.numel()) if objective.dense else 1
+            return [*_steps_in(remaining, pace, len(held_back), job, least)]
 
         chosen = job.journal.remember("amount", fitting_amount) if job.ranks.first else []
         steps, count, batch = job.ranks.share(chosen)  # a resumed training has the same steps
@@ -308,12 +310,13 @@ def _amount(
 
 
 def _steps_in(
-    seconds: float, pace: _Pace, held_back: int, job: RecoveryJob
+    seconds: float, pace: _Pace, held_back: int, job: RecoveryJob, least: int = 1
 ) -> tuple[int, int, int]:
     """The steps in a given time, the number of measured samples, and the samples of a step.
 
     Measuring takes at most a tenth of the time, unless one sample per process takes more. If there
-    are few steps, a step gets fewer samples, since more steps are better.
+    are few steps, a step gets fewer samples, since more steps are better, but not fewer than
+    ``least``.
     """
     options, processes = job.options, job.ranks.size
     per_sample = (options.checks + 1) * pace.forward
@@ -326,7 +329,9 @@ def _steps_in(
         return max(1, int((seconds - count * per_sample) / (batch * sample + pace.update)))
 
     batch = options.batch or BATCH
-    while options.batch is None and steps(batch) < _ENOUGH_STEPS and batch % (2 * processes) == 0:
+    while options.batch is None and steps(batch) < _ENOUGH_STEPS:
+        if batch < 2 * least or batch % (2 * processes):
+            break
         batch //= 2
     return steps(batch), count, batch
 

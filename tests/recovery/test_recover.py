@@ -558,6 +558,14 @@ def test_short_time_gives_fewer_samples_per_step(tmp_path, minutes, given, proce
     assert steps == pytest.approx(60 * minutes * processes / batch, abs=1.1)
 
 
+@pytest.mark.parametrize(("least", "batch"), [(1, 1), (2, 2), (3, 4), (6, 8), (99, 8)])
+def test_step_has_a_least_number_of_samples(tmp_path, least, batch):
+    spec = registry().recoveries.get("distill").for_samples()
+    job = RecoveryJob(None, spec, None, RecoverOptions(minutes=1), tmp_path)
+    pace = recovery._Pace(1.0, 0.0, 1e-9, beside_dense=True)
+    assert recovery._steps_in(60, pace, 4, job, least)[2] == batch
+
+
 def test_timing_a_step_changes_no_weight(monkeypatch):
     """The gradients are not finite."""
     model, dense, tokens = pruned()
