@@ -168,7 +168,7 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class HeldBack:
-    """The mean loss of the next token on the samples held back, after ``step`` steps."""
+    """The mean loss on the samples held back, after ``step`` steps, see `apt.Training`."""
 
     step: int
     loss: float

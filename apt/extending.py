@@ -30,15 +30,9 @@ if TYPE_CHECKING:
     from apt.pruning.expert_choice import ExpertChoice, lowest_scores
     from apt.pruning.layer import Method
     from apt.pruning.routed_experts import RoutedExperts
+    from apt.recovery.objective import Loss, next_token_loss
     from apt.recovery.teacher import Teacher, divergence, relative_error
-    from apt.recovery.trainable import (
-        Loss,
-        Recovery,
-        Trainable,
-        Unrecovered,
-        next_token_loss,
-        train_only,
-    )
+    from apt.recovery.trainable import Recovery, Trainable, Unrecovered, train_only
     from apt.shrinking.skipping import loss_without
     from apt.shrinking.structure_choice import BlockChoice, GroupScores
     from apt.text.datasets import Split, hub_documents
@@ -80,9 +74,8 @@ _LAZY = {
     "apt.pruning.layer": ("Method",),
     "apt.pruning.routed_experts": ("RoutedExperts",),
     "apt.recovery.teacher": ("Teacher", "divergence", "relative_error"),
-    "apt.recovery.trainable": (
-        "Loss", "Recovery", "Trainable", "Unrecovered", "next_token_loss", "train_only",
-    ),
+    "apt.recovery.objective": ("Loss", "next_token_loss"),
+    "apt.recovery.trainable": ("Recovery", "Trainable", "Unrecovered", "train_only"),
     "apt.shrinking.structure_choice": ("BlockChoice", "GroupScores"),
     "apt.shrinking.skipping": ("loss_without",),
     "apt.text.datasets": ("Split", "hub_documents"),

@@ -79,7 +79,7 @@ def draw_training(training: Mapping[str, Any], path: Path, *, overwrite: bool = 
     )  # fmt: skip
     axes.plot(steps, losses, "-o", color="tab:blue", label="loss on held-back samples")
     axes.set_xlabel("step")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel("loss")
     axes.set_zorder(right.get_zorder() + 1)
     axes.patch.set_visible(False)
     lines = [*axes.get_lines(), *right.get_lines()]

@@ -224,7 +224,7 @@ def shrink(
 @checked
 def recover(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | Samples,
     *,
     kind: str | Recovery = "distill",
     options: RecoverOptions | None = None,
@@ -238,12 +238,13 @@ def recover(
     """Train the kept weights of a pruned model, in place; every zero stays zero.
 
     Args:
-        model: the pruned model, a causal language model of transformers.
-        tokens: samples of text (samples, seqlen), without padding. The last ones are held back to
-            measure the loss.
+        model: the pruned model, a model of transformers.
+        tokens: samples of text (samples, seqlen), or `apt.Samples` for a model that does not read
+            windows of text, without padding. The last ones are held back to measure the loss.
         kind: the name of a kind of recovery, or a function, which is trained with a rate of 1e-4.
         options: the options of the training.
-        dense: the dense model, for the kind ``distill``; it is not changed.
+        dense: the dense model, for the kinds ``distill`` and ``norms``, and for all kinds with
+            `apt.Samples`; it is not changed.
         adapter: the name of an adapter, or an adapter; by default the one that serves the model's
             type.
         seed: the seed for the order of the samples and for new adapters.
@@ -267,9 +268,11 @@ def recover(
             ("resume",),
         )
     options, spec, function = options or RecoverOptions(), *_recovery(kind)
-    check_recovery(options, spec, registry())
+    options.check()
     check_seed(seed)
-    store = CallerModel(model, tokens, adapter)
+    store, windows = CallerModel(model, tokens, adapter), isinstance(tokens, Tensor)
+    spec = spec if windows else spec.for_samples()
+    check_recovery(options, spec, registry(), type(model), windows=windows)
     if spec.zeros and not sparsity_of(masks_of(model, store.adapter)):
         raise AptError("the model has no zeros", "prune it first, or use the kind layers")
     if spec.teacher and dense is None:

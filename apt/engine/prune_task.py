@@ -79,10 +79,10 @@ class CalibratedTask(Task):
         """The calibration samples, and at most the same number of windows to measure on."""
         options = self.options
         if not self.skeleton.reads.windows:
-            windows = options.samples or None
             return read_samples(
-                options, self.skeleton, self.registry, windows=windows, measures=ranks.first
-            )
+                options, self.skeleton, self.registry, samples=options.samples, windows=None,
+                measures=ranks.first,
+            )  # fmt: skip
 
         def draw(
             tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None
@@ -295,7 +295,6 @@ def prepare_pruning(
     if in_place and isinstance(options, ShrinkRun):
         options = without_rounding(options, notice)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
-        skeleton.check_windows("minutes")
         _, method, job = make_job(options, skeleton, lambda line: None)
         options = ranks.share(
             fit_to_time(options, skeleton, job, method, device, notice) if ranks.first else options

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt.adapter.text_config import hidden_size
+from apt.checkpoints.architecture import reads_of
 from apt.checkpoints.load import load, open_skeleton
 from apt.checkpoints.masks import Masks, masks_of, sparsity_of
 from apt.checkpoints.opened import Opened
@@ -19,6 +20,7 @@ from apt.engine.machine import choose_device
 from apt.engine.opening import RunRequest, find_source
 from apt.engine.prepare import Notice, capped, open_model, with_compute
 from apt.engine.reports import continued_report, in_order, report_beside
+from apt.engine.samples import metrics_for, read_samples
 from apt.engine.store import ModelStore
 from apt.engine.task import Task, TaskResult
 from apt.engine.text import Text, read_text
@@ -34,8 +36,11 @@ from apt.plugin.specs import RecoverySpec
 from apt.recovery.job import CHECKPOINT, RecoveryJob
 from apt.recovery.recover import DENSE_LOSS, NotRecoveredError, forget, recover_model
 from apt.text.datasets import digest, training_tokens
+from apt.text.ids import vocabulary_size
 
 _MAX_SAMPLES = 10_000
+_MAX_LARGE = 1_000  # images or sounds, which are kept in memory
+_MEASURED = 128  # samples to measure on, if they are not windows of text
 _ADAPTER = "adapter"
 _ORDER = (
     "model", "kind", "dense", "calibration", "evaluation", "metrics", "samples", "seqlen", "seed",
@@ -89,13 +94,20 @@ class RecoverTask(Task):
         open_ended = options.minutes is not None or options.tokens == "auto"
         if open_ended or not self.spec.teacher:
             return 0
+        if not self.skeleton.reads.windows:
+            return 0  # the dense model runs beside the trained one
         samples = self._useful_samples()
         return samples * options.seqlen * (6 * options.top + 2 * hidden)
 
     def read_text(self, ranks: Ranks) -> Text:
-        """The samples to train on, and all windows to measure on."""
+        """The samples to train on, and all windows, or a number of samples, to measure on."""
         options = self.options
         count = options.samples or self._useful_samples()
+        if not self.skeleton.reads.windows:
+            return read_samples(
+                options, self.skeleton, self.registry, samples=count,
+                windows=min(count, _MEASURED), measures=ranks.first, fewer=True,
+            )  # fmt: skip
 
         def draw(
             tokenizer: Any, texts: Iterable[Document], samples: int, source: str, bos: int | None
@@ -111,13 +123,21 @@ class RecoverTask(Task):
 
     def _useful_samples(self) -> int:
         """The number of samples for the steps, and of the samples that are held back."""
-        options, seqlen = self.options, self.options.seqlen
-        if options.minutes is not None or options.tokens == "auto":
-            return _MAX_SAMPLES
-        trained = math.ceil(options.tokens / seqlen) if isinstance(options.tokens, int) else (
+        options, reads = self.options, self.skeleton.reads
+        most = _MAX_LARGE if reads.image or reads.sound else _MAX_SAMPLES
+        # The lengths of samples that are not windows are not known.
+        open_ended = options.tokens == "auto" if reads.windows else options.tokens is not None
+        if options.minutes is not None or open_ended:
+            return most
+        tokens = options.tokens if isinstance(options.tokens, int) else 0
+        trained = math.ceil(tokens / options.seqlen) or (
             (options.steps or STEPS) * (options.batch or BATCH)
-        )  # fmt: skip
-        return min(_MAX_SAMPLES, math.ceil(trained / (1 - options.validation_share)) + 1)
+        )
+        return min(most, math.ceil(trained / (1 - options.validation_share)) + 1)
+
+    def dense_model(self) -> nn.Module | None:
+        """See `Task`."""
+        return None if self.skeleton.reads.windows else _dense_model(self)
 
     def begin(self, store: ModelStore, text: Text) -> Report:
         """The report of the pruned model.
@@ -149,7 +169,7 @@ class RecoverTask(Task):
         return {
             "options": self.record(),
             "model": store.weights,
-            "text": digest(text.windows),
+            "text": digest(text.tokens),
             **store.precision.record(),
         }
 
@@ -169,13 +189,13 @@ class RecoverTask(Task):
             forget(store.folder)
         store.restore()  # a training begins with the weights as they are stored
         try:
-            training, masks = recover_model(store.model, text.windows, job)
+            training, masks = recover_model(store.model, text.tokens, job)
         except NotRecoveredError:
             store.journal.clear()  # nothing to resume from
             raise
         record = {
-            "options": self.record() | {"batch": training.tokens // text.windows.shape[1]},
-            "text": {"shape": list(text.windows.shape), "sha256": digest(text.windows)},
+            "options": self.record() | {"batch": training.batch},
+            "text": {"shape": list(text.tokens.shape), "sha256": digest(text.tokens)},
             "training": training.record(),
             "sparsity": sparsity_of(masks),
             "zeros": sum(int(mask.sum()) for mask in masks.values()),
@@ -227,11 +247,14 @@ def prepare_recovery(
         AptError: an option does not fit the model, the machine or the disk.
     """
     options = request.options
+    options.check()
     spec = registry.recoveries.get(options.kind or "distill")
-    check_recovery(options, spec, registry)
     texts = (options.calibration, options.evaluation, options.tokenizer, options.dense)
     skeleton = open_model(request, texts, registry, notice)
-    skeleton.check_windows("recover")
+    if not skeleton.reads.windows:
+        spec = spec.for_samples()
+    check_recovery(options, spec, registry, type(skeleton.module), windows=skeleton.reads.windows)
+    options = replace(options, metrics=metrics_for(skeleton, options, registry))
     check_exportable(options, skeleton, registry)
     device = choose_device(options.device)
     skeleton = with_compute(skeleton, options, device, notice)
@@ -265,10 +288,33 @@ def _check_movable(earlier: Mapping[str, Any]) -> None:
             raise AptError(message, "leave it out", ("move_masks",))
 
 
-def check_recovery(options: RecoverOptions, spec: RecoverySpec, registry: Registry) -> None:
-    """Raise `AptError` if an option is out of range, or the kind of recovery does not use it."""
-    options.check()
-    options.check_used(spec, registry.recoveries.specs.values(), "recovery")
+def check_recovery(
+    options: RecoverOptions,
+    spec: RecoverySpec,
+    registry: Registry,
+    model_class: type[nn.Module],
+    *,
+    windows: bool,
+) -> None:
+    """Raise `AptError` if the kind of recovery does not use an option for a class of models.
+
+    Args:
+        windows: True if the models read windows of text.
+    """
+    specs = registry.recoveries.specs.values()
+    options.check_used(spec, specs if windows else (), "recovery")
+    if windows:
+        return
+    unused = {
+        "tokens": "tokens auto" * (options.tokens == "auto"),
+        "checkpointing": "gradient checkpointing" * options.checkpointing,
+    }
+    for name, words in unused.items():
+        if words:
+            needs = "needs a model that predicts the next token"
+            raise AptError(
+                f"{words} {needs}, unlike {model_class.__name__}", "leave it out", (name,)
+            )
 
 
 def _pruning_report(source: Source) -> dict[str, Any]:
@@ -346,9 +392,16 @@ def check_dense(
         raise _wrong_dense(
             f"{dense_name} is of the family {families[0]}, and {name} of {families[1]}"
         )
-    sizes = [checked.get_input_embeddings().weight.shape[0] for checked in (dense, model)]  # type: ignore[operator]
+    sizes = [vocabulary_size(checked) for checked in (dense, model)]
     if sizes[0] != sizes[1]:
         raise _wrong_dense(f"{dense_name} has {sizes[0]} tokens, and {name} has {sizes[1]}")
+    if not reads_of(type(model), model.config).windows:
+        heads = [type(checked).__name__ for checked in (dense, model)]
+        if heads[0] != heads[1]:
+            raise _wrong_dense(f"{dense_name} is a {heads[0]}, and {name} a {heads[1]}")
+        labels = [getattr(checked.config, "num_labels", None) for checked in (dense, model)]
+        if labels[0] != labels[1]:
+            raise _wrong_dense(f"{dense_name} has {labels[0]} classes, and {name} has {labels[1]}")
     widths = [hidden_size(checked.config) for checked in (dense, model)]
     if options.hidden and widths[0] != widths[1]:
         raise AptError(

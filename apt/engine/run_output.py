@@ -194,7 +194,8 @@ class RunOutput:
         with store.measurable(held_out, when) as model:
             if when == "before" and isinstance(held_out, Samples):
                 store.status(phase, "computing the outputs of the dense model")
-                self._dense_outputs, held_out = dense_outputs(model, held_out)
+                dense_model = task.dense_model() or model
+                self._dense_outputs, held_out = dense_outputs(dense_model, held_out)
                 self.text = replace(self.text, held_out=held_out)
             for name in task.options.metrics:
                 spec = task.registry.evaluators.get(name)

@@ -33,38 +33,47 @@ _UNLIMITED = 10**6  # a larger ``model_max_length`` of a tokenizer means no limi
 
 
 def read_samples(
-    options: Any, skeleton: Opened, registry: Registry, *, windows: int | None, measures: bool
+    options: Any,
+    skeleton: Opened,
+    registry: Registry,
+    *,
+    samples: int,
+    windows: int | None,
+    measures: bool,
+    fewer: bool = False,
 ) -> Text:
     """The calibration samples of a run, and the samples to measure on.
 
     Args:
-        windows: the greatest number of samples to measure on; None for the default number.
+        samples: the number of calibration samples, from all sources together.
+        windows: the greatest number of samples to measure on; None for ``samples``.
         measures: True if this rank measures.
+        fewer: True if a source may have fewer samples.
 
     Raises:
         AptError: a source cannot be read, or does not have what the model takes.
     """
     reader = _reader(options, skeleton)
     sources = text_sources(options.calibration)
-    counts = apportioned(options.samples, sources) if len(sources) > 1 else [options.samples]
+    counts = apportioned(samples, sources) if len(sources) > 1 else [samples]
     drawn = [
-        reader.read(source.name, "calibration", count, options.seed, registry)
+        reader.read(source.name, "calibration", count, options.seed, registry, fewer=fewer)
         for source, count in zip(sources, counts, strict=True)
     ]
     order = in_turn([len(part) for part in drawn])
-    samples = drawn[0].with_samples([each for part in drawn for each in part])[order]
+    mix = drawn[0].with_samples([each for part in drawn for each in part])[order]
     owners = torch.cat([torch.full((len(part),), index) for index, part in enumerate(drawn)])
-    check_samples_vocabulary(samples, skeleton, options.model)
+    check_samples_vocabulary(mix, skeleton, options.model)
     held_out = None
     if options.evaluation is not None and measures:
-        count = windows or options.samples
+        count = windows or samples
         held_out = reader.read(options.evaluation, "evaluation", count, 0, registry, fewer=True)
     taken = tuple(
         SourceSamples(source.name, source.share, len(part))
         for source, part in zip(sources, drawn, strict=True)
     )
     special = special_ids(reader.tokenizer) if reader.tokenizer is not None else ()
-    return Text(reader.tokenizer, samples, held_out, None, special, taken, owners[order])
+    return Text(reader.tokenizer, mix, held_out, None, special, taken, owners[order])
 
 
 def check_samples_vocabulary(samples: Samples, skeleton: Opened, reference: str) -> None:

@@ -144,6 +144,10 @@ class Task:
         """Change the model, with the text and the plan of `decide`."""
         raise NotImplementedError
 
+    def dense_model(self) -> Any:
+        """The model beside which samples are measured; None for the model before the run."""
+        return None
+
     def open(self, written: Path) -> Opened:
         """The changed model in a directory or a file, without weights."""
         is_file, adapter = written.is_file(), self.skeleton.spec.name

@@ -10,13 +10,15 @@ from apt.checkpoints.opened import Opened
 from apt.engine.costs import PlannedRun, measure_machine
 from apt.engine.prune_model import Pruning
 from apt.engine.recover_task import RecoverTask
+from apt.engine.samples import read_samples
 from apt.locations.model_source import Source
 from apt.options import Effort, FitRun, PruneRun, RecoverRun
-from apt.plugin.registry import Registry
+from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import MethodSpec
 
 _PRUNING_SHARE = 0.4  # of the time, at most
 _SHORT_SEQLEN = 512  # tokens of a sample if the time is short
+_PROBED = 32  # samples whose lengths are read beforehand
 _MIN_TOKENS: dict[Effort, int] = {"best": 2**14, "default": 2**14, "fast": 2**12}  # tokens
 _MINUTES_PER_CHECK, _MAX_CHECKS = 3, 5  # measurements of the loss
 # With few steps, a higher rate than that of `recover` is better.
@@ -35,10 +37,14 @@ def fit_to_time(
 
     Both become smaller, never larger. The default effort becomes ``"fast"`` before there are fewer
     than 16,384 tokens, and no effort has fewer than 4,096. A method without efforts is counted as
-    the effort ``"fast"``.
+    the effort ``"fast"``. Windows of text become shorter first; other samples keep their lengths.
     """
     assert options.minutes is not None
     budget, machine = _PRUNING_SHARE * 60 * options.minutes, measure_machine(device)
+
+    windows = skeleton.reads.windows
+    length = options.seqlen if windows else _mean_length(options, skeleton)
+    shortest = min(length, _SHORT_SEQLEN) if windows else length
 
     def seconds(effort: Effort, samples: int, seqlen: int) -> float:
         level: Effort = effort if method.efforts else "fast"
@@ -46,19 +52,34 @@ def fit_to_time(
         allocated = job.allocation is not None
         return PlannedRun(skeleton, job.plan, sized, allocated=allocated).seconds(level, machine)
 
-    for effort, samples, seqlen in _choices(options, efforts=method.efforts):
+    first = replace(options, seqlen=length)
+    for effort, samples, seqlen in _choices(first, shortest, efforts=method.efforts):
         if seconds(effort, samples, seqlen) <= budget:
             break
     choice = f"effort {effort}, " if method.efforts else ""
-    choice += f"{samples} samples of {seqlen} tokens, then distillation"
+    choice += f"{samples} samples" + f" of {seqlen} tokens" * windows + ", then distillation"
     notice(f"minutes: {options.minutes:g}: {choice}")
+    seqlen = seqlen if windows else options.seqlen
     return replace(options, effort=effort, samples=samples, seqlen=seqlen)
 
 
-def _choices(options: PruneRun, *, efforts: bool) -> Iterator[tuple[Effort, int, int]]:
-    """Efforts, samples and tokens of a sample, from the values of the options to the cheapest."""
+def _mean_length(options: PruneRun, skeleton: Opened) -> int:
+    """The mean number of positions of the first samples that are not windows of text."""
+    count = max(1, min(options.samples, _PROBED))
+    text = read_samples(
+        options, skeleton, registry(), samples=count, windows=None, measures=False, fewer=True
+    )
+    return max(1, text.tokens.numel() // len(text.tokens))
+
+
+def _choices(options: PruneRun, seqlen: int, *, efforts: bool) -> Iterator[tuple[Effort, int, int]]:
+    """Efforts, samples and tokens of a sample, from the values of the options to the cheapest.
+
+    Args:
+        seqlen: the tokens of a sample if the time is short.
+    """
     yield options.effort, options.samples, options.seqlen
-    seqlen, all_tokens = min(options.seqlen, _SHORT_SEQLEN), options.samples * options.seqlen
+    all_tokens = options.samples * options.seqlen
     levels: list[Effort] = [options.effort]
     if efforts and options.effort == "default":
         levels.append("fast")
@@ -73,14 +94,17 @@ def training_of(
     options: PruneRun, skeleton: Opened, registry: Registry, device: str
 ) -> RecoverTask:
     """The distillation after a pruning, in the remaining time."""
-    rate = _RATE * min(1.0, _RATE_WIDTH / hidden_size(skeleton.config))
+    spec, rate = registry.recoveries.get("distill"), None  # other samples: measured on MiniLM
+    if skeleton.reads.windows:
+        rate = _RATE * min(1.0, _RATE_WIDTH / hidden_size(skeleton.config))
     run = replace(
         _recovery(options, "distill", options.minutes or 0.0),
         rate=rate, max_shard_size=options.max_shard_size,
     )  # fmt: skip
     return RecoverTask(
         options=run, registry=registry, skeleton=skeleton, device=device,
-        spec=registry.recoveries.get("distill"), earlier={}, source=skeleton.source,
+        spec=spec if skeleton.reads.windows else spec.for_samples(), earlier={},
+        source=skeleton.source,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def outputs_of(model: nn.Module, samples: Samples) -> Outputs:
     """What a model returns for samples."""
     device, order = next(model.parameters()).device, list[Tensor]()
     vectors, predictions = list[Tensor](), list[Tensor]()
-    with eval_mode(model), _watched(model) as states:
+    with eval_mode(model), watched_body(model) as states:
         for inputs, indices in samples.batches(POSITIONS):
             found = model(**on_device(inputs, device))  # type: ignore[arg-type]
             vectors.append(_vectors(found, states.pop() if states else None))
@@ -84,7 +84,7 @@ def dense_outputs(model: nn.Module, samples: Samples) -> tuple[Outputs, Samples]
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[list[Tensor]]:
+def watched_body(model: Any) -> Iterator[list[Tensor]]:
     """Inside the context, the list gets the states that the body of a model with a head returns."""
     states, body = list[Tensor](), getattr(model, "base_model", model)
 
@@ -99,11 +99,16 @@ def _watched(model: Any) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def embeddings_of(output: Any) -> Tensor | None:
+    """The embeddings that a model itself returns (samples, width); None if it returns none."""
+    found = [each for name in _EMBEDDINGS if (each := getattr(output, name, None)) is not None]
+    return torch.cat(found, dim=-1) if found else None
+
+
 def _vectors(output: Any, states: Tensor | None) -> Tensor:
     """The vectors of a batch (samples, width)."""
-    embeddings = [each for name in _EMBEDDINGS if (each := getattr(output, name, None)) is not None]
-    if embeddings:
-        return torch.cat(embeddings, dim=-1).float().cpu()
+    if (embeddings := embeddings_of(output)) is not None:
+        return embeddings.float().cpu()
     found = output[0] if states is None else states
     return found.float().flatten(1, -2).mean(1).cpu() if found.ndim > 2 else found.float().cpu()
 

@@ -64,7 +64,8 @@ class RecoverOptions(ComputeOptions):
     )  # fmt: skip
     tokens: int | str | None = option(
         "Number of training tokens, in place of --steps. auto trains on the text once at "
-        "most, and ends when more tokens would hardly lower the loss.",
+        "most, and ends when more tokens would hardly lower the loss (models that predict the next "
+        "token).",
         default=None, panel=TRAINING, metavar="N|auto", within="[1, ∞)", read=read_amount,
     )  # fmt: skip
     minutes: float | None = option(
@@ -123,11 +124,13 @@ class RecoverOptions(ComputeOptions):
         default=False, panel=TRAINING, used_if="options",
     )  # fmt: skip
     hidden: float = option(
-        "Weight of the error of the last hidden states in the loss of distill.",
+        "Weight of the error of the last hidden states in the loss of distill, and of models that "
+        "do not predict the next token.",
         default=1.0, panel=TRAINING, metavar="W", within="[0, ∞)", used_if="options",
     )  # fmt: skip
     top: int = option(
-        "Logits of the dense model that distill keeps for each token.",
+        "Logits of the dense model that distill keeps for each token (models that predict the next "
+        "token).",
         default=64, panel=TRAINING, metavar="N", within="[1, ∞)", used_if="options",
     )  # fmt: skip
     window: int | None = option(
@@ -167,11 +170,13 @@ class RecoverRun(
         default=None, panel=TRAINING, metavar="NAME",
     )  # fmt: skip
     dense: str | None = option(
-        "The dense model, for distill; by default the one that the report names.",
+        "The dense model, for distill and norms, and for models that do not predict the next token "
+        "with any kind; by default the one that the report names.",
         default=None, panel=TRAINING, metavar="MODEL", place=True, used_if="teacher",
     )  # fmt: skip
     samples: int | None = option(
-        "Samples of the text at most; by default as many as the steps use, up to 10,000.",
+        "Samples of the text at most; by default as many as the steps use, up to 10,000, or 1,000 "
+        "images or sounds.",
         default=None, panel=TEXT, metavar="N", within="[1, ∞)",
     )  # fmt: skip
     seqlen: int = option(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
@@ -284,6 +284,16 @@ class RecoverySpec(Spec):
     teacher: bool = False
     dense: bool = False
     options: tuple[str, ...] | None = None
+
+    def for_samples(self) -> "RecoverySpec":
+        """The kind as it serves models that do not read windows of text.
+
+        The dense model runs beside the trained one, on whole outputs, and neither has dropout.
+        """
+        options = self.options
+        if options is not None:
+            options = tuple({*options, "hidden"} - {"top", "dropout"})
+        return replace(self, teacher=True, options=options)
 
 
 @dataclass(frozen=True)

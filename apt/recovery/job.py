@@ -6,13 +6,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Samples
 from apt.distributed.ranks import Ranks
 from apt.events import CheckpointSaved, Status, TrainingEvent, TrainingObserver
 from apt.files.journal import Journal
 from apt.options import RecoverOptions
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.moving_masks import MovingMasks
+from apt.recovery.objective import Objective
 from apt.recovery.recorder import checkpoint_of
 from apt.recovery.trainable import Recovery
 from apt.recovery.windows import BlockWindows
@@ -30,7 +31,7 @@ class RecoveryJob:
 
     Attributes:
         folder: a folder for checkpoints and for the outputs of the dense model.
-        dense: opens the dense model, which has the same tokenizer; None without a dense model.
+        dense: opens the dense model, which reads the same samples; None without a dense model.
         journal: the journal of the training, which the first rank writes. The training continues
             from the last checkpoint in the journal.
         status: called at each step outside the training.
@@ -81,8 +82,9 @@ class TrainingPlan:
 
     Attributes:
         batch: the number of samples of a step, over all processes.
-        text: the samples to train on (samples, seqlen).
-        held_back: the samples on which the loss is measured (samples, seqlen).
+        text: the samples to train on: windows of text (samples, seqlen) or others.
+        held_back: the samples on which the loss is measured.
+        objective: this loss.
         moving: the masks if they move; None for fixed masks.
         windows: the windows of blocks if blocks are trained in turn; None to train all together.
         ends: the time of `time.perf_counter` at which the training ends; None for no time limit.
@@ -90,8 +92,9 @@ class TrainingPlan:
 
     steps: int
     batch: int
-    text: Tensor
-    held_back: Tensor
+    text: Tensor | Samples
+    held_back: Tensor | Samples
+    objective: Objective = field(default_factory=Objective)
     moving: MovingMasks | None = None
     windows: BlockWindows | None = None
     ends: float | None = None

@@ -11,8 +11,11 @@ class Training:
 
     Attributes:
         steps: the planned number of steps.
-        tokens: the tokens of a step, over all processes.
-        held_back: the loss of the next token on the samples held back, by step.
+        tokens: the tokens of a step, over all processes; the mean number of positions for samples
+            that are not windows of text.
+        batch: the samples of a step, over all processes.
+        held_back: the loss on the samples held back, by step: of the next token, or the divergence
+            from the dense model.
         best: the step whose weights are the result. If no step lowered the loss on the samples held
             back, it is 0, and the result is the weights before the training.
         diverged: the step after which the loss diverged; None if it did not.
@@ -22,6 +25,7 @@ class Training:
 
     steps: int
     tokens: int
+    batch: int = 0
     losses: list[float] = field(default_factory=list)
     held_back: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0

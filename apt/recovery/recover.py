@@ -7,48 +7,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Samples
 from apt.adapter.recording import eval_mode
+from apt.adapter.samples import ModelInputs, on_device
 from apt.checkpoints.masks import Masks, filled, masks_of
 from apt.compute import compute_dtype, computing_in, mixed_precision
 from apt.devices import keep_random_states, synchronize
 from apt.errors import AptError, first_line, plugin_error
 from apt.options import BATCH, STEPS, RecoverOptions
+from apt.recovery.beside_dense import GROUPS, beside_dense, hiding_tokens
 from apt.recovery.job import STEPS_FOLDER, RecoveryJob, TrainingPlan
 from apt.recovery.moving_masks import MovingMasks
+from apt.recovery.objective import Objective, next_token_loss
 from apt.recovery.record import Training
 from apt.recovery.teacher import Teacher, write_teacher
-from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
+from apt.recovery.trainable import Trainable, Unrecovered, train_only
 from apt.recovery.training import train
 from apt.recovery.windows import BlockWindows
 
 DENSE_LOSS = "dense_loss"
-"""The key of the journal for the loss of the dense model on the samples held back."""
+"""The key of the journal for the loss of the dense model on the samples held back.
+
+A divergence from the dense model is 0.
+"""
 
 _MOST_HELD_BACK = 64
 _MEASURING = 0.1  # the greatest share of a given time for measurements
 _ENOUGH_STEPS = 400  # steps in a given time, above which a step may have more samples
+_LEAST_STEP = 512  # positions of a step of samples that are not windows: fewer are too noisy
 _SLOW_SECONDS = 1.0  # of the gradients of one sample, above which more samples are not timed
 _DENSE = "dense"  # the folder of the outputs of the dense model
+_WINDOWS = Objective()
 
 
 class NotRecoveredError(AptError):
     """The training did not lower the loss on the samples held back."""
 
 
-def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[Training, Masks]:
+def recover_model(
+    model: nn.Module, tokens: Tensor | Samples, job: RecoveryJob
+) -> tuple[Training, Masks]:
     """Train a pruned model, in place.
 
     Args:
-        model: the pruned model, a causal language model of transformers. Its parameters keep their
-            dtypes; the training is in fp32, or mixed with bf16, see the option ``compute``.
-        tokens: samples of text (samples, seqlen), without padding.
+        model: the pruned model, a model of transformers. Its parameters keep their dtypes; the
+            training is in fp32, or mixed with bf16, see the option ``compute``.
+        tokens: windows of text (samples, seqlen), or other samples, without padding.
 
     Returns:
         The record of the training, and the zeros that were kept.
@@ -58,17 +69,29 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
         AptError: the kind of recovery is not usable for this model, or filled zeros.
     """
     started, masks = time.perf_counter(), masks_of(model, job.adapter)
-    text, held_back = _split(tokens, job.options, job.ranks.size)
-    with _in_fp32(model), job.adapter.running(model):
+    with (
+        _in_fp32(model),
+        job.adapter.running(model),
+        _objective(model, tokens, job) as (objective, tokens),
+    ):
+        text, held_back = _split(tokens, job.options, job.ranks.size)
         job.status("training", "preparing")
-        amount = None
-        if job.spec.teacher:  # the dense model runs on the samples of the steps only
+        amount, teacher, sample = None, None, None
+        if objective.dense:
+            sample = _batch(objective, text[:1], job.device)[GROUPS][0]
+        elif job.spec.teacher:  # the dense model runs on the samples of the steps only
             with _gradients_of_blocks(model, job.adapter):
-                amount = _amount(model, Trainable(model), text, held_back, job, started)
+                given = Trainable(model), text, held_back, job, started
+                amount = _amount(model, *given, objective)
             text, held_back = amount.text, amount.held_back
-        trainable = _prepared_trainable(model, masks, text, held_back, job)
+            assert isinstance(text, Tensor)
+            assert isinstance(held_back, Tensor)
+            teacher = _teacher(text, held_back, job)
+        unrecovered = Unrecovered(model, job.adapter, masks, job.options, teacher, sample)
+        trainable = _prepared_trainable(unrecovered, job)
         with _restored_on_error(model, trainable, job):
-            amount = amount or _amount(model, trainable, text, held_back, job, started)
+            given = trainable, text, held_back, job, started
+            amount = amount or _amount(model, *given, objective)
             plan = _complete_plan(model, trainable, masks, amount, job, started)
             training = train(trainable, masks, job, plan)
             _check_improved(training)
@@ -85,11 +108,64 @@ def recover_model(model: nn.Module, tokens: Tensor, job: RecoveryJob) -> tuple[T
 
 @dataclass(frozen=True)
 class _Pace:
-    """The seconds of a sample with gradients, of the optimizer, and of the forward of a sample."""
+    """The pace of a training, in seconds.
+
+    Attributes:
+        sample: of a sample with gradients.
+        update: of a step of the optimizer.
+        forward: of the forward of a sample.
+        beside_dense: True if the dense model runs beside the trained one, and is in these times.
+    """
 
     sample: float
     update: float
     forward: float
+    beside_dense: bool = False
+
+    def __mul__(self, length: float) -> "_Pace":
+        """The pace of samples that are longer by a factor."""
+        return replace(self, sample=length * self.sample, forward=length * self.forward)
+
+
+@contextmanager
+def _objective(
+    model: nn.Module, tokens: Tensor | Samples, job: RecoveryJob
+) -> Iterator[tuple[Objective, Tensor | Samples]]:
+    """What is measured, and the samples for it; while entered, the dense model can run.
+
+    Raises:
+        AptError: the dense model is needed and not given.
+    """
+    if isinstance(tokens, Tensor):
+        yield _WINDOWS, tokens
+        return
+    dense = _dense_model(job)
+    if job.ranks.first:
+        job.journal.remember(DENSE_LOSS, lambda: 0.0)
+    if tokens.mask is not None and "MaskedLM" in type(model).__name__:
+        tokens = hiding_tokens(tokens, job.seed)
+    with computing_in(dense, torch.float32), eval_mode(dense), job.adapter.running(dense):
+        yield beside_dense(model, dense, tokens, job.options.hidden), tokens
+
+
+def _dense_model(job: RecoveryJob) -> nn.Module:
+    """The dense model on the device of the job."""
+    if job.dense is None:
+        raise AptError(f"recovery {job.spec.name} needs the dense model", "name it", ("dense",))
+    return job.dense().to(job.device)
+
+
+def _batch(objective: Objective, samples: Tensor | Samples, device: str) -> dict[str, Any]:
+    """The first samples of a text as a batch on a device."""
+    batch = objective.collate([(row, samples[row]) for row in range(len(samples))])
+    return {key: _moved(value, torch.device(device)) for key, value in batch.items()}
+
+
+def _moved(value: Tensor | list[ModelInputs], device: torch.device) -> Tensor | list[ModelInputs]:
+    """A tensor, or the inputs of samples, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [on_device(inputs, device) for inputs in value]
 
 
 @contextmanager
@@ -173,7 +249,9 @@ def _windows(model: nn.Module, steps: int, job: RecoveryJob) -> BlockWindows | N
     return BlockWindows(model, job.adapter, job.options.window, steps)
 
 
-def _split(tokens: Tensor, options: RecoverOptions, processes: int) -> tuple[Tensor, Tensor]:
+def _split(
+    tokens: Tensor | Samples, options: RecoverOptions, processes: int
+) -> tuple[Tensor | Samples, Tensor | Samples]:
     """The samples to train on, and the last samples, which are held back.
 
     If possible, their number is a multiple of the processes: otherwise the Trainer gives a sample
@@ -196,10 +274,11 @@ def _split(tokens: Tensor, options: RecoverOptions, processes: int) -> tuple[Ten
 def _amount(
     model: nn.Module,
     trainable: Trainable,
-    text: Tensor,
-    held_back: Tensor,
+    text: Tensor | Samples,
+    held_back: Tensor | Samples,
     job: RecoveryJob,
     started: float,
+    objective: Objective = _WINDOWS,
 ) -> TrainingPlan:
     """The number of steps, their samples, and the samples held back.
 
@@ -208,45 +287,51 @@ def _amount(
     options = job.options
     batch = options.batch or BATCH
     if options.minutes is not None:
-        windows, sample_batch = _windows(model, 1, job), text[: options.micro_batch].to(job.device)
+        windows, first = _windows(model, 1, job), text[: options.micro_batch]
 
         def fitting_amount() -> list[int]:
             assert options.minutes is not None
-            pace = _pace(trainable, windows, sample_batch, job)
+            pace = _pace(trainable, windows, first, job, objective)
+            pace = pace * (text.numel() / len(text) * len(first) / first.numel())
             remaining = 60 * options.minutes - (time.perf_counter() - started)
-            return [*_steps_in(remaining, pace, len(held_back), job)]
+            least = math.ceil(_LEAST_STEP * len(text) / text.numel()) if objective.dense else 1
+            return [*_steps_in(remaining, pace, len(held_back), job, least)]
 
         chosen = job.journal.remember("amount", fitting_amount) if job.ranks.first else []
         steps, count, batch = job.ranks.share(chosen)  # a resumed training has the same steps
         held_back = held_back[:count]
     elif isinstance(options.tokens, int):
-        steps = math.ceil(options.tokens / (batch * text.shape[1]))
+        steps = math.ceil(options.tokens / (batch * text.numel() / len(text)))
     elif options.tokens == "auto":
         steps = max(1, len(text) // batch)
     else:
         steps = options.steps or STEPS
-    return TrainingPlan(steps, batch, text[: steps * batch], held_back)
+    return TrainingPlan(steps, batch, text[: steps * batch], held_back, objective)
 
 
 def _steps_in(
-    seconds: float, pace: _Pace, held_back: int, job: RecoveryJob
+    seconds: float, pace: _Pace, held_back: int, job: RecoveryJob, least: int = 1
 ) -> tuple[int, int, int]:
     """The steps in a given time, the number of measured samples, and the samples of a step.
 
     Measuring takes at most a tenth of the time, unless one sample per process takes more. If there
-    are few steps, a step gets fewer samples, since more steps are better.
+    are few steps, a step gets fewer samples, since more steps are better, but not fewer than
+    ``least``.
     """
     options, processes = job.options, job.ranks.size
     per_sample = (options.checks + 1) * pace.forward
     greatest = max(processes, int(_MEASURING * seconds / per_sample) // processes * processes)
     count = min(held_back, greatest)
-    sample = pace.sample / processes + (pace.forward if job.spec.teacher else 0.0)
+    before = pace.forward if job.spec.teacher and not pace.beside_dense else 0.0
+    sample = pace.sample / processes + before
 
     def steps(batch: int) -> int:
         return max(1, int((seconds - count * per_sample) / (batch * sample + pace.update)))
 
     batch = options.batch or BATCH
-    while options.batch is None and steps(batch) < _ENOUGH_STEPS and batch % (2 * processes) == 0:
+    while options.batch is None and steps(batch) < _ENOUGH_STEPS:
+        if batch < 2 * least or batch % (2 * processes):
+            break
         batch //= 2
     return steps(batch), count, batch
 
@@ -264,7 +349,11 @@ def _gradients_of_blocks(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def _pace(
-    trainable: Trainable, windows: BlockWindows | None, samples: Tensor, job: RecoveryJob
+    trainable: Trainable,
+    windows: BlockWindows | None,
+    samples: Tensor | Samples,
+    job: RecoveryJob,
+    objective: Objective,
 ) -> _Pace:
     """The pace on one process.
 
@@ -273,18 +362,19 @@ def _pace(
     the loss of the next token.
 
     Args:
-        samples: samples (samples, seqlen) that run together.
+        samples: samples that run together.
     """
+    loss_of = trainable.loss or objective.loss
     model, device = trainable.module.to(job.device), torch.device(job.device)
     mixed = mixed_precision(model.parameters(), job.options.compute)
     with nullcontext() if windows is None else windows.middle():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
         for size in (1, len(samples)):  # the first run warms up, and is enough if it is slow
-            batch = {"input_ids": samples[:size], "row": torch.arange(size, device=device)}
             started = _now(device)
+            batch = _batch(objective, samples[:size], job.device)
             with mixed:
-                loss = trainable.loss(model, batch)
+                loss = loss_of(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             backward_done = _now(device)
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -297,9 +387,9 @@ def _pace(
     model.zero_grad(set_to_none=True)
     with torch.no_grad(), mixed:
         started = _now(device)
-        next_token_loss(model, {"input_ids": samples[:size]})
+        objective.loss(model, batch)
         forward = (_now(device) - started) / size
-    return _Pace(sample, update, forward)
+    return _Pace(sample, update, forward, objective.dense)
 
 
 def _now(device: torch.device) -> float:
@@ -308,16 +398,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _prepared_trainable(
-    model: nn.Module, masks: Masks, text: Tensor, held_back: Tensor, job: RecoveryJob
-) -> Trainable:
+def _prepared_trainable(unrecovered: Unrecovered, job: RecoveryJob) -> Trainable:
     """The result of the kind of recovery, checked."""
-    teacher = _teacher(text, held_back, job) if job.spec.teacher else None
     with keep_random_states():
         torch.manual_seed(job.seed)
-        trainable: object = job.recovery(
-            Unrecovered(model, job.adapter, masks, job.options, teacher)
-        )
+        trainable: object = job.recovery(unrecovered)
     if isinstance(trainable, Trainable) and any(
         p.requires_grad for p in trainable.module.parameters()
     ):
@@ -335,9 +420,7 @@ def _teacher(text: Tensor, held_back: Tensor, job: RecoveryJob) -> Teacher:
     """The outputs of the dense model, which the first rank computes; its loss is in the journal."""
     folder = job.folder / _DENSE
     if job.ranks.first and not folder.is_dir():
-        if job.dense is None:
-            raise AptError(f"recovery {job.spec.name} needs the dense model", "name it", ("dense",))
-        dense = job.dense().to(job.device)
+        dense = _dense_model(job)
 
         def step(done: int, total: int) -> None:
             job.status("dense model", f"running the dense model: sample {done} of {total}")

@@ -6,21 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from apt.adapter import Adapter
+from apt.adapter import Adapter, Sample
 from apt.options import RecoverOptions
+from apt.recovery.objective import Loss
 from apt.recovery.teacher import Teacher
-
-Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-"""The loss of a model on a batch, see `Trainable`."""
-
-
-def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean loss of the next token."""
-    tokens = batch["input_ids"]
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @dataclass(frozen=True)
@@ -28,12 +18,15 @@ class Unrecovered:
     """The single argument of a kind of recovery.
 
     Attributes:
-        model: the pruned model, as a causal language model of transformers. Its parameters are
-            fp32 and need no gradients yet.
+        model: the pruned model, a model of transformers with its head. Its parameters are fp32 and
+            need no gradients yet.
         adapter: the adapter of its family.
         masks: the zeros that must stay (True where pruned), by the full names of parameters.
         options: the options of the run.
-        teacher: the outputs of the dense model; None if the kind needs none.
+        teacher: the outputs of the dense model; None if the kind needs none, or if there is a
+            ``sample``: the dense model then runs beside the trained one.
+        sample: the inputs of one sample (1, …), by the names of the model's arguments; None for a
+            model that reads windows of text.
     """
 
     model: nn.Module
@@ -41,6 +34,7 @@ class Unrecovered:
     masks: Mapping[str, Tensor]
     options: RecoverOptions
     teacher: Teacher | None = None
+    sample: Sample | None = None
 
     def linears(self) -> list[str]:
         """The full names of the `torch.nn.Linear` modules whose weights can be pruned."""
@@ -64,9 +58,12 @@ class Trainable:
     Attributes:
         module: the model to train; parameters that need gradients are trained. It can be a model of
             peft.
-        loss: a function of the module and a batch that returns a scalar; by default
-            `next_token_loss`. The batch has ``input_ids`` (samples, seqlen), and ``row``
-            (samples,), the indices of the samples in the training text.
+        loss: a function of the module and a batch that returns a scalar; None for the loss that is
+            measured on the samples held back: `next_token_loss`, or for a model that does not read
+            windows of text the divergence from the dense model. The batch has ``input_ids``
+            (samples, seqlen) or ``groups``, a list of the inputs of samples of equal shapes by the
+            names of the model's arguments; and ``row`` (samples,), the indices of the samples in
+            the training text, in no order if there are groups.
         merge: called after the training, to write the trained weights to the given model.
         undo: called in place of ``merge`` if the training fails. The caller restores trained
             weights of the given model.
@@ -76,7 +73,7 @@ class Trainable:
     """
 
     module: nn.Module
-    loss: Loss = next_token_loss
+    loss: Loss | None = None
     merge: Callable[[], Any] = field(default=_nothing)
     undo: Callable[[], Any] = field(default=_nothing)
     save: Callable[[Path], Any] | None = None

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
+from apt.adapter import Sample, Samples
 from apt.compute import trains_in_bf16
 from apt.devices import keep_random_states
 from apt.errors import AptError, first_line
 from apt.recovery.job import RecoveryJob, TrainingPlan
 from apt.recovery.law import enough_tokens
+from apt.recovery.objective import Loss
 from apt.recovery.record import Training
 from apt.recovery.recorder import Recorder, checkpoint_of
-from apt.recovery.trainable import Trainable, next_token_loss
+from apt.recovery.trainable import Trainable
 
 _WARM_UP = 0.03  # of the steps, as in SPP
 # transformers 5.24 calls gradient checkpointing activation checkpointing.
@@ -35,17 +37,17 @@ _NEW = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
 _KIND = "activation" if _NEW else "gradient"
 
 
-class Samples(Dataset[dict[str, Any]]):
-    """Samples of tokens (samples, seqlen) with their indices."""
+class _Rows(Dataset[tuple[int, Tensor | Sample]]):
+    """The samples of a text with their indices."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
+    def __init__(self, text: Tensor | Samples) -> None:
+        self._text = text
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._text)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"input_ids": self._tokens[row], "row": row}
+    def __getitem__(self, row: int) -> tuple[int, Tensor | Sample]:
+        return row, self._text[row]
 
 
 def train(
@@ -62,7 +64,8 @@ def train(
         AptError: the optimizer is unknown or not installed.
     """
     moving, windows = plan.moving, [] if plan.windows is None else [plan.windows]
-    training = Training(plan.steps, plan.batch * plan.text.shape[1])
+    tokens = round(plan.batch * plan.text.numel() / len(plan.text))
+    training = Training(plan.steps, tokens, plan.batch)
     rules = (enough_tokens,) if job.options.tokens == "auto" else ()
     recorder = Recorder(training, rules, job.report, moving, plan.ends)
     patience = EarlyStoppingCallback(job.options.patience)
@@ -71,12 +74,13 @@ def train(
         trainer = _Trainer(
             model=trainable.module,
             args=_arguments(trainable.module, job, plan),
-            train_dataset=Samples(plan.text),
-            eval_dataset=Samples(plan.held_back),
+            train_dataset=_Rows(plan.text),
+            eval_dataset=_Rows(plan.held_back),
+            data_collator=plan.objective.collate,
             callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.use(trainable, None if windows else plan.ends)
+        trainer.use(trainable, plan.objective.loss, None if windows else plan.ends)
         recorder.begin(trainer, last)
         patience.early_stopping_patience_counter = training.checks_since_best
         if last is not None and moving is not None:
@@ -152,7 +156,8 @@ def _arguments(module: nn.Module, job: RecoveryJob, plan: TrainingPlan) -> Train
             ddp_find_unused_parameters=True if windows else None,
             warmup_steps=math.ceil(_WARM_UP * steps),
             per_device_train_batch_size=micro_batch,
-            per_device_eval_batch_size=micro_batch,
+            # Several windows are measured faster; a batch of other samples is not of one shape.
+            per_device_eval_batch_size=micro_batch if isinstance(plan.text, Tensor) else 1,
             gradient_accumulation_steps=share // micro_batch,
             **(_checkpointing() if options.checkpointing else {}),
             optim=options.optimizer,
@@ -225,14 +230,15 @@ def _masked_gradients(
 class _Trainer(Trainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = False  # the loss is a mean over the batch
 
-    def use(self, trainable: Trainable, ends: float | None) -> None:
-        """Set the trained module and its loss.
+    def use(self, trainable: Trainable, measured: Loss, ends: float | None) -> None:
+        """Set the trained module and its losses.
 
         Args:
+            measured: the loss on the samples held back, which is trained if the kind has none.
             ends: the time of `time.perf_counter` at which the learning rate reaches zero; None for
                 a schedule by steps alone.
         """
-        self._trainable, self._ends = trainable, ends
+        self._loss, self._measured, self._ends = trainable.loss or measured, measured, ends
 
     def create_scheduler(self, *given: Any, **named: Any) -> Any:
         """The schedule by steps, or by time if the time passes faster than the steps."""
@@ -263,7 +269,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
-        loss = self._trainable.loss(model, inputs)
+        loss = self._loss(model, inputs)
         return (loss, None) if return_outputs else loss
 
     def prediction_step(
@@ -271,4 +277,4 @@ class _Trainer(Trainer):  # type: ignore[misc]
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return next_token_loss(model, inputs).detach(), None, None
+            return self._measured(model, inputs).detach(), None, None

@@ -27,9 +27,7 @@ def _tokens_error(message: str, hint: str) -> AptError:
 
 def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
     """Raise if a token has no embedding; models without known embeddings are not checked."""
-    try:
-        vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+    if (vocabulary := vocabulary_size(module)) is None:
         return
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise AptError(
@@ -37,3 +35,11 @@ def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:
             f"{int(tokens.max())}, but the model has {vocabulary} embeddings",
             "the tokenizer belongs to another model",
         )
+
+
+def vocabulary_size(module: nn.Module) -> int | None:
+    """The number of tokens with an embedding; None without known embeddings of tokens."""
+    try:
+        return int(module.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None

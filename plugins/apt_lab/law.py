@@ -207,7 +207,7 @@ def read_points(directory: Path) -> list[Point]:
     """The losses that a recovery measured, at tokens above 0.
 
     Raises:
-        AptError: there is no report of a recovery, or it is damaged.
+        AptError: there is no report of a recovery, it is damaged, or its losses are divergences.
     """
     report = read_report(directory) if directory.is_dir() else None
     record: Any = (report or {}).get("recovery")
@@ -215,6 +215,9 @@ def read_points(directory: Path) -> list[Point]:
         raise AptError(
             f"{directory} has no report of a recovery", "name a directory that recover wrote"
         )
+    if record.get("dense_loss") == 0:  # of a divergence from the dense model
+        message = f"law needs models that predict the next token, unlike that of {directory}"
+        raise AptError(message, "leave it out")
     try:
         training = record["training"]
         tokens_per_step, dense = float(training["tokens"]), float(record.get("dense_loss") or 0)

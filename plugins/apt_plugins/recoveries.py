@@ -1,5 +1,6 @@
 """The kinds of recovery that ship with APT."""
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -21,9 +22,8 @@ def spp(given: Unrecovered) -> Trainable:
     from apt_plugins.spp import SppConfig
 
     rank = given.options.rank or 16
-    config = SppConfig(
-        r=rank, dropout=given.options.dropout, target_modules=_linears(given), task_type="CAUSAL_LM"
-    )
+    dropout, names = given.options.dropout, _linears(given)
+    config = SppConfig(r=rank, dropout=dropout, target_modules=names, task_type=_task(given))
     tuned = get_peft_model(given.model, config)
     return _adapter(tuned)
 
@@ -40,7 +40,7 @@ def lora(given: Unrecovered) -> Trainable:
     if "mamba" in kind or kind in ("falcon_h1", "nemotron_h"):
         names = [name for name in names if name.rpartition(".")[2] not in _READ_BY_KERNELS]
     config = masked_lora(
-        target_modules=names, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
+        target_modules=names, r=rank, lora_alpha=2 * rank, task_type=_task(given)
     )  # fmt: skip
     tuned = get_peft_model(given.model, config)
     return _adapter(tuned)
@@ -51,6 +51,11 @@ def _adapter(tuned: Any) -> Trainable:
     return Trainable(
         tuned, merge=tuned.merge_and_unload, undo=tuned.unload, save=tuned.save_pretrained
     )
+
+
+def _task(given: Unrecovered) -> str | None:
+    """The kind of model for peft, which knows no kind for a model of any inputs."""
+    return "CAUSAL_LM" if given.sample is None else None
 
 
 def _linears(given: Unrecovered) -> list[str]:
@@ -64,21 +69,26 @@ def _linears(given: Unrecovered) -> list[str]:
 
 
 def layers(given: Unrecovered) -> Trainable:
-    """All weights of the last blocks, the final norm and the head (arXiv 2411.15558)."""
+    """All weights of the last blocks, the final norm and the head (arXiv 2411.15558).
+
+    The blocks are those that run last.
+    """
     model: Any = given.model
     head = model.get_output_embeddings()
     blocks = [block for _, block in given.adapter.blocks(given.model)][-given.options.blocks :]
-    after = _run_after(given.model, blocks[-1])
+    after = _run_after(given, blocks[-1])
     modules: list[nn.Module] = [*blocks, *after, *([] if head is None else [head])]
     train_only(given.model, (p for module in modules for p in module.parameters()))
     return Trainable(given.model, masked=True)
 
 
-def _run_after(model: nn.Module, block: nn.Module) -> list[nn.Module]:
+def _run_after(given: Unrecovered, block: nn.Module) -> list[nn.Module]:
     """The modules with parameters that a forward calls after the last block: its final norm.
 
-    Families register these under different names and in different places, so one token is run.
+    Families register these under different names and in different places, so one token, or one
+    sample, is run.
     """
+    model = given.model
     block_outputs, modules = list[bool](), list[nn.Module]()
 
     def record(module: nn.Module, _: Any) -> None:
@@ -91,7 +101,8 @@ def _run_after(model: nn.Module, block: nn.Module) -> list[nn.Module]:
                 hooks.callback(module.register_forward_pre_hook(record).remove)
         hooks.callback(block.register_forward_hook(lambda *_: block_outputs.append(True)).remove)
         token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        model(input_ids=token, use_cache=False)
+        inputs: Mapping[str, Any] = {"input_ids": token, "use_cache": False}
+        model(**(given.sample or inputs))
     return modules
 
 
@@ -106,13 +117,19 @@ def norms(given: Unrecovered) -> Trainable:
     """All vectors, towards the logits of the dense model: no matrix changes.
 
     A vector is a norm or a bias. Its trained change is relative to its entries, so that one rate
-    serves vectors of all sizes.
+    serves vectors of all sizes. A vector that several modules share does not change.
     """
+    uses = Counter(
+        parameter
+        for module in given.model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
     vectors = [
         (module, name)
         for module in given.model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 1
+        if parameter.ndim == 1 and uses[parameter] == 1
     ]
     if not vectors:
         raise AptError("the model has no norms or biases to train", "use the kind distill")
@@ -153,14 +170,17 @@ class _RelativeChange(nn.Module):
         return torch.zeros_like(vector)
 
 
-def _towards_dense(given: Unrecovered, hidden: float = 0.0) -> Loss:
+def _towards_dense(given: Unrecovered, hidden: float = 0.0) -> Loss | None:
     """The divergence of the logits from those of the dense model.
+
+    For a model that does not read windows of text, it is the loss that is measured: None.
 
     Args:
         hidden: the weight of the relative error of the last hidden states.
     """
     teacher = given.teacher
-    assert teacher is not None
+    if teacher is None:
+        return None
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         output = model(

@@ -63,6 +63,45 @@ def test_a_model_is_pruned_and_measured(
     assert kept <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
+def _zeros(directory):
+    return {name: each == 0 for name, each in load_file(directory / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [("vit", "images"), ("clip", "images"), ("wav2vec2", "sounds"), ("whisper", "sounds"),
+     ("t5", "builtin")],
+)  # fmt: skip
+def test_a_pruned_model_is_recovered(request, apt, model_of, tmp_path, name, inputs):
+    """What a decoder reads is written by the dense model."""
+    source = inputs if inputs == "builtin" else request.getfixturevalue(inputs)
+    model = model_of(name)
+    assert prune(apt, model, source, output="pruned").code == 0
+    result = apt(
+        "recover", "pruned", "--dense", model, "--calibration", source, "--steps", 8, "--checks", 8,
+        "--batch", 4, "--samples", 12, "--seqlen", 32, "--rate", 3e-4,
+        "--validation-share", 0.4, "-o", "out",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    before, after = (_zeros(tmp_path / each) for each in ("pruned", "out"))
+    masks = [key for key, zeros in before.items() if zeros.float().mean() == 0.5]
+    assert masks
+    assert all(before[key].equal(after[key]) for key in masks)
+    kept = {path.name for path in model.iterdir()} - {"model.safetensors"}
+    assert kept <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("vit", "images"), ("t5", "builtin")])
+def test_rest_of_a_given_time_is_a_training(request, apt, model_of, tmp_path, name, inputs):
+    """At most as many samples are read as there are."""
+    source = inputs if inputs == "builtin" else request.getfixturevalue(inputs)
+    result = prune(apt, model_of(name), source, "--seqlen", 32, "--minutes", 0.1)
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
+    assert report["recovery"] or report["problems"]  # a random model need not become better
+    assert "samples, then distillation" in " ".join(result.err.split())
+
+
 @pytest.mark.parametrize(("name", "inputs"), [("vit", "images"), ("t5", "builtin")])
 def test_a_streamed_run_writes_the_same_bytes(request, apt, model_of, tmp_path, name, inputs):
     source = inputs if inputs == "builtin" else request.getfixturevalue(inputs)

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import apt
 from apt.checkpoints.masks import masks_of
-from apt.recovery.trainable import next_token_loss
+from apt.recovery.objective import next_token_loss
 from tests.helpers.families import adapter_of, random_model, random_tokens
 
 

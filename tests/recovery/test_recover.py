@@ -35,9 +35,10 @@ from apt.recovery import recover as recovery
 from apt.recovery import training as recovery_training
 from apt.recovery.job import RecoveryJob
 from apt.recovery.moving_masks import _exchange
+from apt.recovery.objective import next_token_loss
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
-from apt.recovery.trainable import Trainable, Unrecovered, next_token_loss, train_only
+from apt.recovery.trainable import Trainable, Unrecovered, train_only
 from apt.recovery.windows import BlockWindows
 from tests.helpers import ROOT
 from tests.helpers.families import FAMILIES, random_model, random_tokens
@@ -555,6 +556,14 @@ def test_short_time_gives_fewer_samples_per_step(tmp_path, minutes, given, proce
     steps, _, result = recovery._steps_in(60 * minutes, pace, 4, job)
     assert result == batch
     assert steps == pytest.approx(60 * minutes * processes / batch, abs=1.1)
+
+
+@pytest.mark.parametrize(("least", "batch"), [(1, 1), (2, 2), (3, 4), (6, 8), (99, 8)])
+def test_step_has_a_least_number_of_samples(tmp_path, least, batch):
+    spec = registry().recoveries.get("distill").for_samples()
+    job = RecoveryJob(None, spec, None, RecoverOptions(minutes=1), tmp_path)
+    pace = recovery._Pace(1.0, 0.0, 1e-9, beside_dense=True)
+    assert recovery._steps_in(60, pace, 4, job, least)[2] == batch
 
 
 def test_timing_a_step_changes_no_weight(monkeypatch):

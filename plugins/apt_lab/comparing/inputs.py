@@ -93,7 +93,9 @@ def read_inputs(run: CompareRun, skeleton: Opened, notice: Callable[[str], None]
         model=run.model, calibration=run.calibration, samples=run.samples, seqlen=length,
         seed=run.seed,
     )  # fmt: skip
-    text = read_samples(given, skeleton, registry(), windows=None, measures=False)
+    text = read_samples(
+        given, skeleton, registry(), samples=run.samples, windows=None, measures=False
+    )
     measured = {
         name: Measured(held_out_samples(name, given, skeleton, registry(), run.windows or SAMPLES))
         for name in run.data

@@ -158,7 +158,7 @@ class Subject:
         lines = [Line("samples held back", held_back)]
         if self.report.recovery["options"]["kind"] != "distill":  # its loss has another unit
             lines.append(Line("training", losses))
-        return line_chart("Loss of the recovery", lines, "step", "nats per token")
+        return line_chart("Loss of the recovery", lines, "step", "loss")
 
     @property
     def options(self) -> list[tuple[str, str]]:
