@@ -83,6 +83,15 @@ def apt_adapters() -> list[AdapterSpec]:
             zoo="apt_adapters:zoo/bert",
         ),
         AdapterSpec(
+            "deberta", "DeBERTa", "apt_adapters.deberta:DebertaAdapter", model_types=("deberta",)
+        ),
+        AdapterSpec(
+            "deberta-v2",
+            "DeBERTa-v2, DeBERTa-v3, mDeBERTa",
+            "apt_adapters.deberta:DebertaV2Adapter",
+            model_types=("deberta-v2",),
+        ),
+        AdapterSpec(
             "distilbert",
             "DistilBERT",
             "apt_adapters.bert:DistilBertAdapter",

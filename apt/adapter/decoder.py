@@ -1,6 +1,6 @@
 """The base class of adapters that declare the paths of a decoder's Linears."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -174,6 +174,10 @@ class DecoderAdapter:
     def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
         """The channels among the groups of the block."""
         return list(permutable_channels(self.groups(block, config), self.sites(block)))
+
+    def tables(self, block: nn.Module, call: Call) -> Mapping[str, Tensor]:
+        """No further rows: all rows that sites multiply are tokens."""
+        return {}
 
     def idle_of(self, block: nn.Module) -> Sequence[str]:
         """The names of matrices that multiply only zeros, and stay dense; empty by default."""

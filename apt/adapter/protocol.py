@@ -6,7 +6,7 @@ interpret the state between blocks (`State`): it is a tensor in most families, a
 pass more than the residual stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -78,6 +78,16 @@ class Adapter(Protocol):
 
     def permutable(self, block: nn.Module, config: Any) -> list[Permutable]:
         """The inputs of sites that can be reordered without a change of the block's function."""
+
+    def tables(self, block: nn.Module, call: Call) -> Mapping[str, Tensor]:
+        """Further rows (rows, in) that sites multiply in each run of a block, by their input.
+
+        They are no tokens and do not depend on the samples, such as a table of relative positions
+        that passes through the matrices of queries and keys. `capture` leaves them out.
+
+        Args:
+            call: the call of the block.
+        """
 
     def enter(self, model: nn.Module, tokens: ModelInputs) -> tuple[State, list[Call]]:
         """The state before the first block, and the call of each block of the first stack.

@@ -129,8 +129,15 @@ class Capture:
                 with suppress(_AllSeen):
                     block.step(batch, batch.state)
                 passing = None
+            self._add_tables(block, batch)
             block.progress()
         self.assert_coverage(block.batches)
+
+    def _add_tables(self, block: OpenBlock, batch: Batch) -> None:
+        """Add the rows that are no tokens, and are the same in both streams."""
+        tables = block.adapter.tables(block.module, batch.calls[block.index])
+        for name in tables.keys() & self.sums.keys():
+            self.sums[name].gram.add(tables[name])
 
     def _summands(self, block: OpenBlock) -> list[Site]:
         """A site for each input to which a product of the summed sites is added."""

@@ -36,6 +36,11 @@ _SOUND = {
 _WHISPER = {
     **_BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20,
 }  # fmt: skip
+_DEBERTA = {
+    **_BERT, "type_vocab_size": 0, "relative_attention": True, "position_buckets": 8,
+    "share_att_key": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}  # fmt: skip
 _MODERN = {
     **_BERT, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 3, "cls_token_id": 3,
     "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 8,
@@ -49,6 +54,10 @@ MODELS = {
         t.DistilBertForQuestionAnswering,
         lambda: t.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=64),
         "texts",
+    ),
+    "deberta": (t.DebertaForMaskedLM, lambda: t.DebertaConfig(**_DEBERTA), "texts"),
+    "deberta-v2": (
+        t.DebertaV2ForSequenceClassification, lambda: t.DebertaV2Config(**_DEBERTA), "texts"
     ),
     "mpnet": (t.MPNetModel, lambda: t.MPNetConfig(**_BERT), "texts"),
     "modernbert": (t.ModernBertModel, lambda: t.ModernBertConfig(**_MODERN), "texts"),

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import apt
 from apt import Samples
 from apt.adapter.recording import eval_mode
-from apt.calibration.batches import enter, enter_next, walk
-from apt.calibration.capture import grams_of
+from apt.calibration.batches import OpenBlock, enter, enter_next, walk
+from apt.calibration.capture import Capture, grams_of
 from tests.helpers.families import adapter_of
 from tests.helpers.stacked import MODELS, samples_of, stacked_model
 
@@ -25,12 +25,13 @@ def test_pattern_is_exact_and_all_else_is_untouched(name):
     for key in pruned:
         groups = (after[key] != 0).unflatten(1, (-1, 4)).sum(-1)
         assert torch.equal(groups, torch.full_like(groups, 2))
-    linears = sum(
-        isinstance(module, torch.nn.Linear)
+    linears = [
+        key
         for _, block in adapter_of(model).blocks(model)
-        for module in block.modules()
-    )
-    assert len(pruned) == linears
+        for key, module in block.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".pos_" not in key  # of DeBERTa's positions
+    ]
+    assert len(pruned) == len(linears)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper", "clip"])
@@ -155,3 +156,55 @@ def test_the_loss_of_a_stack_is_that_of_its_calibration():
         report = apt.prune(model, samples, pattern="2:4", method="ss", options=options)
         results.append([site.relative_error for site in report.sites])
     assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+def test_the_table_of_relative_positions_counts_once_for_each_batch():
+    """DeBERTa multiplies it by the matrices of queries and keys, and not by those of values."""
+    model, samples = stacked_model("deberta-v2"), samples_of("deberta-v2")
+    adapter = adapter_of(model)
+    block = adapter.blocks(model)[0][1]
+    sites = [site for site in adapter.sites(block) if site.input in ("attention", "values")]
+    expected = {site.name: torch.zeros(32, 32) for site in sites}
+
+    def add(name):
+        def hook(module, args):
+            rows = args[0].flatten(0, -2)
+            expected[name] += rows.T @ rows
+
+        return hook
+
+    with eval_mode(model), torch.no_grad():
+        batches = enter(adapter, model, samples, 64)
+        hooks = [
+            block.get_submodule(site.name).register_forward_pre_hook(add(site.name))
+            for site in sites
+        ]
+        capture = Capture(block, sites)
+        capture.run(OpenBlock(adapter, block, 0, batches))
+        for each in batches:  # the capture ends each run before the table
+            for name, rows in adapter.tables(block, each.calls[0]).items():
+                assert name == "attention"
+                expected["attention.self.key_proj"] += rows.T @ rows
+    for hook in hooks:
+        hook.remove()
+    assert len(batches) > 1
+    grams = {name: sums.gram.matrix for name, sums in capture.sums.items()}
+    assert torch.allclose(grams["attention"], expected["attention.self.key_proj"], rtol=1e-4)
+    assert torch.allclose(grams["values"], expected["attention.self.value_proj"], rtol=1e-4)
+    assert not torch.allclose(grams["attention"], grams["values"], rtol=1e-2)
+
+
+def test_deberta_multiplies_the_rows_of_its_table():
+    """What the adapter names as the table is what the model multiplies."""
+    model, samples = stacked_model("deberta-v2"), samples_of("deberta-v2")
+    adapter, calls = adapter_of(model), []
+    block = adapter.blocks(model)[0][1]
+    with eval_mode(model), torch.no_grad():
+        batch = enter(adapter, model, samples)[0]
+        module = block.get_submodule("attention.self.key_proj")
+        hook = module.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+        adapter.step(block, batch.state, batch.calls[0])
+        hook.remove()
+        table = adapter.tables(block, batch.calls[0])["attention"]
+    assert len(calls) == 2
+    assert torch.equal(calls[1][0], table)
