@@ -401,6 +401,8 @@ def _small(name: str, value: Any, count: int, kept: Sequence[int]) -> Any:
         return [kept.index(layer) for layer in value if layer in kept]
     if isinstance(value, list):
         return [_small(name, each, 0, ()) for each in value]
+    if name == "vocab_size" and value is None:
+        return VOCABULARY  # a model of sound that has no head by default
     if not _is_int(value):
         return value
     if kept and (re.fullmatch(_COUNT, name) or (name == "num_kv_shared_layers" and value == count)):
