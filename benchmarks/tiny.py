@@ -244,8 +244,11 @@ OTHER: dict[str, Fields] = {
     "detr": _RESNET,
     "informer": _SERIES,
     "bros": _WIDE,
+    "esm": {"pad_token_id": 1, "mask_token_id": 300},
     "lilt": {"hidden_size": 48},
     "mimi": {"upsample_groups": 32},
+    "mobilebert": {**_WIDE, "intra_bottleneck_size": 32},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "table-transformer": _RESNET,
     "time_series_transformer": _SERIES,
 }
