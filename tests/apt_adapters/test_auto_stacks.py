@@ -6,6 +6,7 @@ from apt_adapters.auto import AutoAdapter
 from apt_adapters.bart import BartAdapter
 from apt_adapters.chains import find_chains
 from apt_adapters.example_inputs import example_inputs
+from apt_adapters.tracing import Trace
 from apt_adapters.wav2vec2 import Wav2Vec2Adapter
 from torch import nn
 from transformers import (
@@ -246,3 +247,12 @@ def test_chain_with_a_module_between_its_blocks_is_split():
     between = Between(model.layers)
     chains = find_chains(model, example_inputs(vit()))
     assert [len(names) for _, names in chains.stacks] == [1, 1]
+
+
+@torch.no_grad()
+def test_no_address_is_used_again_while_a_block_is_traced():
+    """Two inputs at one address would be one input of two sites. A norm returns a tuple."""
+    norm, x = nn.LayerNorm(32), torch.randn(2, 16, 32)
+    with Trace(norm, x):
+        addresses = {norm(x).untyped_storage().data_ptr() for _ in range(50)}
+    assert len(addresses) == 50
