@@ -244,8 +244,11 @@ OTHER: dict[str, Fields] = {
     "detr": _RESNET,
     "informer": _SERIES,
     "bros": _WIDE,
+    "esm": {"pad_token_id": 1, "mask_token_id": 300},
     "lilt": {"hidden_size": 48},
     "mimi": {"upsample_groups": 32},
+    "mobilebert": {**_WIDE, "intra_bottleneck_size": 32},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "table-transformer": _RESNET,
     "time_series_transformer": _SERIES,
 }
@@ -401,6 +404,8 @@ def _small(name: str, value: Any, count: int, kept: Sequence[int]) -> Any:
         return [kept.index(layer) for layer in value if layer in kept]
     if isinstance(value, list):
         return [_small(name, each, 0, ()) for each in value]
+    if name == "vocab_size" and value is None:
+        return VOCABULARY  # a model of sound that has no head by default
     if not _is_int(value):
         return value
     if kept and (re.fullmatch(_COUNT, name) or (name == "num_kv_shared_layers" and value == count)):

@@ -153,9 +153,9 @@ def apt_adapters() -> list[AdapterSpec]:
         ),
         AdapterSpec(
             "wav2vec2",
-            "wav2vec 2.0, HuBERT and Data2VecAudio: encoders of sound",
+            "wav2vec 2.0, HuBERT, WavLM and Data2VecAudio: encoders of sound",
             "apt_adapters.wav2vec2:Wav2Vec2Adapter",
-            model_types=("data2vec-audio", "hubert", "wav2vec2"),
+            model_types=("data2vec-audio", "hubert", "wav2vec2", "wavlm"),
         ),
         AdapterSpec(
             "mamba-ssm",

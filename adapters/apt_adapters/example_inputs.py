@@ -199,19 +199,25 @@ def _images(config: Any, name: str) -> list[Value]:
             made.append(_random(channel, *size))
     for size in [*sizes[:2], (64, 64)]:
         made.append(_random(frames, channels[0], *size))
-    return made
+    return made + _patches(config, name)
 
 
 def _patches(config: Any, name: str) -> list[Value]:
-    """The values of the 16 patches of an image, for models that read them as one sequence."""
+    """The values of the 16 patches of an image, for models that read them as a sequence."""
     channels = (_numbers(config, "in_channels", "num_channels", "in_chans") or [3])[0]
-    frames = [*_numbers(config, "temporal_patch_size"), 1]
+    frames = [*_numbers(config, "temporal_patch_size", "patch_temporal"), 1]
     sizes = _numbers(config, "patch_size")
     return [_random(_TOKENS, channels * n * size**2) for size in sizes for n in frames]
 
 
 def _grid(config: Any, name: str) -> list[Value]:
     return [lambda samples, draw: torch.tensor([[1, 4, 4]]).repeat(samples, 1)]
+
+
+def _places(config: Any, name: str) -> list[Value]:
+    """The column and the row of each of the 16 patches of an image."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
+    return [lambda samples, draw: places.repeat(samples, 1, 1)]
 
 
 def _random(*shape: int) -> Value:
@@ -289,6 +295,11 @@ _MAKERS: Mapping[str, Callable[[Any, str], list[Value]]] = {
     "audio_mel": _spectrogram,
     "grid_thw": _grid,
     "hidden_states": _patches,
+    "spatial_shapes": lambda config, name: [lambda samples, draw: torch.full((samples, 2), 4)],
+    "pixel_attention_mask": lambda config, name: [
+        lambda samples, draw: torch.ones(samples, _TOKENS, dtype=torch.long)
+    ],
+    "pixel_position_ids": _places,
     "bbox": lambda config, name: [
         *_zeros(_TOKENS, 4)(config, name),
         _random(_TOKENS, 8),
@@ -310,6 +321,9 @@ _MAKERS: Mapping[str, Callable[[Any, str], list[Value]]] = {
     "actions": _widths(5, "act_dim"),
     "returns_to_go": _widths(5, fixed=1),
     "timesteps": _zeros(5),
-    "inputs": _widths(5, "d_model"),
+    "inputs": lambda config, name: [
+        *_widths(5, "d_model")(config, name),
+        *_ids(_TOKENS)(config, name),
+    ],
 }
 """For the arguments that are known, the values that are tried."""

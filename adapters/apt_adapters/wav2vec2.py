@@ -18,6 +18,7 @@ class Wav2Vec2Adapter(StackedAdapter):
         Input("mlp", ("feed_forward.intermediate_dense",)),
         Input("neurons", ("feed_forward.output_dense",), residual=True),
     )
+    left_dense = ("attention.gru_rel_pos_linear",)  # of WavLM: the gates of positions
 
     def sites(self, block: nn.Module) -> list[Site]:
         """As declared; a post-norm block adds its second product to a normalised stream."""

@@ -138,7 +138,7 @@ def _run(
 
     called: list[int] = []
 
-    def stub(index: int, *args: Any, **kwargs: Any) -> Any:
+    def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
         state = passed_state(args, kwargs)
         states.append(state)
         called.append(index)
@@ -186,12 +186,12 @@ def run_body(model: Any, inputs: ModelInputs) -> None:
     base(**inputs, **({"use_cache": False} if "use_cache" in taken else {}))
 
 
-def _passed(form: _Form, *args: Any, **kwargs: Any) -> Any:
+def _passed(form: _Form, /, *args: Any, **kwargs: Any) -> Any:
     """The output of a stub of a block of an earlier stack: the input of the block."""
     return _without_others(form(passed_state(args, kwargs)))
 
 
-def _ended(form: _Form, end: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _ended(form: _Form, end: Tensor, /, *args: Any, **kwargs: Any) -> Any:
     """The output of a stub of the last block of an earlier stack: the stream ``end``."""
     return _without_others(form(end))
 

@@ -6,6 +6,7 @@ cases. The tap observes the product itself.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -32,6 +33,22 @@ _FACTORS: dict[Any, tuple[int, int]] = {
 }
 # In the order of positions.
 _KEYWORDS = ("input", "self", "mat1", "batch1", "weight", "mat2", "batch2", "other")
+
+
+def _opened(func: Any) -> Any:
+    """A copy of a function of torch, whose inner calls are passed to modes, but not itself.
+
+    Torch passes a function that is written in Python to a mode as a whole, and calls it with the
+    mode off. The copy does not ask for modes; what it calls does.
+    """
+    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+
+
+COMPOSED: dict[Any, Any] = {
+    func: _opened(func) for func in (torch.nn.functional.multi_head_attention_forward,)
+}
+"""Functions of torch that multiply by several weights, and their opened copies, see `_opened`."""
 
 
 class WeightTap(TorchFunctionMode, Generic[K]):
@@ -67,6 +84,9 @@ class WeightTap(TorchFunctionMode, Generic[K]):
     ) -> Any:
         """Report the other factor if ``func`` is a product with a watched weight; then call it."""
         kwargs = kwargs or {}
+        if func in COMPOSED:
+            with self:  # its products come one by one
+                return COMPOSED[func](*args, **kwargs)
         self._report(*factors_of(func, args, kwargs))
         return func(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from apt.adapter import Sink, Site
-from apt.adapter.weight_tap import WeightTap
+from apt.adapter.weight_tap import COMPOSED, WeightTap
 
 
 class StoredProducts(TorchFunctionMode):
@@ -61,6 +61,9 @@ class StoredProducts(TorchFunctionMode):
     ) -> Any:
         """The stored product; if there is none, ``func`` is called."""
         kwargs = kwargs or {}
+        if func in COMPOSED:
+            with self:
+                return COMPOSED[func](*args, **kwargs)
         sites = set[Site]() if self._aside else self._tap.keys_of(func, args, kwargs)
         if not sites and func is not scaled_dot_product_attention:
             return func(*args, **kwargs)

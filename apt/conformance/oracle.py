@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 K = TypeVar("K", bound=Hashable)
 
@@ -139,9 +140,9 @@ class Stream(TorchDispatchMode, Generic[K]):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and record if its result is a product or the stream."""
         result = func(*args, **(kwargs or {}))
+        self._alive += [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if not isinstance(result, Tensor):
-            return result
-        self._alive.append(result)
+            return result  # that of a norm is a tuple
         tensors = [x for x in args if isinstance(x, Tensor)]
         if func in PRODUCTS:
             factors = (args[position] for position in PRODUCTS[func])

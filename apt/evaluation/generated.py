@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -96,6 +97,8 @@ def lacks_outputs(model: Any, samples: Samples) -> bool:
         return False
     if writes(model):
         return True
+    if TARGET not in signature(model.forward).parameters:
+        return False  # the decoder reads no text: that of an object detector reads queries
     device = next(model.parameters()).device
     try:  # BART's decoder reads the input if there is no output, but T5's does not
         with torch.no_grad():

@@ -51,6 +51,20 @@ def test_each_product_is_reported_once(name):
     assert torch.equal(seen[0][1].reshape(-1, 4), ROWS)
 
 
+def test_products_inside_of_an_attention_of_torch_are_reported():
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+    weights = {"inputs": attention.in_proj_weight, "outputs": attention.out_proj.weight}
+    plain, seen = attention(X, X, X)[0], []
+    with WeightTap(weights, lambda key, x: seen.append((key, x))):
+        tapped = attention(X, X, X)[0]
+    assert torch.equal(plain, tapped)
+    assert [key for key, _ in seen] == ["inputs", "outputs"]
+    assert torch.equal(seen[0][1].transpose(0, 1), X)
+    last = attention.out_proj(seen[1][1]).unflatten(0, (5, 2)).transpose(0, 1)
+    assert torch.allclose(last, plain)
+
+
 def test_other_products_are_not_reported():
     other = torch.randn(6, 4)
     part = W[:4]

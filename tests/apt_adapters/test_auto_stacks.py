@@ -6,6 +6,8 @@ from apt_adapters.auto import AutoAdapter
 from apt_adapters.bart import BartAdapter
 from apt_adapters.chains import find_chains
 from apt_adapters.example_inputs import example_inputs
+from apt_adapters.tracing import Trace
+from apt_adapters.wav2vec2 import Wav2Vec2Adapter
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -16,11 +18,17 @@ from transformers import (
     CLIPModel,
     DetrConfig,
     DetrForObjectDetection,
+    PerceiverConfig,
+    PerceiverForMaskedLM,
     ResNetConfig,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
     ViTModel,
+    WavLMConfig,
+    WavLMModel,
 )
 
 import apt
@@ -96,6 +104,67 @@ def test_towers_are_stacks():
     )  # fmt: skip
     stacks = AutoAdapter().stacks(CLIPModel(config).eval())
     assert {name: len(blocks) for name, blocks in stacks} == {"vision": 2, "text": 2}
+
+
+def siglip2():
+    config = Siglip2VisionConfig(**_TOWER, intermediate_size=64, patch_size=4, num_patches=16)
+    return Siglip2VisionModel(config).eval()
+
+
+def perceiver():
+    config = PerceiverConfig(
+        num_latents=6,
+        d_latents=32,
+        d_model=32,
+        num_blocks=1,
+        num_self_attends_per_block=2,
+        num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+        vocab_size=64,
+        max_position_embeddings=20,
+    )
+    return PerceiverForMaskedLM(config).eval()
+
+
+def wavlm():
+    config = WavLMConfig(
+        **_TOWER,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 8),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    return WavLMModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("made", "shapes"),
+    [
+        (siglip2, {"pixel_values": (2, 16, 48), "spatial_shapes": (2, 2)}),
+        (perceiver, {"inputs": (2, 16)}),
+        (wavlm, {"input_values": (2, 6400)}),
+    ],
+)
+def test_models_of_patches_of_ids_and_of_waves_are_one_stack(made, shapes):
+    torch.manual_seed(0)
+    model = made()
+    inputs = example_inputs(model)
+    assert {name: inputs[name].shape for name in shapes} == shapes
+    ((name, blocks),) = AutoAdapter().stacks(model)
+    assert (name, len(blocks)) == ("encoder", 2)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    report = apt.prune(model, samples_for(model), pattern="2:4", adapter="auto", method="ss")
+    changed = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}
+    assert changed == {f"{site.name}.weight" for site in report.sites}
+    assert len(changed) >= 12
+
+
+def test_blocks_of_wavlm_have_the_sites_that_are_declared():
+    model = wavlm()
+    assert described(AutoAdapter(), model) == described(Wav2Vec2Adapter(), model)
 
 
 def test_stages_with_other_numbers_of_rows_are_stacks():
@@ -181,3 +250,12 @@ def test_chain_with_a_module_between_its_blocks_is_split():
     between = Between(model.layers)
     chains = find_chains(model, example_inputs(vit()))
     assert [len(names) for _, names in chains.stacks] == [1, 1]
+
+
+@torch.no_grad()
+def test_no_address_is_used_again_while_a_block_is_traced():
+    """Two inputs at one address would be one input of two sites. A norm returns a tuple."""
+    norm, x = nn.LayerNorm(32), torch.randn(2, 16, 32)
+    with Trace(norm, x):
+        addresses = {norm(x).untyped_storage().data_ptr() for _ in range(50)}
+    assert len(addresses) == 50

@@ -39,6 +39,8 @@ OTHERS = {
     "swin": "stages of blocks, between which rows are merged",
     "flava": "three towers that are called one after the other",
     "nllb-moe": "experts in two stacks",
+    "siglip2_vision_model": "patches of images, with their numbers",
+    "wavlm": "products inside of torch's own function for attention",
     "albert": "one block that is called several times: refused",
 }
 

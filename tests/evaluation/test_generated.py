@@ -2,7 +2,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5Model
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DeformableDetrConfig,
+    DeformableDetrModel,
+    ResNetConfig,
+    T5Config,
+    T5Model,
+)
 
 from apt import AptError
 from apt.adapter import Samples
@@ -70,6 +78,24 @@ def test_models_without_a_head_cannot_write(samples):
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     with pytest.raises(AptError, match="the decoder of T5Model needs a second text"):
         lacks_outputs(T5Model(config), samples)
+
+
+def test_detectors_whose_decoder_reads_queries_need_no_second_text():
+    """This one fails on a sample alone: a group of one value has no variance."""
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"]
+    )
+    config = DeformableDetrConfig(
+        use_timm_backbone=False, backbone=None, backbone_config=backbone, d_model=32,
+        num_feature_levels=1, encoder_layers=1, decoder_layers=1, num_queries=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=4,
+        decoder_attention_heads=4,
+    )  # fmt: skip
+    model = DeformableDetrModel(config).eval()
+    images = Samples([{"pixel_values": torch.rand(3, 8, 8)}] * 2)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        model(images[0]["pixel_values"][None])
+    assert not lacks_outputs(model, images)
 
 
 def test_token_changes_count_against_the_dense_model(bart, samples):

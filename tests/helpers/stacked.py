@@ -93,6 +93,7 @@ MODELS = {
         "sounds",
     ),
     "hubert": (t.HubertForCTC, lambda: t.HubertConfig(**_SOUND), "sounds"),
+    "wavlm": (t.WavLMForCTC, lambda: t.WavLMConfig(**_SOUND), "sounds"),
 }  # fmt: skip
 """The class, the configuration and the kind of samples of each family."""
 
