@@ -21,9 +21,9 @@ from apt.plugin.registry import registry
 
 
 @pytest.fixture(scope="module")
-def model():
-    """The embedded LLaMA."""
-    return Exportable(open_skeleton(find("zoo:llama", registry()), registry()))
+def model(two_blocks):
+    """Two blocks of the embedded LLaMA."""
+    return Exportable(open_skeleton(find(str(two_blocks), registry()), registry()))
 
 
 @pytest.fixture(scope="module")

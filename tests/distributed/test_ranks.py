@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,14 +73,20 @@ def as_a_rank(rank, size, folder):
 
 
 @pytest.fixture(scope="module")
-def together(request, tmp_path_factory):
-    """Run all cases on several ranks; returns a function from a case to the ranks' results."""
-    folder, size = tmp_path_factory.mktemp("ranks"), request.param
-    multiprocessing.start_processes(
-        as_a_rank, (size, str(folder)), size, start_method=forked.get_start_method()
-    )
-    return lambda variant, run: [
-        torch.load(folder / f"{variant}-{run}-{rank}", weights_only=True) for rank in range(size)
+def together(tmp_path_factory):
+    """A function from a number of ranks and a case to the ranks' results; all cases run at once."""
+
+    @cache
+    def written(size):
+        folder = tmp_path_factory.mktemp("ranks")
+        multiprocessing.start_processes(
+            as_a_rank, (size, str(folder)), size, start_method=forked.get_start_method()
+        )
+        return folder
+
+    return lambda size, variant, run: [
+        torch.load(written(size) / f"{variant}-{run}-{rank}", weights_only=True)
+        for rank in range(size)
     ]
 
 
@@ -91,12 +97,10 @@ def differing(left, right):
 
 
 @pytest.mark.parametrize(
-    ("together", "variant", "run"),
-    [(2, *case) for case in CASES] + [(4, *case) for case in FOUR],
-    indirect=["together"],
+    ("size", "variant", "run"), [(2, *case) for case in CASES] + [(4, *case) for case in FOUR]
 )
-def test_several_ranks_give_the_result_of_one(together, variant, run):
-    (state, sites, work), *others = together(variant, run)
+def test_several_ranks_give_the_result_of_one(together, size, variant, run):
+    (state, sites, work), *others = together(size, variant, run)
     for other, same_sites, _ in others:
         assert all(torch.equal(state[name], other[name]) for name in state)
         assert same_sites == sites
