@@ -275,7 +275,7 @@ def slow_on_the_second_rank():
 
 
 def test_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
-    words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.1"]
+    words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.02"]
     words.remove("--stream")
     codes, output = on_ranks(2, tmp_path, *words, "-o", "out", before=slow_on_the_second_rank)
     assert codes == [0, 0], output
