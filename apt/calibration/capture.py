@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from apt.adapter import Adapter, Site
+from apt.adapter import Adapter, Call, Site
 from apt.calibration.batches import Batch, DenseActivations, OpenBlock
 from apt.calibration.passing import BlockPass
 from apt.calibration.targets import Sums, Targets
@@ -129,15 +129,10 @@ class Capture:
                 with suppress(_AllSeen):
                     block.step(batch, batch.state)
                 passing = None
-            self._add_tables(block, batch)
+            grams = {name: sums.gram for name, sums in self.sums.items()}
+            _add_tables(block.adapter, block.module, batch.calls[block.index], grams)
             block.progress()
         self.assert_coverage(block.batches)
-
-    def _add_tables(self, block: OpenBlock, batch: Batch) -> None:
-        """Add the rows that are no tokens, and are the same in both streams."""
-        tables = block.adapter.tables(block.module, batch.calls[block.index])
-        for name in tables.keys() & self.sums.keys():
-            self.sums[name].gram.add(tables[name])
 
     def _summands(self, block: OpenBlock) -> list[Site]:
         """A site for each input to which a product of the summed sites is added."""
@@ -235,7 +230,15 @@ def grams_of(
     with adapter.capture(block, sites, add):
         for batch in batches:
             batch.state = adapter.step(block, batch.state, batch.calls[index])
+            _add_tables(adapter, block, batch.calls[index], grams)
     return grams
+
+
+def _add_tables(adapter: Adapter, block: nn.Module, call: Call, grams: Mapping[str, Gram]) -> None:
+    """Add the rows that are no tokens, and are the same in both streams."""
+    tables = adapter.tables(block, call)
+    for name in tables.keys() & grams.keys():
+        grams[name].add(tables[name])
 
 
 def as_rows(site: Site, inputs: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from apt.errors import AptError
 from apt.files.writing import check_file
 from apt.fit.levels import FileForm
 from apt.options import ExportRun, FitRun
-from apt.options.fit import PACKED, VLLM
+from apt.options.fit import DIRECTORIES
 from apt.output.report import read_report, report_beside
 from apt.packing.directory import loaded_bytes, stored_tensors
 from apt.patterns import Grid, IntegerGrid, Unstructured
@@ -251,7 +251,7 @@ def check_target_place(
         AptError: it has a wrong name or exists, or the format has no levels.
     """
     options, output = request.options, request.options.directory
-    if options.target in (PACKED, VLLM):
+    if options.target in DIRECTORIES:
         check_place(options, request.source, texts, notice)
         return None
     run = ExportRun(model=options.model, output=output, format=options.target)

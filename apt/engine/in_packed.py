@@ -41,13 +41,6 @@ class InPackedDirectory(Fitted):
         """Write the packed form of the dense directory."""
         pack(directory, self._roundings(directory), target)
 
-    def checked(self, target: Path) -> Path:
-        """The written directory; raises `RuntimeError` if it is larger than the budget."""
-        if self.written_bytes > self._fit.budget:
-            message = f"the directory has {self.written_bytes:,} bytes of {self._fit.budget:,}"
-            raise RuntimeError(message)
-        return target
-
     def _roundings(self, directory: Path) -> Mapping[str, Rounding | None]:
         """The stored matrices, with the integers of those that were rounded."""
         assert self.choice is not None
@@ -62,7 +55,23 @@ class InPackedDirectory(Fitted):
         return {name: _rounding(grids.get(name)) for name in names}
 
 
-class InPacked(InPackedDirectory):
+class _Budgeted(InPackedDirectory):
+    """A model in memory that is written as a directory of at most the budget."""
+
+    def output_bytes(self) -> int:
+        """The bytes of the dense directory, and of the output."""
+        return super().output_bytes() + int(self._fit.budget)
+
+    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
+        """Write the directory, whose size is at most the budget."""
+        target = super().write(result, work, text)
+        if self.written_bytes > self._fit.budget:
+            message = f"the directory has {self.written_bytes:,} bytes of {self._fit.budget:,}"
+            raise RuntimeError(message)
+        return target
+
+
+class InPacked(_Budgeted):
     """A model in memory whose blocks get their levels one after the other.
 
     The size of a block depends on its values: on the weights that become zero by the rounding, and
@@ -73,10 +82,6 @@ class InPacked(InPackedDirectory):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._sizes = dict[str, int]()  # of the matrices of finished blocks
-
-    def output_bytes(self) -> int:
-        """The bytes of the dense directory, and of the packed one."""
-        return super().output_bytes() + int(self._fit.budget)
 
     def planned(self, block: PlannedBlock) -> PlannedBlock:
         """The block with the levels that fit after the blocks before it."""
@@ -114,21 +119,9 @@ class InPacked(InPackedDirectory):
         """The full names of the parameters of a block that have levels."""
         return [n for path in sorted(paths) if (n := f"{block}.{path}") in self._fit.form.levels]
 
-    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
-        """Write the packed directory, whose size is at most the budget."""
-        return self.checked(super().write(result, work, text))
 
-
-class InCompressed(InPackedDirectory):
+class InCompressed(_Budgeted):
     """A model in memory that is written as a directory of compressed-tensors."""
-
-    def output_bytes(self) -> int:
-        """The bytes of the dense directory, and of the output."""
-        return super().output_bytes() + int(self._fit.budget)
-
-    def write(self, result: TaskResult, work: Staging, text: Text) -> Path:
-        """Write the directory, whose size is at most the budget."""
-        return self.checked(super().write(result, work, text))
 
     def _pack(self, directory: Path, target: Path) -> None:
         roundings = {n: each for n, each in self._roundings(directory).items() if each}

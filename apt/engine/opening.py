@@ -23,7 +23,7 @@ from apt.options import (
     RemoteOptions,
     ShrinkRun,
 )
-from apt.options.fit import PACKED, VLLM
+from apt.options.fit import DIRECTORIES, PACKED
 from apt.plugin.registry import Registry
 from apt.plugin.specs import ExportSpec
 
@@ -36,7 +36,6 @@ R = TypeVar("R", bound=AnyRun)
 W = TypeVar("W", bound=PruneRun | ShrinkRun | RecoverRun)
 
 _DEFAULT_FORMAT = "gguf"  # of a fit without an output
-_DIRECTORIES = (PACKED, VLLM)  # the targets of a fit that are no files
 PER_ALLOCATION = {"block": "auto-block", "model": "auto"}
 """The allocation for each unit of a sparsity that several sites share."""
 
@@ -160,7 +159,7 @@ def _resolve_fit(
         notice(f"calibration: {options.calibration} (default)")
     output, target = options.output, _fit_target(options, registry)
     if output is None:
-        suffix = "" if target in _DIRECTORIES else registry.exports.get(target).suffix
+        suffix = "" if target in DIRECTORIES else registry.exports.get(target).suffix
         output = Path(f"{source.name}-fit{suffix}")
         notice(f"output: {output} (default)")
     metrics = _metrics(options, registry)
@@ -177,7 +176,7 @@ def _fit_target(options: FitRun, registry: Registry) -> str:
     """
     specs = registry.exports.specs.values()
     named = [spec.name for spec in specs if options.output and spec.suffix == options.output.suffix]
-    if options.target not in (None, *_DIRECTORIES):
+    if options.target not in (None, *DIRECTORIES):
         return registry.exports.get(options.target).name
     if options.target is None and options.output is None:
         return PACKED if options.needs_packed else _DEFAULT_FORMAT

@@ -13,6 +13,7 @@ from apt.errors import AptError, first_line, shortened
 from apt.locations.paths import expanded, kind_at
 from apt.plugin.documents import Label, label_of
 from apt.plugin.registry import Registry
+from apt.plugin.specs import CalibrationSpec
 from apt.text.datasets import Split, hub_rows
 from apt.text.sampling import generator
 
@@ -94,8 +95,7 @@ def drawn_items(
     if not items:
         message = f"{shortened(source)} has no {kind.name}"
         raise AptError(message, kind.advice, ("calibration", "evaluation"))
-    registered = source.lower() in registry.calibrations.specs
-    if len(items) < count and not (fewer or registered):
+    if len(items) < count and not (fewer or _registered(source, registry)):
         raise AptError(
             f"{shortened(source)} has {len(items)} {kind.name}, but {count} are needed",
             f"use fewer samples or more {kind.name}",
@@ -103,6 +103,12 @@ def drawn_items(
         )
     order = torch.randperm(len(items), generator=generator(seed))[:count]
     return [items[index] for index in order.tolist()]
+
+
+def _registered(source: str, registry: Registry) -> CalibrationSpec | None:
+    """The spec of a registered source, in any case of its letters; None for other sources."""
+    specs = registry.calibrations.specs.values()
+    return next((spec for spec in specs if spec.name.lower() == source.lower()), None)
 
 
 def _files(folder: Path, kind: Kind) -> list[Path]:
@@ -134,7 +140,7 @@ def _rows(source: str, kind: Kind, split: Split, registry: Registry) -> Iterator
         AptError: the source is one of texts, or does not exist.
     """
     path = expanded(source)
-    spec = registry.calibrations.specs.get(source.lower())
+    spec = _registered(source, registry)
     if spec is not None and (target := getattr(spec, kind.name)):
         return spec.items(target, split)
     if spec is not None or path.suffix in _TEXTS:

@@ -29,6 +29,8 @@ PACKED = "packed"
 """The name of the target that is a packed directory."""
 VLLM = "vllm"
 """The name of the target that is a directory for vLLM, in the format of compressed-tensors."""
+DIRECTORIES = (PACKED, VLLM)
+"""The targets that are directories; all others are files."""
 ZEROS: Final = "zeros"
 BITS: Final = "bits"
 WIDTH: Final = "width"
@@ -236,7 +238,7 @@ class FitRun(
         if self.target != PACKED and self.speed is not None:
             message = f"speed has no effect for {self.target}: it is that of a packed model"
             raise AptError(message, "give a size", ("speed", "target"))
-        if self.target not in (PACKED, VLLM) and self.scale_group != type(self).scale_group:
+        if self.target not in DIRECTORIES and self.scale_group != type(self).scale_group:
             message = f"scale group has no effect for {self.target}: its types have their own"
             raise AptError(message, "leave it out", ("scale_group", "target"))
 

@@ -4,7 +4,7 @@ import io
 import random
 from collections.abc import Iterator
 from importlib.resources import files
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 
 from apt.extending import Item, Split
@@ -22,7 +22,7 @@ def pictures(split: Split) -> Iterator[Item]:
 
     draw, names = random.Random(0), _files("pictures", split, ".jpg")
     photographs = [(path.stem, Image.open(path).convert("RGB")) for path in names]
-    for number, (name, photograph) in zip(count(), cycle(photographs), strict=False):
+    for number, (name, photograph) in enumerate(cycle(photographs)):
         side = round(min(photograph.size) * draw.uniform(_SMALLEST, 1))
         left, top = (draw.randint(0, length - side) for length in photograph.size)
         cut = photograph.crop((left, top, left + side, top + side)).resize((_SIDE, _SIDE))

@@ -72,7 +72,7 @@ def test_a_parquet_file_without_images(processor, tmp_path):
         read(ImageReader(processor), place)
 
 
-@pytest.mark.parametrize("source", ["builtin:code", "text.jsonl"])
+@pytest.mark.parametrize("source", ["builtin:code", "BuiltIn:Code", "text.jsonl"])
 def test_texts_are_no_images(processor, source):
     with pytest.raises(AptError, match=f"{source} has texts, and the model takes images") as error:
         read(ImageReader(processor), source)

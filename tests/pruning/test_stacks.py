@@ -192,6 +192,9 @@ def test_the_table_of_relative_positions_counts_once_for_each_batch():
     assert torch.allclose(grams["attention"], expected["attention.self.key_proj"], rtol=1e-4)
     assert torch.allclose(grams["values"], expected["attention.self.value_proj"], rtol=1e-4)
     assert not torch.allclose(grams["attention"], grams["values"], rtol=1e-2)
+    with eval_mode(model), torch.no_grad():
+        others = grams_of(adapter, block, 0, sites, enter(adapter, model, samples, 64))
+    assert all(torch.allclose(others[name].matrix, gram, rtol=1e-4) for name, gram in grams.items())
 
 
 def test_deberta_multiplies_the_rows_of_its_table():
