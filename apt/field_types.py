@@ -21,14 +21,15 @@ def check_fields(declared: Any) -> None:
     Args:
         declared: an instance of a dataclass with the field ``name``.
     """
-    owner, kinds = _field_types(type(declared))
+    own: Any = type(declared)
+    owner, kinds = _field_types(own)
     for name, allowed in kinds.items():
         if problem := misfit(getattr(declared, name), allowed):
             raise TypeError(f"{owner} {declared.name!r}: {name} {problem}")
 
 
 @cache
-def _field_types(declared: type) -> tuple[str, dict[str, tuple[Any, ...]]]:
+def _field_types(declared: Any) -> tuple[str, dict[str, tuple[Any, ...]]]:
     """The class of APT that declares the fields, and the types that each annotation allows."""
     owner: Any = next(c for c in declared.__mro__ if c.__module__.partition(".")[0] == "apt")
     hints = get_type_hints(owner)

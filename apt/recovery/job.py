@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -14,15 +15,23 @@ from apt.options import RecoverOptions
 from apt.plugin.specs import RecoverySpec
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.objective import Objective
-from apt.recovery.recorder import checkpoint_of
 from apt.recovery.trainable import Recovery
-from apt.recovery.windows import BlockWindows
+
+if TYPE_CHECKING:  # transformers' Trainer imports datasets and pandas, a second for every run
+    from apt.recovery.windows import BlockWindows
 
 CHECKPOINT = "checkpoint"
 """The key of the lines of a journal about checkpoints."""
 
 STEPS_FOLDER = "steps"
 """The folder of the checkpoints, within that of the training."""
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint after a step, with the name that the Trainer gives."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 @dataclass(frozen=True)
@@ -96,5 +105,5 @@ class TrainingPlan:
     held_back: Tensor | Samples
     objective: Objective = field(default_factory=Objective)
     moving: MovingMasks | None = None
-    windows: BlockWindows | None = None
+    windows: "BlockWindows | None" = None
     ends: float | None = None

@@ -12,15 +12,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apt.adapter.recording import eval_mode
 from apt.events import CheckpointSaved, HeldBack, TrainingObserver, TrainingStep
+from apt.recovery.job import checkpoint_of
 from apt.recovery.moving_masks import MovingMasks
 from apt.recovery.record import StopRule, Training
 
 _DIVERGED = 2.0  # nats per token above the loss before the training
-
-
-def checkpoint_of(folder: Path, step: int) -> Path:
-    """The folder of the checkpoint after a step, with the name that the Trainer gives."""
-    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +29,9 @@ from apt.recovery.objective import Objective, next_token_loss
 from apt.recovery.record import Training
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.recovery.trainable import Trainable, Unrecovered, train_only
-from apt.recovery.training import train
-from apt.recovery.windows import BlockWindows
+
+if TYPE_CHECKING:  # imported where a training begins, see `apt.recovery.job`
+    from apt.recovery.windows import BlockWindows
 
 DENSE_LOSS = "dense_loss"
 """The key of the journal for the loss of the dense model on the samples held back.
@@ -68,6 +69,8 @@ def recover_model(
         NotRecoveredError: no step lowered the loss on the samples held back.
         AptError: the kind of recovery is not usable for this model, or filled zeros.
     """
+    from apt.recovery.training import train
+
     started, masks = time.perf_counter(), masks_of(model, job.adapter)
     with (
         _in_fp32(model),
@@ -242,10 +245,12 @@ def forget(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _windows(model: nn.Module, steps: int, job: RecoveryJob) -> BlockWindows | None:
+def _windows(model: nn.Module, steps: int, job: RecoveryJob) -> "BlockWindows | None":
     """The windows of blocks, if blocks are trained in turn."""
     if job.options.window is None:
         return None
+    from apt.recovery.windows import BlockWindows
+
     return BlockWindows(model, job.adapter, job.options.window, steps)
 
 
@@ -350,7 +355,7 @@ def _gradients_of_blocks(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 def _pace(
     trainable: Trainable,
-    windows: BlockWindows | None,
+    windows: "BlockWindows | None",
     samples: Tensor | Samples,
     job: RecoveryJob,
     objective: Objective,

@@ -24,11 +24,11 @@ from apt.adapter import Sample, Samples
 from apt.compute import trains_in_bf16
 from apt.devices import keep_random_states
 from apt.errors import AptError, first_line
-from apt.recovery.job import RecoveryJob, TrainingPlan
+from apt.recovery.job import RecoveryJob, TrainingPlan, checkpoint_of
 from apt.recovery.law import enough_tokens
 from apt.recovery.objective import Loss
 from apt.recovery.record import Training
-from apt.recovery.recorder import Recorder, checkpoint_of
+from apt.recovery.recorder import Recorder
 from apt.recovery.trainable import Trainable
 
 _WARM_UP = 0.03  # of the steps, as in SPP
