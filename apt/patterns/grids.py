@@ -48,6 +48,15 @@ class Points:
         return bool((self.levels.diff() == 1).all())
 
     @cached_property
+    def _scales(self) -> tuple[Tensor, ...]:
+        """The scales (out,) of each group."""
+        return self.scales.T.contiguous().unbind()
+
+    @cached_property
+    def _offsets(self) -> tuple[Tensor, ...] | None:
+        return None if self.offsets is None else self.offsets.T.contiguous().unbind()
+
+    @cached_property
     def _middles(self) -> Tensor:
         return (self.levels[1:] + self.levels[:-1]) / 2
 
@@ -69,9 +78,9 @@ class Points:
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """The indices (out,) of the levels of the points nearest to the values of a column."""
         group = column // self.columns
-        if self.offsets is not None:
-            values = values + self.offsets[:, group]
-        ratios = values / self.scales[:, group]
+        if self._offsets is not None:
+            values = values + self._offsets[group]
+        ratios = values / self._scales[group]
         if self._is_uniform:
             last = self._first + len(self.levels) - 1
             return ratios.round_().clamp_(self._first, last).sub_(self._first)
@@ -81,9 +90,9 @@ class Points:
         """The points (out,) of a column with these indices of levels, in fp32."""
         group = column // self.columns
         levels = indices + self._first if self._is_uniform else self.levels[indices.long()]
-        points = levels * self.scales[:, group]
-        if self.offsets is not None:
-            points = points - self.offsets[:, group]
+        points = levels * self._scales[group]
+        if self._offsets is not None:
+            points = points - self._offsets[group]
         return points if self.dtype == torch.float32 else points.to(self.dtype).float()
 
 

@@ -69,17 +69,27 @@ def _descend(
     for start in range(0, weight.shape[1], _BLOCK):
         block = slice(start, min(start + _BLOCK, weight.shape[1]))
         before, inside = values[:, block].clone(), matrix[block, block]
-        local = gradient[:, block]
-        for offset in range(block.stop - start):
-            column = start + offset
-            optimum = values[:, column] - local[:, offset] / diagonal[column]
-            if kept is not None:
-                optimum *= kept[:, column]  # before the choice of a level: indices agree with zeros
-            index = points.nearest(optimum, column)
-            value = points.points(index, column) + 0.0  # no negative zeros
-            local += (value - values[:, column]).unsqueeze(1) * inside[offset]
-            values[:, column] = value
-            indices[:, column] = index
+        # Columns as rows: a step reads whole columns, and changes the gradient of those after it.
+        columns, local = _columns(before), gradient[:, block].T.contiguous()
+        slopes, couplings = local.unbind(), inside.unsqueeze(2).unbind()
+        masks = None if kept is None else _columns(kept[:, block])
+        found = list[tuple[Tensor, Tensor]]()
+        for offset, (old, scale) in enumerate(zip(columns, diagonal[block].unbind(), strict=True)):
+            optimum = old - slopes[offset] / scale
+            if masks is not None:
+                optimum *= masks[offset]  # before the choice of a level: indices agree with zeros
+            index = points.nearest(optimum, start + offset)
+            value = points.points(index, start + offset) + 0.0  # no negative zeros
+            local[offset + 1 :].add_(couplings[offset][offset + 1 :] * (value - old))
+            found.append((value, index))
+        values[:, block], indices[:, block] = (
+            torch.stack(each, 1) for each in zip(*found, strict=True)
+        )
         if block.stop < weight.shape[1]:
             rest = slice(block.stop, None)
             gradient[:, rest] += (values[:, block] - before) @ matrix[block, rest]
+
+
+def _columns(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The columns of a matrix, each contiguous."""
+    return matrix.T.contiguous().unbind()
