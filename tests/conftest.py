@@ -88,6 +88,14 @@ def _long_texts_are_tokenized_once():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _disk_is_not_waited_for():
+    """A flush only looks whether the file is open: no test cuts the power. Processes flush."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
 def pytest_collection_finish():
     """Freeze the imported objects: each run of the command line collects garbage."""
     gc.collect()
