@@ -41,7 +41,7 @@ WORDS = {
 }  # fmt: skip
 INSTEAD = {
     "--minutes": "--steps 12", "--blocks": "--blocks 3", "--evaluations": "--evaluations 2",
-    "--samples": "", "--seqlen": "", "--batch": "", "--bits": "--bits 32",
+    "--samples": "", "--seqlen": "", "--batch": "", "--bits": "--bits 32", "--windows": "",
 }  # fmt: skip
 TIMED = {"prune": "--minutes 1e-6", "fit": ""}  # of fit: engine/test_fit_minutes.py
 SMALL = "--samples 2 --seqlen 16 --calibration text.txt"
