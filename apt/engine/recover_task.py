@@ -79,9 +79,10 @@ class RecoverTask(Task):
         """The bytes of the weights in fp32, and of the outputs of the dense model.
 
         The initial weights and the output are on disk at the same time. If all weights are trained,
-        there are also three checkpoints, each with two moments.
+        there are also three checkpoints, each with two moments, and with latent values if masks
+        move.
         """
-        copies = 2 + 3 * 3 if self.spec.teacher else 4
+        copies = 2 + 3 * (3 + self.options.move_masks) if self.spec.teacher else 4
         weights = sum(p.numel() * 4 for p in self.skeleton.module.parameters())
         return copies * weights + self._teacher_bytes()
 

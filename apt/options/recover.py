@@ -119,8 +119,8 @@ class RecoverOptions(ComputeOptions):
         default=3, panel=TRAINING, metavar="N", within="[1, ∞)", used_if="options",
     )  # fmt: skip
     move_masks: bool = option(
-        "Exchange pruned weights during the training, with exact counts (kinds distill and "
-        "layers).",
+        "Train the pruned weights too, and move the zeros of each matrix to the weights of the "
+        "least effect, with exact counts (kinds distill and layers).",
         default=False, panel=TRAINING, used_if="options",
     )  # fmt: skip
     hidden: float = option(

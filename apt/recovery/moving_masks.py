@@ -1,28 +1,28 @@
-"""Masks that move during a training, with exact counts (after RigL, arXiv 1911.11134).
+"""Masks that move during a training, with exact counts.
 
-At some steps, each row of a weight loses some of its smallest kept weights, and regrows the same
-number of pruned weights with the largest gradients. The number of pruned weights of every row stays
-the same, and for n:m that of every group. A regrown weight starts at a tiny value instead of zero.
-It may never get a gradient if its neuron has lost all outputs, and would then be an additional
-zero.
+The forward pass uses the kept weights alone, and the optimizer updates all weights: the gradient of
+a pruned weight is that of its zero (the straight-through estimator, as in SR-STE, arXiv
+2102.04010). A pruned weight collects its updates in a *latent* value. At some steps the weights of
+the least effect are pruned, of all kept and latent values. The effect of a zero on the loss is w² v
+to second order, with Adam's second moment v as the curvature (optimal brain damage, LeCun et al.,
+1989), and w² for an optimizer without this moment. The number of pruned weights of each matrix
+stays the same, and for n:m the number of each group.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site
 from apt.checkpoints.masks import MASKS, read_masks, write_masks
 
-_EXCHANGES = 20
-_SHARE = 0.1  # of the kept weights of a row, in the first exchange; it decays along a cosine
-_LAST_MOVE = 0.75  # share of the steps: the last regrown weights are trained in the remaining steps
-_START = 2.0**-20  # of a regrown weight: no effect on the loss, and not 0 in float16
+_MOVES = 60
+_LAST_MOVE = 0.75  # share of the steps: the last masks are trained in the remaining steps
+_LATENT = "apt_latent.safetensors"  # the file beside a checkpoint
 _GROUPS = (2, 4, 8, 16, 32, 64)
 _EQUAL_GROUPS = 0.99  # the least share of groups with equal counts in an n:m mask
 
@@ -30,12 +30,7 @@ _EQUAL_GROUPS = 0.99  # the least share of groups with equal counts in an n:m ma
 def moving_steps(steps: int) -> list[int]:
     """The steps after which masks move."""
     last = int(_LAST_MOVE * steps)
-    return sorted({round(last * (k + 1) / _EXCHANGES) for k in range(_EXCHANGES)} - {0})
-
-
-def share_at(step: int, steps: int) -> float:
-    """The share of the kept weights of a row that is exchanged after ``step``."""
-    return _SHARE * (1 + math.cos(math.pi * min(1.0, step / (_LAST_MOVE * steps)))) / 2
+    return sorted({round(last * (k + 1) / _MOVES) for k in range(_MOVES)} - {0})
 
 
 def group_of(mask: Tensor) -> int | None:
@@ -55,9 +50,8 @@ def group_of(mask: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class _MaskedSite:
-    """A masked site, its parameter, and the size of its groups."""
+    """A masked site and the size of its groups."""
 
-    parameter: nn.Parameter
     site: Site
     group: int | None
 
@@ -67,118 +61,116 @@ class _MaskedSite:
 
 
 class MovingMasks:
-    """The masks of a training by parameter, True where pruned. They are changed in place."""
+    """The masks of a training by parameter, True where pruned. They are changed in place.
+
+    Attributes:
+        last_move: the step after which the masks move for the last time; 0 if they never move.
+    """
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor], steps: int
     ) -> None:
-        self._masks, self._steps = masks, steps
-        self._move_steps = set(moving_steps(steps))
-        self._sites = list(_masked_sites(model, adapter, masks))
-        self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._parameters = {name: entry.parameter for name, entry in self._sites}
+        self._masks, self._move_steps = masks, moving_steps(steps)
+        self.last_move = self._move_steps[-1] if self._move_steps else 0
+        self._sites = _masked_sites(model, adapter, masks)
+        self._parameters = {name: model.get_parameter(name) for name in self._sites}
+        self._latent = dict[str, Tensor]()  # the values of pruned weights, and 0 for kept ones
 
-    def moves_after(self, step: int) -> bool:
-        """True if the masks move after ``step``, counted from 1."""
-        return step in self._move_steps
+    def moves(self, name: str, step: int) -> bool:
+        """True if a mask still moves in ``step``, counted from 1, or after it.
 
-    def add_gradient(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of a parameter, before it is masked."""
-        if (parameter := self._parameters.get(name)) is None:
-            return  # the parameter of an extra, whose mask is fixed
-        total = self._gradients.get(parameter)
-        self._gradients[parameter] = gradient.clone() if total is None else total + gradient
+        The gradient of the parameter is then not masked. The masks of extras are fixed.
+        """
+        return name in self._parameters and step <= self.last_move
 
     def save(self, folder: Path) -> None:
-        """Write the masks beside a checkpoint."""
+        """Write the masks and the latent values beside a checkpoint."""
         write_masks(dict(self._masks), folder / MASKS)
+        if self._latent:
+            save_file(self._latent, folder / _LATENT)
 
     def restore(self, folder: Path) -> None:
-        """Read the masks of a checkpoint."""
+        """Read the masks and the latent values of a checkpoint."""
         for name, mask in read_masks(folder / MASKS).items():
             self._masks[name].copy_(mask)
+        saved = load_file(folder / _LATENT) if (folder / _LATENT).exists() else {}
+        self._latent = {name: v.to(self._masks[name].device) for name, v in saved.items()}
 
     @torch.no_grad()
-    def move(self, step: int, optimizer: torch.optim.Optimizer) -> int:
-        """Exchange weights after ``step``; returns the number of exchanges."""
-        share, moved = share_at(step, self._steps), 0
-        if dist.is_available() and dist.is_initialized():
-            self._add_up()
-        for name, masked in self._sites:
-            if (gradient := self._gradients.get(masked.parameter)) is not None:
-                weight, mask = masked.view(masked.parameter), masked.view(self._masks[name])
-                moved += _exchange(weight, masked.view(gradient), mask, masked.group, share)
-        for name, parameter in self._parameters.items():
-            mask = self._masks[name]
-            parameter.masked_fill_(mask, 0)
-            for state in optimizer.state.get(parameter, {}).values():
-                if isinstance(state, Tensor) and state.shape == parameter.shape:
-                    state.masked_fill_(mask, 0)
-        self._gradients.clear()
-        return moved
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> int:
+        """Collect the updates of pruned weights, and move the masks if this is a step for it.
 
-    def _add_up(self) -> None:
-        """Add the gradients of all processes, so that all of them move the same weights.
+        All processes of a training have the same weights and moments, and so the same masks.
 
-        All processes add the parameters in the order of the model. A process without a gradient,
-        for instance of an expert without tokens, adds zeros.
+        Returns:
+            The number of exchanged weights.
         """
-        parameters = list(dict.fromkeys(self._parameters.values()))
-        device = parameters[0].device if parameters else None
-        has_gradient = torch.tensor([p in self._gradients for p in parameters], device=device).int()
-        dist.all_reduce(has_gradient)
-        for parameter, count in zip(parameters, has_gradient.tolist(), strict=True):
-            if count:
-                gradient = self._gradients.setdefault(parameter, torch.zeros_like(parameter))
-                dist.all_reduce(gradient)
+        exchanges = 0
+        for name, parameter in self._parameters.items():
+            if not self.moves(name, step):
+                continue
+            mask = self._masks[name]
+            latent = self._latent.setdefault(name, torch.zeros_like(parameter))
+            latent.add_(parameter.masked_fill(~mask, 0))
+            if step in self._move_steps:
+                exchanges += self._move(name, parameter, latent, optimizer)
+            parameter.masked_fill_(mask, 0)
+            if step == self.last_move:
+                _clear_moments(optimizer, parameter, mask)
+                del self._latent[name]
+        return exchanges
+
+    def _move(
+        self, name: str, parameter: Tensor, latent: Tensor, optimizer: torch.optim.Optimizer
+    ) -> int:
+        """Prune the weights of the least effect of a parameter; returns the number of exchanges."""
+        mask = self._masks[name]
+        values, before = torch.where(mask, latent, parameter), mask.clone()
+        moment = optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        effect = values.square()
+        if isinstance(moment, Tensor) and moment.shape == effect.shape:
+            effect *= moment
+        # A pruned weight without any update stays pruned: kept, it would be an additional zero.
+        effect.masked_fill_(mask & (latent == 0), -1)
+        for masked in self._sites[name]:
+            _prune_least(masked.view(effect), masked.view(mask), masked.group)
+        parameter.copy_(values)
+        latent.copy_(values.masked_fill_(~mask, 0))
+        return int((mask & ~before).sum())
+
+
+def _clear_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    """Set the moments of pruned weights to 0."""
+    for state in optimizer.state.get(parameter, {}).values():
+        if isinstance(state, Tensor) and state.shape == parameter.shape:
+            state.masked_fill_(mask, 0)
 
 
 def _masked_sites(
     model: nn.Module, adapter: Adapter, masks: Mapping[str, Tensor]
-) -> Iterator[tuple[str, _MaskedSite]]:
+) -> dict[str, list[_MaskedSite]]:
+    """The masked sites of each parameter; stacked experts share one."""
+    found: dict[str, list[_MaskedSite]] = {}
     for block_name, block in adapter.blocks(model):
         for site in adapter.sites(block):
             name = f"{block_name}.{site.parameter}"
-            if name not in masks:
-                continue
-            group = group_of(site.oriented(site.slice_of(masks[name])))
-            yield name, _MaskedSite(block.get_parameter(site.parameter), site, group)
+            if name in masks:
+                group = group_of(site.oriented(site.slice_of(masks[name])))
+                found.setdefault(name, []).append(_MaskedSite(site, group))
+    return found
 
 
-def _exchange(
-    weight: Tensor, gradient: Tensor, mask: Tensor, group: int | None, share: float
-) -> int:
-    """Exchange weights in each row of ``weight`` and ``mask`` (out, in); returns their number.
-
-    Both are changed in place. The caller sets the newly pruned weights to zero.
-    """
-    size = weight.abs().masked_fill(mask, torch.inf)
-    gain = gradient.abs().masked_fill(~mask, -1)
-    kept = int((~mask).sum())
+def _prune_least(effect: Tensor, mask: Tensor, group: int | None) -> None:
+    """Set ``mask`` (out, in), in place, at the least effects (out, in), with the same counts."""
     if group is None:
-        count = min(int(share * kept / len(mask)), int(mask.sum(1).min()))
-        if not count:
-            return 0
-        dropped, grown = size.topk(count, 1, largest=False).indices, gain.topk(count, 1).indices
-        usable = (size.gather(1, dropped) < torch.inf) & (gain.gather(1, grown) >= 0)
-    else:
-        dropped, grown, usable = _group_exchange(size, gain, group, int(share * kept / len(mask)))
-    rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(dropped)[usable]
-    mask[rows, dropped[usable]] = True
-    mask[rows, grown[usable]] = False
-    start = torch.full_like(weight[rows, grown[usable]], _START)
-    weight[rows, grown[usable]] = start.copysign(-gradient[rows, grown[usable]])
-    return int(usable.sum())
-
-
-def _group_exchange(
-    size: Tensor, gain: Tensor, group: int, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One exchange in each of the ``count`` groups of a row with the largest gradients."""
-    grouped = size.view(len(size), -1, group), gain.view(len(gain), -1, group)
-    (least, smallest), (best, at) = grouped[0].min(-1), grouped[1].max(-1)
-    chosen = best.topk(min(count, best.shape[1]), 1).indices
-    start = chosen * group
-    dropped, grown = start + smallest.gather(1, chosen), start + at.gather(1, chosen)
-    usable = (least.gather(1, chosen) < torch.inf) & (best.gather(1, chosen) >= 0)
-    return dropped, grown, usable
+        least = effect.flatten().topk(int(mask.sum()), largest=False).indices
+        mask.copy_(
+            torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+            .index_fill_(0, least, True)
+            .view_as(mask)
+        )
+        return
+    shape = (len(effect), -1, group)
+    counts = mask.reshape(shape).sum(-1, keepdim=True)
+    ranks = effect.reshape(shape).argsort(-1).argsort(-1)
+    mask.copy_((ranks < counts).view_as(mask))

@@ -34,11 +34,16 @@ class Training:
     stopped: str = ""
     exchanges: int = 0
 
-    @property
-    def checks_since_best(self) -> int:
-        """The number of measurements after the lowest loss; step 0 does not count."""
-        losses = [loss for step, loss in self.held_back.items() if step]
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    def checks_since_best(self, last_move: int = 0) -> int:
+        """The number of measurements after the lowest loss; step 0 does not count.
+
+        Args:
+            last_move: the step after which the masks are fixed. While masks move, the loss may rise
+                for a time, so that the measurements until then do not count.
+        """
+        losses = {step: loss for step, loss in self.held_back.items() if step}
+        best = min(losses, key=lambda step: losses[step], default=0)
+        return sum(step > max(best, last_move) for step in losses)
 
     def record(self) -> dict[str, Any]:
         """The record as values for JSON."""

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -59,10 +58,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """Set the number of the current step."""
         self._step = state.global_step + 1
 
-    def see(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of a parameter if its mask moves after this step."""
-        if self._moving is not None and self._moving.moves_after(self._step):
-            self._moving.add_gradient(name, gradient)
+    def masks_gradient(self, name: str) -> bool:
+        """True if the gradient of a parameter is masked in the current step."""
+        return self._moving is None or not self._moving.moves(name, self._step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -73,8 +71,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         elif self._ends is not None and time.perf_counter() + self._measuring > self._ends:
             control.should_evaluate = control.should_save = control.should_training_stop = True
             self._training.stopped = "the time was over"
-        if self._moving is not None and self._moving.moves_after(state.global_step):
-            self._training.exchanges += self._moving.move(state.global_step, given["optimizer"])
+        if self._moving is not None:
+            step, optimizer = state.global_step, given["optimizer"]
+            self._training.exchanges += self._moving.after_step(step, optimizer)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any, **_: Any

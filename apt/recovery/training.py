@@ -18,7 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from apt.adapter import Sample, Samples
 from apt.compute import trains_in_bf16
@@ -68,7 +74,8 @@ def train(
     training = Training(plan.steps, tokens, plan.batch)
     rules = (enough_tokens,) if job.options.tokens == "auto" else ()
     recorder = Recorder(training, rules, job.report, moving, plan.ends)
-    patience = EarlyStoppingCallback(job.options.patience)
+    last_move = 0 if moving is None else moving.last_move
+    patience = _Patience(job.options.patience, last_move)
     last = next((str(path) for path in reversed(job.written_checkpoints()) if path.is_dir()), None)
     with _restored_state(trainable.module), _masked_gradients(trainable, masks, recorder):
         trainer = _Trainer(
@@ -82,7 +89,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.use(trainable, plan.objective.loss, None if windows else plan.ends)
         recorder.begin(trainer, last)
-        patience.early_stopping_patience_counter = training.checks_since_best
+        patience.early_stopping_patience_counter = training.checks_since_best(last_move)
         if last is not None and moving is not None:
             moving.restore(Path(last))
         trainer.train(resume_from_checkpoint=last)
@@ -124,6 +131,18 @@ def _restored_state(module: nn.Module) -> Iterator[None]:
             model.disable_input_require_grads()
         for part, training in modes.items():
             part.training = training
+
+
+class _Patience(EarlyStoppingCallback):  # type: ignore[misc]
+    """Early stopping that begins after the last move of the masks, see `checks_since_best`."""
+
+    def __init__(self, patience: int, last_move: int) -> None:
+        super().__init__(patience)
+        self._last_move = last_move
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        if state.global_step > self._last_move:
+            super().on_evaluate(args, state, control, **given)
 
 
 class _Arguments(TrainingArguments):  # type: ignore[misc]
@@ -208,7 +227,7 @@ def _checkpointing() -> dict[str, Any]:
 def _masked_gradients(
     trainable: Trainable, masks: dict[str, Tensor], recorder: Recorder
 ) -> Iterator[None]:
-    """Inside the context, masked weights have zero gradients, zero moments and no decay."""
+    """Inside the context, fixed masked weights have zero gradients, zero moments and no decay."""
     if not trainable.masked:
         yield
         return
@@ -216,8 +235,7 @@ def _masked_gradients(
     masks |= {name: mask.to(parameters[name].device) for name, mask in masks.items()}
 
     def masked(gradient: Tensor, name: str, mask: Tensor) -> Tensor:
-        recorder.see(name, gradient)
-        return gradient.masked_fill(mask, 0)
+        return gradient.masked_fill(mask, 0) if recorder.masks_gradient(name) else gradient
 
     with ExitStack() as stack:
         for name, mask in masks.items():

@@ -277,10 +277,11 @@ def test_resuming_a_finished_recovery_changes_nothing(apt, pruned, tmp_path):
     assert not list(tmp_path.glob("out-*"))
 
 
-def test_two_processes_train_one_model(apt, pruned, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--move-masks",)])
+def test_two_processes_train_one_model(apt, pruned, tmp_path, more):
     """Each step has the samples of both processes, so the losses equal those of one process."""
     pruned()
-    command = (*COMMAND, "--rate", 3e-2, "--steps", 8, "--checks", 2)
+    command = (*COMMAND, "--rate", 3e-2, "--steps", 8, "--checks", 2, *more)
     assert apt(*command, "-o", "alone").code == 0
     codes, text = on_ranks(2, tmp_path, *command, "-o", "out")
     assert codes == [0, 0], text
@@ -288,7 +289,9 @@ def test_two_processes_train_one_model(apt, pruned, tmp_path):
     assert losses == pytest.approx(alone, rel=1e-2)
     report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
     assert report["recovery"]["ranks"] == 2
-    assert same(opened(tmp_path / "out")[1], opened(tmp_path / "pruned")[1])
+    before, after = (opened(tmp_path / name)[1] for name in ("pruned", "out"))
+    assert same(before, after) == (not more)
+    assert all(mask.sum() == after[name].sum() for name, mask in before.items())
 
 
 def test_reapply_sets_the_zeros_of_a_fine_tuned_model(apt, pruned):

@@ -1,56 +1,113 @@
-"""Masks that move during a training of several processes."""
+"""Masks that move during a training, see also tests/recovery/test_recover.py."""
 
+import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from apt.checkpoints.masks import masks_of
 from apt.recovery.moving_masks import MovingMasks
+from apt.recovery.record import Training
+from apt.recovery.training import _Patience
 from tests.helpers.families import adapter_of, random_model
-from tests.helpers.processes import forked
 
-NEVER, ONCE = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
-
-
-def moved(rank, size):
-    """The masks of a rank after a move, and the number of exchanges."""
-    torch.manual_seed(0)
-    model = random_model("llama")
-    adapter = adapter_of(model)
-    for name, block in adapter.blocks(model):
-        for site in adapter.sites(block):
-            weight = model.get_parameter(f"{name}.{site.parameter}").data
-            weight.masked_fill_(torch.rand(weight.shape) < 0.5, 0)
-    masks = masks_of(model, adapter)
-    moving = MovingMasks(model, adapter, masks, steps=8)
-    order = [name for name in masks if name != NEVER and not (rank and name == ONCE)]
-    for name in reversed(order) if rank else order:
-        draw = torch.Generator().manual_seed(rank)
-        moving.add_gradient(name, torch.randn(masks[name].shape, generator=draw) / size)
-    number = moving.move(1, torch.optim.SGD(model.parameters(), lr=0.1))
-    return masks, number
+NAME = "model.layers.0.self_attn.q_proj.weight"
+STEPS = 300  # of which the first one that moves masks is step 8
 
 
-def as_a_rank(rank, size, folder):
-    """The program of each process."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(f"{folder}/store", size), rank=rank, world_size=size
-    )
-    torch.save(moved(rank, size), f"{folder}/{rank}")
-    dist.destroy_process_group()
+class Masked:
+    """A random model with masks that move, and an optimizer that has made a step."""
+
+    def __init__(self, optimizer=torch.optim.Adam, seed=0):
+        torch.manual_seed(seed)
+        self.model = random_model("llama")
+        adapter = adapter_of(self.model)
+        for name, block in adapter.blocks(self.model):
+            for site in adapter.sites(block):
+                weight = self.parameter(f"{name}.{site.parameter}").data
+                weight.view(-1, 4)[:, :2] = 0
+        self.masks = masks_of(self.model, adapter)
+        self.moving = MovingMasks(self.model, adapter, self.masks, STEPS)
+        self.optimizer = optimizer(self.model.parameters(), lr=0.0)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+
+    def parameter(self, name):
+        return self.model.get_parameter(name)
+
+    def after(self, step):
+        return self.moving.after_step(step, self.optimizer)
 
 
-def test_ranks_with_different_gradients_move_the_same_masks(tmp_path):
-    multiprocessing.start_processes(
-        as_a_rank, (2, str(tmp_path)), 2, start_method=forked.get_start_method()
-    )
-    (first, count), (second, same) = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    assert count == same > 0
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    (alone, _), (other, _) = moved(0, 1), moved(1, 1)
-    changed = {name for name in first if not torch.equal(first[name], alone[name])}
-    assert NEVER not in changed  # without a gradient on any rank
-    assert torch.equal(first[NEVER], other[NEVER])
-    assert torch.equal(first[ONCE], alone[ONCE])  # the other rank adds zeros
-    assert len(changed) == len(first) - 2
+def test_updates_of_a_pruned_weight_are_collected_until_it_replaces_a_smaller_one():
+    masked = Masked()
+    weight, mask = masked.parameter(NAME).data, masked.masks[NAME]
+    weight[0, 2:4] = torch.tensor([0.5, 1.0])
+    for step in range(1, 8):
+        weight[0, 1] += 0.1
+        assert masked.after(step) == 0
+        assert weight[0, 1] == 0
+        assert mask[0, :4].tolist() == [True, True, False, False]
+    weight[0, 1] += 0.1
+    assert masked.after(8) == 1
+    assert mask[0, :4].tolist() == [True, False, True, False]
+    assert weight[0, :4].tolist() == pytest.approx([0, 0.8, 0, 1.0])
+
+
+def test_second_moment_of_adam_weighs_the_weights():
+    masked = Masked()
+    weight, mask = masked.parameter(NAME).data, masked.masks[NAME]
+    weight[0, 2:4] = torch.tensor([0.5, 1.0])
+    weight[0, 1] += 0.1
+    moment = masked.optimizer.state[masked.parameter(NAME)]["exp_avg_sq"]
+    moment[0, 3] /= 1000  # 1.0 has less effect than 0.1
+    masked.after(8)
+    assert mask[0, :4].tolist() == [True, False, False, True]
+
+
+def test_weight_without_updates_stays_pruned():
+    masked = Masked(torch.optim.SGD)
+    weight, mask = masked.parameter(NAME).data, masked.masks[NAME]
+    weight[0, 2:4] = torch.tensor([1e-30, 2e-30])
+    assert masked.after(8) == 0
+    assert mask[0, :4].tolist() == [True, True, False, False]
+
+
+def test_masks_are_fixed_after_the_last_move():
+    masked = Masked()
+    last = int(0.75 * STEPS)
+    assert masked.moving.moves(NAME, last)
+    assert not masked.moving.moves(NAME, last + 1)
+    assert not masked.moving.moves("model.embed_tokens.weight", 1)
+    masked.after(last)
+    state = masked.optimizer.state[masked.parameter(NAME)]
+    assert not state["exp_avg_sq"][masked.masks[NAME]].any()
+    before = masked.masks[NAME].clone()
+    assert masked.after(last + 1) == 0
+    assert torch.equal(masked.masks[NAME], before)
+
+
+def test_latent_values_are_part_of_a_checkpoint(tmp_path):
+    masked, other = Masked(), Masked()
+    masked.parameter(NAME).data[0, 0] += 10.0
+    masked.after(1)
+    masked.moving.save(tmp_path)
+    other.moving.restore(tmp_path)
+    assert other.after(8) == 1
+    assert float(other.parameter(NAME).data[0, 0]) == 10.0
+
+
+def test_measurements_while_masks_move_do_not_end_a_training():
+    """The loss may rise for a time after zeros have moved."""
+    losses = {0: 3.0, 5: 2.0, 10: 2.1, 15: 2.2, 20: 2.1, 25: 2.3}
+    training = Training(steps=40, tokens=64, held_back=losses)
+    assert training.checks_since_best() == 4
+    assert training.checks_since_best(15) == 2
+    state, control = TrainerState(best_metric=2.0), TrainerControl()
+    patience = _Patience(1, last_move=15)
+    arguments = TrainingArguments(metric_for_best_model="eval_loss", greater_is_better=False)
+    for step, ends in ((10, False), (20, True)):
+        state.global_step = step
+        given = {"metrics": {"eval_loss": losses[step]}}
+        patience.on_evaluate(arguments, state, control, **given)
+        assert control.should_training_stop == ends

@@ -34,7 +34,6 @@ from apt.recovery import recorder
 from apt.recovery import recover as recovery
 from apt.recovery import training as recovery_training
 from apt.recovery.job import RecoveryJob
-from apt.recovery.moving_masks import _exchange
 from apt.recovery.objective import next_token_loss
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
@@ -195,10 +194,10 @@ def test_moving_masks_keep_all_counts(pattern):
     training = library.recover(model, tokens, kind="layers", options=options)
     after = zeros(model)
     assert training.exchanges > 100
+    assert sum(not torch.equal(mask, after[name]) for name, mask in before.items()) > 10
     for name, mask in before.items():
-        assert not torch.equal(mask, after[name])
-        size = mask.shape[1] if pattern == "0.6" else int(pattern[-1])
-        counts = [m.view(len(m), -1, size).sum(-1) for m in (mask, after[name])]
+        size = mask.numel() if pattern == "0.6" else int(pattern[-1])
+        counts = [m.view(-1, size).sum(-1) for m in (mask, after[name])]
         assert torch.equal(*counts), name
     moving = RecoverOptions(steps=2, move_masks=True)
     with pytest.raises(AptError, match="recovery spp does not use move masks"):
@@ -210,15 +209,6 @@ def test_moving_masks_keep_all_counts(pattern):
 
     with pytest.raises(AptError, match="its masks cannot move"):
         library.recover(model, tokens, kind=adapters, options=moving)
-
-
-def test_group_without_kept_weights_is_not_exchanged():
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1]], dtype=torch.bool)
-    weight = torch.arange(1.0, 9).view(1, 8).masked_fill(mask, 0)
-    before = mask.clone()
-    assert _exchange(weight, torch.ones(1, 8), mask, 4, share=1.0) == 1
-    assert torch.equal(mask[:, :4], before[:, :4])
-    assert int(mask.sum()) == int(before.sum())
 
 
 def test_resumed_training_restores_moving_masks(tmp_path):
