@@ -1,6 +1,7 @@
 """The checks of the model and of the output before the work, for all tasks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import links_outside
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.towers import towers_of
 from apt.compute import dtype_name
 from apt.engine.machine import read_dtype
 from apt.engine.opening import RunRequest, cuts_file
@@ -44,12 +46,34 @@ def open_model(
     cuts = cuts_file(options, source)
     expanded = (source.gguf is None or cuts) and isinstance(options, ShrinkRun)
     opened = open_skeleton(source, registry, options.adapter, expanded=expanded)
+    opened = tower_in(opened, getattr(options, "stacks", ()), registry, options.adapter)
     if cuts and opened.quantised is None:
         fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
         raise AptError(fault, "name a directory as the output", ("output",))
     if options.adapter is None:
         tell_adapter(opened, notice)
     return opened
+
+
+def tower_in(
+    opened: Opened, stacks: Sequence[str], registry: Registry, adapter: str | None
+) -> Opened:
+    """The tower of a multimodal model, if it is one of the chosen stacks; else the model itself.
+
+    Raises:
+        AptError: another stack is chosen too.
+    """
+    chosen = [name for name in stacks if name in towers_of(opened.module)]
+    if not chosen:
+        return opened
+    if len(stacks) > 1:
+        names, first = " and ".join(stacks), stacks[0]
+        raise AptError(
+            f"{names} are pruned on different samples, and a run has one kind of them",
+            f"run twice: first with stack {first}, then on its output",
+            ("stacks",),
+        )
+    return open_skeleton(replace(opened.source, tower=chosen[0]), registry, adapter)
 
 
 def tell_adapter(opened: Opened, notice: Notice) -> None:
