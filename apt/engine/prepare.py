@@ -14,7 +14,7 @@ from apt.compute import dtype_name
 from apt.engine.machine import read_dtype
 from apt.engine.opening import RunRequest, cuts_file
 from apt.engine.task import WITHOUT_EFFECT, Task
-from apt.errors import AptError
+from apt.errors import AptError, unknown_name
 from apt.files.journal import check_same
 from apt.files.writing import check_file
 from apt.locations.model_source import Source
@@ -46,7 +46,8 @@ def open_model(
     cuts = cuts_file(options, source)
     expanded = (source.gguf is None or cuts) and isinstance(options, ShrinkRun)
     opened = open_skeleton(source, registry, options.adapter, expanded=expanded)
-    opened = tower_in(opened, getattr(options, "stacks", ()), registry, options.adapter)
+    tower = _tower_among(getattr(options, "stacks", ()), opened)
+    opened = tower_in(opened, tower, registry, options.adapter)
     if cuts and opened.quantised is None:
         fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
         raise AptError(fault, "name a directory as the output", ("output",))
@@ -55,25 +56,33 @@ def open_model(
     return opened
 
 
-def tower_in(
-    opened: Opened, stacks: Sequence[str], registry: Registry, adapter: str | None
-) -> Opened:
-    """The tower of a multimodal model, if it is one of the chosen stacks; else the model itself.
+def tower_in(opened: Opened, name: str | None, registry: Registry, adapter: str | None) -> Opened:
+    """A tower of a multimodal model, by its name; the model itself without a name.
+
+    Raises:
+        AptError: the model has no such tower.
+    """
+    if name is None:
+        return opened
+    if name not in (towers := towers_of(opened.module)):
+        raise unknown_name("tower", name, towers, f" in {opened.source.reference}")
+    return open_skeleton(replace(opened.source, tower=name), registry, adapter)
+
+
+def _tower_among(stacks: Sequence[str], opened: Opened) -> str | None:
+    """The chosen stack that is a tower of a multimodal model; None if none is.
 
     Raises:
         AptError: another stack is chosen too.
     """
-    chosen = [name for name in stacks if name in towers_of(opened.module)]
-    if not chosen:
-        return opened
-    if len(stacks) > 1:
-        names, first = " and ".join(stacks), stacks[0]
+    towers = [name for name in stacks if name in towers_of(opened.module)]
+    if towers and len(stacks) > 1:
         raise AptError(
-            f"{names} are pruned on different samples, and a run has one kind of them",
-            f"run twice: first with stack {first}, then on its output",
+            f"{' and '.join(stacks)} are pruned on different samples, and a run has one kind",
+            f"run twice: first with stack {stacks[0]}, then on its output",
             ("stacks",),
         )
-    return open_skeleton(replace(opened.source, tower=chosen[0]), registry, adapter)
+    return towers[0] if towers else None
 
 
 def tell_adapter(opened: Opened, notice: Notice) -> None:

@@ -14,6 +14,7 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import find_stored, layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
 from apt.engine.opening import find_source, pattern_of, selection_of
+from apt.engine.prepare import tower_in
 from apt.errors import AptError, describe
 from apt.files.hashes import changed_files, sha256
 from apt.options import VerifyRun
@@ -81,6 +82,9 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
     source = find_source(f"{directory.resolve()}", run, registry)
     source = replace(source, reference=str(directory))
     skeleton = open_skeleton(source, registry, run.adapter, packed=True)
+    if pattern is None and run.stack is None:
+        run = replace(run, stack=next(iter(_options_of(report).get("stacks") or ()), None))
+    skeleton = tower_in(skeleton, run.stack, registry, run.adapter)
     method = quantised_with(skeleton.config)
     if method == METHOD:
         PackedShards(directory).check()

@@ -70,6 +70,7 @@ from apt.options.shared import (
     SampleOptions,
     StreamOptions,
     TokenizerOptions,
+    TowerOptions,
     UnitOptions,
     WritingOptions,
     check_seed,
@@ -89,7 +90,7 @@ __all__ = [
     "MeasuringOptions", "MethodOptions", "Mode", "ModelOptions", "ModelRun", "Option", "Options",
     "OutputOptions", "PackRun", "PatternOptions", "Preset", "PrintingOptions", "PruneOptions",
     "PruneRun", "ReapplyRun", "RecoverOptions", "RecoverRun", "RemoteOptions", "SampleOptions",
-    "ShrinkOptions", "ShrinkRun", "SolveOptions", "StreamOptions", "TokenizerOptions",
+    "ShrinkOptions", "ShrinkRun", "SolveOptions", "StreamOptions", "TokenizerOptions", "TowerOptions",
     "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_seed", "check_windows",
     "flags_of", "option", "options", "plot_option", "read_options", "warn_renamed", "write_options",
 ]  # fmt: skip
