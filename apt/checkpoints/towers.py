@@ -187,7 +187,7 @@ class TowerInputs:
 
 def _features_of(model: Any, stack: str) -> Any:
     """The method that calls a tower and returns its features; None if the model has none."""
-    owners = (model, model.base_model)
+    owners = (model.base_model, model)
     return next((f for each in owners if (f := getattr(each, _FEATURES[stack], None))), None)
 
 

@@ -1,6 +1,6 @@
 """The checks of the model and of the output before the work, for all tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,17 @@ def open_model(
     return opened
 
 
-def tower_in(opened: Opened, name: str | None, registry: Registry, adapter: str | None) -> Opened:
+def tower_in(
+    opened: Opened,
+    name: str | None,
+    registry: Registry,
+    adapter: str | None,
+    *,
+    packed: bool = False,
+) -> Opened:
     """A tower of a multimodal model, by its name; the model itself without a name.
+
+    For ``adapter`` and ``packed`` see `open_skeleton`.
 
     Raises:
         AptError: the model has no such tower.
@@ -66,7 +75,16 @@ def tower_in(opened: Opened, name: str | None, registry: Registry, adapter: str 
         return opened
     if name not in (towers := towers_of(opened.module)):
         raise unknown_name("tower", name, towers, f" in {opened.source.reference}")
-    return open_skeleton(replace(opened.source, tower=name), registry, adapter)
+    return open_skeleton(replace(opened.source, tower=name), registry, adapter, packed=packed)
+
+
+def pruned_towers(report: Mapping[str, Any]) -> list[str]:
+    """The towers that the run of a report and the earlier runs pruned; the latest comes first."""
+    found, record = list[str](), dict(report)
+    while record:
+        found += (record.get("options") or {}).get("stacks") or ()
+        record = record.get("earlier") or {}
+    return list(dict.fromkeys(found))
 
 
 def _tower_among(stacks: Sequence[str], opened: Opened) -> str | None:

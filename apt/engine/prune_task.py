@@ -327,9 +327,9 @@ def prepare_pruning(
 def _check_tower(options: PruneRun | ShrinkRun, skeleton: Opened) -> None:
     """Raise for a tower that is not stored as it is, or an option that needs the whole model."""
     tower = skeleton.source.tower
-    for name in ("minutes", "pack", "export", "export_type"):
+    for name in ("minutes", "export"):
         if getattr(options, name, None):
-            message = f"{name.replace('_', ' ')} has no effect on the {tower} tower alone"
+            message = f"{name} needs the language model, and the run prunes the {tower} tower alone"
             raise AptError(message, "leave it out", (name, "stacks"))
     if options.dtype != "auto":
         message = f"the {tower} tower keeps the dtype of its checkpoint"

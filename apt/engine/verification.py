@@ -82,10 +82,10 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
     source = find_source(f"{directory.resolve()}", run, registry)
     source = replace(source, reference=str(directory))
     skeleton = open_skeleton(source, registry, run.adapter, packed=True)
-    if pattern is None and run.stack is None:
-        run = replace(run, stack=next(iter(_options_of(report).get("stacks") or ()), None))
-    skeleton = tower_in(skeleton, run.stack, registry, run.adapter)
     method = quantised_with(skeleton.config)
+    if run.stack is None and pattern is None:
+        run = replace(run, stack=next(iter(_options_of(report).get("stacks") or ()), None))
+    skeleton = tower_in(skeleton, run.stack, registry, run.adapter, packed=True)
     if method == METHOD:
         PackedShards(directory).check()
     elif method:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from apt.plugin.registry import Registry
 from apt.text.datasets import Split
 
 SOUNDS = Kind("sounds", (".wav", ".flac", ".ogg"))
+_MASKED = "return_attention_mask"
 _LONGEST = 16.0  # seconds
 _SHORTEST = 0.1  # seconds: what the convolutions of all models need
 
@@ -88,9 +90,11 @@ class SoundReader:
 
     def _features(self, wave: "np.ndarray[Any, Any]") -> Sample:
         """The features of a wave (values,), as the model takes them."""
-        found = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt")
+        extract = partial(self.extractor, sampling_rate=self.rate, return_tensors="pt")
         if self.inputs is not None:
-            return self.inputs(found)[0]
+            masked = _MASKED in signature(self.extractor.__call__).parameters
+            return self.inputs(extract(wave, **({_MASKED: True} if masked else {})))[0]
+        found = extract(wave)
         return {self.name: torch.as_tensor(found[self.name])[0]}
 
     def _wave(self, item: Item) -> "np.ndarray[Any, Any]":
