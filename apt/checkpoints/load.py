@@ -23,7 +23,7 @@ from apt.checkpoints.opened import Opened
 from apt.checkpoints.quantised import QuantisedCheckpoint
 from apt.checkpoints.safetensors_io import check_files
 from apt.checkpoints.stored import find_stored, open_stored, read_parameter
-from apt.checkpoints.towers import tower_of
+from apt.checkpoints.towers import examples_of, tower_of
 from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import SLOW_PRODUCTS, AptError, shortened
 from apt.locations.hub import Hub
@@ -75,7 +75,7 @@ def open_skeleton(
         check_kind(source.reference, config, packed=packed)
     module, whole = _skeleton_module(source, config), None
     if source.tower:
-        whole, module = module, tower_of(module, source.tower)
+        whole, module = module, tower_of(module, source.tower, examples_of(source, config))
         config = module.config
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.make()

@@ -1,7 +1,7 @@
 """An opened model, with its source, adapter and checkpoint."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,8 +48,9 @@ class Opened:
         trust = self.source.trust_remote_code
         if self.whole is None:
             return skeleton_module(self.config, dtype, trust_remote_code=trust)
-        config: Any = self.whole.config
-        return tower_of(skeleton_module(config, dtype, trust_remote_code=trust), self.source.tower)
+        config, examples = cast(Any, self.whole.config), cast(Any, self.module).examples
+        whole = skeleton_module(config, dtype, trust_remote_code=trust)
+        return tower_of(whole, self.source.tower, examples)
 
     @property
     def reads(self) -> Reads:

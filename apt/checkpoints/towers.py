@@ -1,11 +1,12 @@
 """The towers of a multimodal model: its encoders of images and of sounds, each as its own model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,8 +14,11 @@ from transformers import PreTrainedModel
 from apt.adapter import Sample
 from apt.adapter.recording import GRID, in_one_sequence, stubbed
 from apt.checkpoints.architecture import Reads, reads_of
+from apt.checkpoints.processors import load_feature_extractor, load_image_processor
 from apt.checkpoints.skeletons import skeleton_module
 from apt.errors import AptError, describe
+from apt.inputs.sounds import features_of
+from apt.locations.model_source import Source
 
 _NAMES = {
     "vision": ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower"),
@@ -25,9 +29,13 @@ _READS = {
     "vision": Reads(False, text=None, image="pixel_values"),
     "audio": Reads(False, text=None, sound="input_features"),
 }
+_EDGE = 64  # of an example of a picture
 _FEATURES = {"vision": "get_image_features", "audio": "get_audio_features"}
 _MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask")
 """The names of the mask of a feature extractor, and of the arguments that take it."""
+
+
+Examples = Callable[[int], Mapping[str, Tensor]]
 
 
 class Tower(nn.Module):
@@ -37,14 +45,16 @@ class Tower(nn.Module):
         path: the path of the tower in the model.
         reads: what it reads.
         base_model: the tower.
+        examples: makes inputs of some samples (samples, …) by their names; none if it cannot.
     """
 
     path: ClassVar[str]
     reads: ClassVar[Reads]
 
-    def __init__(self, tower: PreTrainedModel) -> None:
+    def __init__(self, tower: PreTrainedModel, examples: Examples) -> None:
         super().__init__()
         vars(self)["base_model"] = tower  # it is no second submodule
+        self.examples = examples
         *names, last = self.path.split(".")
         owner: nn.Module = self
         for name in names:
@@ -87,11 +97,35 @@ def _reads_text(model: PreTrainedModel) -> bool:
     return "input_ids" in signature(forward).parameters
 
 
-def tower_of(model: nn.Module, stack: str) -> Tower:
+def tower_of(model: nn.Module, stack: str, examples: Examples = lambda samples: {}) -> Tower:
     """A tower of a model, by its name in `towers_of`."""
     path = towers_of(model)[stack]
     tower: Any = model.get_submodule(path)
-    return _class(type(tower), path, stack)(tower)
+    return _class(type(tower), path, stack)(tower, examples)
+
+
+def examples_of(source: Source, config: Any) -> Examples:
+    """Makes inputs of the tower of a source from noise, by the processor of the model."""
+
+    def examples(samples: int) -> Mapping[str, Tensor]:
+        draw = np.random.default_rng(0)
+        inputs = TowerInputs(config, source.tower, torch.float32, source.trust_remote_code)
+        try:
+            made = [inputs(_processed_noise(source, draw))[0] for _ in range(samples)]
+            return {name: torch.stack([each[name] for each in made]) for name in made[0]}
+        except Exception:  # without a processor, other inputs are tried
+            return {}
+
+    return examples
+
+
+def _processed_noise(source: Source, draw: np.random.Generator) -> Mapping[str, Any]:
+    if source.tower == "audio":
+        extractor = load_feature_extractor(source)
+        return features_of(extractor, draw.normal(size=extractor.sampling_rate).astype("float32"))
+    values = draw.integers(0, 255, (_EDGE, _EDGE, 3), dtype=np.uint8)
+    made: Mapping[str, Any] = load_image_processor(source)(images=values, return_tensors="pt")
+    return made
 
 
 @cache
@@ -138,8 +172,7 @@ class TowerInputs:
         mask = next((given[name] for name in _MASKS if name in given), None)
         given = {name: mask for name in _MASKS if mask is not None} | given
         taken = {n: v for n, v in self._taken(given).items() if isinstance(v, Tensor)}
-        needed = [n for n, p in self._arguments.items() if p.default is p.empty and p.kind < 2]
-        if missing := [name for name in needed if name not in taken]:
+        if missing := [name for name in _needed(self._arguments) if name not in taken]:
             message = f"{type(self._tower).__name__} takes {missing[0]}, which cannot be made"
             raise AptError(message, "this tower cannot be pruned")
         cast = {n: v.to(self.dtype) if v.is_floating_point() else v for n, v in taken.items()}
@@ -149,9 +182,10 @@ class TowerInputs:
         """The arguments with which the model calls its tower."""
         features = _features_of(self._model, self.stack)
         by_name = {name: given[name] for name in self._arguments if name in given}
-        if features is None:
+        taken = {} if features is None else signature(features).parameters
+        if features is None or any(name not in given for name in _needed(taken)):
             return by_name
-        names = [name for name in signature(features).parameters if name in given]
+        names = [name for name in taken if name in given]
 
         def called(*args: Any, **kwargs: Any) -> Any:
             raise _CalledError(dict(zip(self._arguments, args, strict=False)) | kwargs)
@@ -183,6 +217,12 @@ class TowerInputs:
     @cached_property
     def _arguments(self) -> Mapping[str, Any]:
         return signature(self._tower.forward).parameters
+
+
+def _needed(arguments: Mapping[str, Parameter]) -> list[str]:
+    """The names of the arguments without a default."""
+    several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return [n for n, p in arguments.items() if p.default is p.empty and p.kind not in several]
 
 
 def _features_of(model: Any, stack: str) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -90,11 +90,9 @@ class SoundReader:
 
     def _features(self, wave: "np.ndarray[Any, Any]") -> Sample:
         """The features of a wave (values,), as the model takes them."""
-        extract = partial(self.extractor, sampling_rate=self.rate, return_tensors="pt")
         if self.inputs is not None:
-            masked = _MASKED in signature(self.extractor.__call__).parameters
-            return self.inputs(extract(wave, **({_MASKED: True} if masked else {})))[0]
-        found = extract(wave)
+            return self.inputs(features_of(self.extractor, wave))[0]
+        found = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt")
         return {self.name: torch.as_tensor(found[self.name])[0]}
 
     def _wave(self, item: Item) -> "np.ndarray[Any, Any]":
@@ -125,3 +123,12 @@ class SoundReader:
             f"convert it, such as with: ffmpeg -i IN -ac 1 -ar {self.rate} OUT.wav",
             ("calibration", "evaluation"),
         )
+
+
+def features_of(extractor: Any, wave: "np.ndarray[Any, Any]") -> Mapping[str, Any]:
+    """The features of a wave (values,), with their mask if the extractor can make one."""
+    masked = {_MASKED: True} if _MASKED in signature(extractor.__call__).parameters else {}
+    found: Mapping[str, Any] = extractor(
+        wave, sampling_rate=extractor.sampling_rate, return_tensors="pt", **masked
+    )
+    return found
