@@ -1,8 +1,9 @@
 """Whose towers of images `apt-prune prune --stack vision` prunes, of all types of images and text.
 
-Of each type two things are tried. The tower of a tiny random model is pruned alone, on random
-inputs, and its pattern is checked. And the processor of the type makes samples of a picture, for a
-tower of the default size without weights. Both need torchvision for some types::
+Of each type a random model is made, with a tiny language model, and a tower of the default sizes
+with a few blocks. The image processor of the type makes inputs of noise, and the tower is pruned on
+them to 2:4. By magnitude, since a tower of this width takes long to solve. Some processors need
+torchvision::
 
     python benchmarks/towers.py --json benchmarks/results/towers.json
     python benchmarks/pages.py
@@ -10,28 +11,51 @@ tower of the default size without weights. Both need torchvision for some types:
 
 import argparse
 import multiprocessing
+import re
+import tempfile
 import warnings
 from fnmatch import fnmatch
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
 import torch
 import transformers
 from apt_adapters.example_inputs import example_inputs
 from common import save
-from families import SAMPLES, Row, _sentence, adapter_for, limited, pruned
+from families import Row, _sentence, adapter_for, limited, pruned
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from apt import Samples
-from apt.checkpoints.towers import TowerInputs, tower_of, towers_of
+from apt.checkpoints.towers import TowerInputs, examples_of, processed_noise, tower_of, towers_of
 from apt.errors import AptError
+from apt.locations.model_source import Source
 
 STACK = "vision"
-SECONDS = 60
-_PICTURE = (200, 300)
+SECONDS, SAMPLES = 60, 2
+LAYERS, EDGE = 2, 8
+"""The blocks of a tower, and the most patches of an edge of a picture of one size."""
+_DEEP: Row = {"depth": 8, "deepstack_visual_indexes": [1, 2, 3]}
+SPECIAL: dict[str, Row] = {
+    "aya_vision": {"num_attention_heads": 16},
+    "cohere_compass": _DEEP,
+    "cosmos3_omni": _DEEP,
+    "llama4": {"hidden_size": 1408},
+    "mllama": {"num_global_layers": 2, "intermediate_layers_indices": [1]},
+    "qwen3_vl": _DEEP,
+    "qwen3_vl_moe": _DEEP,
+    "qwen3_omni_moe_thinker": _DEEP,
+}
+"""Fields of towers: the default ones do not fit few blocks, or each other."""
+PROCESSORS = {
+    "glm4v_moe": "glm4v",
+    "glm_ocr": "glm46v",
+    "qwen2_5_omni_thinker": "qwen2_vl",
+    "qwen3_omni_moe_thinker": "qwen2_vl",
+}
+"""The types whose processor another type has, which transformers does not list."""
 
 
 def row(model_type: str) -> Row:
@@ -39,24 +63,28 @@ def row(model_type: str) -> Row:
     made: Row = {"type": model_type, "tower": "", "adapter": "", "reason": ""}
     try:
         with limited(SECONDS):
-            large = CONFIG_MAPPING[model_type](**tiny.NEEDED.get(model_type, {}))
-            model = tiny.model(model_type, image=True, **sizes_of(large.to_dict()))
+            model = made_model(model_type)
     except Exception as error:
         return {**made, "reason": f"not built: {_sentence(error)}"}
     if STACK not in towers_of(model):
-        return {**made, "reason": "no tower"}
+        return {**made, "reason": "it has no tower that APT finds"}
     try:
-        with limited(SECONDS):
-            tower = tower_of(model, STACK)
+        with limited(SECONDS), tempfile.TemporaryDirectory() as folder:
+            fitted(processor_of(model_type), model.config).save_pretrained(folder)
+            source = Source(folder, folder, tower=STACK)
+            tower = tower_of(model, STACK, examples_of(source, model.config))
             name, adapter = adapter_for(tower.config.model_type)
             made |= {"tower": type(tower).__name__, "adapter": name}
             inputs = example_inputs(tower, SAMPLES)
+            made["samples"] = list(inputs)
+            if not tower.examples(1):
+                noise = processed_noise(source, np.random.default_rng(0))
+                TowerInputs(model.config, STACK, torch.float32)(noise)  # raises
             samples = [{n: t[index] for n, t in inputs.items()} for index in range(SAMPLES)]
-            found = pruned(tower, adapter, Samples(samples))
+            found = pruned(tower, adapter, Samples(samples), "magnitude")
         if not (found["exact"] and found["untouched"]):
             return {**made, "reason": "the pattern is not exact, or other values changed"}
-        with limited(SECONDS):
-            made["samples"] = samples_of(model.config, large, model_type)
+        made |= {"share": found["share"], "pattern": found["pattern"]}
     except AptError as error:
         return {**made, "reason": error.message}
     except Exception as error:
@@ -64,30 +92,37 @@ def row(model_type: str) -> Row:
     return made
 
 
-def sizes_of(fields: Row) -> Row:
-    """The sizes of pictures and patches that fit the other fields of a tiny tower."""
-    sizes = tiny._sizes(fields).get("vision_config", {})
-    patch = (fields.get("vision_config") or {}).get("patch_size")
-    return {"vision_config": sizes | {"patch_size": patch}} if sizes and patch else {}
+def made_model(model_type: str) -> Any:
+    """A random model of a type, with a tower of the default sizes and few blocks."""
+    large = CONFIG_MAPPING[model_type](**tiny.NEEDED.get(model_type, {})).to_dict()
+    fields = large.get("vision_config") or {}
+    few = {n: LAYERS for n, v in fields.items() if re.fullmatch(tiny._COUNT, n) and tiny._is_int(v)}
+    size, patch = fields.get("image_size"), fields.get("patch_size")
+    if tiny._is_int(size) and tiny._is_int(patch):
+        few["image_size"] = min(size, patch * EDGE)
+    parts = {**fields, **few, **SPECIAL.get(model_type, {})}
+    return tiny.model(model_type, image=True, **({"vision_config": parts} if fields else {}))
 
 
-def samples_of(config: Any, large: Any, model_type: str) -> list[str]:
-    """The names of the tensors that the tower of the default size takes for a picture."""
-    if hasattr(config, "vision_config"):
-        config.vision_config = large.vision_config
-    processor = processor_of(model_type)
-    draw = torch.Generator().manual_seed(0)
-    values = torch.randint(0, 255, (*_PICTURE, 3), generator=draw, dtype=torch.uint8)
-    made = processor(images=values.numpy(), return_tensors="pt")
-    inputs = TowerInputs(config, STACK, torch.float32)
-    sample = inputs(made)[0]
-    signature(inputs._tower.forward).bind(**sample)
-    return list(sample)
+def fitted(processor: Any, config: Any) -> Any:
+    """A processor with the sizes of a tower; the default ones of a type may not fit each other."""
+    vision = getattr(config, "vision_config", None)
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    if tiny._is_int(patch) and tiny._is_int(getattr(processor, "patch_size", None)):
+        processor.patch_size = patch
+    square = {"height": size, "width": size}
+    if tiny._is_int(size) and getattr(processor.size, "height", None):
+        processor.size = square
+    if tiny._is_int(size) and getattr(processor, "crop_size", None):
+        processor.size, processor.crop_size = {"shortest_edge": size}, square
+    if tiny._is_int(size) and tiny._is_int(getattr(processor, "max_image_size", None)):
+        processor.max_image_size = size
+    return processor
 
 
 def processor_of(model_type: str) -> Any:
     """The processor of a type, of its default sizes."""
-    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(PROCESSORS.get(model_type, model_type))
     if not names:
         raise AptError("transformers has no image processor for the type")
     names = names.values() if isinstance(names, dict) else names
@@ -127,7 +162,10 @@ def main() -> None:
     rows = []
     for model_type in chosen:
         rows.append(guarded(model_type))
-        said = rows[-1]["reason"] or f"served: {', '.join(rows[-1]['samples'])}"
+        said = (
+            rows[-1]["reason"]
+            or f"served: {rows[-1]['share']:.1%} {', '.join(rows[-1]['samples'])}"
+        )
         print(f"{model_type:26} {rows[-1]['tower']:34} {said}", flush=True)
     print(sum(not row["reason"] for row in rows), "of", len(rows))
     save(options.json, rows)

@@ -40,9 +40,7 @@ def example_inputs(model: nn.Module, samples: int = 2, seed: int = 0) -> Inputs:
         AptError: the model runs on none of the inputs that were tried.
     """
     failure: Exception | None = None
-    parameter, make = next(model.parameters()), getattr(model, "examples", lambda samples: {})
-    own = {name: _placed(value, parameter) for name, value in make(samples).items()}
-    for inputs in chain([own] if own else [], _candidates(model, samples, seed)):
+    for inputs in chain(_own(model, samples), _candidates(model, samples, seed)):
         try:
             run_quietly(model, inputs)
         except Exception as error:  # a model of any origin can fail in any way
@@ -71,6 +69,14 @@ class same_numbers:
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self._state)
+
+
+def _own(model: nn.Module, samples: int) -> Iterator[Inputs]:
+    """The inputs that a tower makes; none of other models."""
+    made = model.examples(samples) if hasattr(model, "examples") else {}  # type: ignore[operator]
+    if made:
+        parameter = next(model.parameters())
+        yield {name: _placed(value, parameter) for name, value in made.items()}
 
 
 def _candidates(model: Any, samples: int, seed: int) -> Iterator[Inputs]:

@@ -101,7 +101,8 @@ def tower_of(model: nn.Module, stack: str, examples: Examples = lambda samples: 
     """A tower of a model, by its name in `towers_of`."""
     path = towers_of(model)[stack]
     tower: Any = model.get_submodule(path)
-    return _class(type(tower), path, stack)(tower, examples)
+    kind: Any = type(tower)
+    return _class(kind, path, stack)(tower, examples)
 
 
 def examples_of(source: Source, config: Any) -> Examples:
@@ -111,7 +112,7 @@ def examples_of(source: Source, config: Any) -> Examples:
         draw = np.random.default_rng(0)
         inputs = TowerInputs(config, source.tower, torch.float32, source.trust_remote_code)
         try:
-            made = [inputs(_processed_noise(source, draw))[0] for _ in range(samples)]
+            made = [inputs(processed_noise(source, draw))[0] for _ in range(samples)]
             return {name: torch.stack([each[name] for each in made]) for name in made[0]}
         except Exception:  # without a processor, other inputs are tried
             return {}
@@ -119,7 +120,8 @@ def examples_of(source: Source, config: Any) -> Examples:
     return examples
 
 
-def _processed_noise(source: Source, draw: np.random.Generator) -> Mapping[str, Any]:
+def processed_noise(source: Source, draw: np.random.Generator) -> Mapping[str, Any]:
+    """What the processor of a model makes of noise in place of a picture or a sound."""
     if source.tower == "audio":
         extractor = load_feature_extractor(source)
         return features_of(extractor, draw.normal(size=extractor.sampling_rate).astype("float32"))
@@ -197,7 +199,9 @@ class TowerInputs:
                 return call.arguments
             except Exception as error:  # a model of any origin can fail in any way
                 message = f"{type(self._model).__name__} does not reach its tower"
-                raise AptError(f"{message}: {describe(error)}", "this tower cannot be pruned") from error
+                raise AptError(
+                    f"{message}: {describe(error)}", "this tower cannot be pruned"
+                ) from error
         return by_name
 
     @cached_property

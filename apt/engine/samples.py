@@ -101,8 +101,10 @@ def _reader(options: Any, skeleton: Opened) -> TextReader | ImageReader | SoundR
         case Reads(text=None, image=None, sound=str(name)):
             transcripts = partial(_text_reader, options, skeleton)
             extractor = load_feature_extractor(skeleton.source)
-            beside = transcripts if skeleton.reads.target else None
-            return SoundReader(extractor, name, beside, _tower_inputs(skeleton))
+            made = _tower_inputs(skeleton)
+            return SoundReader(
+                extractor, name, transcripts if skeleton.reads.target else None, made
+            )
     raise AptError(
         f"{skeleton.source.reference} takes {skeleton.reads.words}, which this command cannot read",
         "prune it from a program, with samples of named tensors: apt.prune(model, samples)",

@@ -90,7 +90,8 @@ __all__ = [
     "MeasuringOptions", "MethodOptions", "Mode", "ModelOptions", "ModelRun", "Option", "Options",
     "OutputOptions", "PackRun", "PatternOptions", "Preset", "PrintingOptions", "PruneOptions",
     "PruneRun", "ReapplyRun", "RecoverOptions", "RecoverRun", "RemoteOptions", "SampleOptions",
-    "ShrinkOptions", "ShrinkRun", "SolveOptions", "StreamOptions", "TokenizerOptions", "TowerOptions",
-    "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_seed", "check_windows",
-    "flags_of", "option", "options", "plot_option", "read_options", "warn_renamed", "write_options",
+    "ShrinkOptions", "ShrinkRun", "SolveOptions", "StreamOptions", "TokenizerOptions",
+    "TowerOptions", "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_seed",
+    "check_windows", "flags_of", "option", "options", "plot_option", "read_options", "warn_renamed",
+    "write_options",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The towers of multimodal checkpoints: `--stack vision` and `--stack audio`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ def done(apt, *command):
     return result
 
 
+def read(path):
+    return json.loads(Path(path).read_text("utf-8"))
+
+
 def changed(before, after):
     """The names of the tensors that differ between two directories."""
     first, second = (load_file(f"{place}/model.safetensors") for place in (before, after))
@@ -62,8 +67,8 @@ def test_the_tower_is_pruned_and_all_other_tensors_keep_their_bytes(model_of, ap
     for name in names:
         assert (tensors[name].unflatten(1, (-1, 4)).count_nonzero(2) == 2).all()
     assert not changed("whole", "streamed")
-    assert (model / "config.json").read_bytes() == open("whole/config.json", "rb").read()
-    report = json.loads(open("whole/apt_report.json").read())
+    assert (model / "config.json").read_bytes() == Path("whole/config.json").read_bytes()
+    report = read("whole/apt_report.json")
     assert report["options"]["stacks"] == ["vision"]
     assert {s["name"].split(".")[0] for s in report["sites"]} == {"model"}  # names of the whole
 
@@ -107,7 +112,7 @@ def test_a_folder_of_pictures_calibrates_by_the_default_method(model_of, apt, tm
         picture().rotate(90 * number).save(tmp_path / f"pictures/{number}.png")
     command = ("--stack", "vision", "--calibration", "pictures", "--samples", 4)
     done(apt, "prune", model_of("qwen2_5_vl"), *command, "--eval", "pictures", "-o", "out")
-    report = json.loads(open("out/apt_report.json").read())
+    report = read("out/apt_report.json")
     assert report["scores"]["before"]["similarity"] == pytest.approx(1)
     assert report["scores"]["after"]["similarity"] < 1
     assert report["calibration"]["shape"][0] == 4
@@ -155,9 +160,10 @@ def test_commands_that_read_the_result(model_of, apt):
 
 
 def test_inspect_shows_the_stacks(model_of, apt):
-    assert "stacks, for apt-prune prune --stack: decoder, vision" in done(
-        apt, "inspect", model_of("llava")
-    ).out
+    assert (
+        "stacks, for apt-prune prune --stack: decoder, vision"
+        in done(apt, "inspect", model_of("llava")).out
+    )
     assert json.loads(done(apt, "inspect", model_of("llava"), "--json").out)["stacks"] == [
         "decoder",
         "vision",
