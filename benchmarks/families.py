@@ -130,14 +130,14 @@ def _sentence(error: Exception) -> str:
     return describe(error).partition(". ")[0]
 
 
-def pruned(model: nn.Module, adapter: Adapter, inputs: Tensor | Samples, method: str = "ss") -> Row:
+def pruned(model: nn.Module, adapter: Adapter, inputs: Tensor | Samples) -> Row:
     """What pruning changes in a model, by the first pattern that fits."""
     before = {name: value.clone() for name, value in tensors(model)}
     for pattern in PATTERNS:
         model.load_state_dict(before, strict=False)
         try:
             apt.prune(
-                model, inputs, pattern=pattern, adapter=adapter, method=method,
+                model, inputs, pattern=pattern, adapter=adapter, method="ss",
                 options=PruneOptions(),
             )  # fmt: skip
         except AptError as error:

@@ -1,9 +1,8 @@
 """Whose towers of images `apt-prune prune --stack vision` prunes, of all types of images and text.
 
-Of each type a random model is made, with a tiny language model, and a tower of the default sizes
-with a few blocks. The image processor of the type makes inputs of noise, and the tower is pruned on
-them to 2:4. By magnitude, since a tower of this width takes long to solve. Some processors need
-torchvision::
+Of each type a tiny random model is made, whose tower takes pictures of up to 8 × 8 patches of the
+default size. The image processor of the type makes inputs of noise, and the tower is pruned on
+them. Some processors need torchvision::
 
     python benchmarks/towers.py --json benchmarks/results/towers.json
     python benchmarks/pages.py
@@ -11,7 +10,6 @@ torchvision::
 
 import argparse
 import multiprocessing
-import re
 import tempfile
 import warnings
 from fnmatch import fnmatch
@@ -35,14 +33,13 @@ from apt.locations.model_source import Source
 
 STACK = "vision"
 SECONDS, SAMPLES = 60, 2
-LAYERS, EDGE = 2, 8
-"""The blocks of a tower, and the most patches of an edge of a picture of one size."""
-_DEEP: Row = {"depth": 8, "deepstack_visual_indexes": [1, 2, 3]}
+EDGE = 8  # the most patches of an edge of a picture
+_DEEP: Row = {"depth": 12, "deepstack_visual_indexes": [1, 2, 3]}
 SPECIAL: dict[str, Row] = {
-    "aya_vision": {"num_attention_heads": 16},
+    "aria": {"image_size": 490},
     "cohere_compass": _DEEP,
     "cosmos3_omni": _DEEP,
-    "llama4": {"hidden_size": 1408},
+    "llama4": {"intermediate_size": 128},  # of four patches of width 32
     "mllama": {"num_global_layers": 2, "intermediate_layers_indices": [1]},
     "qwen3_vl": _DEEP,
     "qwen3_vl_moe": _DEEP,
@@ -81,7 +78,7 @@ def row(model_type: str) -> Row:
                 noise = processed_noise(source, np.random.default_rng(0))
                 TowerInputs(model.config, STACK, torch.float32)(noise)  # raises
             samples = [{n: t[index] for n, t in inputs.items()} for index in range(SAMPLES)]
-            found = pruned(tower, adapter, Samples(samples), "magnitude")
+            found = pruned(tower, adapter, Samples(samples))
         if not (found["exact"] and found["untouched"]):
             return {**made, "reason": "the pattern is not exact, or other values changed"}
         made |= {"share": found["share"], "pattern": found["pattern"]}
@@ -93,15 +90,17 @@ def row(model_type: str) -> Row:
 
 
 def made_model(model_type: str) -> Any:
-    """A random model of a type, with a tower of the default sizes and few blocks."""
-    large = CONFIG_MAPPING[model_type](**tiny.NEEDED.get(model_type, {})).to_dict()
-    fields = large.get("vision_config") or {}
-    few = {n: LAYERS for n, v in fields.items() if re.fullmatch(tiny._COUNT, n) and tiny._is_int(v)}
-    size, patch = fields.get("image_size"), fields.get("patch_size")
-    if tiny._is_int(size) and tiny._is_int(patch):
-        few["image_size"] = min(size, patch * EDGE)
-    parts = {**fields, **few, **SPECIAL.get(model_type, {})}
-    return tiny.model(model_type, image=True, **({"vision_config": parts} if fields else {}))
+    """A tiny random model of a type, with patches of the default size."""
+    fields = CONFIG_MAPPING[model_type](**tiny.NEEDED.get(model_type, {})).to_dict()
+    vision = fields.get("vision_config") or {}
+    size, patch = vision.get("image_size"), vision.get("patch_size")
+    parts = {"patch_size": patch} if tiny._is_int(patch) else {}
+    if parts and tiny._is_int(size):
+        parts["image_size"] = min(size, patch * EDGE)
+    if parts and tiny._is_int(vision.get("window_size")):
+        parts["window_size"] = patch * EDGE // 2
+    parts |= SPECIAL.get(model_type, {})
+    return tiny.model(model_type, image=True, **({"vision_config": parts} if vision else {}))
 
 
 def fitted(processor: Any, config: Any) -> Any:

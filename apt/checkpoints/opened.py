@@ -73,8 +73,9 @@ class Opened:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights by the configuration; fp32 if it names none."""
-        config: Any = self.config if self.whole is None else self.whole.config
-        return getattr(config, "dtype", None) or torch.float32
+        whole: Any = self.whole and self.whole.config
+        dtypes = (getattr(config, "dtype", None) for config in (self.config, whole))
+        return next(filter(None, dtypes), torch.float32)
 
     @property
     def runs_in(self) -> torch.dtype:

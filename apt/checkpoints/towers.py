@@ -174,7 +174,8 @@ class TowerInputs:
         mask = next((given[name] for name in _MASKS if name in given), None)
         given = {name: mask for name in _MASKS if mask is not None} | given
         taken = {n: v for n, v in self._taken(given).items() if isinstance(v, Tensor)}
-        if missing := [name for name in _needed(self._arguments) if name not in taken]:
+        needed = _needed(self._arguments) if taken else list(self._arguments)
+        if missing := [name for name in needed if name not in taken]:
             message = f"{type(self._tower).__name__} takes {missing[0]}, which cannot be made"
             raise AptError(message, "this tower cannot be pruned")
         cast = {n: v.to(self.dtype) if v.is_floating_point() else v for n, v in taken.items()}

@@ -1,13 +1,14 @@
 """The towers of multimodal checkpoints: `--stack vision` and `--stack audio`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import TEXT
 from tests.helpers.interrupted import PLACES, KilledError, cut, weights
@@ -71,6 +72,19 @@ def test_the_tower_is_pruned_and_all_other_tensors_keep_their_bytes(model_of, ap
     report = read("whole/apt_report.json")
     assert report["options"]["stacks"] == ["vision"]
     assert {s["name"].split(".")[0] for s in report["sites"]} == {"model"}  # names of the whole
+
+
+def test_a_checkpoint_in_bf16_keeps_its_dtypes_and_bytes(model_of, apt, tmp_path):
+    shutil.copytree(model_of("llava"), tmp_path / "bf16")
+    tensors = load_file(tmp_path / "bf16/model.safetensors")
+    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(halves, tmp_path / "bf16/model.safetensors", {"format": "pt"})
+    done(apt, "prune", "bf16", *VISION, "-o", "whole")
+    done(apt, "prune", "bf16", *VISION, "--stream", "-o", "streamed")
+    assert len(changed("bf16", "whole")) == 12
+    assert not changed("whole", "streamed")
+    after = load_file("whole/model.safetensors")
+    assert {name: t.dtype for name, t in after.items()} == {n: t.dtype for n, t in halves.items()}
 
 
 @pytest.mark.parametrize("kind", TOWERS)
