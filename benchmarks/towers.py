@@ -39,6 +39,7 @@ SPECIAL: dict[str, Row] = {
     "aria": {"image_size": 490},
     "cohere_compass": _DEEP,
     "cosmos3_omni": _DEEP,
+    "gemma4": {"model_type": "gemma4_vision"},
     "llama4": {"intermediate_size": 128},  # of four patches of width 32
     "mllama": {"num_global_layers": 2, "intermediate_layers_indices": [1]},
     "qwen3_vl": _DEEP,
@@ -100,7 +101,7 @@ def made_model(model_type: str) -> Any:
     if parts and tiny._is_int(vision.get("window_size")):
         parts["window_size"] = patch * EDGE // 2
     parts |= SPECIAL.get(model_type, {})
-    return tiny.model(model_type, image=True, **({"vision_config": parts} if vision else {}))
+    return tiny.model(model_type, image=True, **({"vision_config": parts} if parts else {}))
 
 
 def fitted(processor: Any, config: Any) -> Any:
