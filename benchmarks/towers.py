@@ -39,7 +39,7 @@ SPECIAL: dict[str, Row] = {
     "aria": {"image_size": 490},
     "cohere_compass": _DEEP,
     "cosmos3_omni": _DEEP,
-    "gemma4": {"model_type": "gemma4_vision"},
+    "gemma4": tiny.config("gemma4_vision").to_dict(),  # there is none by default
     "llama4": {"intermediate_size": 128},  # of four patches of width 32
     "mllama": {"num_global_layers": 2, "intermediate_layers_indices": [1]},
     "qwen3_vl": _DEEP,
@@ -168,7 +168,6 @@ def main() -> None:
         )
         print(f"{model_type:26} {rows[-1]['tower']:34} {said}", flush=True)
     print(sum(not row["reason"] for row in rows), "of", len(rows))
-    save(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -248,9 +248,10 @@ def _split(taken: Mapping[str, Tensor]) -> list[Sample]:
 
 
 def _without_padding(sample: Sample) -> Sample:
-    """A sample without the patches that its mask leaves out."""
-    masks = [v for n, v in sample.items() if n.endswith("mask") and v.ndim == 1]
-    if not masks or masks[0].bool().all():
+    """A sample without the patches that its mask leaves out; frames of a sound all stay."""
+    masks = [v.bool() for n, v in sample.items() if n.endswith("mask") and v.ndim == 1]
+    lengths = [len(value) for value in sample.values() if value.is_floating_point()]
+    if not masks or masks[0].all() or len(masks[0]) not in lengths:
         return sample
-    real = masks[0].bool()
+    real = masks[0]
     return {n: v[real] if v.ndim and len(v) == len(real) else v for n, v in sample.items()}

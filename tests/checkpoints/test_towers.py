@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from apt_adapters.example_inputs import example_inputs
 
 from apt import AptError
 from apt.checkpoints.towers import TowerInputs, tower_of, towers_of
@@ -103,6 +104,23 @@ def test_padding_of_patches_is_left_out():
         for each in (made, {name: value[None] for name, value in sample.items()})
     )
     torch.testing.assert_close(padded[:8], cut)
+
+
+def test_the_mask_of_a_sound_has_all_frames():
+    mask = torch.tensor([[1] * 60 + [0] * 40])
+    make = inputs_of(multimodal_model("audioflamingo3", 256), "audio")
+    (sample,) = make({"input_features": torch.rand(1, 128, 100), "attention_mask": mask})
+    assert torch.equal(sample["input_features_mask"], mask[0])  # of the extractor's other name
+    assert sample["input_features"].shape == (128, 100)
+
+
+def test_auto_examines_a_tower_with_the_inputs_that_its_own_processor_makes():
+    model = multimodal_model("llava", 256)
+    made = {"pixel_values": torch.rand(2, 3, 32, 32)}
+    found = example_inputs(tower_of(model, "vision", lambda samples: made))
+    assert torch.equal(found["pixel_values"], made["pixel_values"])
+    wrong = {"pixel_values": torch.rand(2, 5, 32, 32)}  # the tower does not run on it
+    assert example_inputs(tower_of(model, "vision", lambda samples: wrong)).keys() == made.keys()
 
 
 def test_samples_have_the_dtype_in_which_the_tower_computes(pixels):

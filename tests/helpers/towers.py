@@ -19,6 +19,7 @@ FIELDS = {
     "qwen2_5_vl": {"vision_config": {"window_size": 56}},
     "lfm2_vl": {},
     "voxtral": {"audio_config": {"max_source_positions": 50}},
+    "audioflamingo3": {"audio_config": {"max_source_positions": 50}},
 }
 PROCESSORS = {
     "llava": lambda: t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=_SQUARE),
