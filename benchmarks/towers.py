@@ -159,14 +159,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     chosen = [t for t in sorted(tiny.IMAGE) if any(fnmatch(t, glob) for glob in options.only)]
-    rows = []
+    rows = list[Row]()
     for model_type in chosen:
-        rows.append(guarded(model_type))
-        said = (
-            rows[-1]["reason"]
-            or f"served: {rows[-1]['share']:.1%} {', '.join(rows[-1]['samples'])}"
-        )
-        print(f"{model_type:26} {rows[-1]['tower']:34} {said}", flush=True)
+        rows.append(last := guarded(model_type))
+        save(options.json, rows)  # the run may be ended
+        said = last["reason"] or f"served: {last['share']:.1%} {', '.join(last['samples'])}"
+        print(f"{model_type:26} {last['tower']:34} {said}", flush=True)
     print(sum(not row["reason"] for row in rows), "of", len(rows))
 
 
