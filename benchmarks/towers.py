@@ -52,6 +52,7 @@ PROCESSORS = {
     "glm_ocr": "glm46v",
     "qwen2_5_omni_thinker": "qwen2_vl",
     "qwen3_omni_moe_thinker": "qwen2_vl",
+    "qwen3_vl_moe": "qwen3_vl",
 }
 """The types whose processor another type has, which transformers does not list."""
 
