@@ -102,7 +102,7 @@ def row(model_type: str, table: str) -> Row:
     try:
         check_kind(f"a model of type {model_type}", model.config)
         with limited(SECONDS):
-            found = pruned(model, adapter)
+            found = pruned(model, adapter, inputs_for(model))
     except Exception as error:
         reason = error.message if isinstance(error, AptError) else f"fails: {_sentence(error)}"
         return {**made, "served": "refused", "reason": reason}
@@ -130,9 +130,9 @@ def _sentence(error: Exception) -> str:
     return describe(error).partition(". ")[0]
 
 
-def pruned(model: nn.Module, adapter: Adapter) -> Row:
+def pruned(model: nn.Module, adapter: Adapter, inputs: Tensor | Samples) -> Row:
     """What pruning changes in a model, by the first pattern that fits."""
-    before, inputs = {name: value.clone() for name, value in tensors(model)}, inputs_for(model)
+    before = {name: value.clone() for name, value in tensors(model)}
     for pattern in PATTERNS:
         model.load_state_dict(before, strict=False)
         try:

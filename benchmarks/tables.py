@@ -400,6 +400,21 @@ def families(rows: Rows) -> str:
     return "\n\n".join(parts)
 
 
+def towers(rows: Rows) -> str:
+    """The towers of images that are served, and the other types with the reason."""
+    served = [row for row in rows if not row["reason"]]
+    others = [[f"`{r['type']}`", r["reason"].translate(_ESCAPED)] for r in rows if r["reason"]]
+    lines = [
+        [f"`{r['type']}`", r["tower"], r["adapter"], ", ".join(f"`{n}`" for n in r["samples"])]
+        for r in served
+    ]
+    return "\n\n".join([
+        f"Of {len(rows)} types the towers of {len(served)} are served.",
+        table(["type", "tower", "adapter", "a sample"], lines),
+        table(["type", "reason"], others),
+    ])  # fmt: skip
+
+
 def widths(rows: Rows) -> str:
     """What narrower models of several types keep of each kind of groups, and what they compute."""
     header = ["type", "adapter", "kept", "largest difference", "warnings"]
@@ -564,6 +579,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "stream": ("stream", stream),
     "stream-7b": ("stream-7b", stream),
     "families": ("families", families),
+    "towers": ("towers", towers),
     "quantize": ("quantize", quantized),
     "widths": ("widths", widths),
     "llama-cpp": ("llama-cpp", llama_cpp),

@@ -46,7 +46,7 @@ _GENERAL = {
 _KINDS = {
     "vision": ("vision", "visual", "image"),
     "text": ("text", "language"),
-    "sound": ("audio", "speech", "sound"),
+    "audio": ("audio", "speech", "sound"),
     "decoder": ("decoder",),
     "encoder": ("encoder",),
 }

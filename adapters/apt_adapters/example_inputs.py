@@ -7,7 +7,7 @@ the first inputs on which a model runs are taken.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from inspect import Parameter, signature
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import Any
 
 import torch
@@ -34,11 +34,13 @@ _SEGMENT = 8  # of time series
 def example_inputs(model: nn.Module, samples: int = 2, seed: int = 0) -> Inputs:
     """Inputs on which the body of a model runs, (samples, …) by the names of its arguments.
 
+    A tower of a multimodal model makes its own inputs, if its processor is there.
+
     Raises:
         AptError: the model runs on none of the inputs that were tried.
     """
     failure: Exception | None = None
-    for inputs in _candidates(model, samples, seed):
+    for inputs in chain(_own(model, samples), _candidates(model, samples, seed)):
         try:
             run_quietly(model, inputs)
         except Exception as error:  # a model of any origin can fail in any way
@@ -67,6 +69,14 @@ class same_numbers:
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self._state)
+
+
+def _own(model: nn.Module, samples: int) -> Iterator[Inputs]:
+    """The inputs that a tower makes; none of other models."""
+    made = model.examples(samples) if hasattr(model, "examples") else {}  # type: ignore[operator]
+    if made:
+        parameter = next(model.parameters())
+        yield {name: _placed(value, parameter) for name, value in made.items()}
 
 
 def _candidates(model: Any, samples: int, seed: int) -> Iterator[Inputs]:

@@ -1,6 +1,6 @@
 """The recording of block calls: one run of the model with stubs in place of its blocks."""
 
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,8 @@ from apt.adapter.sites import Call
 from apt.errors import AptError
 
 _STATE = "hidden_states"
-_GRID = "grid_thw"  # the sizes of images in patches (images, 3)
+GRID = "grid_thw"
+"""The argument with the sizes of images in patches (images, 3)."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,17 @@ def run_body(model: Any, inputs: ModelInputs) -> None:
         return
     base = body_of(model, inputs)
     taken = signature(base.forward).parameters
-    if _GRID in inputs:  # the model reads the patches of all images as one sequence
-        inputs = {n: tensor if n == _GRID else tensor.flatten(0, 1) for n, tensor in inputs.items()}
-    base(**inputs, **({"use_cache": False} if "use_cache" in taken else {}))
+    base(**in_one_sequence(inputs), **({"use_cache": False} if "use_cache" in taken else {}))
+
+
+def in_one_sequence(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The inputs of a batch; of a model that takes sizes, the patches of all images in a row."""
+    if GRID not in inputs:
+        return inputs
+    return {
+        name: tensor if name == GRID or tensor.ndim < 2 else tensor.flatten(0, 1)
+        for name, tensor in inputs.items()
+    }
 
 
 def _passed(form: _Form, /, *args: Any, **kwargs: Any) -> Any:

@@ -85,7 +85,7 @@ def reads_of(model_class: Any, config: Any) -> Reads:
     """What the models of a class read, by the arguments of its forward."""
     is_decoder = not (getattr(config, "is_encoder_decoder", False) or _bidirectional(config))
     if not issubclass(model_class, PreTrainedModel):
-        return Reads()
+        return getattr(model_class, "reads", Reads())  # of a tower
     forward: Any = model_class.forward
     arguments = signature(forward).parameters
     hears = "input_ids" not in arguments and not arguments.keys().isdisjoint(_SOUND)  # with CTC

@@ -22,8 +22,8 @@ from apt.checkpoints.load_errors import load_error, tokenizer_error
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.quantised import QuantisedCheckpoint
 from apt.checkpoints.safetensors_io import check_files
-from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import find_stored, open_stored, read_parameter
+from apt.checkpoints.towers import examples_of, tower_of
 from apt.compute import ComputeDtype, compute_dtype
 from apt.errors import SLOW_PRODUCTS, AptError, shortened
 from apt.locations.hub import Hub
@@ -56,7 +56,7 @@ def open_skeleton(
     packed: bool = False,
     expanded: bool = False,
 ) -> Opened:
-    """Open a model without its weights: modules and shapes, on the meta device.
+    """Open a model, or a tower of it, without its weights: modules and shapes, on the meta device.
 
     Args:
         adapter: the name of an adapter; by default the adapter for the model's type.
@@ -73,13 +73,17 @@ def open_skeleton(
         checkpoint, config = _read_configuration(source, registry)
     if source.gguf is None:  # quantised GGUF weights are converted to plain ones
         check_kind(source.reference, config, packed=packed)
+    module, whole = _skeleton_module(source, config), None
+    if source.tower:
+        whole, module = module, tower_of(module, source.tower, examples_of(source, config))
+        config = module.config
     spec = registry.adapters.get(adapter) if adapter else registry.adapter_for(config.model_type)
     instance: Adapter = spec.make()
     instance.check(config)
-    module = _skeleton_module(source, config)
     return Opened(
-        source, module, config, spec, instance, checkpoint, quantised=quantised, plain=plain
-    )
+        source, module, config, spec, instance, checkpoint, quantised=quantised, plain=plain,
+        whole=whole,
+    )  # fmt: skip
 
 
 def _read_configuration(source: Source, registry: Registry) -> tuple[Checkpoint | None, Any]:
@@ -132,7 +136,10 @@ def load(
         arguments = {"config": with_weights(skeleton.config)}
     elif source.gguf:
         arguments = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
-    if skeleton.quantised is not None:
+    if skeleton.whole is not None:
+        dtype = dtype or open_stored(skeleton).dtype(skeleton)
+        module, missing = _from_weights(skeleton, _expanded(skeleton), dtype)
+    elif skeleton.quantised is not None:
         module, missing = _from_weights(skeleton, _expanded(skeleton), dtype)
     elif skeleton.plain is not None:
         module, missing = _from_weights(skeleton, _plain(skeleton.plain), dtype)
@@ -212,7 +219,7 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 def _expanded(skeleton: Opened) -> Callable[[], Weights]:
-    """A function that reads the weights of a quantised checkpoint."""
+    """A function that reads the weights of a quantised checkpoint, or of a tower."""
     stored, state = open_stored(skeleton), skeleton.module.state_dict()
     return lambda: (
         (name, read_parameter(pieces, state[name].shape, stored.shards))
@@ -229,10 +236,9 @@ def _from_weights(
     skeleton: Opened, read: Callable[[], Weights], dtype: torch.dtype | None
 ) -> tuple[Any, list[str]]:
     """The model, read by a plugin; each weight keeps its stored dtype if ``dtype`` is None."""
-    source, trust = skeleton.source, skeleton.source.trust_remote_code
+    source = skeleton.source
     with _loading(source):
-        given = dtype or torch.float32
-        module: Any = skeleton_module(skeleton.config, given, trust_remote_code=trust)
+        module: Any = skeleton.skeleton(dtype or torch.float32)
         dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         weights = {
             name: tensor if dtype is None else tensor.to(dtypes.get(name, dtype))

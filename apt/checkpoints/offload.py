@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.safetensors_io import Shards
-from apt.checkpoints.skeletons import skeleton_module
 from apt.checkpoints.stored import pruned_of, read_parameter, write_parameters
 from apt.compute import is_lossy, unrounded
 from apt.devices import is_accelerator
@@ -132,10 +131,7 @@ def assemble(
     skeleton: Opened, shards: Shards, layout: Layout, device: str, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The model in memory without its blocks; raises `AptError` if a tensor is missing."""
-    source = skeleton.source
-    module: Any = skeleton_module(
-        skeleton.config, dtype, trust_remote_code=source.trust_remote_code
-    )
+    module: Any = skeleton.skeleton(dtype)
     blocks = skeleton.adapter.blocks(module)
     in_blocks = {f"{name}.{path}" for name, block in blocks for path, _ in block.named_parameters()}
     state = module.state_dict()

@@ -1,7 +1,7 @@
 """An opened model, with its source, adapter and checkpoint."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,6 +10,8 @@ from apt.adapter import Adapter
 from apt.checkpoints.architecture import Reads, reads_of
 from apt.checkpoints.formats import Checkpoint
 from apt.checkpoints.quantised import QuantisedCheckpoint
+from apt.checkpoints.skeletons import skeleton_module
+from apt.checkpoints.towers import tower_of
 from apt.compute import compute_dtype
 from apt.errors import AptError
 from apt.locations.model_source import Source
@@ -27,6 +29,7 @@ class Opened:
         compute: the compute dtype of a planned run; None for `dtype`.
         quantised: the quantised checkpoint, if its tensors are expanded when they are read.
         plain: the reader of a GGUF file whose weights, once read, are those of a plain model.
+        whole: the multimodal model of which ``module`` is a tower, without weights; else None.
     """
 
     source: Source
@@ -38,6 +41,16 @@ class Opened:
     compute: torch.dtype | None = None
     quantised: QuantisedCheckpoint | None = None
     plain: QuantisedCheckpoint | None = None
+    whole: nn.Module | None = None
+
+    def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A new model without weights; see `skeleton_module`."""
+        trust = self.source.trust_remote_code
+        if self.whole is None:
+            return skeleton_module(self.config, dtype, trust_remote_code=trust)
+        config, examples = cast(Any, self.whole.config), cast(Any, self.module).examples
+        whole = skeleton_module(config, dtype, trust_remote_code=trust)
+        return tower_of(whole, self.source.tower, examples)
 
     @property
     def reads(self) -> Reads:
@@ -60,7 +73,9 @@ class Opened:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights by the configuration; fp32 if it names none."""
-        return getattr(self.config, "dtype", None) or torch.float32
+        whole: Any = self.whole and self.whole.config
+        dtypes = (getattr(config, "dtype", None) for config in (self.config, whole))
+        return next(filter(None, dtypes), torch.float32)
 
     @property
     def runs_in(self) -> torch.dtype:

@@ -33,8 +33,10 @@ def layout_of(skeleton: Opened, shards: Shards) -> Layout:
         AptError: a parameter is stored as integers.
     """
     layout, problems = dict[str, Sequence[Piece]](), dict[str, str]()
-    state, conversions = skeleton.module.state_dict(), converted(skeleton.module, shards.shapes)
-    for name, conversion in conversions.items():
+    state = skeleton.module.state_dict()
+    for name, conversion in converted(skeleton.whole or skeleton.module, shards.shapes).items():
+        if name not in state:  # beside a tower
+            continue
         if conversion.problem:
             problems[name] = f": {conversion.problem}"
         else:

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from apt.adapter import DecoderAdapter, Site
+from apt.checkpoints.towers import towers_of
 from apt.cli.output import duration, say, show, show_json, size, table
 from apt.engine.costs import PlannedRun
 from apt.engine.estimate import estimate
@@ -33,6 +34,7 @@ def _record(planned: PlannedRun) -> dict[str, Any]:
         "adapter": skeleton.spec.name,
         "parameters": planned.parameters,
         "active_parameters": planned.active_parameters,
+        "stacks": _stacks(planned),
         "blocks": [block.name for block in planned.plan.blocks],
         "groups": _groups(planned),
         "sites": [
@@ -75,11 +77,19 @@ def _show_outline(planned: PlannedRun) -> None:
         f"them in {len(plan.sites)} sites of {len(plan.blocks)} blocks; + marks outputs that are "
         "added to the residual stream"
     )
+    if len(stacks := _stacks(planned)) > 1:
+        say(f"stacks, for apt-prune prune --stack: {', '.join(stacks)}")
     if groups := _groups(planned):
         counts = ", ".join(f"{count} {kind}" for kind, count in groups.items())
         say(f"groups in a block, for apt-prune shrink: {counts}")
     for site, reason in _ungrouped(planned).items():
         say(f"no groups for apt-prune shrink: {site}, since {reason}")
+
+
+def _stacks(planned: PlannedRun) -> list[str]:
+    """The names of the stacks, with those of the towers of a multimodal model."""
+    adapter, module = planned.skeleton.adapter, planned.skeleton.module
+    return [*(name for name, _ in adapter.stacks(module)), *towers_of(module)]
 
 
 def _groups(planned: PlannedRun) -> dict[str, int]:

@@ -8,7 +8,7 @@ from apt.engine.costs import PlannedRun
 from apt.engine.in_memory import InMemory
 from apt.engine.machine import choose_device
 from apt.engine.opening import pattern_of, selection_of
-from apt.engine.prepare import Notice, capped
+from apt.engine.prepare import Notice, capped, tower_in
 from apt.engine.recipes import augmentation_of
 from apt.engine.streamed import Streamed
 from apt.events import Status
@@ -58,6 +58,7 @@ def default_forecast(
     """The plan of a run with default options, for a model and a pattern."""
     device = choose_device(run.device)
     skeleton = open_skeleton(source, registry, run.adapter, expanded=True)
+    skeleton = tower_in(skeleton, run.stack, registry, run.adapter)
     if run.on is None or run.compute != "auto":  # the other devices multiply all dtypes fast
         skeleton = skeleton.computing(run.compute, device)
     selection, pattern = selection_of(run), pattern_of(run) or read_pattern(DEFAULT_PATTERN)

@@ -1,6 +1,7 @@
 """The checks of the model and of the output before the work, for all tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ from apt.checkpoints.architecture import quantised_with
 from apt.checkpoints.copies import links_outside
 from apt.checkpoints.load import open_skeleton
 from apt.checkpoints.opened import Opened
+from apt.checkpoints.towers import towers_of
 from apt.compute import dtype_name
 from apt.engine.machine import read_dtype
 from apt.engine.opening import RunRequest, cuts_file
 from apt.engine.task import WITHOUT_EFFECT, Task
-from apt.errors import AptError
+from apt.errors import AptError, unknown_name
 from apt.files.journal import check_same
 from apt.files.writing import check_file
 from apt.locations.model_source import Source
@@ -44,12 +46,61 @@ def open_model(
     cuts = cuts_file(options, source)
     expanded = (source.gguf is None or cuts) and isinstance(options, ShrinkRun)
     opened = open_skeleton(source, registry, options.adapter, expanded=expanded)
+    tower = _tower_among(getattr(options, "stacks", ()), opened)
+    opened = tower_in(opened, tower, registry, options.adapter)
     if cuts and opened.quantised is None:
         fault = f"no plugin that is installed cuts experts or blocks out of {source.gguf}"
         raise AptError(fault, "name a directory as the output", ("output",))
     if options.adapter is None:
         tell_adapter(opened, notice)
     return opened
+
+
+def tower_in(
+    opened: Opened,
+    name: str | None,
+    registry: Registry,
+    adapter: str | None,
+    *,
+    packed: bool = False,
+) -> Opened:
+    """A tower of a multimodal model, by its name; the model itself without a name.
+
+    For ``adapter`` and ``packed`` see `open_skeleton`.
+
+    Raises:
+        AptError: the model has no such tower.
+    """
+    if name is None:
+        return opened
+    if name not in (towers := towers_of(opened.module)):
+        raise unknown_name("tower", name, towers, f" in {opened.source.reference}")
+    return open_skeleton(replace(opened.source, tower=name), registry, adapter, packed=packed)
+
+
+def pruned_towers(report: Mapping[str, Any]) -> list[str]:
+    """The towers that the run of a report and the earlier runs pruned; the latest comes first."""
+    found, record = list[str](), dict(report)
+    while record:
+        found += (record.get("options") or {}).get("stacks") or ()
+        record = record.get("earlier") or {}
+    return list(dict.fromkeys(found))
+
+
+def _tower_among(stacks: Sequence[str], opened: Opened) -> str | None:
+    """The chosen stack that is a tower of a multimodal model; None if none is.
+
+    Raises:
+        AptError: another stack is chosen too.
+    """
+    towers = [name for name in stacks if name in towers_of(opened.module)]
+    if towers and len(stacks) > 1:
+        raise AptError(
+            f"{' and '.join(stacks)} are pruned on different samples, and a run has one kind",
+            f"run twice: first with stack {stacks[0]}, then on its output",
+            ("stacks",),
+        )
+    return towers[0] if towers else None
 
 
 def tell_adapter(opened: Opened, notice: Notice) -> None:

@@ -12,6 +12,7 @@ from apt.adapter.text_config import hidden_size
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.smaller import check_writable
 from apt.checkpoints.stored import open_stored
+from apt.checkpoints.towers import towers_of
 from apt.distributed.launch import whole_number
 from apt.distributed.ranks import Ranks
 from apt.engine.estimate import activations_on_disk
@@ -33,7 +34,7 @@ from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
 from apt.engine.text import Text, read_text
 from apt.engine.timed_run import fit_to_time, training_of
-from apt.errors import AptError, unknown_name
+from apt.errors import AptError, NotStoredError, unknown_name
 from apt.files.journal import Line, journal_beside
 from apt.locations.paths import portable
 from apt.locations.text_sources import portable_sources
@@ -169,6 +170,7 @@ class PruneTask(CalibratedTask):
         pattern_record: dict[str, Any] = {"per": self.job.plan.per}
         if isinstance(self.options, PruneRun):
             pattern_record |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
+            pattern_record |= {"stacks": self.options.stacks} if self.options.stacks else {}
         settings = record(self.job.recipe, self.job.augmentation, self.job.plan.grid)
         return in_order(self.options.record() | pattern_record | settings, (*_ORDER, *settings))
 
@@ -278,6 +280,8 @@ def prepare_pruning(
     if isinstance(options, ShrinkRun) and options.scores_from is not None:
         texts.append(str(options.scores_from))
     skeleton = open_model(request, texts, registry, notice)
+    if skeleton.source.tower:
+        _check_tower(options, skeleton)
     check_exportable(options, skeleton, registry)
     device, training = choose_device(options.device), None
     skeleton = with_compute(skeleton, options, device, notice)
@@ -286,7 +290,7 @@ def prepare_pruning(
     make_job: Any = _sparse_job if isinstance(options, PruneRun) else _smaller_job
     seqlen = capped(options.seqlen, skeleton, notice)
     options = replace(options, metrics=metrics_for(skeleton, options, registry))
-    if isinstance(options, PruneRun) and options.stacks:
+    if isinstance(options, PruneRun) and options.stacks and not skeleton.source.tower:
         skip = (*options.skip, *_other_stacks(skeleton, options.stacks))
         options = replace(options, skip=skip, stacks=())
     stream, adapter = options.stream or options.resume, skeleton.spec.name
@@ -320,6 +324,23 @@ def prepare_pruning(
     return task
 
 
+def _check_tower(options: PruneRun | ShrinkRun, skeleton: Opened) -> None:
+    """Raise for a tower that is not stored as it is, or an option that needs the whole model."""
+    tower = skeleton.source.tower
+    for name in ("minutes", "export"):
+        if getattr(options, name, None):
+            message = f"{name} needs the language model, and the run prunes the {tower} tower alone"
+            raise AptError(message, "leave it out", (name, "stacks"))
+    if options.dtype != "auto":
+        message = f"the {tower} tower keeps the dtype of its checkpoint"
+        raise AptError(message, "leave out the dtype", ("dtype", "stacks"))
+    try:
+        open_stored(skeleton)
+    except NotStoredError as error:
+        message = f"the {tower} tower of {skeleton.source.reference} cannot be pruned"
+        raise AptError(f"{message}: {error.message}", "prune another stack", ("stacks",)) from error
+
+
 def _other_stacks(skeleton: Opened, chosen: Sequence[str]) -> list[str]:
     """A glob for the sites of each stack of a model that is not chosen.
 
@@ -329,7 +350,8 @@ def _other_stacks(skeleton: Opened, chosen: Sequence[str]) -> list[str]:
     stacks = dict(skeleton.adapter.stacks(skeleton.module))
     for name in chosen:
         if name not in stacks:
-            raise unknown_name("stack", name, stacks, f" in {skeleton.source.reference}")
+            known = {**stacks, **towers_of(skeleton.module)}
+            raise unknown_name("stack", name, known, f" in {skeleton.source.reference}")
     lists = {
         block.rpartition(".")[0]
         for name, blocks in stacks.items()

@@ -19,7 +19,7 @@ from apt.checkpoints.masks import (
 )
 from apt.distributed.ranks import Ranks
 from apt.engine.opening import RunRequest, find_source
-from apt.engine.prepare import Notice, open_model
+from apt.engine.prepare import Notice, open_model, pruned_towers, tower_in
 from apt.engine.reports import continued_report
 from apt.engine.store import ModelStore
 from apt.engine.task import Task, TaskResult
@@ -120,5 +120,9 @@ def _pruning_report(masks: Path) -> dict[str, Any] | None:
 def _model_masks(options: ReapplyRun, registry: Registry) -> Masks:
     """The masks of a pruned model."""
     source = find_source(f"{options.masks.resolve()}", replace(options, revision=None), registry)
-    opened = load(open_skeleton(source, registry, options.adapter))
-    return masks_of(opened.module, opened.adapter)
+    skeleton = open_skeleton(source, registry, options.adapter)
+    towers = pruned_towers(read_report(options.masks) or {})
+    masks: Masks = {}
+    for part in (skeleton, *(tower_in(skeleton, name, registry, None) for name in towers)):
+        masks |= masks_of(load(part).module, part.adapter)
+    return masks

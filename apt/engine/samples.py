@@ -15,6 +15,7 @@ from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.processors import load_feature_extractor, load_image_processor
 from apt.checkpoints.stored import local_directory
+from apt.checkpoints.towers import TowerInputs
 from apt.engine.text import Text
 from apt.errors import AptError
 from apt.evaluation.generated import writes
@@ -95,15 +96,28 @@ def _reader(options: Any, skeleton: Opened) -> TextReader | ImageReader | SoundR
         case Reads(text=text, image=str(name), sound=None):
             processor = load_image_processor(skeleton.source)
             beside = _beside_images(options, skeleton) if text else None
-            return ImageReader(processor, name, beside, _classes(skeleton))
+            made = _tower_inputs(skeleton)
+            return ImageReader(processor, name, beside, _classes(skeleton), made)
         case Reads(text=None, image=None, sound=str(name)):
             transcripts = partial(_text_reader, options, skeleton)
             extractor = load_feature_extractor(skeleton.source)
-            return SoundReader(extractor, name, transcripts if skeleton.reads.target else None)
+            made = _tower_inputs(skeleton)
+            return SoundReader(
+                extractor, name, transcripts if skeleton.reads.target else None, made
+            )
     raise AptError(
         f"{skeleton.source.reference} takes {skeleton.reads.words}, which this command cannot read",
         "prune it from a program, with samples of named tensors: apt.prune(model, samples)",
     )
+
+
+def _tower_inputs(skeleton: Opened) -> TowerInputs | None:
+    """Makes the samples of a tower; None for a whole model."""
+    if skeleton.whole is None:
+        return None
+    config: Any = skeleton.whole.config
+    source = skeleton.source
+    return TowerInputs(config, source.tower, skeleton.runs_in, source.trust_remote_code)
 
 
 def _text_reader(options: Any, skeleton: Opened) -> TextReader:

@@ -14,6 +14,7 @@ from apt.checkpoints.safetensors_io import Shards
 from apt.checkpoints.stored import find_stored, layout_of
 from apt.checkpoints.verify import Verdict, block_verdicts, failures, verify
 from apt.engine.opening import find_source, pattern_of, selection_of
+from apt.engine.prepare import tower_in
 from apt.errors import AptError, describe
 from apt.files.hashes import changed_files, sha256
 from apt.options import VerifyRun
@@ -82,6 +83,9 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
     source = replace(source, reference=str(directory))
     skeleton = open_skeleton(source, registry, run.adapter, packed=True)
     method = quantised_with(skeleton.config)
+    if run.stack is None and pattern is None:
+        run = replace(run, stack=next(iter(_options_of(report).get("stacks") or ()), None))
+    skeleton = tower_in(skeleton, run.stack, registry, run.adapter, packed=True)
     if method == METHOD:
         PackedShards(directory).check()
     elif method:

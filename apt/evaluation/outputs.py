@@ -60,7 +60,7 @@ def outputs_of(model: nn.Module, samples: Samples) -> Outputs:
     with eval_mode(model), watched_body(model) as states:
         for inputs, indices in samples.batches(POSITIONS):
             found = model(**on_device(inputs, device))  # type: ignore[arg-type]
-            vectors.append(_vectors(found, states.pop() if states else None))
+            vectors.append(_vectors(found, states.pop() if states else None, len(indices)))
             states.clear()
             if isinstance(logits := getattr(found, "logits", None), Tensor):
                 predictions += logits.argmax(-1).cpu().unbind()
@@ -105,11 +105,13 @@ def embeddings_of(output: Any) -> Tensor | None:
     return torch.cat(found, dim=-1) if found else None
 
 
-def _vectors(output: Any, states: Tensor | None) -> Tensor:
+def _vectors(output: Any, states: Tensor | None, samples: int) -> Tensor:
     """The vectors of a batch (samples, width)."""
     if (embeddings := embeddings_of(output)) is not None:
         return embeddings.float().cpu()
     found = output[0] if states is None else states
+    if len(found) != samples:  # the patches of all images are one sequence
+        found = found.flatten(0, -2).unflatten(0, (samples, -1))
     return found.float().flatten(1, -2).mean(1).cpu() if found.ndim > 2 else found.float().cpu()
 
 

@@ -1,13 +1,13 @@
 """Samples of sounds, as waves or as the features that a model takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from apt.adapter import Sample, Samples
 from apt.errors import AptError
@@ -17,6 +17,7 @@ from apt.plugin.registry import Registry
 from apt.text.datasets import Split
 
 SOUNDS = Kind("sounds", (".wav", ".flac", ".ogg"))
+_MASKED = "return_attention_mask"
 _LONGEST = 16.0  # seconds
 _SHORTEST = 0.1  # seconds: what the convolutions of all models need
 
@@ -33,11 +34,14 @@ class SoundReader:
         extractor: the feature extractor, as transformers has it.
         name: the argument of the model's forward.
         transcripts: returns the reader of the texts of sounds, for a decoder that reads them.
+        inputs: makes the samples of a sound from its features, for a model that takes something
+            else.
     """
 
     extractor: Any
     name: str
     transcripts: Callable[[], TextReader] | None = None
+    inputs: Callable[[Mapping[str, Any]], Sequence[Sample]] | None = None
 
     @property
     def tokenizer(self) -> None:
@@ -52,8 +56,9 @@ class SoundReader:
     @cached_property
     def _is_fixed(self) -> bool:
         """True if the features of all sounds have one size."""
-        sizes = {self._features(np.zeros(self.rate * length, "float32")).shape for length in (1, 2)}
-        return len(sizes) == 1
+        waves = (np.zeros(self.rate * length, "float32") for length in (1, 2))
+        one, other = ([each.shape for each in self._features(w).values()] for w in waves)
+        return one == other
 
     def read(
         self,
@@ -72,7 +77,7 @@ class SoundReader:
                 the model takes.
         """
         items = drawn_items(source, SOUNDS, split, count, seed, registry, fewer=fewer)
-        samples: list[Sample] = [{self.name: self._features(self._wave(item))} for item in items]
+        samples: list[Sample] = [self._features(self._wave(item)) for item in items]
         if self.transcripts is None or all(item.text is None for item in items):
             return Samples(samples)
         texts = self.transcripts()
@@ -83,10 +88,12 @@ class SoundReader:
         check_alike(samples, f"some sounds of {source} have a text, and others have none")
         return Samples(samples)
 
-    def _features(self, wave: "np.ndarray[Any, Any]") -> Tensor:
+    def _features(self, wave: "np.ndarray[Any, Any]") -> Sample:
         """The features of a wave (values,), as the model takes them."""
-        found = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt")[self.name]
-        return torch.as_tensor(found)[0]
+        if self.inputs is not None:
+            return self.inputs(features_of(self.extractor, wave))[0]
+        found = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt")
+        return {self.name: torch.as_tensor(found[self.name])[0]}
 
     def _wave(self, item: Item) -> "np.ndarray[Any, Any]":
         """The values of a sound (values,), cut."""
@@ -116,3 +123,12 @@ class SoundReader:
             f"convert it, such as with: ffmpeg -i IN -ac 1 -ar {self.rate} OUT.wav",
             ("calibration", "evaluation"),
         )
+
+
+def features_of(extractor: Any, wave: "np.ndarray[Any, Any]") -> Mapping[str, Any]:
+    """The features of a wave (values,), with their mask if the extractor can make one."""
+    masked = {_MASKED: True} if _MASKED in signature(extractor.__call__).parameters else {}
+    found: Mapping[str, Any] = extractor(
+        wave, sampling_rate=extractor.sampling_rate, return_tensors="pt", **masked
+    )
+    return found

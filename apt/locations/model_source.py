@@ -27,6 +27,8 @@ class Source:
         gguf: the name of a GGUF file within the directory; None for other formats.
         trust_remote_code: True if code from the checkpoint may run.
         hub: the settings for the hub, used if ``location`` is a hub name.
+        tower: the name of the tower of a multimodal model that is opened alone, such as ``vision``;
+            "" to open the model.
     """
 
     reference: str
@@ -34,6 +36,7 @@ class Source:
     gguf: str | None = None
     trust_remote_code: bool = False
     hub: Hub = field(default_factory=Hub)
+    tower: str = ""
 
     @property
     def name(self) -> str:

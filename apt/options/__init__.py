@@ -70,6 +70,7 @@ from apt.options.shared import (
     SampleOptions,
     StreamOptions,
     TokenizerOptions,
+    TowerOptions,
     UnitOptions,
     WritingOptions,
     check_seed,
@@ -90,6 +91,7 @@ __all__ = [
     "OutputOptions", "PackRun", "PatternOptions", "Preset", "PrintingOptions", "PruneOptions",
     "PruneRun", "ReapplyRun", "RecoverOptions", "RecoverRun", "RemoteOptions", "SampleOptions",
     "ShrinkOptions", "ShrinkRun", "SolveOptions", "StreamOptions", "TokenizerOptions",
-    "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_seed", "check_windows",
-    "flags_of", "option", "options", "plot_option", "read_options", "warn_renamed", "write_options",
+    "TowerOptions", "UnitOptions", "UnpackRun", "VerifyRun", "WritingOptions", "check_seed",
+    "check_windows", "flags_of", "option", "options", "plot_option", "read_options", "warn_renamed",
+    "write_options",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from apt.options.shared import (
     ShardOptions,
     StreamOptions,
     TokenizerOptions,
+    TowerOptions,
     UnitOptions,
     WritingOptions,
 )
@@ -101,7 +102,13 @@ class ExportRun(AdapterOptions, RemoteOptions):
 
 @options
 class InspectRun(
-    AdapterOptions, RemoteOptions, PatternOptions, SampleOptions, StreamOptions, ComputeOptions
+    AdapterOptions,
+    RemoteOptions,
+    TowerOptions,
+    PatternOptions,
+    SampleOptions,
+    StreamOptions,
+    ComputeOptions,
 ):
     """The options of ``apt-prune inspect``."""
 
@@ -116,7 +123,7 @@ class InspectRun(
 
 
 @options
-class VerifyRun(AdapterOptions, RemoteOptions, UnitOptions):
+class VerifyRun(AdapterOptions, RemoteOptions, TowerOptions, UnitOptions):
     """The options of ``apt-prune verify``."""
 
     directory: Path = option(

@@ -224,7 +224,8 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
     )  # fmt: skip
     stacks: tuple[str, ...] = option(
         "Prune only this chain of blocks, such as encoder, decoder, vision or text; repeatable. "
-        "The report has the others as --skip.",
+        "The report has the others as --skip. Of a multimodal checkpoint, vision or audio is its "
+        "tower, which is pruned on images or sounds.",
         default=(), panel=SELECTION, flag="--stack", metavar="NAME", recorded=False,
     )  # fmt: skip
     minutes: float | None = option(

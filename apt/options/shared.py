@@ -43,6 +43,16 @@ class AdapterOptions(Options):
 
 
 @options
+class TowerOptions(Options):
+    """Options for a part of a multimodal checkpoint."""
+
+    stack: str | None = option(
+        "A tower of a multimodal checkpoint in place of its language model: vision or audio.",
+        default=None, panel=MODEL, metavar="NAME",
+    )  # fmt: skip
+
+
+@options
 class TokenizerOptions(Options):
     """Options for the tokenizer."""
 

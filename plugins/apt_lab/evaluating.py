@@ -183,10 +183,12 @@ def _metrics(run: EvalRun) -> list[EvaluatorSpec]:
 def _skeletons(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
     """The model, and the dense one if it is given, without weights."""
     from apt.checkpoints.stored import open_stored
+    from apt.engine.prepare import tower_in
     from apt.extending import check_same_vocabulary, open_skeleton
 
     whole = not run.stream
     model = open_skeleton(sources[0], registry(), run.adapter, packed=whole, expanded=run.stream)
+    model = tower_in(model, run.stack, registry(), run.adapter)
     if run.adapter is not None:
         for _, block in model.adapter.blocks(model.module):
             model.adapter.sites(block)  # raises if the adapter is for another family
@@ -195,6 +197,7 @@ def _skeletons(run: EvalRun, sources: "Sequence[Source]") -> "list[Opened]":
     if run.dense is None:
         return [model]
     dense = open_skeleton(sources[1], registry(), packed=True)
+    dense = tower_in(dense, run.stack, registry(), None)
     check_same_vocabulary(model, dense)
     return [model, dense]
 

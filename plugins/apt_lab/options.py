@@ -19,6 +19,7 @@ from apt.options import (
     RemoteOptions,
     SampleOptions,
     TokenizerOptions,
+    TowerOptions,
     option,
     options,
 )
@@ -82,6 +83,7 @@ class EvalRun(
     AdapterOptions,
     TokenizerOptions,
     RemoteOptions,
+    TowerOptions,
     DeviceOptions,
     DtypeOptions,
     ComputeOptions,

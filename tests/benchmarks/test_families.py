@@ -90,7 +90,7 @@ def test_changes_outside_the_sites_are_detected(monkeypatch):
 
     monkeypatch.setattr(families.apt, "prune", careless)
     model = tiny.model("llama")
-    found = families.pruned(model, adapter_of(model))
+    found = families.pruned(model, adapter_of(model), families.inputs_for(model))
     assert (found["exact"], found["untouched"]) == (False, False)
 
 

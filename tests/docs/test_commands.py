@@ -21,6 +21,8 @@ PAGES = {
 }  # fmt: skip
 """The number of commands that are run for each page, so that a page without commands fails."""
 NOT_HERE = {
+    "MULTIMODAL": "needs a checkpoint with a tower; engine/test_towers.py",
+    "vision-2of4": "the same",
     "--tasks": "needs questions that are not installed; apt_lab/test_tasks.py",
     "state-spaces/mamba-130m": "needs a checkpoint of mamba_ssm; checkpoints/test_load.py",
     "pruned-hf": "the same",
