@@ -11,10 +11,10 @@ tokens come from `calibration_tokens` or `own_text`; `perplexity` and `accuracy`
 adapters. Importing this package does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from apt.errors import AptError
+from apt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from apt.adapter.samples import Samples
@@ -51,24 +51,20 @@ __all__ = [
     "perplexity", "prune", "prune_copy", "recover", "run", "shrink",
 ]  # fmt: skip
 __version__ = "0.1.0"
-_LAZY = {
-    **dict.fromkeys(("PruneOptions", "RecoverOptions", "ShrinkOptions"), "apt.options"),
-    **dict.fromkeys(("FitRun", "PruneRun", "ReapplyRun", "RecoverRun", "ShrinkRun"), "apt.options"),
-    **dict.fromkeys(("calibration_tokens", "evaluation_tokens"), "apt.engine.api"),
-    **dict.fromkeys(("prune", "prune_copy", "recover", "shrink"), "apt.engine.api"),
-    **dict.fromkeys(("KeepZeros", "keep_zeros"), "apt.engine.keep_zeros"),
-    **dict.fromkeys(("accuracy", "perplexity"), "apt.evaluation.metrics"),
-    "Ranks": "apt.distributed.ranks",
-    "Report": "apt.output.report",
-    "Samples": "apt.adapter.samples",
-    "Selection": "apt.planning.plan",
-    "own_text": "apt.text.self_generated",
-    "run": "apt.engine.run",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on its first use (PEP 562): most of them need torch."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'apt' has no attribute '{name}'")
-    return getattr(import_module(_LAZY[name]), name)
+__getattr__ = lazy_names(__name__, {
+    "apt.adapter.samples": ("Samples",),
+    "apt.distributed.ranks": ("Ranks",),
+    "apt.engine.api": (
+        "calibration_tokens", "evaluation_tokens", "prune", "prune_copy", "recover", "shrink",
+    ),
+    "apt.engine.keep_zeros": ("KeepZeros", "keep_zeros"),
+    "apt.engine.run": ("run",),
+    "apt.evaluation.metrics": ("accuracy", "perplexity"),
+    "apt.options": (
+        "FitRun", "PruneOptions", "PruneRun", "ReapplyRun", "RecoverOptions", "RecoverRun",
+        "ShrinkOptions", "ShrinkRun",
+    ),
+    "apt.output.report": ("Report",),
+    "apt.planning.plan": ("Selection",),
+    "apt.text.self_generated": ("own_text",),
+})  # fmt: skip

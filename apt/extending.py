@@ -5,8 +5,9 @@ and texts, helpers for writing them, and the functions with which a command open
 imported on its first use, so that a method does not wait for the libraries of a recovery.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from apt.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from apt.adapter.recording import eval_mode
@@ -50,7 +51,7 @@ __all__ = [
     "lowest_scores", "next_token_loss", "open_skeleton", "read_dtype", "read_file", "registry",
     "relative_error", "sparsity_of", "train_only", "try_import", "unstructured",
 ]  # fmt: skip
-_LAZY = {
+__getattr__ = lazy_names(__name__, {
     "apt.adapter.recording": ("eval_mode",),
     "apt.calibration.batches": ("Batch", "enter"),
     "apt.checkpoints.exporting": ("Export", "Exportable", "Exported"),
@@ -80,12 +81,4 @@ _LAZY = {
     "apt.shrinking.skipping": ("loss_without",),
     "apt.text.datasets": ("Split", "hub_documents"),
     "apt.text.files": ("read_file",),
-}  # fmt: skip
-_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name on its first use (PEP 562)."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'apt.extending' has no attribute '{name}'")
-    return getattr(import_module(_MODULE_OF[name]), name)
+})  # fmt: skip

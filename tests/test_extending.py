@@ -230,7 +230,7 @@ def text(split):
 def test_names_for_plugins_are_imported_on_use():
     code = """
 import sys
-import apt, apt.extending, apt.hookspecs
+import apt, apt.extending, apt.hookspecs, apt.testing.plugin
 assert "torch" not in sys.modules
 from apt.extending import Allocation, Method, Unallocated
 assert "transformers" not in sys.modules
