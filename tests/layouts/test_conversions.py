@@ -66,7 +66,9 @@ def layout(model, shards, blocks="model.layers"):
     found = [(f"{blocks}.{i}", block) for i, block in enumerate(model.get_submodule(blocks))]
     adapter = SimpleNamespace(blocks=lambda module: found)
     source = SimpleNamespace(reference="it")
-    return layout_of(SimpleNamespace(module=model, adapter=adapter, source=source), shards)
+    return layout_of(
+        SimpleNamespace(module=model, whole=None, adapter=adapter, source=source), shards
+    )
 
 
 @pytest.fixture(params=TYPES, scope="module")
