@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 PAGE = ROOT / "docs/tutorial.md"
 SHORTER = {
     "--samples": "8", "--seqlen": "64", "--windows": "4", "--steps": "8",
-    "--methods": "wanda,admm", "--patterns": "2:4",
+    "--methods": "magnitude,wanda", "--patterns": "2:4",
 }  # fmt: skip
 """Values that take less time than those of the page."""
 QUICK = ("--rounds", 1, "--prompt", 16, "--generate", 4, "--batch", 1)
