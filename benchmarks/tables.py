@@ -588,6 +588,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "runtimes": ("runtimes", runtimes),
     "deployments": ("deployments", deployments),
     "deployments-1.5b": ("deployments-1.5b", deployments),
+    "deployments-1.5b-int4": ("deployments-1.5b-int4", deployments),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),
