@@ -22,9 +22,10 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,25 +239,29 @@ def types(table: str) -> Sequence[str]:
 
 
 def guarded(model_type: str, table: str) -> Row:
-    """The row of a type, made in a process of its own, which may crash or hang."""
+    """The row of a type, or why there is none."""
+    failed = {"type": model_type, "table": table, "adapter": "", "served": "refused"}
+    return in_own_process(partial(row, model_type, table), failed, 3 * SECONDS)
+
+
+def in_own_process(make: Callable[[], Row], failed: Row, seconds: float) -> Row:
+    """A row made in a process of its own; ``failed`` with the reason if it crashes or hangs."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: send.send(row(model_type, table)))
+    process = context.Process(target=lambda: send.send(make()))
     process.start()
     send.close()
     try:
-        if receive.poll(3 * SECONDS):
+        if receive.poll(seconds):
             made: Row = receive.recv()
             return made
-        reason = f"not done after {3 * SECONDS} s"
+        reason = f"not done after {seconds} s"
     except EOFError:
         reason = "its process has crashed"
     finally:
         process.kill()
         process.join()
-    return {
-        "type": model_type, "table": table, "adapter": "", "reason": reason, "served": "refused",
-    }  # fmt: skip
+    return {**failed, "reason": reason}
 
 
 def kept_rows(path: Path | None) -> dict[tuple[str, str], Row]:

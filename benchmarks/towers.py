@@ -9,10 +9,10 @@ them. Some processors need torchvision::
 """
 
 import argparse
-import multiprocessing
 import tempfile
 import warnings
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import transformers
 from apt_adapters.example_inputs import example_inputs
 from common import save
-from families import Row, _sentence, adapter_for, limited, pruned
+from families import Row, _sentence, adapter_for, in_own_process, limited, pruned
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
@@ -136,22 +136,6 @@ def processor_of(model_type: str) -> Any:
     raise AptError(f"its image processor is not made: {_sentence(failure or ValueError(names))}")
 
 
-def guarded(model_type: str) -> Row:
-    """The row of a type, made in a process of its own, which may crash."""
-    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=lambda: send.send(row(model_type)))
-    process.start()
-    send.close()
-    try:
-        made: Row = receive.recv()
-        return made
-    except EOFError:
-        return {"type": model_type, "tower": "", "adapter": "", "reason": "its process has crashed"}
-    finally:
-        process.kill()
-        process.join()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"])
@@ -162,7 +146,8 @@ def main() -> None:
     chosen = [t for t in sorted(tiny.IMAGE) if any(fnmatch(t, glob) for glob in options.only)]
     rows = list[Row]()
     for model_type in chosen:
-        rows.append(last := guarded(model_type))
+        failed = {"type": model_type, "tower": "", "adapter": ""}
+        rows.append(last := in_own_process(partial(row, model_type), failed, 3 * SECONDS))
         save(options.json, rows)  # the run may be ended
         said = last["reason"] or f"served: {last['share']:.1%} {', '.join(last['samples'])}"
         print(f"{model_type:26} {last['tower']:34} {said}", flush=True)

@@ -138,8 +138,7 @@ def load(
         arguments = {"config": copy.deepcopy(skeleton.config)}  # to read it again takes seconds
     if skeleton.whole is not None:
         dtype = dtype or open_stored(skeleton).dtype(skeleton)
-        module, missing = _from_weights(skeleton, _expanded(skeleton), dtype)
-    elif skeleton.quantised is not None:
+    if skeleton.whole is not None or skeleton.quantised is not None:
         module, missing = _from_weights(skeleton, _expanded(skeleton), dtype)
     elif skeleton.plain is not None:
         module, missing = _from_weights(skeleton, _plain(skeleton.plain), dtype)

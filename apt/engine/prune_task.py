@@ -299,13 +299,13 @@ def prepare_pruning(
     if in_place and isinstance(options, ShrinkRun):
         options = without_rounding(options, notice)
     if isinstance(options, PruneRun) and (minutes := options.minutes) is not None:
-        _, method, job = make_job(options, skeleton, lambda line: None)
-        options = ranks.share(
-            fit_to_time(options, skeleton, job, method, device, notice) if ranks.first else options
-        )
-        minutes_taken = (time.perf_counter() - started) / 60
-        timed_options = replace(options, minutes=max(minutes - minutes_taken, 0.0))
-        training = training_of(timed_options, skeleton, registry, device)
+        if ranks.first:
+            _, method, job = make_job(options, skeleton, lambda line: None)
+            options = fit_to_time(options, skeleton, job, method, device, notice)
+        options = ranks.share(options)
+        taken = (time.perf_counter() - started) / 60
+        remaining = replace(options, minutes=max(minutes - taken, 0.0))
+        training = training_of(remaining, skeleton, registry, device)
     options, method, job = make_job(options, skeleton, notice)
     if in_place and isinstance(options, ShrinkRun):
         job = check_slices(skeleton, job, options, notice)

@@ -83,9 +83,8 @@ def verify_directory(run: VerifyRun, registry: Registry, notice: Notice) -> Veri
     source = replace(source, reference=str(directory))
     skeleton = open_skeleton(source, registry, run.adapter, packed=True)
     method = quantised_with(skeleton.config)
-    if run.stack is None and pattern is None:
-        run = replace(run, stack=next(iter(_options_of(report).get("stacks") or ()), None))
-    skeleton = tower_in(skeleton, run.stack, registry, run.adapter, packed=True)
+    last = next(iter(_options_of(report).get("stacks") or ()), None) if pattern is None else None
+    skeleton = tower_in(skeleton, run.stack or last, registry, run.adapter, packed=True)
     if method == METHOD:
         PackedShards(directory).check()
     elif method:

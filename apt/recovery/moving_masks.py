@@ -1,12 +1,12 @@
 """Masks that move during a training, with exact counts.
 
-The forward pass uses the kept weights alone, and the optimizer updates all weights: the gradient of
-a pruned weight is that of its zero (the straight-through estimator, as in SR-STE, arXiv
-2102.04010). A pruned weight collects its updates in a *latent* value. At some steps the weights of
-the least effect are pruned, of all kept and latent values. The effect of a zero on the loss is w² v
-to second order, with Adam's second moment v as the curvature (optimal brain damage, LeCun et al.,
-1989), and w² for an optimizer without this moment. The number of pruned weights of each matrix
-stays the same, and for n:m the number of each group.
+The forward pass uses the kept weights alone, and the optimizer updates all weights. A pruned weight
+gets the gradient that the loss has at its value 0 (the straight-through estimator, as in SR-STE,
+arXiv 2102.04010), and collects its updates in a *latent* value. At some steps all kept and latent
+values are ranked by their effect, and those of the least effect are pruned. The effect of setting a
+weight w to zero is w² v to second order, with Adam's second moment v as the curvature (optimal
+brain damage, LeCun et al., 1989). For an optimizer without this moment it is w². The number of
+pruned weights of each matrix stays the same, and for n:m the number of each group.
 """
 
 from collections.abc import Mapping
