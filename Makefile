@@ -24,7 +24,7 @@ demo: $(VENV)/.runtime
 # samples.
 demo-avx2: $(VENV)/.development
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 \
-	$(BIN)/apt prune --adapter llama --samples 32 --eval builtin --output out/llama-2of4-avx2 --overwrite
+	$(BIN)/apt prune --adapter llama --samples 16 --eval builtin --output out/llama-2of4-avx2 --overwrite
 
 # Two processes of one thread each: for small tests they are faster than two threads.
 test: $(VENV)/.development

@@ -611,7 +611,8 @@ def test_verify_detects_damage_of_a_packed_model(apt, checkpoint):
 def test_scale_group_is_at_most_a_row(apt, checkpoint, group):
     """Memory and time follow the columns, not the number."""
     run = ("prune", checkpoint("llama"), "--sparsity", 0.7, "--method", "magnitude", "--quantize",
-           "int4", "--scale-group", group, "-o", "pruned", "--pack", "packed")  # fmt: skip
+           "int4", "--scale-group", group, "--samples", 2, "--seqlen", 16, "-o", "pruned", "--pack",
+           "packed")  # fmt: skip
     assert apt(*run).code == 0
     entries = read_entries(Path("packed")).values()
     assert all(entry.groups == 1 and entry.values == "int4" for entry in entries)

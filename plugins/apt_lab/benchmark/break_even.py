@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from apt.runtime.linear import kernels
 
 _SIDE = 4096  # all matrices together are larger than a cache
+_DRAWN = 256  # rows that are random; the others repeat them, since only their number has an effect
 _SHARES = tuple(n / 10 for n in range(10))
 _ROUNDS = 5
 
@@ -30,10 +31,11 @@ def pays_from(threads: int) -> float | None:
     torch.set_num_threads(threads)
     try:
         draw = torch.Generator().manual_seed(0)
-        dense = torch.randn(_SIDE, _SIDE, generator=draw).bfloat16()
-        positions = torch.rand(_SIDE, _SIDE, generator=draw)
+        rows = torch.randn(_DRAWN, _SIDE, generator=draw).bfloat16()
+        positions = torch.rand(_DRAWN, _SIDE, generator=draw)
         x = torch.randn(1, _SIDE, generator=draw).bfloat16()
-        packed = [package.Matrix(_SIDE, *_parts(dense, positions >= share)) for share in _SHARES]
+        packed = [package.Matrix(_SIDE, *_parts(rows, positions >= share)) for share in _SHARES]
+        dense = rows.repeat(_SIDE // _DRAWN, 1)
         runs: list[Callable[[], Tensor]] = [lambda: nn.functional.linear(x, dense)]
         runs += [lambda m=matrix: m.product(x) for matrix in packed]  # type: ignore[misc]
         base, *times = _times(runs)
@@ -42,10 +44,12 @@ def pays_from(threads: int) -> float | None:
     return next((s for s, t in zip(_SHARES, times, strict=True) if t < base), None)
 
 
-def _parts(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The bitmask and the kept values."""
-    bits = kept.view(_SIDE, -1, 8).to(torch.uint8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8), dense[kept]
+def _parts(rows: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The bitmask and the kept values of a matrix that repeats these rows."""
+    bits = kept.view(len(rows), -1, 8).to(torch.uint8)
+    mask = (bits << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+    repeats = _SIDE // _DRAWN
+    return mask.repeat(repeats, 1), rows[kept].repeat(repeats)
 
 
 def _times(runs: list[Callable[[], Tensor]]) -> list[float]:
