@@ -7,6 +7,7 @@ equal shapes only, so that nothing is padded: every row of a block's input is a 
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -29,6 +30,12 @@ class Samples(Sequence[Sample]):
         mask: the token that hides a token of a text; None if the model knows none.
         special: the special tokens of texts.
         labels: the class of each sample (samples,), for the metric ``accuracy``; None if unknown.
+        first: True if the vector of a sample is the state of its first position, and not the mean
+            over its positions.
+
+    Attributes:
+        pairs: a second text for each sample, and the score of both, for the metric ``spearman``;
+            None if unknown.
     """
 
     def __init__(
@@ -37,9 +44,12 @@ class Samples(Sequence[Sample]):
         mask: int | None = None,
         special: tuple[int, ...] = (),
         labels: Tensor | None = None,
+        *,
+        first: bool = False,
     ) -> None:
         self._samples = list(samples)
-        self.mask, self.special, self.labels = mask, special, labels
+        self.mask, self.special, self.labels, self.first = mask, special, labels, first
+        self.pairs: ScoredPairs | None = None
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -52,16 +62,20 @@ class Samples(Sequence[Sample]):
         """A sample, or the samples of a slice, of indices, or of a mask (samples,)."""
         if isinstance(chosen, int):
             return self._samples[chosen]
-        labels = None if self.labels is None else self.labels[chosen]
+        made = self.with_samples(self._chosen(chosen))
+        made.labels = None if self.labels is None else self.labels[chosen]
+        made.pairs = None if self.pairs is None else self.pairs[chosen]
+        return made
+
+    def _chosen(self, chosen: slice | Tensor) -> list[Sample]:
         if isinstance(chosen, slice):
-            return Samples(self._samples[chosen], self.mask, self.special, labels)
+            return self._samples[chosen]
         indices = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
-        kept = [self._samples[index] for index in indices.tolist()]
-        return Samples(kept, self.mask, self.special, labels)
+        return [self._samples[index] for index in indices.tolist()]
 
     def with_samples(self, samples: Sequence[Sample]) -> "Samples":
-        """Other samples without classes, with the same special tokens."""
-        return Samples(samples, self.mask, self.special)
+        """Other samples without classes and scores, with the same special tokens."""
+        return Samples(samples, self.mask, self.special, first=self.first)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,7 +125,27 @@ class Samples(Sequence[Sample]):
                 found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if self.labels is not None:
             found.update(f"labels {self.labels.tolist()}\n".encode())
+        if self.pairs is not None:
+            scores = self.pairs.scores.tolist()
+            found.update(f"pairs {self.pairs.others.digest()} {scores}\n".encode())
         return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """The second text of each sample, and how similar people found both.
+
+    Attributes:
+        others: the second texts.
+        scores: the scores (samples,).
+    """
+
+    others: Samples
+    scores: Tensor
+
+    def __getitem__(self, chosen: slice | Tensor) -> "ScoredPairs":
+        """The pairs of a slice, of indices, or of a mask (samples,)."""
+        return ScoredPairs(self.others[chosen], self.scores[chosen])
 
 
 def positions_of(sample: Sample) -> int:

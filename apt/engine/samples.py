@@ -126,7 +126,12 @@ def _text_reader(options: Any, skeleton: Opened) -> TextReader:
     most = tokenizer.model_max_length, getattr(skeleton.config, "max_target_positions", _UNLIMITED)
     longest = min(options.seqlen, _longest_sentence(skeleton), *most)
     model = skeleton.module if skeleton.reads.target else None
-    return TextReader(tokenizer, longest, model, classes=_classes(skeleton))
+    alone = model is None and not type(skeleton.module).__name__.endswith(_CLASSIFIERS)
+    pooling = _pooling(skeleton)
+    first = pooling.get("pooling_mode_cls_token") is True or pooling.get("pooling_mode") == "cls"
+    return TextReader(
+        tokenizer, longest, model, classes=_classes(skeleton), alone=alone, first=first
+    )
 
 
 def _classes(skeleton: Opened) -> dict[str, int]:
@@ -155,6 +160,17 @@ def _longest_sentence(skeleton: Opened) -> int:
             path = Path(local_directory(skeleton), "sentence_bert_config.json")
             return int(json.loads(path.read_text("utf-8"))["max_seq_length"])
     return _UNLIMITED
+
+
+def _pooling(skeleton: Opened) -> dict[str, Any]:
+    """How sentence-transformers makes the vector of a text; empty if the directory does not say."""
+    if not skeleton.source.on_hub:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
+            folder = Path(local_directory(skeleton))
+            modules = json.loads((folder / "modules.json").read_text("utf-8"))
+            place = next(each["path"] for each in modules if each["type"].endswith("Pooling"))
+            return dict(json.loads((folder / place / "config.json").read_text("utf-8")))
+    return {}
 
 
 def metrics_for(skeleton: Opened, options: Any, registry: Registry) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Metrics of models that do not predict the next token: what they return, beside the dense model.
 
 The vector of a sample is the mean of the states after the last block, over its positions, or the
-embeddings that the model itself returns. Its predictions are the classes or the tokens that are
-ranked first, at each position.
+state of its first position (`Samples.first`), or the embeddings that the model itself returns. Its
+predictions are the classes or the tokens that are ranked first, at each position.
 """
 
 import math
@@ -60,7 +60,8 @@ def outputs_of(model: nn.Module, samples: Samples) -> Outputs:
     with eval_mode(model), watched_body(model) as states:
         for inputs, indices in samples.batches(POSITIONS):
             found = model(**on_device(inputs, device))  # type: ignore[arg-type]
-            vectors.append(_vectors(found, states.pop() if states else None, len(indices)))
+            last = states.pop() if states else None
+            vectors.append(_vectors(found, last, len(indices), first=samples.first))
             states.clear()
             if isinstance(logits := getattr(found, "logits", None), Tensor):
                 predictions += logits.argmax(-1).cpu().unbind()
@@ -105,14 +106,17 @@ def embeddings_of(output: Any) -> Tensor | None:
     return torch.cat(found, dim=-1) if found else None
 
 
-def _vectors(output: Any, states: Tensor | None, samples: int) -> Tensor:
+def _vectors(output: Any, states: Tensor | None, samples: int, *, first: bool) -> Tensor:
     """The vectors of a batch (samples, width)."""
     if (embeddings := embeddings_of(output)) is not None:
         return embeddings.float().cpu()
     found = output[0] if states is None else states
     if len(found) != samples:  # the patches of all images are one sequence
         found = found.flatten(0, -2).unflatten(0, (samples, -1))
-    return found.float().flatten(1, -2).mean(1).cpu() if found.ndim > 2 else found.float().cpu()
+    if found.ndim == 2:
+        return found.float().cpu()
+    positions = found.float().flatten(1, -2)
+    return (positions[:, 0] if first else positions.mean(1)).cpu()
 
 
 def similarity(model: nn.Module, samples: Samples, dense: Outputs) -> float:
@@ -177,6 +181,33 @@ def class_accuracy(model: nn.Module, samples: Samples) -> float:
     found = outputs_of(model, samples).predictions
     assert found is not None
     return float((torch.stack(found) == samples.labels).float().mean())
+
+
+def spearman(model: nn.Module, samples: Samples) -> float:
+    """The rank correlation of the cosines of pairs of texts with their scores.
+
+    It is the main measure of MTEB's tasks of semantic similarity (Muennighoff et al., arXiv
+    2210.07316, section 3.2).
+
+    Raises:
+        AptError: the samples are no pairs with scores, or all cosines or scores are equal.
+    """
+    from scipy.stats import spearmanr
+
+    if samples.pairs is None:
+        raise AptError(
+            "spearman needs a model that reads each text alone, and pairs of texts with scores",
+            "give the columns sentence1, sentence2 and score, or choose another metric",
+            ("evaluation", "metrics"),
+        )
+    one, other = (outputs_of(model, each).vectors for each in (samples, samples.pairs.others))
+    cosines, scores = nn.functional.cosine_similarity(one, other), samples.pairs.scores
+    if any(bool((each == each[0]).all()) for each in (cosines, scores)):
+        message = (
+            f"spearman has no value: all scores or all cosines of {len(scores)} pairs are equal"
+        )
+        raise AptError(message, "measure on more pairs", ("samples",))
+    return float(spearmanr(cosines.double().numpy(), scores.double().numpy()).statistic)
 
 
 def token_changes(model: nn.Module, samples: Samples, dense: Outputs) -> float:

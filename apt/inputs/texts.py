@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from apt.adapter import Sample, Samples
+from apt.adapter.samples import ScoredPairs
 from apt.errors import AptError
 from apt.inputs.classes import class_numbers
 from apt.plugin.documents import Conversation, Document, Label, Texts
@@ -26,10 +27,12 @@ class Passage:
     Attributes:
         texts: the text or both texts.
         label: its class; None if it is not known.
+        score: how similar people found both texts; None if it is not known.
     """
 
     texts: tuple[str, ...]
     label: Label | None = None
+    score: float | None = None
 
 
 _PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -51,7 +54,7 @@ def passages(documents: Iterable[Document]) -> Iterator[Passage]:
         elif isinstance(document, Texts):
             texts = [text.strip() for text in document.parts]
             if all(texts):
-                yield Passage(tuple(texts), document.label)
+                yield Passage(tuple(texts), document.label, document.score)
         else:
             paragraphs = (text.strip() for text in _PARAGRAPHS.split(document))
             yield from (Passage((text,)) for text in paragraphs if text)
@@ -93,6 +96,9 @@ class TextReader:
         model: the model, if its decoder reads the second texts of pairs; else None.
         padded: True to fill all samples up to ``longest``, for models that read the padding.
         classes: the numbers of the classes of the model by their names.
+        alone: True if the model reads each text of a pair with a score alone, as a sentence encoder
+            does.
+        first: True if the vector of a text is the state of its first token; see `Samples`.
     """
 
     tokenizer: Any
@@ -100,6 +106,8 @@ class TextReader:
     model: Any = None
     padded: bool = False
     classes: Mapping[str, int] = field(default_factory=dict)
+    alone: bool = False
+    first: bool = False
 
     def read(
         self,
@@ -123,10 +131,19 @@ class TextReader:
         """
         texts = drawn_passages(documents(source, split, registry), count, seed, source, fewer=fewer)
         encode = self._pair if self.model is not None else self.encode
-        samples = [encode(text.texts) for text in texts]
+        scores = [text.score for text in texts if text.score is not None]
+        scored = self.alone and len(scores) == len(texts)
+        samples = [encode(text.texts[:1] if scored else text.texts) for text in texts]
         check_alike(samples, f"some texts of {source} have a second text, and others have none")
         labels = class_numbers([text.label for text in texts], self.classes, source)
-        return Samples(samples, self.tokenizer.mask_token_id, special_ids(self.tokenizer), labels)
+        read = Samples(
+            samples, self.tokenizer.mask_token_id, special_ids(self.tokenizer), labels,
+            first=self.first,
+        )  # fmt: skip
+        if scored:
+            others = read.with_samples([encode(text.texts[1:]) for text in texts])
+            read.pairs = ScoredPairs(others, torch.tensor(scores))
+        return read
 
     def encode(self, text: tuple[str, ...]) -> Sample:
         """The tensors of a text, or of a pair of texts."""

@@ -74,15 +74,19 @@ class Texts(str):
     Attributes:
         parts: the texts.
         label: the class; None if it is not known.
+        score: how similar people found two texts; None if it is not known.
     """
 
     parts: tuple[str, ...]
     label: Label | None
+    score: float | None
 
-    def __new__(cls, parts: tuple[str, ...], label: Label | None = None) -> "Texts":
+    def __new__(
+        cls, parts: tuple[str, ...], label: Label | None = None, score: float | None = None
+    ) -> "Texts":
         """A document of one or two texts."""
         made = super().__new__(cls, "\n\n".join(parts))
-        made.parts, made.label = parts, label
+        made.parts, made.label, made.score = parts, label, score
         return made
 
 
@@ -141,6 +145,18 @@ def label_of(row: Any) -> Label | None:
     return Label(int(number), name if isinstance(name, str) else None)
 
 
+def score_of(row: Any) -> float | None:
+    """The score of a row of two texts; None if it has none.
+
+    It is a number in the column ``score``, or one with a fraction in the column ``label``, as GLUE
+    has it.
+    """
+    score, label = row.get("score"), row.get("label")
+    if isinstance(score, int | float) and not isinstance(score, bool):
+        return float(score)
+    return label if isinstance(label, float) else None
+
+
 def texts_of(row: Any) -> Texts | None:
     """Two texts of a row of a data set, or its one text if it has a class; else None.
 
@@ -153,7 +169,7 @@ def texts_of(row: Any) -> Texts | None:
     pairs = _TWO_TEXTS if "text" not in row else ()
     for names in pairs:
         if all(isinstance(row.get(name), str) for name in names):
-            return Texts(tuple(row[name] for name in names), label)
+            return Texts(tuple(row[name] for name in names), label, score_of(row))
     if label is None:
         return None
     strings = [name for name, value in row.items() if isinstance(value, str)]

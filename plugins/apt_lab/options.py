@@ -98,8 +98,8 @@ class EvalRun(
     )  # fmt: skip
     metrics: tuple[str, ...] = option(
         "perplexity (the default) or accuracy; with --dense also divergence or agreement; of "
-        "models that read no windows of text pseudo-perplexity, and with --dense similarity, "
-        "neighbours, predictions or token-changes; repeatable.",
+        "models that read no windows of text pseudo-perplexity or spearman, and with --dense "
+        "similarity, neighbours, predictions or token-changes; repeatable.",
         default=(), panel=TEXT, flag="--metric", metavar="NAME",
     )  # fmt: skip
     dense: str | None = option(
@@ -166,7 +166,8 @@ class CompareRun(
     )  # fmt: skip
     metrics: tuple[str, ...] = option(
         "perplexity, accuracy, divergence or agreement; of models that read no windows of text "
-        "similarity, neighbours, predictions, pseudo-perplexity or token-changes; repeatable.",
+        "similarity, neighbours, predictions, pseudo-perplexity, spearman or token-changes; "
+        "repeatable.",
         default=("perplexity",), panel=_GRID, flag="--metric", metavar="NAME",
     )  # fmt: skip
     samples: int = option(

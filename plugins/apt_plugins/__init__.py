@@ -235,6 +235,10 @@ def apt_evaluators() -> list[EvaluatorSpec]:
             reads="samples",
         ),
         EvaluatorSpec(
+            "spearman", "rank correlation of the cosines of pairs of texts with their scores",
+            "apt.evaluation.outputs:spearman", "higher", reads="samples",
+        ),
+        EvaluatorSpec(
             "token-changes", "changed tokens of what the model writes, for each dense token",
             "apt.evaluation.outputs:token_changes", dense=True, reads="samples",
         ),

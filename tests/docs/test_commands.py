@@ -32,6 +32,7 @@ NOT_HERE = {
     "--kind norms": "needs a rounded model; recovery/test_recover.py",
     "MODEL.gguf": "needs a mixture as a GGUF file; engine/test_in_place_files.py",
     "CLASSIFIER": "needs a data set of the hub; inputs/test_classes.py",
+    "EMBEDDER": "the same; inputs/test_scored_pairs.py",
     "w4a16": "its group divides no matrix of so small a model; packing/test_compressed_tensors.py",
 }
 WORDS = {

@@ -33,7 +33,9 @@ def fitted(tmp_path_factory, two_blocks):
     folder = tmp_path_factory.mktemp("fit")
     texts = {"calibration": str(TEXT), "evaluation": str(TEXT)}
     options = {"samples": 8, "seqlen": 64, "effort": "fast", **texts}
-    return folder, run(FitRun(model=str(two_blocks), size=SIZE, output=folder / "a.gguf", **options))
+    return folder, run(
+        FitRun(model=str(two_blocks), size=SIZE, output=folder / "a.gguf", **options)
+    )
 
 
 def task_of(**options):
