@@ -24,6 +24,7 @@ from apt.packing.directory import (
     linear_tensors,
     relative_error,
     rewrite,
+    value_hash,
 )
 from apt.patterns import IntegerGrid, ScaleGroup
 from apt.runtime.entries import KEY, read_config
@@ -51,12 +52,14 @@ def write_compressed_tensors(
     modules = linear_tensors(skeleton, layout_of(skeleton, shards), blocks=True)
     modules = {name: module for name, module in modules.items() if name in roundings}
     _check_groups(shards, roundings)
+    rounded = dict[str, str]()
 
     def converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name not in modules:
             return {name: tensor}
         check_finite(name, tensor)
         integers, scales = _integers(name, tensor, roundings[name])
+        rounded[name] = value_hash(dequantized(integers, scales))
         stem = name.removesuffix("weight")
         return {
             f"{stem}{_PACKED}": packed(integers, BITS[roundings[name].kind]),
@@ -67,7 +70,7 @@ def write_compressed_tensors(
     rewrite(shards, target, converted)
     finish(directory, target, {**config, KEY: _description(skeleton, modules, roundings)})
     written = Shards(target)
-    error = relative_error(_verified(shards, written, roundings))
+    error = relative_error(_verified(shards, written, roundings, rounded))
     sizes = {name: entry.size for name, entry in written.entries.items()}
     parts = sum(size for name, size in sizes.items() if name.rpartition(".")[2] in _PARTS)
     dense = sum(shards.entries[name].size for name in modules)
@@ -191,20 +194,20 @@ def _scheme(rounding: Rounding) -> dict[str, Any]:
 
 
 def _verified(
-    shards: Shards, written: Shards, roundings: Mapping[str, Rounding]
+    shards: Shards, written: Shards, roundings: Mapping[str, Rounding], rounded: Mapping[str, str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weights by the integers and scales on disk, and the original ones that they must fit."""
+    """The weights by the integers and scales on disk, and the original ones.
+
+    The former must have the `value_hash` of the rounded original, or be equal to the original if it
+    consists of integers.
+    """
     for name in (name for name in shards.entries if name in roundings):
-        rounding = roundings[name]
-        original = shards.read(name)
-        integers, scales = _integers(name, original, rounding)
+        rounding, original = roundings[name], shards.read(name)
         stem = name.removesuffix("weight")
         words = written.read(f"{stem}{_PACKED}")
-        integers_read = unpacked(words, BITS[rounding.kind], original.shape[1])
-        equal = torch.equal(integers_read, integers) and torch.equal(
-            written.read(f"{stem}{_SCALE}"), scales
-        )
-        values = dequantized(integers, scales)
-        if not equal or (rounding.exact and not torch.equal(values, original)):
+        integers = unpacked(words, BITS[rounding.kind], original.shape[1])
+        values = dequantized(integers, written.read(f"{stem}{_SCALE}"))
+        changed = value_hash(values) != rounded[name]
+        if changed or (rounding.exact and not torch.equal(values, original)):
             raise RuntimeError(f"{name} was not written exactly")
         yield values, original
