@@ -135,8 +135,8 @@ def _recovery(options: PruneRun | FitRun, kind: str, minutes: float) -> RecoverR
     return RecoverRun(
         model=str(options.directory), output=options.directory, dense=options.model,
         kind=kind, adapter=options.adapter, tokenizer=options.tokenizer,
-        calibration=options.calibration, bos=options.bos, seed=options.seed,
-        seqlen=min(options.seqlen, _SHORT_SEQLEN),
+        calibration=options.calibration, metrics=options.metrics, bos=options.bos,
+        seed=options.seed, seqlen=min(options.seqlen, _SHORT_SEQLEN),
         checks=max(1, min(_MAX_CHECKS, math.ceil(minutes / _MINUTES_PER_CHECK))), minutes=minutes,
         device=options.device, compute=options.compute,
         trust_remote_code=options.trust_remote_code, revision=options.revision,

@@ -217,6 +217,7 @@ def test_rest_of_a_given_time_is_spent_on_training_towards_the_dense_model(
     losses = dict(report.recovery["training"]["held_back"])
     assert losses[report.recovery["training"]["best"]] < losses[0]
     assert report.options["seqlen"] == 32  # the greatest length of a text stays
+    assert report.recovery["options"]["metrics"] == report.options["metrics"] != ["perplexity"]
     _zeros(tmp_path / "out")
 
 
