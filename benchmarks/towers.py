@@ -42,9 +42,10 @@ SPECIAL: dict[str, Row] = {
     "gemma4": tiny.config("gemma4_vision").to_dict(),  # there is none by default
     "llama4": {"intermediate_size": 128},  # of four patches of width 32
     "mllama": {"num_global_layers": 2, "intermediate_layers_indices": [1]},
+    "molmo2": {"image_num_pos": 27**2},
     "qwen3_vl": _DEEP,
     "qwen3_vl_moe": _DEEP,
-    "qwen3_omni_moe_thinker": _DEEP,
+    "qwen3_omni_moe_thinker": {**_DEEP, "depth": 24},
 }
 """Fields of towers: the default ones do not fit few blocks, or each other."""
 PROCESSORS = {

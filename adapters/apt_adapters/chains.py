@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Site, one_by_one, record_calls
 from apt.adapter.decoder import members
-from apt.adapter.recording import eval_mode, note_form
+from apt.adapter.recording import eval_mode, note_form, state_keyword
 from apt.adapter.weight_tap import WeightTap
 from apt.conformance.oracle import Selection
 from apt.errors import AptError, describe
@@ -28,7 +28,6 @@ from apt_adapters.artificial import kind_of
 from apt_adapters.example_inputs import run_quietly, same_numbers
 from apt_adapters.tracing import HINT, Trace, assert_most, matrices_of
 
-_STATE = "hidden_states"
 _LEAST = 0.5  # the share of the weights of all lists that must be in proven blocks
 _SMALL = 0.1  # of the largest list: the layers of a head
 _SAME = 1e-3  # of the largest output
@@ -302,7 +301,7 @@ def traced(ran: _Ran, earlier: Sequence[int]) -> list[Site]:
     if args:
         args = (stream, *args[1:])
     else:
-        kwargs[_STATE] = stream
+        kwargs[state_keyword(kwargs)] = stream
     trace = Trace(ran.block, stream)
     selection = Selection(dict(matrices_of(ran.block)))
     outer: tuple[AbstractContextManager[Any], ...] = (
@@ -328,7 +327,7 @@ def _observed(
     ) -> None:
         order[0] += 1
         calls[name] = calls.get(name, 0) + 1
-        stream = args[0] if args else kwargs.get(_STATE)
+        stream = args[0] if args else kwargs.get(state_keyword(kwargs))
         plain = isinstance(result, Tensor)
         output = result if plain else result[0] if type(result) is tuple and result else None
         others = () if plain or output is None else result[1:]
@@ -371,15 +370,26 @@ def _inner_lists(module: nn.Module) -> list[str]:
 
 
 def _chained(blocks: Sequence[_Ran]) -> list[list[_Ran]]:
-    """The chains of blocks of which each takes what the one before returned."""
+    """The chains of blocks of which each takes what the one before returned.
+
+    A module that reads the stream beside the next block of the same list is another chain, such as
+    Qwen3-Omni's mergers.
+    """
     chains = list[list[_Ran]]()
-    for ran in blocks:
+    for index, ran in enumerate(blocks):
         before = next((chain for chain in chains if chain[-1].output is ran.stream), None)
-        if before is None:
+        if before is None or _branches(ran, before[-1], blocks[index + 1 :]):
             chains.append([ran])
         else:
             before.append(ran)
     return chains
+
+
+def _branches(ran: _Ran, last: _Ran, later: Sequence[_Ran]) -> bool:
+    """True if a later block of the list of ``last`` takes what it returned, and ``ran`` is none."""
+    own = last.name.rpartition(".")[0]
+    goes_on = (each.name for each in later if each.stream is last.output)
+    return ran.name.rpartition(".")[0] != own and own in {n.rpartition(".")[0] for n in goes_on}
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

@@ -16,9 +16,10 @@ from apt.adapter.samples import ModelInputs
 from apt.adapter.sites import Call
 from apt.errors import AptError
 
-_STATE = "hidden_states"
-GRID = "grid_thw"
-"""The argument with the sizes of images in patches (images, 3)."""
+_STATES = ("hidden_states", "hidden_state")
+"""The keywords with which models pass the state to a block."""
+_GRIDS = ("grid_thw", "image_grid_thw", "image_grid_hw")
+"""The arguments with the sizes of images in patches (images, 2 or 3)."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def _run(
         state = passed_state(args, kwargs)
         states.append(state)
         called.append(index)
-        keywords = {name: value for name, value in kwargs.items() if args or name != _STATE}
+        name_of_state = None if args else state_keyword(kwargs)
+        keywords = {name: value for name, value in kwargs.items() if name != name_of_state}
         others: list[tuple[int | str, Any]] = [*enumerate(args[1:]), *keywords.items()]
         carried = {key: value.place for key, value in others if isinstance(value, _OtherValue)}
         positional = tuple(None if isinstance(value, _OtherValue) else value for value in args[1:])
@@ -151,9 +153,7 @@ def _run(
             n: None if isinstance(value, _OtherValue) else value for n, value in keywords.items()
         }
         shared = tuple(n for n, value in keywords.items() if _is_empty_mapping(value))
-        calls.append(
-            Call(positional, keyword_values, None if args else _STATE, carried, shared=shared)
-        )
+        calls.append(Call(positional, keyword_values, name_of_state, carried, shared=shared))
         if len(calls) == len(blocks):
             raise _LastBlock
         return form(state)
@@ -187,10 +187,10 @@ def run_body(model: Any, inputs: ModelInputs) -> None:
 
 def in_one_sequence(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The inputs of a batch; of a model that takes sizes, the patches of all images in a row."""
-    if GRID not in inputs:
+    if (grid := grid_name(inputs)) is None:
         return inputs
     return {
-        name: tensor if name == GRID or tensor.ndim < 2 else tensor.flatten(0, 1)
+        name: tensor if name == grid or tensor.ndim < 2 else tensor.flatten(0, 1)
         for name, tensor in inputs.items()
     }
 
@@ -227,9 +227,21 @@ def _without_others(output: Any) -> Any:
     return output
 
 
+def grid_name(inputs: Mapping[str, Tensor]) -> str | None:
+    """The name of the sizes of images among the inputs of a tower; None if there are none."""
+    if "input_ids" in inputs:  # of a model of images and text
+        return None
+    return next((name for name in _GRIDS if name in inputs), None)
+
+
+def state_keyword(kwargs: Mapping[str, Any]) -> str:
+    """The keyword of the state among the arguments of a block without positional arguments."""
+    return next((name for name in _STATES if name in kwargs), _STATES[0])
+
+
 def passed_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The state among the arguments of a block; an earlier stub may have put it in a tuple."""
-    passed: Any = args[0] if args else kwargs[_STATE]
+    passed: Any = args[0] if args else kwargs[state_keyword(kwargs)]
     state: Tensor = passed[0] if isinstance(passed, tuple) else passed
     return state
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apt.adapter import Sample
-from apt.adapter.recording import GRID, in_one_sequence, stubbed
+from apt.adapter.recording import grid_name, in_one_sequence, stubbed
 from apt.checkpoints.architecture import Reads, reads_of
 from apt.checkpoints.processors import load_feature_extractor, load_image_processor
 from apt.checkpoints.skeletons import skeleton_module
@@ -238,8 +238,9 @@ def _features_of(model: Any, stack: str) -> Any:
 
 def _split(taken: Mapping[str, Tensor]) -> list[Sample]:
     """The samples of a call of a tower."""
-    count = len(taken[GRID]) if GRID in taken else len(next(iter(taken.values())))
-    if GRID in taken and count == 1:  # the patches of all pictures are one sequence
+    grid = grid_name(taken)
+    count = len(taken[grid]) if grid else len(next(iter(taken.values())))
+    if grid and count == 1:  # the patches of all pictures are one sequence
         return [{n: v[0] if len(v) == 1 else v for n, v in taken.items()}]
     if any(len(value) != count for value in taken.values()):
         message = f"the samples of a tower have different lengths: {', '.join(taken)}"

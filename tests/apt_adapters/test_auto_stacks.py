@@ -252,6 +252,46 @@ def test_chain_with_a_module_between_its_blocks_is_split():
     assert [len(names) for _, names in chains.stacks] == [1, 1]
 
 
+@pytest.mark.skipif(not STACKED, reason="transformers 5 has the blocks in other places")
+def test_module_that_reads_the_stream_beside_the_next_block_splits_no_chain():
+    """Some encoders of images have mergers that read what single blocks return."""
+    model = vit()
+    model.base_model_prefix = ""
+    model.mergers = nn.ModuleList([nn.Sequential(nn.Linear(32, 32), nn.GELU())])
+
+    def forward(pixel_values):
+        first = model.layers[0](model.embeddings(pixel_values))
+        merged = model.mergers[0](first)
+        return model.layers[1](first) + 0 * merged.sum()
+
+    inputs, model.forward = example_inputs(vit()), forward
+    assert next(len(names) for _, names in find_chains(model, inputs).stacks) == 2
+
+
+@pytest.mark.skipif(not STACKED, reason="transformers 5 has the blocks in other places")
+def test_stream_may_be_passed_as_hidden_state():
+    """As in the encoder of images of Llama 4."""
+    model = vit()
+
+    class Renamed(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, hidden_state, scale=None):
+            return (self.block(hidden_state) * scale,)
+
+    def forward(pixel_values):
+        state = model.embeddings(pixel_values)
+        for layer in model.layers:
+            (state,) = layer(hidden_state=state, scale=0.5)
+        return state
+
+    model.base_model_prefix, model.layers = "", nn.ModuleList(map(Renamed, model.layers))
+    inputs, model.forward = example_inputs(vit()), forward
+    assert [len(names) for _, names in find_chains(model, inputs).stacks] == [2]
+
+
 @torch.no_grad()
 def test_no_address_is_used_again_while_a_block_is_traced():
     """Two inputs at one address would be one input of two sites. A norm returns a tuple."""

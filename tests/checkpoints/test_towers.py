@@ -7,6 +7,7 @@ import torch
 from apt_adapters.example_inputs import example_inputs
 
 from apt import AptError
+from apt.adapter.recording import in_one_sequence
 from apt.checkpoints.towers import TowerInputs, tower_of, towers_of
 from tests.helpers.releases import needs
 from tests.helpers.stacked import stacked_model
@@ -85,6 +86,17 @@ def test_each_tile_of_a_picture_is_a_sample(pixels):
     assert len(samples) == made["pixel_values"].shape[1] > 1
     assert {tuple(sample["pixel_values"].shape) for sample in samples} == {(3, 32, 32)}
     assert samples[0].keys() == {"pixel_values", "patch_attention_mask"}
+
+
+@pytest.mark.parametrize("name", ["grid_thw", "image_grid_thw", "image_grid_hw"])
+def test_patches_of_several_pictures_are_one_sequence(name):
+    sizes = torch.tensor([[[1, 2, 4]], [[1, 2, 4]]])[..., 3 - (2 if name.endswith("_hw") else 3) :]
+    patches = torch.rand(2, 8, 12)
+    joined = in_one_sequence({"pixel_values": patches, name: sizes[:, 0]})
+    assert torch.equal(joined["pixel_values"], patches.flatten(0, 1))
+    assert torch.equal(joined[name], sizes[:, 0])
+    both = {"input_ids": torch.ones(2, 5), "pixel_values": patches, name: sizes[:, 0]}
+    assert in_one_sequence(both) is both  # a model of images and text joins them itself
 
 
 def test_padding_of_patches_is_left_out():
