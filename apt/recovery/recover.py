@@ -203,10 +203,11 @@ def _restored_on_error(model: nn.Module, trainable: Trainable, job: RecoveryJob)
     try:
         yield
     except BaseException:
-        trainable.undo()
+        # The values first: to undo may make parameters of the model from what is trained.
         with safe_open(backup, "pt") as saved:
             for name, parameter in trained.items():
                 parameter.data.copy_(saved.get_tensor(name))
+        trainable.undo()
         raise
     finally:
         backup.unlink()

@@ -65,8 +65,8 @@ class Trainable:
             names of the model's arguments; and ``row`` (samples,), the indices of the samples in
             the training text, in no order if there are groups.
         merge: called after the training, to write the trained weights to the given model.
-        undo: called in place of ``merge`` if the training fails. The caller restores trained
-            weights of the given model.
+        undo: called in place of ``merge`` if the training fails, after the caller has restored the
+            values of all trained parameters.
         save: writes the trained adapter to a directory, in the format of peft; None if there is no
             adapter. It is called before ``merge``, for the option ``save_adapter``.
         masked: True if trained parameters have zeros, which are then kept by masked gradients.

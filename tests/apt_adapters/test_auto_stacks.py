@@ -154,7 +154,8 @@ def test_models_of_patches_of_ids_and_of_waves_are_one_stack(made, shapes):
     inputs = example_inputs(model)
     assert {name: inputs[name].shape for name in shapes} == shapes
     ((name, blocks),) = AutoAdapter().stacks(model)
-    assert (name, len(blocks)) == ("encoder", 2)
+    assert name in ("encoder", "vision")  # before transformers 5, SigLIP 2 has a vision_model
+    assert len(blocks) == 2
     before = {name: value.clone() for name, value in model.named_parameters()}
     report = apt.prune(model, samples_for(model), pattern="2:4", adapter="auto", method="ss")
     changed = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}

@@ -86,7 +86,8 @@ def test_detectors_whose_decoder_reads_queries_need_no_second_text():
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"]
     )
     config = DeformableDetrConfig(
-        use_timm_backbone=False, backbone=None, backbone_config=backbone, d_model=32,
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+        backbone_config=backbone, d_model=32,
         num_feature_levels=1, encoder_layers=1, decoder_layers=1, num_queries=4,
         encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=4,
         decoder_attention_heads=4,

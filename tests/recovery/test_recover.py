@@ -150,13 +150,13 @@ def test_option_dropout_sets_the_dropout_of_spp():
         tuned.undo()
 
 
-@pytest.mark.parametrize("kind", ["spp", "layers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_unsuccessful_training_restores_the_model(kind):
-    model, _, tokens = pruned()
+    model, dense, tokens = pruned()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = RecoverOptions(steps=6, checks=3, batch=4, rate=1e20)
     with pytest.raises(NotRecoveredError, match=r"diverged|did not lower") as caught:
-        library.recover(model, tokens, kind=kind, options=options)
+        library.recover(model, tokens, kind=kind, options=options, dense=dense)
     assert "rate" in caught.value.options
     after = model.state_dict()
     assert before.keys() == after.keys()
