@@ -131,7 +131,8 @@ class TextReader:
         """
         texts = drawn_passages(documents(source, split, registry), count, seed, source, fewer=fewer)
         encode = self._pair if self.model is not None else self.encode
-        scores = [text.score for text in texts if text.score is not None]
+        pairs = [text for text in texts if len(text.texts) > 1]
+        scores = [text.score for text in pairs if text.score is not None]
         scored = self.alone and len(scores) == len(texts)
         samples = [encode(text.texts[:1] if scored else text.texts) for text in texts]
         check_alike(samples, f"some texts of {source} have a second text, and others have none")

@@ -1,5 +1,6 @@
 """The documents of a source of text: plain texts, and conversations."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -146,15 +147,15 @@ def label_of(row: Any) -> Label | None:
 
 
 def score_of(row: Any) -> float | None:
-    """The score of a row of two texts; None if it has none.
+    """The score of a row of two texts; None if it has no finite one.
 
     It is a number in the column ``score``, or one with a fraction in the column ``label``, as GLUE
     has it.
     """
     score, label = row.get("score"), row.get("label")
-    if isinstance(score, int | float) and not isinstance(score, bool):
-        return float(score)
-    return label if isinstance(label, float) else None
+    if not isinstance(score, int | float) or isinstance(score, bool):
+        score = label if isinstance(label, float) else math.nan
+    return float(score) if math.isfinite(score) else None
 
 
 def texts_of(row: Any) -> Texts | None:

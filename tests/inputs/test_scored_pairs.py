@@ -162,5 +162,7 @@ def test_only_numbers_are_scores():
     for value, score in ((3, 3.0), (0.5, 0.5), (True, None), ("3", None), (None, None)):
         assert texts_of({**row, "score": value}).score == score
     assert texts_of({**row, "label": 1}).score is None
+    assert texts_of({**row, "score": float("nan")}).score is None
+    assert texts_of({**row, "score": float("inf"), "label": 0.5}).score is None
     assert texts_of({**row, "label": 2.25}).score == 2.25
     assert Texts(("a",)).score is None
