@@ -24,6 +24,17 @@ class BartAdapter(StackedAdapter):
         Input("neurons", ("fc2",), residual=True),
     )
 
+    def inputs_of(self, block: nn.Module) -> tuple[Input, ...]:
+        """Without those of a cross attention that never runs."""
+        entries, dense = super().inputs_of(block), self.left_dense_of(block)
+        return tuple(entry for entry in entries if not entry.linears[0].startswith(dense))
+
+    def left_dense_of(self, block: nn.Module) -> tuple[str, ...]:
+        """The cross attention of a decoder without an encoder, such as BartForCausalLM's."""
+        config = getattr(getattr(block, "encoder_attn", None), "config", None)
+        runs = getattr(config, "is_encoder_decoder", True)
+        return (*super().left_dense_of(block), *(() if runs else ("encoder_attn",)))
+
     def sites(self, block: nn.Module) -> list[Site]:
         """As declared; a post-norm block adds its later products to a normalised stream."""
         sites = super().sites(block)
