@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForCausalLM
 
 from apt import prune
 from apt.adapter import DecoderAdapter, Input
@@ -259,3 +260,17 @@ def test_bloom_with_sliced_weights_is_refused():
     model.config.slow_but_exact, model.config.pretraining_tp = True, 2
     with pytest.raises(AptError, match="slow_but_exact"):
         adapter_of(model).check(model.config)
+
+
+def test_cross_attention_of_a_decoder_without_an_encoder_stays_dense():
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    model = BartForCausalLM(config).eval()
+    report = prune(model, torch.randint(3, 64, (4, 16)), pattern="2:4")
+    names = {site.name.removeprefix("model.decoder.layers.0.") for site in report.sites}
+    attention = {f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")}
+    assert {name for name in names if not name.startswith("model.")} == attention | {"fc1", "fc2"}
+    assert len(report.sites) == 2 * 6
