@@ -80,10 +80,12 @@ aarch64:
 template:
 	.ci/template $(PYTHON)
 
-# All model types of docs/families.md with the installed transformers, hours of work.
+# All model types of docs/families.md with the installed transformers, half an hour of work.
 families: $(VENV)/.development
-	rm -f benchmarks/results/families.json
+	$(INSTALL) timm torchvision
+	rm -f benchmarks/results/families.json benchmarks/results/towers.json
 	$(BIN)/python benchmarks/families.py --json benchmarks/results/families.json
+	$(BIN)/python benchmarks/towers.py --json benchmarks/results/towers.json
 	$(BIN)/python benchmarks/pages.py
 
 # Both packages: built, examined, installed into new environments and tried. For several versions of
