@@ -386,10 +386,11 @@ def _chained(blocks: Sequence[_Ran]) -> list[list[_Ran]]:
 
 
 def _branches(ran: _Ran, last: _Ran, later: Sequence[_Ran]) -> bool:
-    """True if a later block of the list of ``last`` takes what it returned, and ``ran`` is none."""
+    """True if ``ran`` is of another list than ``last``, whose own list goes on with its output."""
     own = last.name.rpartition(".")[0]
-    goes_on = (each.name for each in later if each.stream is last.output)
-    return ran.name.rpartition(".")[0] != own and own in {n.rpartition(".")[0] for n in goes_on}
+    readers = [ran, *(each for each in later if each.stream is last.output)]
+    lists = [each.name.rpartition(".")[0] for each in readers]
+    return lists[0] != own and own in lists
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

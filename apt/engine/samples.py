@@ -4,17 +4,16 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from apt.adapter import Samples
 from apt.checkpoints.architecture import Reads
+from apt.checkpoints.formats import find_source_file
 from apt.checkpoints.load import load_tokenizer
 from apt.checkpoints.opened import Opened
 from apt.checkpoints.processors import load_feature_extractor, load_image_processor
-from apt.checkpoints.stored import local_directory
 from apt.checkpoints.towers import TowerInputs
 from apt.engine.text import Text
 from apt.errors import AptError
@@ -127,11 +126,10 @@ def _text_reader(options: Any, skeleton: Opened) -> TextReader:
     longest = min(options.seqlen, _longest_sentence(skeleton), *most)
     model = skeleton.module if skeleton.reads.target else None
     alone = model is None and not type(skeleton.module).__name__.endswith(_CLASSIFIERS)
-    pooling = _pooling(skeleton)
-    first = pooling.get("pooling_mode_cls_token") is True or pooling.get("pooling_mode") == "cls"
     return TextReader(
-        tokenizer, longest, model, classes=_classes(skeleton), alone=alone, first=first
-    )
+        tokenizer, longest, model, classes=_classes(skeleton), alone=alone,
+        first=_takes_first_token(skeleton),
+    )  # fmt: skip
 
 
 def _classes(skeleton: Opened) -> dict[str, int]:
@@ -155,22 +153,27 @@ def _beside_images(options: Any, skeleton: Opened) -> TextReader:
 
 def _longest_sentence(skeleton: Opened) -> int:
     """The greatest number of tokens that sentence-transformers gives to the model."""
-    if not skeleton.source.on_hub:
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            path = Path(local_directory(skeleton), "sentence_bert_config.json")
-            return int(json.loads(path.read_text("utf-8"))["max_seq_length"])
+    with suppress(TypeError, KeyError, ValueError):
+        return int(_json_file(skeleton, "sentence_bert_config.json")["max_seq_length"])
     return _UNLIMITED
 
 
-def _pooling(skeleton: Opened) -> dict[str, Any]:
-    """How sentence-transformers makes the vector of a text; empty if the directory does not say."""
-    if not skeleton.source.on_hub:
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration):
-            folder = Path(local_directory(skeleton))
-            modules = json.loads((folder / "modules.json").read_text("utf-8"))
-            place = next(each["path"] for each in modules if each["type"].endswith("Pooling"))
-            return dict(json.loads((folder / place / "config.json").read_text("utf-8")))
-    return {}
+def _takes_first_token(skeleton: Opened) -> bool:
+    """True if the vector of a text is the state of its first token in sentence-transformers."""
+    with suppress(TypeError, KeyError, AttributeError, StopIteration):
+        modules = _json_file(skeleton, "modules.json")
+        place = next(each["path"] for each in modules if each["type"].endswith("Pooling"))
+        pooling = _json_file(skeleton, f"{place}/config.json")
+        return pooling.get("pooling_mode_cls_token") is True or pooling.get("pooling_mode") == "cls"
+    return False
+
+
+def _json_file(skeleton: Opened, name: str) -> Any:
+    """The content of a file of a model, which may be on the hub; None if it cannot be read."""
+    with suppress(AptError, OSError, ValueError):
+        if path := find_source_file(skeleton.source, name):
+            return json.loads(path.read_text("utf-8"))
+    return None
 
 
 def metrics_for(skeleton: Opened, options: Any, registry: Registry) -> tuple[str, ...]:

@@ -8,12 +8,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import constants
 from scipy.stats import spearmanr
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
 from transformers import BertForSequenceClassification as Classifier
 
 from apt.engine.samples import held_out_samples
 from apt.extending import load, open_skeleton
+from apt.locations import hub
 from apt.locations.model_source import find
 from apt.options import PruneRun
 from apt.plugin.documents import Texts, texts_of
@@ -79,16 +81,21 @@ def test_spearman_is_that_of_the_cosines_of_both_texts(apt, encoder, pairs, monk
     assert measured(apt, encoder, pairs) == pytest.approx(expected(encoder, lambda x: x.mean(0)))
 
 
+def write_pooling(path, config):
+    """Write how sentence-transformers makes a vector."""
+    (path / "1_Pooling").mkdir()
+    module = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    (path / "modules.json").write_text(json.dumps([{"path": "", "type": "Transformer"}, module]))
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("config", [{"pooling_mode_cls_token": True}, {"pooling_mode": "cls"}])
 def test_first_token_is_the_vector_where_the_directory_says_so(
     apt, encoder, pairs, tmp_path, monkeypatch, config
 ):
     monkeypatch.setattr("apt.inputs.texts.near_length", lambda length: length)
     path = shutil.copytree(encoder, tmp_path / "first")
-    (path / "1_Pooling").mkdir()
-    module = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
-    (path / "modules.json").write_text(json.dumps([{"path": "", "type": "Transformer"}, module]))
-    (path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    write_pooling(path, config)
     assert measured(apt, path, pairs) == pytest.approx(expected(encoder, lambda x: x[0]))
 
 
@@ -110,6 +117,26 @@ def samples_of(directory, source):
     options = PruneRun(model=str(directory), pattern="2:4")
     skeleton = open_skeleton(find(str(directory), registry()), registry())
     return held_out_samples(str(source), options, skeleton, registry(), 50)
+
+
+def test_model_of_the_hub_has_its_vector_and_its_length(encoder, pairs, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--someone--encoder"
+    snapshot = shutil.copytree(encoder, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(  # of transformers 4
+        "transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False
+    )
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub.reachable.cache_clear()
+    assert not samples_of("someone/encoder", pairs).first
+    write_pooling(snapshot, {"pooling_mode_cls_token": True})
+    (snapshot / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
+    samples = samples_of("someone/encoder", pairs)
+    assert samples.first
+    assert samples.shape[1] == 6
+    hub.reachable.cache_clear()
 
 
 def test_parts_of_the_samples_keep_their_pairs(encoder, pairs):
