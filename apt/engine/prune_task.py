@@ -252,6 +252,7 @@ def train_in_time(training: RecoverTask, store: ModelStore, report: Report) -> R
     store.status("reading text")
     text = training.read_text(store.ranks)
     minutes = training.options.minutes - (store.seconds + store.opening) / 60
+    minutes = store.ranks.share(minutes)  # by the clock of the first rank, all train or none does
     if minutes <= 0:
         return replace(report, problems=[*report.problems, "no time was left for the training"])
     training = replace(training, options=replace(training.options, minutes=minutes))

@@ -274,6 +274,22 @@ def slow_on_the_second_rank():
     timed_run.measure_machine = lambda device: Machine(speed, speed, speed)
 
 
+def late_second_rank():
+    """Let the clock of the second rank say that no time is left for a training."""
+    from apt.engine.store import ModelStore
+
+    if os.environ["RANK"] != "0":
+        ModelStore.seconds = property(lambda store: 1e6)
+
+
+def test_clock_of_the_first_rank_decides_on_the_training(checkpoint, tmp_path):
+    words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.2"]
+    words.remove("--stream")
+    codes, output = on_ranks(2, tmp_path, *words, "-o", "out", before=late_second_rank)
+    assert codes == [0, 0], output
+    assert "no time was left" not in (tmp_path / "out" / "apt_report.json").read_text()
+
+
 def test_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
     words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.02"]
     words.remove("--stream")
