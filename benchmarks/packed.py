@@ -33,6 +33,11 @@ from apt.runtime.matrix import SCALES, VALUES, Entry, encode
 from apt.solver import lowest, parse_pattern
 
 SHAPES = {
+    "135m": {  # that of SmolLM2
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
     "1.5b": {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,

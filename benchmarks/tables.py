@@ -589,6 +589,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "deployments": ("deployments", deployments),
     "deployments-1.5b": ("deployments-1.5b", deployments),
     "deployments-1.5b-int4": ("deployments-1.5b-int4", deployments),
+    "deployments-avx2": ("deployments-avx2", deployments),
     "packed": ("packed", packed_models),
     "packed-threads": ("packed-threads", packed_models),
     "packed-1.5b": ("packed-1.5b", packed_models),

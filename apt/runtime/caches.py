@@ -11,10 +11,11 @@ _LEAST_SPACE = 128  # the least number of positions that are added to a full cac
 _METHODS = (DynamicCache.update, DynamicLayer.update)
 
 
-def growing(cache: Any, index: int, dtype: torch.dtype) -> Any:
+def growing(cache: Any, index: int, batch: int, dtype: torch.dtype) -> Any:
     """The layer of a cache for a block, if it is a plain growing cache; else None.
 
-    It holds keys and values of one sequence on the processor, in this dtype, without gradients.
+    It holds keys and values of ``batch`` sequences on the processor, in this dtype, without
+    gradients.
     """
     if type(cache) is not DynamicCache or "update" in vars(cache) or cache.offloading:
         return None
@@ -26,22 +27,20 @@ def growing(cache: Any, index: int, dtype: torch.dtype) -> Any:
     if (DynamicCache.update, DynamicLayer.update) != _METHODS:
         return None
     keys, values, reserve = layer.keys, layer.values, vars(layer).get("apt_reserve")
-    if reserve is not None and reserve.is_last(keys, values, dtype):
-        return layer
-    supported = (
+    known = reserve is not None and reserve.is_last(keys, values, dtype)
+    supported = known or (
         _is_supported(keys, dtype) and _is_supported(values, dtype) and keys.shape == values.shape
     )
-    return layer if supported else None
+    return layer if supported and keys.shape[0] == batch else None
 
 
 def _is_supported(tensor: Any, dtype: torch.dtype) -> bool:
-    """True for keys or values (1, heads, length, width) that the kernels can read."""
+    """True for keys or values (batch, heads, length, width) that the kernels can read."""
     return bool(
         type(tensor) is Tensor
         and tensor.is_cpu
         and tensor.dtype == dtype
         and tensor.ndim == 4
-        and len(tensor) == 1
         and tensor.numel()
         and not tensor.requires_grad
     )
@@ -74,25 +73,24 @@ class Reserve:
         return self._keys.shape[2] < self._larger[0].shape[2]
 
     def extended(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (1, heads, length + 1, width) with one more position, not written yet."""
+        """Keys and values (batch, heads, length + 1, width): one more position, not written yet."""
         length = self._keys.shape[2] + 1
-        keys, values = self._larger
-        self._keys, self._values = keys[:, :, :length], values[:, :, :length]
+        self._keys, self._values = (larger.narrow(2, 0, length) for larger in self._larger)
         return self._keys, self._values
 
 
 def grow(layer: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values (heads, length + 1, width) of a cache's layer, with one more position."""
+    """Keys and values (batch, heads, length + 1, width) of a layer, with one more position."""
     reserve, keys, values = vars(layer).get("apt_reserve"), layer.keys, layer.values
     if reserve is None or not reserve.is_last(keys, values, keys.dtype) or not reserve.has_space():
         reserve = layer.apt_reserve = Reserve(keys, values)
     layer.keys, layer.values = keys, values = reserve.extended()
-    return keys[0], values[0]
+    return keys, values
 
 
 def _enlarged(tensor: Tensor) -> Tensor:
     """A copy of keys or values in a larger tensor."""
-    _, heads, length, width = tensor.shape
-    larger = tensor.new_empty(1, heads, length + max(_LEAST_SPACE, length // 4), width)
+    batch, heads, length, width = tensor.shape
+    larger = tensor.new_empty(batch, heads, length + max(_LEAST_SPACE, length // 4), width)
     larger[:, :, :length] = tensor
     return larger

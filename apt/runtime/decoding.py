@@ -1,4 +1,4 @@
-"""Blocks of packed models that run one token in one call of ``apt-kernels``.
+"""Blocks of packed models that run one token of each sequence in one call of ``apt-kernels``.
 
 A block of LLaMA takes some 40 operations of torch for a token. In a small model these take longer
 than the products.
@@ -10,7 +10,7 @@ their classes, and have no hooks. Otherwise the block itself runs.
 import sys
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from apt.runtime.caches import cache_of, grow, growing
 from apt.runtime.dense import DenseLinear
-from apt.runtime.linear import PackedLinear, kernels
+from apt.runtime.linear import FEW, PackedLinear, kernels
 from apt.runtime.watched import (
     Watched,
     hooks_of,
@@ -117,29 +117,44 @@ class Decoder:
             {name: kernel_of(linear) for name, linear in linears.items()},
             vectors, attention.head_dim, *epsilons, attention.scaling,
         )  # fmt: skip
-        self._shape, self._dtype = (1, 1, attention.head_dim), self._run.dtype
+        self._width, self._dtype = attention.head_dim, self._run.dtype
         self.proven = False
 
     def serves(self, x: Tensor, angles: Any) -> bool:
         """True if the call can replace the block for an input and the angles of its position."""
         if type(angles) is not tuple or len(angles) != 2 or x.dtype != self._dtype:
             return False
+        positions = x.shape[0] if angles[0].shape[:1] == x.shape[:1] else 1
+        shape = (positions, 1, self._width)
         for angle in angles:
-            if angle.shape != self._shape or not _is_readable(angle, self._dtype):
+            if angle.shape != shape or not _is_readable(angle, self._dtype):
                 return False
         return self._config.get(_CHOICE) == self._attention and not (
             self._has_hooks and is_capturing()
         )
 
-    def run(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
-        """The output (1, 1, hidden) of the token whose key and value are the last of the cache."""
-        inputs = (x, *angles)
-        output: Tensor = self._run.step(*(t.reshape(-1) for t in inputs), keys, values)
-        return output.view(x.shape)
+    def run(self, x: Tensor, angles: tuple[Tensor, Tensor], past: "Past") -> Tensor:
+        """The output (batch, 1, hidden) of the tokens whose keys and values are the last ones."""
+        inputs = (t.contiguous() for t in (x, *angles))
+        output: Tensor = self._run.step(*inputs, *past)
+        return output
+
+
+class Past(NamedTuple):
+    """What the tokens of a call attend to.
+
+    Attributes:
+        keys, values: the keys and values (batch, heads, length, width), those of the tokens last.
+        starts: the first position of each sequence that is not padding (batch,); None for 0.
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor | None
 
 
 class DecodingLayer(nn.Module):
-    """A block that runs a single token with a cache by a `Decoder`, and all other inputs itself.
+    """A block that runs one token of each sequence by a `Decoder`, and all other inputs itself.
 
     The first token runs in both ways. If the outputs differ by more than rounding, the decoder is
     not used until a part of the block changes.
@@ -166,7 +181,8 @@ class DecodingLayer(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         if not decoder.proven:
             return self._compared(decoder, hidden_states, cache, kwargs)
-        return decoder.run(hidden_states, angles, *grow(cache))
+        past = Past(*grow(cache), first_positions(kwargs.get("attention_mask")))
+        return decoder.run(hidden_states, angles, past)
 
     def _current(self) -> Decoder | None:
         """The decoder of the block in its current state; None if the kernels do not support it."""
@@ -185,18 +201,22 @@ class DecodingLayer(nn.Module):
     def _compared(self, decoder: Decoder, x: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
         """The output of the decoder, if it equals the block's; else the block's own output."""
         expected = super().forward(x, **kwargs)
-        keys, values = cache.keys[0].contiguous().clone(), cache.values[0].contiguous().clone()
-        output = decoder.run(x, kwargs["position_embeddings"], keys, values)
+        keys, values = (
+            tensor.clone(memory_format=torch.contiguous_format)
+            for tensor in (cache.keys, cache.values)
+        )
+        past = Past(keys, values, first_positions(kwargs.get("attention_mask")))
+        output = decoder.run(x, kwargs["position_embeddings"], past)
         decoder.proven = (
             isinstance(expected, Tensor)
             and _is_near(output, expected, expected - x)
-            and _is_near(keys[:, -1], cache.keys[0, :, -1])
-            and _is_near(values[:, -1], cache.values[0, :, -1])
+            and _is_near(keys[:, :, -1], cache.keys[:, :, -1])
+            and _is_near(values[:, :, -1], cache.values[:, :, -1])
         )
         if not decoder.proven:
             self._decoder = None
             return expected
-        cache.keys, cache.values = keys[None], values[None]  # as later calls with the same input
+        cache.keys, cache.values = keys, values  # as later calls with the same input
         return output
 
 
@@ -279,16 +299,36 @@ def kernel_of(linear: nn.Module) -> Any:
 def _cached(layer: Any, x: Any, kwargs: dict[str, Any]) -> Any:
     """The cache layer of the tokens before ``x``; None if the block itself must run.
 
-    The call supports one sequence on the processor, with attention to all earlier tokens.
+    The call supports a few sequences on the processor, with attention to all earlier tokens but the
+    padding before the first one.
     """
-    if type(x) is not Tensor or x.shape[:2] != (1, 1) or x.ndim != 3 or layer.training:
+    if type(x) is not Tensor or x.ndim != 3 or x.shape[1] != 1 or layer.training:
         return None
-    if not _is_readable(x, x.dtype) or not kwargs.keys() <= _ARGUMENTS or not is_plain():
+    if not 0 < x.shape[0] <= FEW or not _is_readable(x, x.dtype) or not is_plain():
         return None
-    if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
+    if not kwargs.keys() <= _ARGUMENTS or kwargs.get("output_attentions"):
         return None
     index = getattr(layer._modules.get("self_attn"), "layer_idx", None)
-    return None if index is None else growing(cache_of(kwargs), index, x.dtype)
+    cache = None if index is None else growing(cache_of(kwargs), index, x.shape[0], x.dtype)
+    if cache is None or not _is_padding(kwargs.get("attention_mask"), cache.keys):
+        return None
+    return cache
+
+
+def _is_padding(mask: Any, keys: Tensor) -> bool:
+    """True if a mask hides nothing, or only the first positions of each sequence."""
+    if mask is None:
+        return True
+    shape = (keys.shape[0], 1, 1, keys.shape[2] + 1)  # the new tokens are not in the cache yet
+    if type(mask) is not Tensor or mask.dtype != torch.bool or mask.shape != shape:
+        return False
+    seen = mask[:, 0, 0]
+    return mask.is_cpu and bool(seen[:, -1].all()) and bool((seen[:, 1:] >= seen[:, :-1]).all())
+
+
+def first_positions(mask: Tensor | None) -> Tensor | None:
+    """The first position of each sequence that a mask of padding does not hide (batch,)."""
+    return None if mask is None else mask.shape[-1] - mask[:, 0, 0].sum(-1)
 
 
 def _is_readable(tensor: Any, dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apt.compute import compute_dtype, dtype_name
 from apt.devices import is_accelerator, runs_triton
-from apt.errors import SLOW_PRODUCTS
+from apt.errors import SLOW_PRODUCTS, AptError
 from apt.runtime.matrix import FLOATS, MASK, SCALES, VALUES, Entry, bitmask, check_sizes, decode
 from apt.runtime.watched import is_plain, same
 
@@ -33,6 +33,8 @@ def kernels() -> Any:
         import apt_kernels
     except ImportError:
         return None
+    except ValueError as error:  # an unknown instruction set in the environment
+        raise AptError(str(error)) from None
     return apt_kernels if apt_kernels.available() else None
 
 

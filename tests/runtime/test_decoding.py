@@ -19,7 +19,7 @@ import apt.runtime as runtime
 from apt.packing.directory import pack
 from apt.runtime import decoding
 from apt.runtime.decoding import Decoder, DecodingLayer, Family
-from apt.runtime.linear import kernels
+from apt.runtime.linear import FEW, kernels
 
 pytestmark = pytest.mark.skipif(
     getattr(kernels(), "Block", None) is None, reason="needs apt-kernels with its library"
@@ -78,10 +78,10 @@ def runs(monkeypatch):
     return calls
 
 
-def generated(model, new=12, **options):
+def generated(model, new=12, prompt=PROMPT, **options):
     with torch.no_grad():
         found = model.generate(
-            PROMPT, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False,
             return_dict_in_generate=True, output_logits=True, **options,
         )  # fmt: skip
     return torch.stack(found.logits).float()
@@ -106,27 +106,52 @@ def test_decoded_tokens_equal_those_of_the_blocks(packed, monkeypatch, runs, nam
     found, expected = generated(model), itself(model, monkeypatch)
     # In each layer the first token of the decoding is run in both ways.
     assert runs[0] == 2 * 11
-    bound = 1e-4 if dtype == torch.float32 else 0.06
-    same = int((found.argmax(-1) == expected.argmax(-1)).flatten().cumprod(0).sum())
-    assert same > 2  # in bf16 two tokens can be as likely
-    errors = (found - expected)[: same + 1].abs()
-    assert float(errors.max()) < bound * float(expected.abs().max())
+    assert_near(found, expected, 1e-4 if dtype == torch.float32 else 0.06)
     assert torch.equal(found, generated(model))
     assert runs[0] == 4 * 11
+
+
+def assert_near(found, expected, bound):
+    """Logits (tokens, batch, vocabulary) of each sequence up to the first other token are near."""
+    same = (found.argmax(-1) == expected.argmax(-1)).cumprod(0).sum(0)
+    assert int(same.min()) >= 2  # in bf16 two tokens can be as likely
+    for sequence, count in enumerate(same.tolist()):
+        errors = (found - expected)[: count + 1, sequence].abs()
+        assert float(errors.max()) < bound * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_several_sequences_with_and_without_padding(packed, monkeypatch, runs, name, dtype):
+    model, bound = packed(name, dtype), 1e-4 if dtype == torch.float32 else 0.06
+    prompt = torch.randint(2, 60, (5, 7), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones_like(prompt)
+    padding[1, :3] = padding[3, :6] = padding[4, :1] = 0
+    for mask in (torch.ones_like(prompt), padding):
+        runs[0] = 0
+        given = {"prompt": prompt.masked_fill(mask == 0, 0), "attention_mask": mask}
+        found = generated(model, **given)
+        assert runs[0] == 2 * 11
+        assert_near(found, itself(model, monkeypatch, **given), bound)
+
+
+def test_beams_are_decoded(packed, monkeypatch, runs):
+    model = packed(dtype=torch.float32)
+    found = generated(model, num_beams=3)
+    assert runs[0] == 2 * 11
+    assert_near(found, itself(model, monkeypatch, num_beams=3), 1e-4)
 
 
 def test_unsupported_inputs_run_the_block_itself(packed, monkeypatch, runs):
     model = packed()
     generated(model)
     runs[0] = 0
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
-    two = {"inputs": PROMPT.repeat(2, 1)}
+    hole = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
     for options in (
-        {"attention_mask": mask}, {"num_beams": 2}, {"cache_implementation": "static"},
+        {"attention_mask": hole}, {"cache_implementation": "static"},
+        {"prompt": PROMPT.repeat(FEW + 1, 1)},
     ):  # fmt: skip
         assert torch.equal(generated(model, **options), itself(model, monkeypatch, **options))
-    with torch.no_grad():
-        model.generate(**two, max_new_tokens=4, do_sample=False)
     assert runs[0] == 0
 
 

@@ -40,7 +40,8 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 DENSE = ("q_proj", "v_proj", "down_proj")  # so that peft and torch change them as they know
 PROMPT, TOKENS = torch.tensor([[5, 17, 3, 40, 22, 8, 31]]), (9, 33, 2, 50, 7)
-STAGES = {"prompt": 0, "decode": 1, "later": 3}  # the calls before the change
+# The calls before the change, and the number of sequences; some changes of a cache need one.
+STAGES = {"prompt": (0, 2), "decode": (1, 1), "later": (3, 1)}
 
 
 class Run:
@@ -778,18 +779,20 @@ def models(tmp_path_factory):
     return dense.eval().requires_grad_(False), packed
 
 
-def outputs(model, function, before, served):
+def outputs(model, function, before, sequences, served):
     """The outputs of the calls after a change, the records of hooks, and the blocks in one call.
 
     Args:
         model: the model, which is copied.
         function: the change.
         before: the number of calls before it.
+        sequences: the number of sequences in each call.
         served: a list that grows by one for each block that runs a token in one call.
     """
     with contextlib.ExitStack() as stack:
         run, found, counts = Run(copy.deepcopy(model), stack), [], []
         calls = [PROMPT, *(torch.tensor([[token]]) for token in TOKENS)]
+        calls = [torch.cat([tokens + shift for shift in range(sequences)]) for tokens in calls]
         for number, tokens in enumerate(calls):
             if number == before:
                 with torch.no_grad():
@@ -798,19 +801,19 @@ def outputs(model, function, before, served):
             logits = run.step(tokens)
             if number >= before:
                 found.append(logits)
-                counts += [len(served)] if tokens is not PROMPT else []
+                counts += [len(served)] if number else []
         return found, run.seen, counts
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_packed_model_equals_the_changed_dense_model(models, name, stage, monkeypatch):
-    (blocks, function), before = CHANGES[name], STAGES[stage]
+    (blocks, function), (before, sequences) = CHANGES[name], STAGES[stage]
     served, run = [], Decoder.run
     monkeypatch.setattr(Decoder, "run", lambda *given: served.append(1) or run(*given))
     dense, packed = models
-    expected, seen, none = outputs(dense, function, before, served)
-    found, noticed, counts = outputs(packed, function, before, served)
+    expected, seen, none = outputs(dense, function, before, sequences, served)
+    found, noticed, counts = outputs(packed, function, before, sequences, served)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
     assert len(noticed) == len(seen)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from apt_kernels import LEVEL, LEVELS, Block, DenseMatrix, available
+from apt_kernels import LEVEL, Block, DenseMatrix, available, library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 pytestmark = pytest.mark.skipif(not available(), reason="installed without a compiler")
-HERE = LEVELS[: LEVELS.index(LEVEL) + 1] if LEVEL != "neon" else ("portable", "neon")
+HERE = library.SERVED
 EPSILON, SCALING = 1e-5, 0.3
 
 
@@ -21,8 +21,9 @@ def turned(heads, cosines, sines):
     return heads * cosines + torch.cat([-second, first], -1) * sines
 
 
-def reference(matrices, vectors, width, x, angles, keys, values):
+def reference(matrices, vectors, width, x, angles, keys, values, start=0):
     """The output, the key and the value, in fp64."""
+    keys, values = keys[:, start:], values[:, start:]
     given = norm(x, vectors["input_norm"])
     q, k, v = ((matrices[n] @ given + vectors.get(f"{n}_bias", 0)).view(-1, width) for n in "qkv")
     q, k = (
@@ -65,36 +66,53 @@ def kernels_of(matrices, level):
 @pytest.mark.parametrize("level", HERE)
 @settings(deadline=None, max_examples=25)
 @given(
+    batch=st.integers(1, 5), one_position=st.booleans(), padded=st.booleans(),
     kv_heads=st.integers(1, 3), share=st.integers(1, 3), half_width=st.sampled_from([32, 64, 96]),
     length=st.integers(1, 40), room=st.integers(0, 5), more=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_block_equals_the_reference_in_torch(
-    level, kv_heads, share, half_width, length, room, more, dtype, seed
+    level, batch, one_position, padded, kv_heads, share, half_width, length, room, more, dtype, seed
 ):
     draw, width = torch.Generator().manual_seed(seed), 2 * half_width
     matrices, vectors = random_block(draw, 128, 192, kv_heads, share, width, more)
     matrices = {name: matrix.to(dtype) for name, matrix in matrices.items()}
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
     block = Block(kernels_of(matrices, level), vectors, width, EPSILON, SCALING)
-    x, *angles = (torch.randn(n, generator=draw).to(dtype) for n in (128, width, width))
+    positions = 1 if one_position else batch
+    x, *angles = (
+        torch.randn(count, n, generator=draw).to(dtype)
+        for count, n in ((batch, 128), (positions, width), (positions, width))
+    )
     caches = [
-        torch.randn(kv_heads, length + room, width, generator=draw).to(dtype) for _ in range(2)
+        torch.randn(batch, kv_heads, length + room, width, generator=draw).to(dtype)
+        for _ in range(2)
     ]
     before = [cache.clone() for cache in caches]
-    keys, values = (cache[:, :length] for cache in caches)
-    exact = [t.double() for t in (x, *angles, keys, values)]
-    expected, key, value = reference(
-        {n: m.double() for n, m in matrices.items()}, {n: v.double() for n, v in vectors.items()},
-        width, exact[0], exact[1:3], *exact[3:],
-    )  # fmt: skip
-    found = block.step(x, *angles, keys, values)
+    keys, values = (cache[:, :, :length] for cache in caches)
+    exact = (
+        {n: m.double() for n, m in matrices.items()},
+        {n: v.double() for n, v in vectors.items()},
+    )
+    starts = torch.randint(length, (batch,), generator=draw) if padded else None
+    expected = [
+        reference(*exact, width, one, turn, *cache, start)
+        for one, turn, cache, start in zip(
+            x.double(),
+            zip(*(t.double().expand(batch, -1) for t in angles), strict=True),
+            zip(keys.double(), values.double(), strict=True),
+            [0] * batch if starts is None else starts.tolist(),
+            strict=True,
+        )
+    ]
+    found = block.step(x, *angles, keys, values, starts)
     error = 1e-4 if dtype == torch.float32 else 0.1
-    for one, other in ((found, expected), (keys[:, -1], key), (values[:, -1], value)):
+    last = (found, keys[:, :, -1], values[:, :, -1])
+    for one, other in zip(last, map(torch.stack, zip(*expected, strict=True)), strict=True):
         assert float((one - other).norm()) < error * float(other.norm())
     for cache, was in zip(caches, before, strict=True):  # and nothing else was written
-        assert torch.equal(cache[:, : length - 1], was[:, : length - 1])
-        assert torch.equal(cache[:, length:], was[:, length:])
+        assert torch.equal(cache[:, :, : length - 1], was[:, :, : length - 1])
+        assert torch.equal(cache[:, :, length:], was[:, :, length:])
 
 
 @pytest.mark.parametrize("level", HERE)
@@ -104,9 +122,9 @@ def test_heads_of_any_even_width_are_supported(level, width):
     draw = torch.Generator().manual_seed(width)
     matrices, vectors = random_block(draw, 64, 64, 32, 1, width, False)
     block = Block(kernels_of(matrices, level), vectors, width, EPSILON, SCALING)
-    x, *angles = (torch.randn(n, generator=draw) for n in (64, width, width))
-    keys, values = torch.randn(2, 32, 9, width, generator=draw)
-    exact = [t.double() for t in (x, *angles, keys, values)]
+    x, *angles = (torch.randn(1, n, generator=draw) for n in (64, width, width))
+    keys, values = torch.randn(2, 1, 32, 9, width, generator=draw)
+    exact = [t[0].double() for t in (x, *angles, keys, values)]
     expected, *_ = reference(
         {n: m.double() for n, m in matrices.items()}, {n: v.double() for n, v in vectors.items()},
         width, exact[0], exact[1:3], *exact[3:],
@@ -118,8 +136,8 @@ def test_number_of_threads_does_not_change_the_block():
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     matrices, vectors = random_block(draw, 1024, 2048, 4, 4, 64, False)
     block = Block(kernels_of(matrices, LEVEL), vectors, 64, EPSILON, SCALING)
-    given = [torch.randn(n, generator=draw) for n in (1024, 64, 64)]
-    cache = torch.randn(2, 4, 300, 64, generator=draw)
+    given = [torch.randn(3, n, generator=draw) for n in (1024, 64, 64)]
+    cache = torch.randn(2, 3, 4, 300, 64, generator=draw)
     found = []
     try:
         for count in (1, 2, 5):
@@ -158,29 +176,37 @@ def test_matrices_and_vectors_that_do_not_fit_are_refused():
         Block(kernels | {"gate": matrices["gate"]}, vectors, 32, EPSILON, SCALING)
     with pytest.raises(ValueError, match="heads of"):
         Block(kernels, {n: vectors[n] for n in ("input_norm", "output_norm")}, 64 // 64, 0, 1)
-    x, cosines, sines = torch.randn(64), torch.randn(32), torch.randn(32)
-    keys, values = torch.randn(2, 2, 5, 32)
+    x, cosines, sines = torch.randn(3, 64), torch.randn(3, 32), torch.randn(3, 32)
+    keys, values = torch.randn(2, 3, 2, 5, 32)
     given = (x, cosines, sines, keys, values)
     for wrong in (
-        (x[:63], cosines, sines, keys, values), (x.double(), cosines, sines, keys, values),
-        (x, cosines[:31], sines, keys, values), (x, cosines, sines, keys, values[:, :4]),
-        (x, cosines, sines, keys[:, :0], values[:, :0]), (x, cosines, sines, keys[:1], values[:1]),
+        (x[:, :63], cosines, sines, keys, values), (x.double(), cosines, sines, keys, values),
+        (x[0], cosines, sines, keys, values), (x[:2], cosines, sines, keys, values),
+        (x[:0], cosines[:0], sines[:0], keys[:0], values[:0]),
+        (x, cosines[:2], sines[:2], keys, values), (x, cosines, sines[:1], keys, values),
+        (x, cosines[0, 0], sines, keys, values),
+        (x, cosines[:, :31], sines, keys, values), (x, cosines, sines, keys, values[:, :, :4]),
+        (x, cosines, sines, keys[:, :, :0], values[:, :, :0]),
+        (x, cosines, sines, keys[:, :1], values[:, :1]), (x, cosines, sines, keys[:2], values[:2]),
         (x, cosines, sines, keys.bfloat16(), values), (x, cosines, sines, keys[0], values[0]),
-        (x, cosines, sines, keys.transpose(1, 2).contiguous().transpose(1, 2), values),
-        (torch.randn(128)[::2], cosines, sines, keys, values),
+        (x, cosines, sines, keys.transpose(2, 3).contiguous().transpose(2, 3), values),
+        (torch.randn(3, 128)[:, ::2], cosines, sines, keys, values),
         (x, cosines, sines, keys.to("meta"), values), (x.to("meta"), cosines, sines, keys, values),
         (x, cosines.to("meta"), sines, keys, values), tuple(t.bfloat16() for t in given),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="other shapes"):
             block.step(*wrong)
+    for starts in ([0, 0], [0, 5, 0], [0, -1, 0]):
+        with pytest.raises(ValueError, match="for 3 sequences of 5 positions"):
+            block.step(*given, torch.tensor(starts))
 
 
 def test_vectors_changed_in_place_are_used_for_the_next_token():
     draw = torch.Generator().manual_seed(0)
     matrices, vectors = random_block(draw, 64, 64, 2, 2, 32, True)
     block = Block(kernels_of(matrices, LEVEL), vectors, 32, EPSILON, SCALING)
-    given = [torch.randn(n, generator=draw) for n in (64, 32, 32)]
-    cache = torch.randn(2, 2, 5, 32, generator=draw)
+    given = [torch.randn(1, n, generator=draw) for n in (64, 32, 32)]
+    cache = torch.randn(2, 1, 2, 5, 32, generator=draw)
     before = block.step(*given, *cache.clone())
     for name in vectors:
         vectors[name].data.mul_(2)

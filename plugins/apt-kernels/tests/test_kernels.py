@@ -11,21 +11,12 @@ from shutil import which
 
 import pytest
 import torch
-from apt_kernels import (
-    LEVEL,
-    LEVELS,
-    DenseMatrix,
-    Matrix,
-    available,
-    in_large_pages,
-    library,
-    memory,
-)
+from apt_kernels import LEVEL, DenseMatrix, Matrix, available, in_large_pages, library, memory
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(not available(), reason="installed without a compiler")
-HERE = LEVELS[: LEVELS.index(LEVEL) + 1] if LEVEL != "neon" else ("portable", "neon")
+HERE = library.SERVED
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 GROUP = 128
 
@@ -484,3 +475,15 @@ def test_copied_file_is_unmapped(tmp_path):
     assert int(values.sum()) == total
     plain = torch.arange(size // 8)
     assert torch.equal(in_large_pages(plain), plain)
+
+
+@pytest.mark.parametrize("level", [*library.SERVED, "avx1"])
+def test_instruction_set_from_environment(level, monkeypatch):
+    monkeypatch.setenv("APT_KERNELS_LEVEL", level)
+    if level in library.SERVED:
+        assert library._chosen() == level
+        return
+    with pytest.raises(
+        ValueError, match="APT_KERNELS_LEVEL is 'avx1'; this processor has portable"
+    ):
+        library._chosen()

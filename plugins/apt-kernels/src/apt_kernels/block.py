@@ -1,4 +1,4 @@
-"""A block of LLaMA for one token: one call in place of some 40 operations of torch."""
+"""A block of LLaMA for a token: one call in place of some 40 operations of torch."""
 
 import ctypes
 from collections.abc import Mapping
@@ -13,7 +13,9 @@ _NEEDED = ("input_norm", "output_norm")
 
 
 class Block:
-    """A block of LLaMA, Mistral, Qwen 2 or Qwen 3, which runs on one token after those in a cache.
+    """A block of LLaMA, Mistral, Qwen 2 or Qwen 3, for the token after those in a cache.
+
+    It runs on one token of each of some sequences, whose caches have one length.
 
     Args:
         matrices: the matrices of the block by `apt_kernels.library.MATRICES`.
@@ -95,44 +97,74 @@ class Block:
             raise ValueError(f"{heads} heads of {width} channels for {kv_heads} of keys")
 
     def step(
-        self, x: Tensor, cosines: Tensor, sines: Tensor, keys: Tensor, values: Tensor
+        self,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        starts: Tensor | None = None,
     ) -> Tensor:
-        """The block of the last token, whose key and value are written to the cache.
+        """The block of the last tokens, whose keys and values are written to the cache.
 
         Args:
-            x: the input of the block (hidden,), in the block's dtype, as all other tensors.
-            cosines, sines: the rotary embedding of its position (head_width,).
-            keys, values: the cache (kv_heads, length, head_width). The last position is for this
-                token. Within a head, the memory must be contiguous.
+            x: the inputs of the block (batch, hidden) or (batch, 1, hidden), in the block's dtype,
+                as all other tensors.
+            cosines, sines: the rotary embedding of their positions (batch, head_width) or
+                (batch, 1, head_width). The first size is 1 if all sequences have one position.
+            keys, values: the cache (batch, kv_heads, length, head_width). The last position is for
+                these tokens. Within a head, the memory must be contiguous.
+            starts: the first position that each sequence attends to (batch,), as integers; None for
+                position 0. The positions before it are padding.
 
         Returns:
-            The output of the block (hidden,).
+            The outputs of the block, with the shape of ``x``.
 
         Raises:
-            ValueError: a tensor has another shape, dtype, layout or device.
+            ValueError: a tensor has another shape, dtype, layout or device, or a position is not in
+                the cache.
         """
         assert LIBRARY is not None
-        length = keys.shape[1] if keys.ndim == 3 else 0
-        expected = (
-            (x, (self.hidden,)), (cosines, (self.head_width,)), (sines, (self.head_width,)),
-            (keys, (self.kv_heads, length, self.head_width)), (values, keys.shape),
-        )  # fmt: skip
-        rows = (self.head_width, 1)
-        if (
-            not all(t.shape == s and t.dtype == self.dtype and t.is_cpu for t, s in expected)
-            or not all(t.stride(-1) == 1 for t in (x, cosines, sines))
-            or keys.stride() != values.stride()
-            or keys.stride()[1:] != rows
-            or not length
-        ):
-            raise ValueError("tensors of other shapes, dtypes, layouts or devices than the block's")
+        self._check_step(x, cosines, sines, keys, values)
+        batch, length = keys.shape[0], keys.shape[2]
+        if starts is not None:
+            starts = starts.to("cpu", torch.int64).contiguous()
+            if starts.shape != (batch,) or bool(((starts < 0) | (starts >= length)).any()):
+                raise ValueError(
+                    f"starts {starts.tolist()} for {batch} sequences of {length} positions"
+                )
         out = torch.empty_like(x)
-        LIBRARY.apt_block(
-            self._pointer, x.data_ptr(), out.data_ptr(), cosines.data_ptr(), sines.data_ptr(),
-            keys.data_ptr(), values.data_ptr(), keys.stride(0), length,
-            x.dtype == torch.bfloat16, torch.get_num_threads(),
+        LIBRARY.apt_decode(
+            self._pointer, batch, x.data_ptr(), out.data_ptr(), cosines.data_ptr(),
+            sines.data_ptr(), self.head_width if cosines.shape[0] > 1 else 0, keys.data_ptr(),
+            values.data_ptr(), *keys.stride()[:2], length,
+            None if starts is None else starts.data_ptr(), x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def _check_step(
+        self, x: Tensor, cosines: Tensor, sines: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Raise for tensors that the kernels would read or write outside of their memory."""
+        width = self.head_width
+        batch, length = (keys.shape[0], keys.shape[2]) if keys.ndim == 4 else (0, 0)
+        strides = keys.stride()
+        if (
+            not all(t.dtype == self.dtype and t.is_cpu for t in (x, cosines, sines, keys, values))
+            or not all(t.is_contiguous() for t in (x, cosines, sines))
+            or not batch * length
+            or x.shape not in ((batch, self.hidden), (batch, 1, self.hidden))
+            or cosines.shape[:1] not in ((1,), (batch,))
+            or cosines.shape[-1:] != (width,)
+            or cosines.numel() != cosines.shape[0] * width
+            or sines.shape != cosines.shape
+            or keys.shape != (batch, self.kv_heads, length, width)
+            or values.shape != keys.shape
+            or values.stride() != strides
+            or strides[2:] != (width, 1)
+        ):
+            raise ValueError("tensors of other shapes, dtypes, layouts or devices than the block's")
 
 
 def _is_readable(vector: Tensor, dtype: torch.dtype) -> bool:

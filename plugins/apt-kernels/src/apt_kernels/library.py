@@ -1,6 +1,7 @@
 """The compiled library and its functions."""
 
 import ctypes
+import os
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def _load() -> ctypes.CDLL | None:
     except ImportError:
         return None
     library = ctypes.CDLL(_library.__file__)
-    if not hasattr(library, "apt_arrange"):  # compiled from an earlier version
+    if not hasattr(library, "apt_decode"):  # compiled from an earlier version
         return None
     pointer = POINTER(Fields)
     library.apt_offsets.argtypes = [c_void_p, c_int64, c_int64, c_int, c_void_p]
@@ -58,9 +59,11 @@ def _load() -> ctypes.CDLL | None:
         pointer, c_int64, c_int64, c_int64, c_void_p, c_int, c_int, c_int
     ]  # fmt: skip
     library.apt_expand.restype = None
-    places = [c_void_p] * 6
-    library.apt_block.argtypes = [POINTER(BlockFields), *places, c_int64, c_int64, c_int, c_int]
-    library.apt_block.restype = None
+    library.apt_decode.argtypes = [
+        POINTER(BlockFields), c_int64, *[c_void_p] * 4, c_int64, *[c_void_p] * 2, *[c_int64] * 3,
+        c_void_p, c_int, c_int,
+    ]  # fmt: skip
+    library.apt_decode.restype = None
     library.apt_use_openmp.argtypes = [c_void_p]
     library.apt_use_openmp.restype = None
     if team := torch_openmp():
@@ -82,9 +85,29 @@ def torch_openmp() -> int | None:
     return ctypes.cast(function, c_void_p).value
 
 
+def _served() -> tuple[str, ...]:
+    """The instruction sets of this processor, the best one last."""
+    if LIBRARY is None:
+        return ()
+    best = LEVELS[LIBRARY.apt_level()]
+    return ("portable", best) if best == "neon" else LEVELS[: LEVELS.index(best) + 1]
+
+
+def _chosen() -> str:
+    """The instruction set that ``APT_KERNELS_LEVEL`` names; by default the best one."""
+    if not SERVED:
+        return ""
+    level = os.environ.get("APT_KERNELS_LEVEL") or SERVED[-1]
+    if level not in SERVED:
+        raise ValueError(f"APT_KERNELS_LEVEL is {level!r}; this processor has {', '.join(SERVED)}")
+    return level
+
+
 LIBRARY = _load()
-LEVEL = "" if LIBRARY is None else LEVELS[LIBRARY.apt_level()]
-"""The best instruction set of this processor; empty if the library was not compiled."""
+SERVED = _served()
+"""The instruction sets of this processor, the best one last; empty without the library."""
+LEVEL = _chosen()
+"""The instruction set of new matrices; empty if the library was not compiled."""
 
 
 def available() -> bool:
