@@ -79,6 +79,7 @@ def recover_model(
     ):
         text, held_back = _split(tokens, job.options, job.ranks.size)
         job.status("training", "preparing")
+        job = _in_possible_precision(model, objective, text[:1], job)
         amount, teacher, sample = None, None, None
         if objective.dense:
             sample = _batch(objective, text[:1], job.device)[GROUPS][0]
@@ -156,6 +157,24 @@ def _dense_model(job: RecoveryJob) -> nn.Module:
     if job.dense is None:
         raise AptError(f"recovery {job.spec.name} needs the dense model", "name it", ("dense",))
     return job.dense().to(job.device)
+
+
+def _in_possible_precision(
+    model: nn.Module, objective: Objective, sample: Tensor | Samples, job: RecoveryJob
+) -> RecoveryJob:
+    """The job, in fp32 if the model does not run in mixed precision.
+
+    DeBERTa, for example, fills products in bf16 with the least number of fp32.
+    """
+    mixed = mixed_precision(model.parameters(), job.options.compute)
+    if job.options.compute != "auto" or not mixed._enabled:
+        return job
+    try:
+        with torch.no_grad(), eval_mode(model), mixed:
+            objective.loss(model.to(job.device), _batch(objective, sample, job.device))
+    except RuntimeError:
+        return replace(job, options=replace(job.options, compute="float32"))
+    return job
 
 
 def _batch(objective: Objective, samples: Tensor | Samples, device: str) -> dict[str, Any]:

@@ -281,7 +281,8 @@ def test_resuming_a_finished_recovery_changes_nothing(apt, pruned, tmp_path):
 def test_two_processes_train_one_model(apt, pruned, tmp_path, more):
     """Each step has the samples of both processes, so the losses equal those of one process."""
     pruned()
-    command = (*COMMAND, "--rate", 3e-2, "--steps", 8, "--checks", 2, *more)
+    exact = ("--compute", "float32")  # moves of masks amplify roundings
+    command = (*COMMAND, *exact, "--rate", 3e-2, "--steps", 8, "--checks", 2, *more)
     assert apt(*command, "-o", "alone").code == 0
     codes, text = on_ranks(2, tmp_path, *command, "-o", "out")
     assert codes == [0, 0], text
