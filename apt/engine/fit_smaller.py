@@ -202,8 +202,8 @@ class _Comparison:
         for row in rows:
             best = float("inf")
             for model in row:
-                parts = [removals.get(part, 0.0) for part in model.numbers.items()]
-                if max(parts) > most:
+                parts = model.numbers.items()
+                if any(part in removals and removals[part] > most for part in parts):
                     break
                 if model.smallest > task.budget:
                     continue
@@ -214,7 +214,7 @@ class _Comparison:
                 removal = loss - self.dense_loss
                 rated.append(self._rated(model, removal, names))
                 if len(parts) == 1:
-                    removals |= dict.fromkeys(model.numbers.items(), removal)
+                    removals |= dict.fromkeys(parts, removal)
                 if removal > most or (len(parts) > 1 and rated[-1].loss > best):
                     break
                 best = min(best, rated[-1].loss)

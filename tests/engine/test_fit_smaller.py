@@ -62,7 +62,9 @@ def test_report_has_the_whole_model_and_the_compared_models(fitted, two_blocks):
     assert (whole["means"], whole["share"], whole["predicted"]) == ("bits", 1.0, None)
     assert len(chosen) == 1
     assert chosen[0]["measured"] == report.fit["loss"] > 0
-    assert sum(each["measured"] is not None for each in candidates) == 2
+    fitting = [each for each in candidates if each["predicted"] is not None]
+    assert fitting  # how many are estimated depends on the losses of the first ones
+    assert sum(each["measured"] is not None for each in candidates) == min(2, len(fitting))
     assert {each["means"] for each in candidates} == {"bits", "width", "depth"}
     assert (chosen[0]["means"], chosen[0]["kept"]) == ("depth", {"blocks": 1})
     assert report.structure["blocks"]["kept"] == 1

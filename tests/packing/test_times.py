@@ -15,7 +15,7 @@ from apt.runtime.linear import kernels
 
 INT4, INT8 = IntegerGrid(4, 64), IntegerGrid(8, 64)
 KIND = MatrixKind(96, 128, in_call=False)
-shares = st.floats(0, 1)
+shares = st.integers(0, 2**20).map(lambda weights: weights / 2**20)
 
 
 def linear():
