@@ -45,17 +45,25 @@ def compute_dtype(
     return torch.float32 if slow else stored
 
 
-def mixed_precision(weights: Iterable[Tensor], name: str = "auto") -> torch.autocast:
-    """Autocast to bf16 for a training on the device of the weights, see `trains_in_bf16`."""
+def mixed_precision(
+    weights: Iterable[Tensor], name: str = "auto", *, cache: bool = True
+) -> torch.autocast:
+    """Autocast to bf16 on the device of the weights, see `trains_in_bf16`.
+
+    Args:
+        cache: False if the weights change while a caller's autocast is entered: the copies in bf16
+            are then kept until the caller leaves it.
+    """
     weights = list(weights)
     device = weights[0].device
-    return torch.autocast(device.type, torch.bfloat16, trains_in_bf16(weights, device, name))
+    in_bf16 = trains_in_bf16(weights, device, name)
+    return torch.autocast(device.type, torch.bfloat16, in_bf16, cache_enabled=cache)
 
 
 def trains_in_bf16(
     weights: Iterable[Tensor], device: torch.device | str, name: str = "auto"
 ) -> bool:
-    """True if a training multiplies fp32 weights in bf16.
+    """True if a training, or an error-aware run, multiplies fp32 weights in bf16.
 
     Args:
         name: the name of a dtype; ``auto`` means bf16 if the device multiplies it faster.

@@ -24,6 +24,7 @@ SMALL = {"samples": 4, "seqlen": 32, "calibration": str(TEXT)}
 def slow_half(monkeypatch):
     """A machine that multiplies half precision more slowly than fp32."""
     monkeypatch.setattr("apt.compute.multiplies_fast", lambda dtype, device: False)
+    monkeypatch.setattr("apt.compute.multiplies_bf16", lambda device: False)
 
 
 @pytest.fixture

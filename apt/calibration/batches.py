@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Call, ModelInputs, Samples, Site, State, Unrouted
 from apt.adapter.samples import on_device
 from apt.calibration.storage import InStore, MemoryStore, Store, mapped
+from apt.compute import mixed_precision
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 
@@ -145,6 +146,7 @@ class OpenBlock:
         unrouted: the masks of the experts that its routers no longer choose, see `Unrouted`.
         sources: the names of the sources of the tokens.
         mixed: the number of these sources that are mixed on purpose.
+        autocast: autocast for the runs of the block; it may do nothing.
     """
 
     adapter: Adapter
@@ -156,18 +158,22 @@ class OpenBlock:
     unrouted: Mapping[Tensor, Tensor] = field(default_factory=dict)
     sources: tuple[str, ...] = ("calibration",)
     mixed: int = 1
+    autocast: torch.autocast = field(default_factory=lambda: torch.autocast("cpu", enabled=False))
 
     def step(self, batch: Batch, state: State) -> State:
         """The state after the block, from a state of a batch before it."""
-        with self.routed():
-            return self.adapter.step(self.module, state, batch.calls[self.index])
+        return self._run(state, batch.calls[self.index])
 
     def step_dense(self, batch: Batch) -> State:
         """The state of the dense stream after the block, from its state before it."""
         assert batch.dense is not None
-        call = dense_call(batch, self.index)
-        with self.routed():
-            return self.adapter.step(self.module, batch.dense.state, call)
+        return self._run(batch.dense.state, dense_call(batch, self.index))
+
+    def _run(self, state: State, call: Call) -> State:
+        """The state after the block. The state of an fp32 model is fp32, also under autocast."""
+        with self.routed(), self.autocast:
+            after = self.adapter.step(self.module, state, call)
+        return mapped(after, Tensor, _as_fp32) if self.autocast._enabled else after
 
     def routed(self) -> AbstractContextManager[Any]:
         """Inside the context, the routers do not choose the experts of ``unrouted``."""
@@ -183,7 +189,31 @@ class OpenBlock:
         """The same block, with other batches."""
         progress = progress or self.progress
         same = (self.adapter, self.module, self.index, batches, self.ranks)
-        return OpenBlock(*same, progress, self.unrouted, self.sources, self.mixed)
+        return OpenBlock(*same, progress, self.unrouted, self.sources, self.mixed, self.autocast)
+
+
+def autocast_of(block: OpenBlock, compute: str) -> torch.autocast:
+    """Autocast for the runs of a block; it does nothing if the block does not run in it.
+
+    Some blocks, such as those of X-MOD, write products into tensors that autocast keeps in fp32.
+
+    Args:
+        compute: the name of the dtype of products with fp32 weights, see `mixed_precision`.
+    """
+    autocast = mixed_precision(block.module.parameters(), compute, cache=False)
+    if autocast._enabled and block.batches:
+        first = block.batches[0]
+        try:
+            with block.routed(), autocast:
+                block.adapter.step(block.module, first.state, first.calls[block.index])
+        except RuntimeError:
+            return torch.autocast(autocast.device, enabled=False)
+        block.progress()
+    return autocast
+
+
+def _as_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def check_finite(adapter: Adapter, states: Iterable[State], ranks: Ranks) -> None:

@@ -142,9 +142,9 @@ class BlockPass:
         if self.parts[site] < self._drifted[site]:
             return
         self._drifted[site] += 1
-        drift = self.drift[self.token_slice(site, rows)]
+        drift, inputs = self.drift[self.token_slice(site, rows)], rows.to(weight.dtype)
         if site in self._with_input_drift:
-            drift += (rows @ (dense - weight).T).float()
+            drift += (inputs @ (dense - weight).T).float()
         else:
-            drift += (self.dense_input(site, rows) @ dense.T).float()
-            drift -= (rows @ weight.T).float()
+            drift += (self.dense_input(site, rows).to(dense.dtype) @ dense.T).float()
+            drift -= (inputs @ weight.T).float()

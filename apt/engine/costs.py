@@ -236,7 +236,7 @@ def _block_work(run: PlannedRun, block: PlannedBlock, tuned_tokens: int) -> dict
     adam = Work(moved=12 * _FP32 * size * tuned_tokens / 1024)
     whole_layer = any(site.pattern and not site.pattern.by_row for site in block.pruned)
     work = {
-        "forwards": forward * (passes * tokens),
+        "forwards": (forward if run.options.compute == "float32" else mixed) * (passes * tokens),
         "Gram matrices": Work(fp32=3.0 * tokens * sum(w**2 for w in widths)),
         "factorisations": Work(fp32=2.0 * factorisations * sum(w**3 for w in widths)),
         "search": Work(

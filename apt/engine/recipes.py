@@ -56,6 +56,7 @@ def recipe_of(options: SolveOptions, method: MethodSpec) -> Recipe:
             aware and method.error_aware and not isinstance(method, ShrinkMethodSpec),
         ),
         _or_default(options.ordered, aware),
+        compute=options.compute if aware else "float32",  # published methods run in full precision
     )
 
 

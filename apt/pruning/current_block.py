@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Routing, Site, State, routings
 from apt.adapter.groups import gather, tensors_of
-from apt.calibration.batches import Batch, OpenBlock, check_finite, dense_call
+from apt.calibration.batches import Batch, OpenBlock, autocast_of, check_finite, dense_call
 from apt.calibration.capture import Capture
 from apt.calibration.dense_activations import advance_dense, stream_rows
 from apt.calibration.passing import BlockPass
@@ -85,6 +85,7 @@ class CurrentBlock(OpenBlock):
     usage: ExpertsRouted | None = None
 
     def __post_init__(self) -> None:
+        self.autocast = autocast_of(self, self.job.recipe.compute)
         self.sites = self.adapter.sites(self.module)
         writers = (site for site in self.sites if site.residual and self.job.recipe.error_aware)
         self.dense = {s: s.oriented(s.weight(self.module).data).clone() for s in writers}

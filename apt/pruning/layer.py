@@ -90,6 +90,8 @@ class Recipe:
         ordered: True to solve the sites of a block in their order of execution, each on the outputs
             of the pruned sites before it (true-sequential).
         experts: the removal of experts, in a plan that removes experts.
+        compute: the name of the dtype of products with fp32 weights, in the runs of blocks and in
+            their tuning; see `apt.compute.mixed_precision`.
     """
 
     solver: SolverOptions = field(default_factory=SolverOptions)
@@ -99,6 +101,7 @@ class Recipe:
     permute: bool = False
     ordered: bool = False
     experts: ExpertRemoval = field(default_factory=ExpertRemoval)
+    compute: str = "float32"
 
     @property
     def error_aware(self) -> bool:

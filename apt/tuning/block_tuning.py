@@ -18,7 +18,6 @@ from torch import Tensor
 from apt.adapter import Site
 from apt.calibration.batches import Batch, OpenBlock
 from apt.calibration.dense_activations import bounded
-from apt.compute import mixed_precision
 from apt.tuning.block_forward import stream_after
 
 
@@ -35,8 +34,8 @@ class BlockTuning:
         tokens: the approximate greatest number of tokens, from evenly spaced samples; at least two
             samples. None uses all samples.
 
-    If the weights are fp32 and the machine multiplies bf16 fast, the products of the forward and
-    the backward pass are bf16. The error on the batches held back is measured in fp32.
+    If the block computes in bf16, see `OpenBlock.autocast`, the products of the forward and the
+    backward pass are bf16. The error on the batches held back is measured in fp32.
     """
 
     rate: float
@@ -143,7 +142,6 @@ class _Descent:
             float(master[mask].square().mean().nan_to_num().sqrt())
             for master, mask in zip(masters.values(), masks.values(), strict=True)
         ]
-        self._mixed = mixed_precision(self._parameters.values())
         self._masks = list(masks.values())
         self._masters = [master.requires_grad_() for master in masters.values()]
         groups = [
@@ -195,23 +193,9 @@ class _Descent:
         """The gradients of the error on ``batch``; empty tensors if another rank has the batch."""
         if batch is None:
             return [torch.empty_like(master) for master in self._masters]
-        loss = self._loss(batch)
+        with torch.enable_grad(), self._block.autocast:
+            loss = self._error(batch)
         gradients = torch.autograd.grad(
             loss, self._masters, allow_unused=True, materialize_grads=True
         )
         return [g.mul_(mask) for g, mask in zip(gradients, self._masks, strict=True)]
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """The error on a batch with its graph, in mixed precision if the block allows it.
-
-        Some blocks, such as those of X-MOD, write products into tensors that autocast keeps in
-        fp32.
-        """
-        try:
-            with torch.enable_grad(), self._mixed:
-                return self._error(batch)
-        except RuntimeError:
-            if not self._mixed._enabled:
-                raise
-            self._mixed = torch.autocast(self._mixed.device, enabled=False)
-            return self._loss(batch)

@@ -24,7 +24,6 @@ from torch import Tensor
 from apt.adapter import Site, State
 from apt.calibration.batches import Batch, OpenBlock, dense_call
 from apt.calibration.dense_activations import bounded
-from apt.compute import mixed_precision
 from apt.options import ROW_IMPORTANCE
 from apt.patterns import SitePattern
 from apt.tuning.block_forward import stream_after
@@ -67,7 +66,7 @@ class RowImportance:
         draw = torch.Generator().manual_seed(block.index * ranks.size + ranks.rank)
         rows = {site: torch.zeros((), device=sizes[site.input].device) for site in sites}
         for batch, start in zip(batches, starts, strict=True):
-            with torch.enable_grad(), mixed_precision(weights.values()):
+            with torch.enable_grad(), block.autocast:
                 call = dense_call(batch, block.index)
                 stream = stream_after(block, weights, start, call).float()
                 signs = torch.randint(0, 2, stream.shape, generator=draw).to(stream) * 2 - 1

@@ -362,3 +362,27 @@ def test_copies_of_dense_weights_are_freed_with_the_block(aware, monkeypatch):
     library.prune(random_model("llama"), TOKENS, pattern="2:4", options=options)
     assert alive == [0, 0, 0]
     assert len(copies) == (3 * 2 if aware else 0)
+
+
+@pytest.mark.parametrize(
+    ("compute", "aware", "dtype"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("float32", True, torch.float32),
+        ("auto", False, torch.float32),
+    ],
+)
+def test_error_aware_runs_of_fp32_models_multiply_in_bf16(monkeypatch, compute, aware, dtype):
+    """Where the machine multiplies bf16 faster; the residual stream stays in fp32."""
+    monkeypatch.setattr("apt.compute.multiplies_bf16", lambda device: True)
+    model = random_model("llama")
+    products, streams = set(), set()
+    block = model.model.layers[1]
+    block.mlp.down_proj.register_forward_hook(lambda _, x, y: products.add(y.dtype))
+    block.register_forward_pre_hook(lambda _, x: streams.add(x[0].dtype))
+    options = library.PruneOptions(compute=compute, error_aware=aware)
+    report = library.prune(model, random_tokens(), pattern="2:4", options=options)
+    assert report.sparsity == 0.5
+    assert dtype in products
+    assert (torch.bfloat16 in products) == (dtype == torch.bfloat16)
+    assert streams == {torch.float32}

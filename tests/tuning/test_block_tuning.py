@@ -223,20 +223,16 @@ def test_run_tunes_on_chosen_samples_and_prunes_on_all(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba", "moe"])
-def test_mixed_precision_reaches_the_error_of_full_precision(name, monkeypatch):
+def test_mixed_precision_reaches_the_error_of_full_precision(name):
     loaded, tokens, _ = zoo_model(name, samples=8, seqlen=48)
     after = []
     for native in (False, True):
-        mixed = torch.autocast("cpu", torch.bfloat16, native)
-        monkeypatch.setattr(
-            "apt.tuning.block_tuning.mixed_precision", lambda weights, mixed=mixed: mixed
-        )
         model, adapter = copy.deepcopy(loaded.module).float(), loaded.adapter
         batches = enter(adapter, model, tokens, 48, with_dense=True)
         block, sites = pruned_block(adapter, model, batches)
-        tuned = tune_block(
-            OpenBlock(adapter, block, 0, batches), sites, BlockTuning(rate=0.1, epochs=3)
-        )
+        mixed = torch.autocast("cpu", torch.bfloat16, native)
+        opened = OpenBlock(adapter, block, 0, batches, autocast=mixed)
+        tuned = tune_block(opened, sites, BlockTuning(rate=0.1, epochs=3))
         assert tuned is not None
         after.append(tuned.after / tuned.before)
     assert after[0] < 1

@@ -74,7 +74,9 @@ def masks(variant, importance, pattern="0.5", unread=None):
         for _, block in adapter.blocks(model):
             block.mlp.down_proj.weight.data[:, unread] *= 1e-3
     spec = registry().methods.get("admm")
-    recipe = replace(recipe_of(PruneOptions(effort="fast"), spec), row_importance=importance)
+    recipe = replace(
+        recipe_of(PruneOptions(effort="fast", compute="float32"), spec), row_importance=importance
+    )
     plan = make_plan(model, adapter, parse_pattern(pattern), per="layer")
     prune_blocks(model, adapter, plan, TOKENS, spec.load(), recipe)
     block = adapter.blocks(model)[0][1]
