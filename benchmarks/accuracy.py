@@ -8,8 +8,8 @@ summaries of Wikipedia articles, evaluation on other summaries and on quotations
 
 A method is NAME or NAME:EFFORT, followed by options of ``apt.PruneOptions``: ``/layer-wise``,
 ``/at-once``, ``/alpha=0``, ``/tuning_epochs=0``, ``/random_tokens=0.5``, ``/own_samples=8``.
-``/allocation=owl`` is an allocation, which is computed once for each pattern. Rows are added to
-the JSON file as soon as they are measured. A row in the file is not measured again.
+``/allocation=owl`` is an allocation, which is computed once for each pattern and seed. Rows are
+added to the JSON file as soon as they are measured. A row in the file is not measured again.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", help="a data source instead of the wiki summaries")
     parser.add_argument("--fortunes", type=Path, default=FORTUNES, help="folder of the second text")
     parser.add_argument("--dictionary", type=Path, help="a third text: foldoc.dict.dz")
-    parser.add_argument("--seed", type=int, help="draws the samples, and is that of the run")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", help="each draws other samples, and is that of the runs"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
@@ -119,19 +121,30 @@ def prune(
 def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     """One row for each run."""
     model, tokenizer = open_model(options.model)
-    tokens, held_out = calibration_and_texts(options, tokenizer)
-    measured = {(row["method"], row["pattern"]): row for row in known}
-    runs = [("dense", "")] + [(m, p) for p in options.patterns for m in options.methods]
-    for method, pattern in runs:
-        if (method, pattern) in measured:
-            yield measured[method, pattern]
-            continue
-        module, row = model.module, dict[str, Any]()
-        if method != "dense":
-            module, row = prune(model, method, pattern, tokens, tokenizer, options.seed or 0)
-        with model.adapter.running(module):
-            scores = {name: perplexity(module, text) for name, text in held_out.items()}
-        yield {"method": method, "pattern": pattern, **scores, **row}
+    measured = {key(row): row for row in known}
+    runs = [(m, p) for p in options.patterns for m in options.methods]
+    seeds = options.seed or [None]
+    for seed in seeds:
+        allocation_of.cache_clear()
+        given = argparse.Namespace(**{**vars(options), "seed": seed})
+        tokens, held_out = calibration_and_texts(given, tokenizer)
+        for method, pattern in [("dense", ""), *runs] if seed == seeds[0] else runs:
+            row: Row = {"method": method, "pattern": pattern, "seed": seed}
+            if key(row) in measured:
+                yield measured[key(row)]
+                continue
+            module = model.module
+            if method != "dense":
+                module, found = prune(model, method, pattern, tokens, tokenizer, seed or 0)
+                row |= found
+            with model.adapter.running(module):
+                row |= {name: perplexity(module, text) for name, text in held_out.items()}
+            yield row
+
+
+def key(row: Row) -> tuple[str, str, int | None]:
+    """The method, the pattern and the seed of a row."""
+    return row["method"], row["pattern"], row.get("seed")
 
 
 def plot(path: Path, rows: list[Row]) -> None:
@@ -163,9 +176,9 @@ def main() -> None:
         rows.append(row)
         shown = [f"{row[key]:.4g}" if key in row else "" for key in columns]
         table.add_row(row["method"], row["pattern"], *shown)
-        console.print(*shown, row["method"], row["pattern"])
-        fresh = {(r["method"], r["pattern"]) for r in rows}
-        others = [r for r in known if (r["method"], r["pattern"]) not in fresh]
+        console.print(*shown, *key(row))
+        fresh = {key(r) for r in rows}
+        others = [r for r in known if key(r) not in fresh]
         save(options.json, rows + others, options)
     console.print(table)
     if options.plot:

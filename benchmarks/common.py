@@ -35,7 +35,7 @@ from apt.text.datasets import calibration_tokens, documents, tokenize, windows
 COMMIT = "APT_BENCHMARK_COMMIT"  # the variable in which a suite states the commit
 ROW_OPTIONS = {
     "json", "plot", "save", "methods", "patterns", "pattern", "rows", "experts", "shapes",
-    "efforts",
+    "efforts", "seed",
 }  # fmt: skip
 """Options that choose rows, and places of output."""
 FORTUNES = Path("/usr/share/games/fortunes")

@@ -15,7 +15,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import COLUMNS, ORDER, calibrated_on
+from tables import COLUMNS, NAMES, ORDER, calibrated_on
 
 ROOT = Path(__file__).parent.parent
 TEXTS = (("wiki", "Wikipedia"), ("fortunes", "quotations and jokes"))
@@ -77,6 +77,31 @@ def methods(record: Record) -> Figure:
     for axes in grid[1]:
         axes.set_yscale("linear")
     grid[0, 0].legend(fontsize="small")
+    return figure
+
+
+def seeds(record: Record) -> Figure:
+    """Perplexity by pattern, with a marker for each seed, on both texts."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    dense, *rows = record["rows"]
+    patterns = [pattern for pattern in ORDER if any(row["pattern"] == pattern for row in rows)]
+    kinds = (('admm/compute="float32"', "#0072B2", "o", -0.1), ("admm", "#E69F00", "^", 0.1))
+    for axes, (text, title) in zip(panels, TEXTS, strict=True):
+        for method, colour, marker, shift in kinds:
+            shown = [row for row in rows if row["method"] == method]
+            places = [patterns.index(row["pattern"]) + shift for row in shown]
+            axes.scatter(
+                places, [row[text] for row in shown], color=colour, marker=marker,
+                label=NAMES[method].replace("`", ""), alpha=0.7,
+            )  # fmt: skip
+        axes.axhline(dense[text], color="black", linewidth=1, linestyle=":")
+        axes.annotate("dense", (0, dense[text]), va="bottom", fontsize="small")
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(patterns)), [COLUMNS.get(p, p) for p in patterns])
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity of SmolLM2-135M")
+    panels[0].legend(fontsize="small")
     return figure
 
 
@@ -182,6 +207,7 @@ def fit(record: Record) -> Figure:
 PICTURES: Mapping[str, tuple[str, Callable[[Record], Figure]]] = {
     "sparsity.png": ("allocation", sparsity),
     "methods.png": ("smollm2", methods),
+    "seeds.png": ("seeds", seeds),
     "tokens.png": ("tokens", tokens),
     "minutes.png": ("minutes", minutes),
     "deployments.png": ("deployments", deployments),

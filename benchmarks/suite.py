@@ -38,6 +38,8 @@ SUITE = {
             "/random_tokens=0/row_importance=0/tuning_epochs=0",
         )
     ),
+    "seeds": "accuracy.py --eval-samples 16 --patterns 0.5 2:4 0.7 0.8 --seed 1 2 3"
+    ' --methods admm admm/compute="float32"',
     "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss/own_samples=8"
     " admm/own_samples=8/random_tokens=0 admm:best admm:best/own_samples=0",
     "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 --methods ss sm ms mm",

@@ -1,6 +1,7 @@
 """The tables of ``benchmarks/results`` in Markdown, each made from the rows of a file."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 Row = dict[str, Any]
@@ -27,9 +28,10 @@ NAMES = {
     "ss/own_samples=8": "SS (SparseGPT), own text",
     "admm/own_samples=8/random_tokens=0": "`admm`, own text",
     "admm:best/own_samples=0": "`admm`, best, without own text",
+    'admm/compute="float32"': "`--compute float32`",
 }
 COLUMNS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "0.8": "80 %"}
-ORDER = ("", "0.5", "4:8", "0.6", "2:4", "0.7")
+ORDER = ("", "0.5", "4:8", "0.6", "2:4", "0.7", "0.8")
 """The patterns from the least loss to the most; the dense model first."""
 
 
@@ -123,6 +125,32 @@ def timed(rows: Rows) -> str:
         for minutes in sorted({minutes for minutes, _ in cells})
     ]
     header = [f"dense {BOTH(dense)}", *(COLUMNS.get(pattern, pattern) for pattern in columns)]
+    return table(header, lines)
+
+
+def by_seed(rows: Rows) -> str:
+    """Perplexities of several seeds, with their mean and standard deviation."""
+    dense, *runs = rows
+    seeds = sorted({row["seed"] for row in runs})
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(ordered(runs), key=lambda row: row["seed"]):
+        groups.setdefault((row["pattern"], row["method"]), []).append(row)
+    lines = []
+    for pattern, method in sorted(groups, key=lambda key: (ORDER.index(key[0]), -len(key[1]))):
+        found = groups[pattern, method]
+        values = [[row[text] for row in found] for text in ("wiki", "fortunes")]
+        means = [mean(each) for each in values]
+        spread = (stdev(each) / middle for each, middle in zip(values, means, strict=True))
+        lines.append(
+            [
+                COLUMNS.get(pattern, pattern),
+                NAMES[method],
+                *map(BOTH, found),
+                " / ".join(f"{each:.2f}" for each in means),
+                " / ".join(f"{100 * each:.1f} %" for each in spread),
+            ]
+        )
+    header = ["", f"dense {BOTH(dense)}", *(f"seed {seed}" for seed in seeds), "mean", "deviation"]
     return table(header, lines)
 
 
@@ -587,6 +615,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "llama-cpp-tokens": ("llama-cpp-tokens", llama_cpp_tokens),
     "runtimes": ("runtimes", runtimes),
     "deployments": ("deployments", deployments),
+    "seeds": ("seeds", by_seed),
     "deployments-1.5b": ("deployments-1.5b", deployments),
     "deployments-1.5b-int4": ("deployments-1.5b-int4", deployments),
     "deployments-avx2": ("deployments-avx2", deployments),
