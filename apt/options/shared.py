@@ -234,7 +234,8 @@ class ComputeOptions(Options):
 
     compute: Compute = option(
         "Dtype that the model computes in: float32, bfloat16 or float16. auto takes that of the "
-        "weights, or float32 where this machine multiplies it more slowly.",
+        "weights, or float32 where this machine multiplies it more slowly. float32 also turns off "
+        "the products in bfloat16 of trainings and error-aware runs on float32 weights.",
         default="auto", panel=RUNNING, metavar="DTYPE",
     )  # fmt: skip
 

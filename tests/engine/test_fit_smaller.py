@@ -148,6 +148,23 @@ def test_smaller_models_are_not_tried_where_bits_cost_little(monkeypatch, tmp_pa
     assert best_task(task, interrupt, lambda phase, text="": None) is task
 
 
+def test_expected_gain_of_fewer_channels_leaves_fewer_blocks_to_compare(
+    monkeypatch, tmp_path, two_blocks
+):
+    monkeypatch.chdir(tmp_path)
+    compared = []
+
+    def loss(self, kept, dropped, tokens):
+        compared.append(tuple(dropped))
+        return 0.0  # below the loss of the whole model
+
+    monkeypatch.setattr(fit_smaller.Proxy, "loss", loss)
+    task = task_of(model=str(two_blocks), size=SIZE, samples=2, seqlen=32, calibration=str(TEXT))
+    with pytest.raises(KeyboardInterrupt):  # it makes the best of them
+        best_task(task, interrupt, lambda phase, text="": None)
+    assert {len(dropped) for dropped in compared} == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
