@@ -7,11 +7,12 @@ the run, and rounded to their stored dtypes at the end.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,22 @@ def mixed_precision(
     device = weights[0].device
     in_bf16 = trains_in_bf16(weights, device, name)
     return torch.autocast(device.type, torch.bfloat16, in_bf16, cache_enabled=cache)
+
+
+def if_it_runs(autocast: torch.autocast, run: Callable[[], Any]) -> torch.autocast:
+    """``autocast``; or one that does nothing, if ``run`` fails under it.
+
+    Some models write products, which are bf16 then, into tensors that stay in fp32 (X-MOD), or fill
+    products with the least number of fp32 (DeBERTa).
+    """
+    if not autocast._enabled:
+        return autocast
+    try:
+        with torch.no_grad(), autocast:
+            run()
+    except RuntimeError:
+        return torch.autocast(autocast.device, enabled=False)
+    return autocast
 
 
 def trains_in_bf16(

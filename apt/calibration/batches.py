@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apt.adapter import Adapter, Call, ModelInputs, Samples, Site, State, Unrouted
 from apt.adapter.samples import on_device
 from apt.calibration.storage import InStore, MemoryStore, Store, mapped
-from apt.compute import mixed_precision
+from apt.compute import if_it_runs, mixed_precision
 from apt.distributed.ranks import Ranks
 from apt.errors import AptError
 
@@ -195,21 +195,17 @@ class OpenBlock:
 def autocast_of(block: OpenBlock, compute: str) -> torch.autocast:
     """Autocast for the runs of a block; it does nothing if the block does not run in it.
 
-    Some blocks, such as those of X-MOD, write products into tensors that autocast keeps in fp32.
-
     Args:
         compute: the name of the dtype of products with fp32 weights, see `mixed_precision`.
     """
-    autocast = mixed_precision(block.module.parameters(), compute, cache=False)
-    if autocast._enabled and block.batches:
-        first = block.batches[0]
-        try:
-            with block.routed(), autocast:
-                block.adapter.step(block.module, first.state, first.calls[block.index])
-        except RuntimeError:
-            return torch.autocast(autocast.device, enabled=False)
-        block.progress()
-    return autocast
+
+    def run_first() -> None:
+        for batch in block.batches[:1]:
+            with block.routed():
+                block.adapter.step(block.module, batch.state, batch.calls[block.index])
+            block.progress()
+
+    return if_it_runs(mixed_precision(block.module.parameters(), compute, cache=False), run_first)
 
 
 def _as_fp32(tensor: Tensor) -> Tensor:

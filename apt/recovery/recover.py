@@ -18,7 +18,7 @@ from apt.adapter import Adapter, Samples
 from apt.adapter.recording import eval_mode
 from apt.adapter.samples import ModelInputs, on_device
 from apt.checkpoints.masks import Masks, filled, masks_of
-from apt.compute import compute_dtype, computing_in, mixed_precision
+from apt.compute import compute_dtype, computing_in, if_it_runs, mixed_precision
 from apt.devices import keep_random_states, synchronize
 from apt.errors import AptError, first_line, plugin_error
 from apt.options import BATCH, STEPS, RecoverOptions
@@ -162,19 +162,16 @@ def _dense_model(job: RecoveryJob) -> nn.Module:
 def _in_possible_precision(
     model: nn.Module, objective: Objective, sample: Tensor | Samples, job: RecoveryJob
 ) -> RecoveryJob:
-    """The job, in fp32 if the model does not run in mixed precision.
+    """The job, in fp32 if the model does not run in mixed precision; see `if_it_runs`."""
+    mixed = mixed_precision(model.to(job.device).parameters(), job.options.compute)
 
-    DeBERTa, for example, fills products in bf16 with the least number of fp32.
-    """
-    mixed = mixed_precision(model.parameters(), job.options.compute)
-    if job.options.compute != "auto" or not mixed._enabled:
-        return job
-    try:
-        with torch.no_grad(), eval_mode(model), mixed:
-            objective.loss(model.to(job.device), _batch(objective, sample, job.device))
-    except RuntimeError:
-        return replace(job, options=replace(job.options, compute="float32"))
-    return job
+    def run_first() -> None:
+        objective.loss(model, _batch(objective, sample, job.device))
+
+    with eval_mode(model):
+        if if_it_runs(mixed, run_first) is mixed:
+            return job
+    return replace(job, options=replace(job.options, compute="float32"))
 
 
 def _batch(objective: Objective, samples: Tensor | Samples, device: str) -> dict[str, Any]:
