@@ -118,7 +118,8 @@ def divergence_from(
     Raises:
         AptError: the model has no head, and the weight of its states is zero.
     """
-    with torch.no_grad():
+    device = next(dense.parameters()).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         expected = _observed(dense, inputs, dense)
     found = _observed(model, inputs, model if called is None else called)
     separate = _has_separate_labels(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from apt.files.flushing import flush
 
+_ROWS = 64  # rows of logits that are converted to fp32 at a time
 _FILES = ("tokens.npy", "log_probabilities.npy", "hidden.npy")
 
 
@@ -101,10 +102,38 @@ def divergence(logits: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:
         logits: the logits of the pruned model (samples, seqlen, vocabulary).
         tokens, logs: the largest logits of the dense model, see `Teacher.top`.
     """
-    student = logits.float()
-    student = student.gather(-1, tokens) - student.logsumexp(-1, keepdim=True)
+    student: Tensor = _LogProbabilities.apply(logits, tokens)  # type: ignore[no-untyped-call]
     shared = logs.exp() * (logs - student)
     return (shared.sum(-1) + _rest(logs, student)).mean()
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """The log-probabilities of some tokens, from logits (…, vocabulary) of any dtype.
+
+    The logits of a large vocabulary are the largest tensors of a training. So only a few rows at a
+    time are converted to fp32, and the gradient has the dtype of the logits.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        """The log-probabilities of ``tokens`` (…, top), in fp32."""
+        rows = torch.split(logits.flatten(0, -2), _ROWS)
+        norms = torch.cat([part.float().logsumexp(-1) for part in rows])
+        norms = norms.view(*logits.shape[:-1], 1)
+        context.save_for_backward(logits, tokens, norms)
+        return logits.gather(-1, tokens).float() - norms
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the logits."""
+        result = torch.empty_like(context.saved_tensors[0], memory_format=torch.contiguous_format)
+        tensors = (result, *context.saved_tensors, *gradients)
+        parts = [torch.split(tensor.flatten(0, -2), _ROWS) for tensor in tensors]
+        for out, logits, tokens, norms, gradient in zip(*parts, strict=True):
+            probabilities = (logits.float() - norms).exp_()
+            probabilities.mul_(-gradient.sum(-1, keepdim=True))
+            out.copy_(probabilities.scatter_add_(-1, tokens, gradient))
+        return result, None
 
 
 def _rest(logs: Tensor, student: Tensor) -> Tensor:

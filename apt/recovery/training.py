@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from apt.adapter import Sample, Samples
-from apt.compute import trains_in_bf16
+from apt.compute import mixed_precision
 from apt.devices import keep_random_states
 from apt.errors import AptError, first_line
 from apt.recovery.job import RecoveryJob, TrainingPlan, checkpoint_of
@@ -87,7 +87,8 @@ def train(
             callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.use(trainable, plan.objective.loss, None if windows else plan.ends)
+        autocast = mixed_precision(trainable.module.parameters(), job.options.compute)
+        trainer.use(trainable, plan.objective.loss, autocast, None if windows else plan.ends)
         recorder.begin(trainer, last)
         patience.early_stopping_patience_counter = training.checks_since_best(last_move)
         if last is not None and moving is not None:
@@ -103,8 +104,8 @@ def train(
 def _restored_state(module: nn.Module) -> Iterator[None]:
     """Restore the state of a model and the random states after a training.
 
-    The Trainer sets ``use_cache`` of the configuration, the training mode and the seeds, wraps
-    ``forward`` for mixed precision, and enables the checkpointing of activations.
+    The Trainer sets ``use_cache`` of the configuration, the training mode and the seeds, and
+    enables the checkpointing of activations.
     """
     # A model of peft contains the caller's model.
     model: Any = getattr(module, "get_base_model", lambda: module)()
@@ -123,8 +124,8 @@ def _restored_state(module: nn.Module) -> Iterator[None]:
             config.pop("use_cache", None)
         else:
             config["use_cache"] = use_cache
-        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - module_attributes:
-            vars(module).pop(name, None)
+        if "_is_accelerate_prepared" not in module_attributes:
+            vars(module).pop("_is_accelerate_prepared", None)
         if getattr(model, f"is_{_KIND}_checkpointing") and not checkpointing:
             getattr(model, f"{_KIND}_checkpointing_disable")()
         if "_require_grads_hook" in vars(model).keys() - model_attributes:
@@ -181,7 +182,6 @@ def _arguments(module: nn.Module, job: RecoveryJob, plan: TrainingPlan) -> Train
             **(_checkpointing() if options.checkpointing else {}),
             optim=options.optimizer,
             max_grad_norm=1.0,
-            bf16=trains_in_bf16(module.parameters(), device, options.compute),
             use_cpu=device.type == "cpu",
             seed=job.seed % 2**32,  # the range of numpy
             logging_steps=1,
@@ -235,7 +235,8 @@ def _masked_gradients(
     masks |= {name: mask.to(parameters[name].device) for name, mask in masks.items()}
 
     def masked(gradient: Tensor, name: str, mask: Tensor) -> Tensor:
-        return gradient.masked_fill(mask, 0) if recorder.masks_gradient(name) else gradient
+        # On a CPU a product takes a fifth of the time of `masked_fill`.
+        return gradient * ~mask if recorder.masks_gradient(name) else gradient
 
     with ExitStack() as stack:
         for name, mask in masks.items():
@@ -248,15 +249,24 @@ def _masked_gradients(
 class _Trainer(Trainer):  # type: ignore[misc]
     loss_is_scaled_for_ga = False  # the loss is a mean over the batch
 
-    def use(self, trainable: Trainable, measured: Loss, ends: float | None) -> None:
+    def use(
+        self, trainable: Trainable, measured: Loss, autocast: torch.autocast, ends: float | None
+    ) -> None:
         """Set the trained module and its losses.
 
         Args:
             measured: the loss on the samples held back, which is trained if the kind has none.
+            autocast: the precision of all products. That of accelerate would also copy all outputs
+                of the model to fp32.
             ends: the time of `time.perf_counter` at which the learning rate reaches zero; None for
                 a schedule by steps alone.
         """
-        self._loss, self._measured, self._ends = trainable.loss or measured, measured, ends
+        self._loss, self._measured = trainable.loss or measured, measured
+        self._autocast, self._ends = autocast, ends
+
+    def autocast_smart_context_manager(self, *_: Any, **__: Any) -> torch.autocast:
+        """The context of each loss."""
+        return self._autocast
 
     def create_scheduler(self, *given: Any, **named: Any) -> Any:
         """The schedule by steps, or by time if the time passes faster than the steps."""

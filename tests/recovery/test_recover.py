@@ -317,7 +317,7 @@ def test_resumed_training_has_the_same_losses_and_weights(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ends", [False, True])
 def test_recover_restores_model_state_and_random_state(kind, ends):
-    """transformers' Trainer sets use_cache, the mode and the seeds, and wraps forward for bf16."""
+    """transformers' Trainer sets use_cache, the mode and the seeds."""
     model, dense, tokens = pruned()
     model.config.use_cache = True
     model.train()
