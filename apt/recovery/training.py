@@ -87,7 +87,9 @@ def train(
             callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
-        autocast = mixed_precision(trainable.module.parameters(), job.options.compute)
+        # The gradients of a copy in the cache would be summed in bf16 over the groups of a batch.
+        weights, compute = trainable.module.parameters(), job.options.compute
+        autocast = mixed_precision(weights, compute, cache=False)
         trainer.use(trainable, plan.objective.loss, autocast, None if windows else plan.ends)
         recorder.begin(trainer, last)
         patience.early_stopping_patience_counter = training.checks_since_best(last_move)
