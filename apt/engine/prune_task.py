@@ -48,6 +48,7 @@ from apt.plugin.registry import Registry
 from apt.plugin.specs import UNIFORM, MethodSpec
 from apt.recovery.recover import NotRecoveredError
 from apt.text.datasets import calibration_tokens, digest
+from apt.text.self_generated import beside_given
 
 _ORDER = (
     "model", "pattern", "output", "adapter", "method", "calibration", "evaluation", "metrics",
@@ -212,7 +213,7 @@ class PruneTask(CalibratedTask):
         if store.ranks.first:
             self._tell_experts(report)
         if self.training is not None:
-            report = train_in_time(self.training, store, report)
+            report = train_in_time(self.training, store, report, text.own_samples)
         if self.in_place:
             report = replace(report, structure=report.structure | {"rounded": store.rounded})
         save_masks = isinstance(self.options, PruneRun) and self.options.save_masks
@@ -239,7 +240,9 @@ class PruneTask(CalibratedTask):
             self.job.structure.journal.clear()
 
 
-def train_in_time(training: RecoverTask, store: ModelStore, report: Report) -> Report:
+def train_in_time(
+    training: RecoverTask, store: ModelStore, report: Report, own: Tensor | None = None
+) -> Report:
     """Train a changed model in the rest of the time, and return the report with the record.
 
     The time for writing and measuring is estimated as the time of reading and measuring.
@@ -247,10 +250,13 @@ def train_in_time(training: RecoverTask, store: ModelStore, report: Report) -> R
     Args:
         training: the training, with the minutes from the opening of the model to the end of the
             run.
+        own: text that the dense model generated (samples, seqlen), to train on beside the given.
     """
     assert training.options.minutes is not None
     store.status("reading text")
     text = training.read_text(store.ranks)
+    if own is not None:
+        text = replace(text, tokens=beside_given(text.windows, own))
     minutes = training.options.minutes - (store.seconds + store.opening) / 60
     minutes = store.ranks.share(minutes)  # by the clock of the first rank, all train or none does
     if minutes <= 0:

@@ -56,6 +56,13 @@ class Text:
         return self.held_out
 
     @property
+    def own_samples(self) -> Tensor | None:
+        """The samples that the model generated (samples, seqlen); None if there are none."""
+        if self.owners is None or bool((self.owners >= 0).all()):
+            return None
+        return self.windows[self.owners < 0]
+
+    @property
     def lacks_chat(self) -> bool:
         """True if the tokenizer has a chat template, and no source has conversations."""
         if isinstance(self.tokens, Samples):

@@ -27,6 +27,7 @@ from apt.text.special_tokens import named_ids, tokens_of
 
 _PIECE = 256  # tokens of one generated sequence; a longer sample consists of several
 _AT_ONCE = 32  # sequences in a batch
+_USES, _GIVEN_PER_OWN = 2, 3  # of generated samples in a training
 
 
 def cached_tokens(seqlen: int) -> int:
@@ -91,6 +92,26 @@ def own_text(
     starts = with_bos(drawn(vocabulary(model), (count, 1), draw, special), bos).to(device)
     text = _continued(model, starts, piece - 1, seed)[:, starts.shape[1] - 1 :].cpu().flatten()
     return with_bos(text[: samples * width].view(samples, width), bos)
+
+
+def beside_given(given: Tensor, own: Tensor) -> Tensor:
+    """Given windows (windows, seqlen) to train on, and generated samples among the first of them.
+
+    Every fourth window is a generated one, until each was used twice or the given text is used up.
+    The last windows, which a training holds back, are given ones.
+
+    Args:
+        own: the generated samples, which may be longer.
+    """
+    seqlen = given.shape[1]
+    pieces = [piece for piece in torch.split(own, seqlen, dim=1) if piece.shape[1] == seqlen]
+    if not pieces:
+        return given
+    own = torch.cat(pieces).repeat(_USES, 1)
+    count = min(len(own), len(given) // (_GIVEN_PER_OWN + 1))
+    rest = _GIVEN_PER_OWN * count
+    groups = given[:rest].view(count, _GIVEN_PER_OWN, seqlen), own[:count].unsqueeze(1)
+    return torch.cat([torch.cat(groups, 1).flatten(0, 1), given[rest:]])
 
 
 def _continued(model: GenerationMixin, starts: Tensor, count: int, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 import apt as library
 from apt.checkpoints.load import load, open_skeleton
-from apt.engine import opening, timed_run
+from apt.engine import opening, recover_task, timed_run
 from apt.engine.costs import Machine
 from apt.engine.prune_model import Pruning
 from apt.engine.recipes import recipe_of
@@ -104,6 +104,20 @@ def test_rest_of_the_time_is_spent_on_distillation(apt, monkeypatch):
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
     assert apt("verify", "timed").code == 0
     assert load(open_skeleton(find("timed", registry()), registry())).module is not None
+
+
+def test_training_also_reads_the_text_that_the_model_generated(apt, monkeypatch):
+    trained = []
+    monkeypatch.setattr(recovery, "_steps_in", lambda seconds, *_: (2, 1, 2))
+    monkeypatch.setattr(
+        recover_task, "recover_model", lambda model, tokens, job: trained.append(tokens)
+        or recovery.recover_model(model, tokens, job))  # fmt: skip
+    for own in (0, 2):
+        apt("prune", "zoo:llama", *WORDS, "--minutes", 9, "--own-samples", own, "-o", f"own{own}")
+    without, beside = trained
+    assert len(beside) == len(without) + 4  # two samples, each twice
+    assert torch.equal(beside[:3], without[:3])
+    assert not (without == beside[3]).all(1).any()
 
 
 def test_training_without_time_is_left_out_with_a_notice(apt):

@@ -9,6 +9,7 @@ import torch
 import apt as library
 from apt.evaluation.metrics import perplexity
 from apt.text.sampling import mixed
+from apt.text.self_generated import beside_given
 from tests.helpers import TEXT
 from tests.helpers.families import FAMILIES, random_model, zoo_model
 
@@ -150,3 +151,19 @@ def test_streamed_run_adds_own_samples(apt, command):
     assert result.code == 0, result.err
     calibration = json.loads(Path("out/apt_report.json").read_text())["calibration"]
     assert (calibration["own_samples"], calibration["shape"][0]) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "length", "used"),
+    [(40, 3, 8, 6), (60, 3, 17, 12), (10, 9, 8, 2), (3, 2, 8, 0), (9, 2, 5, 0)],
+)
+def test_each_fourth_window_of_a_training_is_generated(given, own, length, used):
+    """Own samples are used twice, are cut to windows, and never replace given ones."""
+    given = torch.arange(given * 8).view(given, 8)
+    own = -1 - torch.arange(own * length).view(own, length)
+    text = beside_given(given, own)
+    generated = text[:, 0] < 0
+    assert torch.equal(text[~generated], given)
+    assert generated.nonzero().flatten().tolist() == [3 + 4 * n for n in range(used)]
+    counts = text[generated].unique(dim=0, return_counts=True)[1]
+    assert set(counts.tolist()) <= {1, 2}
