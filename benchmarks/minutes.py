@@ -8,11 +8,13 @@ the command line in a process of its own, with all cores that it finds::
     python benchmarks/minutes.py --patterns 0.5 2:4 0.7 --minutes 2 5 10 30 --json out/minutes.json
 
 With ``--minutes`` 0 a row is a run without that option, with ``--samples`` of ``--seqlen`` tokens.
+``--own-samples`` adds text that the dense model generates to the pruning and to the training.
 Rows are added to the JSON file as soon as they are measured. A row in the file is not measured
 again.
 """
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -49,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a model reference; SmolLM2 by default")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4", "0.7"])
     parser.add_argument("--minutes", dest="rows", nargs="+", type=float, default=[0, 2, 5, 10, 30])
+    parser.add_argument("--own-samples", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=16)
@@ -72,12 +75,14 @@ def directory(reference: str | None, folder: Path) -> str:
     return str(place)
 
 
-def run(options: argparse.Namespace, model: str, pattern: str, minutes: float, folder: Path) -> Row:
+def run(options: argparse.Namespace, model: str, key: tuple[str, float, int], folder: Path) -> Row:
     """Prune by the command line, and return the time and what the report has of the training."""
+    pattern, minutes, own = key
     text = options.text or str(calibration_file(folder))
     given = ["--minutes", str(minutes)]
     if not minutes:
         given = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
+    given += ["--own-samples", str(own)] if own else []
     command = [
         sys.executable, "-m", "apt", "prune", model, "--output", str(folder / "pruned"),
         "--pattern" if ":" in pattern else "--sparsity", pattern, "--calibration", text, *given,
@@ -90,11 +95,17 @@ def run(options: argparse.Namespace, model: str, pattern: str, minutes: float, f
     return {
         "seconds": seconds,
         "effort": report["options"]["effort"],
+        "own": own,
         "tokens": math.prod(report["calibration"]["shape"]),
         "zeros": report["sparsity"],
         "steps": len(training.get("losses", ())),
         "training": {key: training.get(key) for key in ("seconds", "best", "held_back")},
     }
+
+
+def key_of(row: Row) -> tuple[str, float, int]:
+    """The pattern, the minutes and the own samples of a row."""
+    return row["pattern"], row["minutes"], row.get("own", 0)
 
 
 def scores(pruned: Opened, held_out: dict[str, Tensor]) -> dict[str, float]:
@@ -106,36 +117,46 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     """One row for each run."""
     model, tokenizer = open_model(options.model)
     _, held_out = calibration_and_texts(options, tokenizer)
-    measured = {(row["pattern"], row["minutes"]): row for row in known}
-    runs = [(pattern, minutes) for pattern in options.patterns for minutes in options.rows]
-    yield measured.get(("dense", 0)) or {
+    measured = {key_of(row): row for row in known}
+    keys = itertools.product(options.patterns, options.rows, options.own_samples)
+    yield measured.get(("dense", 0, 0)) or {
         "pattern": "dense",
         "minutes": 0,
         **scores(model, held_out),
     }
     del model
-    for pattern, minutes in runs:
-        if row := measured.get((pattern, minutes)):
+    for key in keys:
+        if row := measured.get(key):
             yield row
             continue
         with tempfile.TemporaryDirectory() as folder:
             place = directory(options.model, Path(folder))
-            row = run(options, place, pattern, minutes, Path(folder))
+            row = run(options, place, key, Path(folder))
             pruned, _ = open_model(str(Path(folder) / "pruned"))
-            yield {"pattern": pattern, "minutes": minutes, **scores(pruned, held_out), **row}
+            yield {"pattern": key[0], "minutes": key[1], **scores(pruned, held_out), **row}
 
 
 def main() -> None:
     options, console = arguments(), Console()
     known, rows = known_rows(options), list[Row]()
-    columns = ["pattern", "minutes", "wiki", "fortunes", "effort", "tokens", "steps", "seconds"]
+    columns = [
+        "pattern",
+        "minutes",
+        "own",
+        "wiki",
+        "fortunes",
+        "effort",
+        "tokens",
+        "steps",
+        "seconds",
+    ]
     table = Table(*columns)
     for row in measure(options, known):
         rows.append(row)
         cells = [row.get(key, "") for key in columns]
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-        fresh = {(r["pattern"], r["minutes"]) for r in rows}
-        others = [r for r in known if (r["pattern"], r["minutes"]) not in fresh]
+        fresh = {key_of(r) for r in rows}
+        others = [r for r in known if key_of(r) not in fresh]
         save(options.json, rows + others, options)
         console.print(table)
 
