@@ -157,7 +157,7 @@ def prune(
     record = {
         "pattern": str(pattern), "per": job.plan.per, "method": spec.name,
         "allocation": job.allocation_name, "also": list(also), "seed": seed,
-        "activations": activations, **selection.record(),
+        "activations": activations, "norm_epochs": options.norm_epochs, **selection.record(),
     }  # fmt: skip
     return store.prune(tokens, job, tokenizer, record, options.compute)[1]
 

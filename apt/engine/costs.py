@@ -250,6 +250,9 @@ def _block_work(run: PlannedRun, block: PlannedBlock, tuned_tokens: int) -> dict
         ),
         "tuning": mixed * (_BACKWARD * _TUNING_FACTOR * tuned_tokens) + adam,
     }
+    if epochs := getattr(run.options, "norm_epochs", 0):
+        trained = run.options.samples * run.options.seqlen
+        work["norms"] = mixed * ((1 + _BACKWARD * epochs) * trained)
     if whole_layer:
         work["row importance"] = mixed * (_BACKWARD * min(tokens, RowImportance.tokens))
     if run.allocated:

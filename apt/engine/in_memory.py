@@ -102,7 +102,8 @@ class InMemory(ModelStore):
         if self._stored is not None and plan is not None:
             replacement = tokenizer if options.tokenizer else None
             self._stored.copy(directory, replacement, largest)
-            self._stored.write(self.model, plan, directory, self.dense_outer)
+            others = (*self.dense_outer, *self.tuned)
+            self._stored.write(self.model, plan, directory, others)
             return
         save_model(self.model, tokenizer, directory, skeleton.checkpoint, largest)
         if not skeleton.source.gguf:

@@ -11,11 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from apt.adapter import Samples
 from apt.calibration.sources import SampleSources
 from apt.checkpoints.smaller import smaller_skeleton
+from apt.checkpoints.stored import pruned_parameters
 from apt.engine.reports import calibration_of
 from apt.engine.store import ModelStore
 from apt.engine.text import Text
 from apt.evaluation.generated import greedy_outputs, lacks_outputs, with_outputs
-from apt.events import BlockRecord, ExpertsRemoved, ExpertsRouted, SitePruned
+from apt.events import BlockRecord, ExpertsRemoved, ExpertsRouted, SitePruned, Working
 from apt.locations.text_sources import labels
 from apt.output.report import Report
 from apt.planning.allocation import Allocation, Unallocated, allocated, with_shares
@@ -24,6 +25,7 @@ from apt.planning.structure import make_structured_plan
 from apt.plugin.specs import UNIFORM
 from apt.pruning.layer import BlockPruning
 from apt.pruning.pipeline import prune_blocks, remove_chosen
+from apt.recovery.norm_tuning import DenseOutputs, NormTuning, TunedNorms, tune_norms
 from apt.shrinking.record import candidate_records, removed_experts, structure_record
 from apt.shrinking.structure_choice import StructureChoice
 from apt.text.augmentation import Augmentation
@@ -44,12 +46,14 @@ class Pruning(BlockPruning):
         augmentation: the calibration samples in addition to the given ones.
         allocation: the name and the function of an allocation; None keeps the plan's patterns.
         structure: the choice of the structure of a smaller model; None for a sparse one.
+        norms: the training of norms and biases at the end; None for none.
         seed: the seed for the text that the model generates.
     """
 
     augmentation: Augmentation
     allocation: tuple[str, Allocation] | None = None
     structure: StructureChoice | None = None
+    norms: NormTuning | None = None
     seed: int = 0
 
     @property
@@ -75,7 +79,7 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         The report with the record of each site.
     """
     records, structure = list[BlockRecord](), dict[str, Any]()
-    calibration = report.calibration
+    calibration, outputs = report.calibration, _dense_outputs(store, text, job)
     if job.recipe.experts.scores:  # the report has the calibration of the run that computed them
         records = remove_chosen(store, job)
     else:
@@ -87,6 +91,8 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         structure = structure_record(job.structure.mode, job.plan, store.model, job.adapter, config)
         removed = [record for record in records if isinstance(record, ExpertsRemoved)]
         structure["experts"] = removed_experts(removed)
+    if job.norms is not None:
+        report = replace(report, norms=_tune_norms(store, job, outputs).record())
     return replace(
         report,
         calibration=calibration,
@@ -101,6 +107,40 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
             if isinstance(record, ExpertsRouted)
         },
     )
+
+
+def _dense_outputs(store: ModelStore, text: Text, job: Pruning) -> DenseOutputs | None:
+    """What the norms are trained towards; None if they are not trained, or by another process."""
+    if job.norms is None or not store.ranks.first:
+        return None
+    store.status("training", "running the dense model")
+    progress = partial(store.observe, Working("norms", "running"))
+    return DenseOutputs.of(store.model, job.adapter, text.windows, job.recipe.compute, progress)
+
+
+def _tune_norms(store: ModelStore, job: Pruning, outputs: DenseOutputs | None) -> TunedNorms:
+    """Train the norms and biases: the first rank shares them."""
+    assert job.norms is not None
+    store.status("training", "training the norms")
+    tuned = None
+    if outputs is not None:
+        fixed = [
+            store.model.get_parameter(f"{block.name}.{path}")
+            for block in job.plan.blocks
+            for path in pruned_parameters(block)
+        ]
+        tuned = tune_norms(
+            store.model, job.adapter, outputs, job.norms, job.recipe.compute,
+            fixed=fixed, dtypes=store.dtypes,
+            progress=partial(store.observe, Working("norms", "tuning")),
+        )  # fmt: skip
+    tuned = store.ranks.share(tuned)
+    assert tuned is not None
+    for name in tuned.names:
+        parameter = store.model.get_parameter(name)
+        parameter.data.copy_(store.ranks.share(parameter.data.cpu()))
+    store.tuned = tuned.names if tuned.kept else ()
+    return tuned
 
 
 def _samples(store: ModelStore, text: Text, job: Pruning) -> tuple[Tensor | Samples, SampleSources]:

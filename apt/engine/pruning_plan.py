@@ -22,6 +22,7 @@ from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_i
 from apt.plugin.registry import registry
 from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
+from apt.recovery.norm_tuning import NormTuning
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
@@ -106,9 +107,9 @@ def sparse_pruning(
         allocation = default_allocation(pattern, error_aware=aware)
         if allocation != UNIFORM:
             notice(f"allocation: {allocation} (default)")
-    allocation_pair = _allocation(allocation, plan)
+    allocation_pair, norms = _allocation(allocation, plan), _norm_tuning(run, opened)
     return spec, Pruning(
-        adapter, plan, function, recipe, augmentation, allocation_pair, seed=run.seed
+        adapter, plan, function, recipe, augmentation, allocation_pair, norms=norms, seed=run.seed
     )
 
 
@@ -129,6 +130,20 @@ def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = 
         recipe = replace(recipe, row_importance=None)
     plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0), per=spec.per)
     return Pruning(skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed)
+
+
+def _norm_tuning(options: PruneOptions, opened: Opened) -> NormTuning | None:
+    """The training of norms and biases at the end.
+
+    Raises:
+        AptError: the model is no decoder of text.
+    """
+    if not options.norm_epochs:
+        return None
+    if not opened.reads.windows:
+        message = f"norm epochs has no effect on {type(opened.module).__name__}"
+        raise AptError(message, "leave it out: it is for decoders of text", ("norm_epochs",))
+    return NormTuning(options.norm_epochs)
 
 
 def _check_effects(options: PruneOptions, recipe: Recipe, plan: Plan) -> None:

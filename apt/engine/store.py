@@ -33,6 +33,7 @@ class ModelStore(BlockStore):
         folder: a folder for the files of a training.
         precision: the dtype of the stored weights, and the dtype that the model computes in.
         opening: the seconds until the model was open and measured.
+        tuned: the names of the parameters that changed beside the pruned ones.
         rounded: the kinds of numbers in which changed tensors of a quantised checkpoint are
             rounded again, by their names.
     """
@@ -51,6 +52,7 @@ class ModelStore(BlockStore):
         self.precision = Precision(torch.float32, torch.float32)  # until `compute_in`
         self._cast: ComputeDtype | None = None
         self.journal = Journal()
+        self.tuned: tuple[str, ...] = ()
         self.rounded: dict[str, str] = {}
 
     @cached_property

@@ -160,6 +160,12 @@ class PruneOptions(IntegerOptions, SolveOptions):
         default=None, panel=ACCURACY, flag="--permute/--no-permute", used_if="sparse",
         needs_in_run="error_aware",
     )  # fmt: skip
+    norm_epochs: int = option(
+        "Passes over the calibration text that train the norms and biases at the end, towards the "
+        "outputs of the dense model; for decoders of text in memory.",
+        default=0, panel=ACCURACY, metavar="N", within="[0, 1000]", used_if="sparse",
+        meaning="it is a number of passes, such as 1",
+    )  # fmt: skip
     block_size: int | None = option(
         "Columns of one joint compensation; by default all.",
         default=None, panel=ACCURACY, within="[1, ∞)", used_if="blocks",
@@ -241,6 +247,13 @@ class PruneRun(ModelRun, UnitOptions, PruneOptions, MaskOptions):
     def check(self) -> None:
         """Raise `AptError` if an option is out of range, or options contradict each other."""
         super().check()
+        if self.norm_epochs and (self.stream or self.resume):
+            message = "norm epochs need the whole model in memory, and this run streams it"
+            hint = "leave them out, or train the norms afterwards with apt-prune recover"
+            raise AptError(message, hint, ("norm_epochs", "stream"))
+        if self.norm_epochs and self.minutes is not None:
+            message = "minutes and norm epochs exclude each other: a run of a given time trains all"
+            raise AptError(message, "leave out norm epochs", ("minutes", "norm_epochs"))
         if self.minutes is None:
             return
         conflicts = {"stream": self.stream, "resume": self.resume, "quantize": self.quantize}

@@ -59,6 +59,9 @@ class Report:
             number of ``tensors``, the ``size`` in bytes, the ``zeros`` in the matrices of the
             blocks before the export, and those that are ``kept`` in the file; else empty.
         recovery: the record of a training after the pruning; empty if there was none.
+        norms: of a run that trained norms and biases at the end, the number of ``vectors``, the
+            ``divergence`` from the dense model before and after, in nats for each token of samples
+            that were not trained, and ``kept``, which is false if it did not fall; else empty.
         reapplied: the masks that were applied to a fine-tuned model, and the number of weights
             that they removed; empty if there were none.
         fit: of a run that fits a model into a budget, the ``budget`` in bytes, the ``size`` of the
@@ -95,6 +98,7 @@ class Report:
     fit: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, Any] = field(default_factory=dict)
     reapplied: dict[str, Any] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
@@ -229,14 +233,15 @@ def _write(record: dict[str, Any], directory: Path) -> None:
 _ENTRY_ORDER = (
     "schema", "created", "versions", "options", "model", "calibration", "sparsity",
     "relative_layer_error", "scores", "seconds", "peak_memory_bytes", "ranks", "sites", "skipped",
-    "structure", "routing", "fit", "export", "recovery", "reapplied", "timeline", "earlier",
-    "problems", "files",
+    "structure", "routing", "fit", "export", "recovery", "norms", "reapplied", "timeline",
+    "earlier", "problems", "files",
 )  # fmt: skip
 
 
 # Reports of early versions lack these entries.
 _LATER_ENTRIES = (
-    "structure", "routing", "fit", "export", "recovery", "reapplied", "timeline", "earlier",
+    "structure", "routing", "fit", "export", "recovery", "norms", "reapplied", "timeline",
+    "earlier",
 )  # fmt: skip
 
 

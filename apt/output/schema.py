@@ -238,7 +238,8 @@ _REPORT = object_with(
     },
     {
         "structure": or_empty(_STRUCTURE), "recovery": or_empty(_RECOVERY),
-        "routing": object_of(_ROUTED), "fit": or_empty(_fit), "reapplied": object_of(anything),
+        "routing": object_of(_ROUTED), "fit": or_empty(_fit), "norms": object_of(anything),
+        "reapplied": object_of(anything),
         "export": or_empty(_EXPORT), "earlier": object_of(anything), "timeline": _TIMELINE,
     },
 )  # fmt: skip

@@ -50,7 +50,7 @@ VALUES = {
     "own_samples": 2, "random_tokens": 0.5, "effort": "best", "error_aware": True,
     "input_correction": 0.5, "drift_correction": 0.5, "ordered": True, "tuning_epochs": 2,
     "tuning_rate": 0.1, "tuning_tokens": 48, "damping": 0.5, "row_importance": 1.0,
-    "permute": True, "block_size": 8, "quantize": "int4", "scale_group": 32,
+    "norm_epochs": 2, "permute": True, "block_size": 8, "quantize": "int4", "scale_group": 32,
     "compute": "bfloat16",
 }  # fmt: skip
 RUNS = {
