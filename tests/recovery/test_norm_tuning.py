@@ -46,7 +46,7 @@ def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "mamba", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "mamba"])
 def test_vectors_alone_change_and_the_divergence_falls(name):
     model, adapter, outputs = pruned(name)
     before = state(model)
@@ -74,7 +74,7 @@ def test_modes_and_gradients_are_as_before():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("rate", [1e4, float("nan")])
+@pytest.mark.parametrize("rate", [1e3, 1e6])
 def test_a_training_that_does_not_help_changes_nothing(rate):
     model, adapter, outputs = pruned()
     before = state(model)
@@ -104,12 +104,11 @@ def test_fixed_parameters_do_not_change_and_values_are_of_the_stored_dtype():
 
 
 def test_a_program_gets_the_record_and_a_model_of_the_same_zeros():
-    tokens, options = random_tokens(samples=8), library.PruneOptions(compute="float32")
-    plain, _ = library.prune_copy(random_model("llama"), tokens, pattern="2:4", options=options)
-    tuned, report = library.prune_copy(
-        random_model("llama"), tokens, pattern="2:4",
-        options=library.PruneOptions(norm_epochs=3, compute="float32"),
-    )  # fmt: skip
+    tokens, options = random_tokens(samples=16), library.PruneOptions(compute="float32")
+    given = {"pattern": "0.8", "method": "wanda"}
+    plain, _ = library.prune_copy(random_model("llama"), tokens, options=options, **given)
+    options = library.PruneOptions(norm_epochs=3, compute="float32")
+    tuned, report = library.prune_copy(random_model("llama"), tokens, options=options, **given)
     assert report.norms["kept"]
     assert report.norms["vectors"] == sum(p.ndim == 1 for p in tuned.parameters())
     assert report.options["norm_epochs"] == 3
@@ -152,12 +151,12 @@ def test_a_streamed_run_refuses(apt, checkpoint, tmp_path, option):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoder_refuses():
-    model = random_model("bert")
-    samples = library.Samples({"input_ids": torch.randint(5, 90, (4, 8))})
-    options = library.PruneOptions(norm_epochs=1)
-    with pytest.raises(library.AptError, match="norm epochs has no effect on Bert"):
-        library.prune(model, samples, pattern="0.5", options=options)
+def test_an_encoder_refuses(apt, tmp_path):
+    ran = apt(
+        "prune", "zoo:bert", "--sparsity", "0.5", "--norm-epochs", "1", "--output", tmp_path / "out"
+    )
+    assert ran.code == 2
+    assert "norm epochs has no effect on Bert" in ran.err
 
 
 def test_a_run_of_a_given_time_refuses(apt, checkpoint, tmp_path):
