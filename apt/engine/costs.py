@@ -22,6 +22,7 @@ from apt.options import Effort, MachineName, PruneRun, ShrinkRun
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
 from apt.plugin.registry import registry
+from apt.recovery.norm_tuning import NormTuning
 from apt.solver.admm_search import ROUNDS
 from apt.solver.scaled import BF16_WIDTH, NODES
 from apt.text.augmentation import Augmentation
@@ -251,7 +252,7 @@ def _block_work(run: PlannedRun, block: PlannedBlock, tuned_tokens: int) -> dict
         "tuning": mixed * (_BACKWARD * _TUNING_FACTOR * tuned_tokens) + adam,
     }
     if epochs := getattr(run.options, "norm_epochs", 0):
-        trained = run.options.samples * run.options.seqlen
+        trained = min(run.options.samples * run.options.seqlen, NormTuning.tokens)
         work["norms"] = mixed * ((1 + _BACKWARD * epochs) * trained)
     if whole_layer:
         work["row importance"] = mixed * (_BACKWARD * min(tokens, RowImportance.tokens))

@@ -34,7 +34,7 @@ from apt.engine.prepare import ignore_notice
 from apt.engine.prune_model import with_own_text
 from apt.engine.prune_task import PruneTask, prepare_pruning
 from apt.engine.task import Task
-from apt.engine.text import Text
+from apt.engine.text import Text, other_windows
 from apt.errors import AptError
 from apt.events import Status
 from apt.files.journal import Line
@@ -51,8 +51,7 @@ from apt.shrinking.expert_proxy import ExpertProxy
 from apt.shrinking.proxy import Proxy
 from apt.shrinking.skipping import loss_without
 from apt.shrinking.structure_choice import BlockChoice
-from apt.text.datasets import digest, held_back_tokens
-from apt.text.mixes import mixed_samples
+from apt.text.datasets import digest
 
 _SMALL_LOSS = 0.05
 """The loss of bits in nats below which no smaller model is tried: to remove parts costs more."""
@@ -349,16 +348,7 @@ def _first_tokens(text: Text, count: int) -> Tensor:
 
 def _held_back(task: FitTask, text: Text) -> Tensor:
     """Calibration windows that are not among the samples; the last samples if none are left."""
-    options = task.options
-
-    def draw(tokenizer: Any, texts: Any, samples: int, source: str, bos: int | None) -> Tensor:
-        return held_back_tokens(
-            tokenizer, texts, samples, options.seqlen, options.seed, source, bos
-        )
-
-    found = mixed_samples(
-        options.calibration, text.tokenizer, task.registry, options.samples, text.bos, draw
-    ).tokens
+    found = other_windows(task.options, text, task.registry, 1 / 8)
     return found if len(found) else text.windows[-max(1, len(text.windows) // 8) :]
 
 

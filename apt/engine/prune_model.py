@@ -92,7 +92,8 @@ def prune_model(store: ModelStore, text: Text, job: Pruning, report: Report) -> 
         removed = [record for record in records if isinstance(record, ExpertsRemoved)]
         structure["experts"] = removed_experts(removed)
     if job.norms is not None:
-        report = replace(report, norms=_tune_norms(store, job, outputs).record())
+        norms = _tune_norms(store, job, outputs).record() | _norm_text(text, job.norms)[1]
+        report = replace(report, norms=norms)
     return replace(
         report,
         calibration=calibration,
@@ -115,7 +116,22 @@ def _dense_outputs(store: ModelStore, text: Text, job: Pruning) -> DenseOutputs 
         return None
     store.status("training", "running the dense model")
     progress = partial(store.observe, Working("norms", "running"))
-    return DenseOutputs.of(store.model, job.adapter, text.windows, job.recipe.compute, progress)
+    windows, _ = _norm_text(text, job.norms)
+    return DenseOutputs.of(store.model, job.adapter, windows, job.recipe.compute, progress)
+
+
+def _norm_text(text: Text, tuning: NormTuning) -> tuple[Tensor, dict[str, Any]]:
+    """The windows (windows, seqlen) that the norms are trained on, and their record.
+
+    The weights were fitted to the calibration samples: the pruned model is nearer to the dense one
+    there than elsewhere. So windows that are no samples are preferred. They are the last ones,
+    which are measured.
+    """
+    samples = text.windows
+    count = max(1, tuning.tokens // samples.shape[1])
+    others = samples[:0] if text.others is None else text.others[:count]
+    windows = torch.cat([samples[: count - len(others)], others.to(samples)])
+    return windows, {"shape": list(windows.shape), "others": len(others)}
 
 
 def _tune_norms(store: ModelStore, job: Pruning, outputs: DenseOutputs | None) -> TunedNorms:

@@ -32,7 +32,7 @@ from apt.engine.samples import metrics_for, read_samples
 from apt.engine.shrink_plan import smaller_pruning
 from apt.engine.store import ModelStore
 from apt.engine.task import WITHOUT_EFFECT, Task, TaskResult
-from apt.engine.text import Text, read_text
+from apt.engine.text import Text, other_windows, read_text
 from apt.engine.timed_run import fit_to_time, training_of
 from apt.errors import AptError, NotStoredError, unknown_name
 from apt.files.journal import Line, journal_beside
@@ -104,6 +104,9 @@ class CalibratedTask(Task):
                 f"{portable(options.model)} is a chat model: its tokenizer has a chat template. It "
                 "may lose what only conversations use; add some, such as builtin:chat"
             )
+        if self.job.norms is not None and options.samples:
+            share = min(1.0, self.job.norms.tokens / (options.samples * options.seqlen))
+            text = replace(text, others=other_windows(options, text, self.registry, share))
         return text
 
     def begin(self, store: ModelStore, text: Text) -> Report:

@@ -13,7 +13,7 @@ from apt.errors import AptError
 from apt.locations.text_sources import labels
 from apt.plugin.documents import has_template
 from apt.plugin.registry import Registry
-from apt.text.datasets import documents, evaluation_tokens
+from apt.text.datasets import documents, evaluation_tokens, held_back_tokens
 from apt.text.ids import check_vocabulary
 from apt.text.mixes import Draw, Mix, SourceSamples, mixed_samples
 from apt.text.special_tokens import bos_of, special_ids
@@ -33,6 +33,8 @@ class Text:
         sources: the sources of the samples.
         owners: the index in ``sources`` of the source of each sample (samples,), or −1 for samples
             that the model generated; None if no source is known.
+        others: windows (windows, seqlen) of the same sources that are not among the samples; None
+            if they were not read.
     """
 
     tokenizer: Any
@@ -42,6 +44,7 @@ class Text:
     special: tuple[int, ...] = ()
     sources: tuple[SourceSamples, ...] = ()
     owners: Tensor | None = None
+    others: Tensor | None = None
 
     @property
     def windows(self) -> Tensor:
@@ -121,6 +124,25 @@ def read_text(
         check_vocabulary(held_out, skeleton.module, options.model)
     special = special_ids(tokenizer)
     return Text(tokenizer, mix.tokens, held_out, bos, special, mix.sources, mix.owners)
+
+
+def other_windows(options: Any, text: Text, registry: Registry, share: float) -> Tensor:
+    """Calibration windows (windows, seqlen) that are not among the samples of a run.
+
+    Args:
+        options: the options of the run, with which the samples were drawn.
+        text: the text of the run.
+        share: the number of windows for each sample, at most 3. Short text has fewer or none.
+    """
+
+    def draw(tokenizer: Any, texts: Any, samples: int, source: str, bos: int | None) -> Tensor:
+        return held_back_tokens(
+            tokenizer, texts, samples, options.seqlen, options.seed, source, bos, share=share
+        )
+
+    return mixed_samples(
+        options.calibration, text.tokenizer, registry, options.samples, text.bos, draw
+    ).tokens
 
 
 def check_same_vocabulary(model: Opened, dense: Opened) -> None:

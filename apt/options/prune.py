@@ -161,8 +161,8 @@ class PruneOptions(IntegerOptions, SolveOptions):
         needs_in_run="error_aware",
     )  # fmt: skip
     norm_epochs: int = option(
-        "Passes over the calibration text that train the norms and biases at the end, towards the "
-        "outputs of the dense model; for decoders of text in memory.",
+        "Passes over other calibration text that train the norms and biases at the end, towards "
+        "the outputs of the dense model; for decoders of text in memory.",
         default=0, panel=ACCURACY, metavar="N", within="[0, 1000]", used_if="sparse",
         meaning="it is a number of passes, such as 1",
     )  # fmt: skip

@@ -61,7 +61,9 @@ class Report:
         recovery: the record of a training after the pruning; empty if there was none.
         norms: of a run that trained norms and biases at the end, the number of ``vectors``, the
             ``divergence`` from the dense model before and after, in nats for each token of samples
-            that were not trained, and ``kept``, which is false if it did not fall; else empty.
+            that were not trained, and ``kept``, which is false if it did not fall; the ``shape``
+            of the windows of text, and how many of them were ``others`` than the samples; else
+            empty.
         reapplied: the masks that were applied to a fine-tuned model, and the number of weights
             that they removed; empty if there were none.
         fit: of a run that fits a model into a budget, the ``budget`` in bytes, the ``size`` of the

@@ -30,13 +30,15 @@ class NormTuning:
     """The settings of norm tuning.
 
     Attributes:
-        epochs: passes over the calibration text.
+        epochs: passes over the text.
         rate: the highest learning rate, as a share of the size of an entry. It rises over the first
             3 % of the steps, and falls to zero along a cosine.
+        tokens: the tokens of the text, at most.
     """
 
     epochs: int
     rate: float = 5e-3
+    tokens: int = 2**15
 
 
 @dataclass(frozen=True)

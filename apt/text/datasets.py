@@ -1,6 +1,7 @@
 """From text to tokens: data sources, packing into windows, sampling."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -233,12 +234,15 @@ def held_back_tokens(
     seed: int,
     source: str,
     bos: int | None = None,
+    *,
+    share: float,
 ) -> Tensor:
     """Windows (windows, seqlen) that `calibration_tokens` of the same arguments does not draw.
 
-    They are an eighth as many as the samples, or fewer: short text has none that are left.
+    Args:
+        share: the number of windows for each sample, at most 3. Short text has fewer or none.
     """
-    count = -(-samples // 8)
+    count = math.ceil(samples * share)
     drawn = _in_drawn_order(tokenizer, texts, samples, seqlen, seed, source, bos)
     return drawn[samples : samples + count]
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +114,7 @@ def test_a_program_gets_the_record_and_a_model_of_the_same_zeros():
     assert report.norms["kept"]
     assert report.norms["vectors"] == sum(p.ndim == 1 for p in tuned.parameters())
     assert report.options["norm_epochs"] == 3
+    assert (report.norms["shape"], report.norms["others"]) == ([*tokens.shape], 0)
     assert all(v.ndim == 1 for n, v in plain.state_dict().items() if n in
                changed(plain.state_dict(), tuned.state_dict()))  # fmt: skip
 
@@ -128,6 +131,8 @@ def test_the_checkpoint_has_the_trained_norms(apt, checkpoint, tmp_path, dtype):
     assert ran.code == 0, ran
     report = json.loads((tmp_path / "tuned" / "apt_report.json").read_text())
     assert report["norms"]["kept"]
+    assert report["norms"]["shape"] == [8, 32]
+    assert report["norms"]["others"] == 8
     before, after = (
         load_file(tmp_path / name / "model.safetensors") for name in ("plain", "tuned")
     )
@@ -138,6 +143,21 @@ def test_the_checkpoint_has_the_trained_norms(apt, checkpoint, tmp_path, dtype):
     skeleton = open_skeleton(find(str(tmp_path / "tuned"), registry()), registry())
     assert torch.equal(load(skeleton).module.model.norm.weight, after["model.norm.weight"].float()
                        if dtype == "float32" else after["model.norm.weight"])  # fmt: skip
+
+
+def test_short_text_is_filled_up_with_calibration_samples(apt, checkpoint, tmp_path):
+    words = tmp_path / "short.txt"
+    words.write_text(Path(TEXT).read_text()[:900])
+    common = (
+        "prune", checkpoint("llama"), "--sparsity", "0.7", "--method", "wanda", "--calibration",
+        words, "--seqlen", "32", "--norm-epochs", "1",
+    )  # fmt: skip
+    ran = apt(*common, "--samples", "100", "--output", tmp_path / "out")
+    windows = int(re.search(r"use (\d+) samples", ran.err)[1])
+    samples = windows - 1
+    assert apt(*common, "--samples", samples, "--output", tmp_path / "out").code == 0
+    norms = json.loads((tmp_path / "out" / "apt_report.json").read_text())["norms"]
+    assert (norms["shape"], norms["others"]) == ([samples, 32], 1)
 
 
 @pytest.mark.parametrize("option", ["--stream", "--resume"])

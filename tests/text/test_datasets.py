@@ -162,11 +162,14 @@ def test_calibration_samples_depend_on_the_seed_and_do_not_overlap(tokenizer):
 
 def test_held_back_windows_are_not_among_the_samples(tokenizer):
     arguments = (tokenizer, [builtin("calibration")], 16, 32, 0, "builtin")
-    drawn, held = (draw(*arguments).tolist() for draw in (calibration_tokens, held_back_tokens))
-    assert len(held) == 2
-    assert not {tuple(row) for row in drawn} & {tuple(row) for row in held}
+    drawn = calibration_tokens(*arguments).tolist()
+    for share, count in ((1 / 8, 2), (0.01, 1), (1.0, 16), (3.0, 48)):
+        held = held_back_tokens(*arguments, share=share).tolist()
+        assert len(held) == count
+        assert not {tuple(row) for row in drawn} & {tuple(row) for row in held}
     tokens = tokenize(tokenizer, TEXTS)
-    assert held_back_tokens(tokenizer, TEXTS, 1, len(tokens), 0, "x").shape == (0, len(tokens))
+    held = held_back_tokens(tokenizer, TEXTS, 1, len(tokens), 0, "x", share=1.0)
+    assert held.shape == (0, len(tokens))
 
 
 @pytest.mark.parametrize("read", [library.calibration_tokens, library.evaluation_tokens])
