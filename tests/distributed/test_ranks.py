@@ -275,19 +275,23 @@ def slow_on_the_second_rank():
 
 
 def late_second_rank():
-    """Let the clock of the second rank say that no time is left for a training."""
+    """Let the clock of the second rank say that no time is left for a training, of four steps."""
     from apt.engine.store import ModelStore
+    from apt.recovery import recover
 
+    recover._steps_in = lambda *_: (4, 2, 2)
     if os.environ["RANK"] != "0":
         ModelStore.seconds = property(lambda store: 1e6)
 
 
 def test_clock_of_the_first_rank_decides_on_the_training(checkpoint, tmp_path):
-    words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "0.2"]
+    words = ["prune", checkpoint("llama"), *COMMAND, "--effort", "fast", "--minutes", "9"]
     words.remove("--stream")
     codes, output = on_ranks(2, tmp_path, *words, "-o", "out", before=late_second_rank)
     assert codes == [0, 0], output
-    assert "no time was left" not in (tmp_path / "out" / "apt_report.json").read_text()
+    report = json.loads((tmp_path / "out" / "apt_report.json").read_text())
+    assert not report["problems"]
+    assert len(report["recovery"]["training"]["losses"]) == 4
 
 
 def test_first_rank_chooses_the_samples_for_a_given_time(checkpoint, tmp_path):
