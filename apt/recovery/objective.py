@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from apt.adapter import Sample
+from apt.recovery.log_probabilities import log_probabilities
 
 Batch = Mapping[str, Any]
 """The samples that run together, see `apt.extending.Trainable`."""
@@ -23,8 +23,9 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean loss of the next token."""
     tokens = batch["input_ids"]
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    logits = model(input_ids=tokens, use_cache=False).logits
+    next_tokens = tokens.roll(-1, dims=1)[..., None]  # the last one of a sample is not known
+    return -log_probabilities(logits, next_tokens)[:, :-1].mean()
 
 
 def _windows(samples: Sequence[Tensor]) -> Batch:

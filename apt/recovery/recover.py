@@ -43,7 +43,9 @@ _MOST_HELD_BACK = 64
 _MEASURING = 0.1  # the greatest share of a given time for measurements
 _ENOUGH_STEPS = 400  # steps in a given time, above which a step may have more samples
 _LEAST_STEP = 512  # positions of a step of samples that are not windows: fewer are too noisy
-_SLOW_SECONDS = 1.0  # of the gradients of one sample, above which more samples are not timed
+# Of the gradients of one sample: above the first, several samples together are not timed, and above
+# the second not even one sample again.
+_SLOW_SECONDS, _VERY_SLOW_SECONDS = 1.0, 20.0
 _DENSE = "dense"  # the folder of the outputs of the dense model
 _WINDOWS = Objective()
 
@@ -392,7 +394,8 @@ def _pace(
     with nullcontext() if windows is None else windows.middle():
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
-        for size in (1, len(samples)):  # the first run warms up, and is enough if it is slow
+        size = 1
+        for is_first in (True, False):  # the first run warms up
             started = _now(device)
             batch = _batch(objective, samples[:size], job.device)
             with mixed:
@@ -403,9 +406,12 @@ def _pace(
             # With zero gradients no weight changes, even after gradients that are not finite.
             optimizer.zero_grad(set_to_none=False)
             optimizer.step()
-            sample, update = (backward_done - started) / size, _now(device) - backward_done
-            if backward_done - started > _SLOW_SECONDS:
+            gradients = backward_done - started
+            sample, update = gradients / size, _now(device) - backward_done
+            if gradients > _VERY_SLOW_SECONDS:
                 break
+            if is_first and gradients <= _SLOW_SECONDS:
+                size = len(samples)
     model.zero_grad(set_to_none=True)
     with torch.no_grad(), mixed:
         started = _now(device)

@@ -34,7 +34,7 @@ from apt.recovery import recorder
 from apt.recovery import recover as recovery
 from apt.recovery import training as recovery_training
 from apt.recovery.job import RecoveryJob
-from apt.recovery.objective import next_token_loss
+from apt.recovery.objective import Objective, next_token_loss
 from apt.recovery.recover import NotRecoveredError
 from apt.recovery.teacher import divergence, relative_error
 from apt.recovery.trainable import Trainable, Unrecovered, train_only
@@ -514,6 +514,44 @@ def test_timed_step_trains_the_parameters_of_the_kind():
     with suppress(NotRecoveredError):
         library.recover(model, tokens, kind=head, options=options)
     assert trained[0] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("first", "sizes", "seconds"),
+    [(0.5, [1, 8, 8], 2 / 8), (3.0, [1, 1, 1], 2.0), (30.0, [1, 1], 30.0)],
+)
+def test_pace_is_that_of_a_second_run(monkeypatch, tmp_path, first, sizes, seconds):
+    """The first run warms up. If it is slow, one sample runs again; if very slow, none."""
+    model, _, tokens = pruned()
+    spec = registry().recoveries.get("spp")
+    job = RecoveryJob(None, spec, None, RecoverOptions(minutes=1), tmp_path)
+    gradients, seen = iter([first, 2.0, 1.0]), []
+    times = iter(itertools.accumulate(
+        part for taken in gradients for part in (0.0, taken, 0.25)
+    ))  # fmt: skip
+    monkeypatch.setattr(recovery, "_now", lambda device: next(times))
+
+    def loss(model, batch):
+        seen.append(len(batch["input_ids"]))
+        return next_token_loss(model, batch)
+
+    found = recovery._pace(Trainable(model), None, tokens[:8], job, Objective(loss))
+    assert seen == sizes
+    assert (found.sample, found.update) == (pytest.approx(seconds), 0.25)
+
+
+def test_loss_of_the_next_token_is_the_cross_entropy():
+    model, tokens = random_model("llama"), random_tokens()
+    loss = next_token_loss(model, {"input_ids": tokens})
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(input_ids=tokens).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_resumed_timed_training_has_the_same_steps(monkeypatch, tmp_path):
