@@ -123,9 +123,9 @@ def _dense_outputs(store: ModelStore, text: Text, job: Pruning) -> DenseOutputs 
 def _norm_text(text: Text, tuning: NormTuning) -> tuple[Tensor, dict[str, Any]]:
     """The windows (windows, seqlen) that the norms are trained on, and their record.
 
-    They are as many as the samples, or fewer for long text. The weights were fitted to the calibration samples: the pruned model is nearer to the dense one
-    there than elsewhere. So windows that are no samples are preferred. They are the last ones,
-    which are measured.
+    They are as many as the samples, or fewer for long text. The weights were fitted to the samples:
+    the pruned model is nearer to the dense one there than elsewhere. So other windows are
+    preferred. They are the last ones, which are measured.
     """
     samples = text.windows
     count = min(len(samples), max(1, tuning.tokens // samples.shape[1]))

@@ -37,7 +37,7 @@ class NormTuning:
     """
 
     epochs: int
-    rate: float = 5e-3
+    rate: float = 1e-2
     tokens: int = 2**15
 
 
