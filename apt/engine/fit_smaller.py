@@ -348,7 +348,7 @@ def _first_tokens(text: Text, count: int) -> Tensor:
 
 def _held_back(task: FitTask, text: Text) -> Tensor:
     """Calibration windows that are not among the samples; the last samples if none are left."""
-    found = other_windows(task.options, text, task.registry, 1 / 8)
+    found = other_windows(task.options, text, task.skeleton, task.registry, 1 / 8)
     return found if len(found) else text.windows[-max(1, len(text.windows) // 8) :]
 
 

@@ -106,7 +106,8 @@ class CalibratedTask(Task):
             )
         if self.job.norms is not None and options.samples:
             share = min(1.0, self.job.norms.tokens / (options.samples * options.seqlen))
-            text = replace(text, others=other_windows(options, text, self.registry, share))
+            others = other_windows(options, text, self.skeleton, self.registry, share)
+            text = replace(text, others=others)
         return text
 
     def begin(self, store: ModelStore, text: Text) -> Report:

@@ -126,13 +126,18 @@ def read_text(
     return Text(tokenizer, mix.tokens, held_out, bos, special, mix.sources, mix.owners)
 
 
-def other_windows(options: Any, text: Text, registry: Registry, share: float) -> Tensor:
+def other_windows(
+    options: Any, text: Text, skeleton: Opened, registry: Registry, share: float
+) -> Tensor:
     """Calibration windows (windows, seqlen) that are not among the samples of a run.
 
     Args:
         options: the options of the run, with which the samples were drawn.
         text: the text of the run.
         share: the number of windows for each sample, at most 3. Short text has fewer or none.
+
+    Raises:
+        AptError: a data source cannot be read, or a token has no embedding in the model.
     """
 
     def draw(tokenizer: Any, texts: Any, samples: int, source: str, bos: int | None) -> Tensor:
@@ -140,9 +145,11 @@ def other_windows(options: Any, text: Text, registry: Registry, share: float) ->
             tokenizer, texts, samples, options.seqlen, options.seed, source, bos, share=share
         )
 
-    return mixed_samples(
+    found = mixed_samples(
         options.calibration, text.tokenizer, registry, options.samples, text.bos, draw
     ).tokens
+    check_vocabulary(found, skeleton.module, options.model)
+    return found
 
 
 def check_same_vocabulary(model: Opened, dense: Opened) -> None:

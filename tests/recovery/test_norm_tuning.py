@@ -5,6 +5,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 import apt as library
 from apt.checkpoints.load import load, open_skeleton
 from apt.engine.caller_model import find_adapter
+from apt.engine.text import Text, other_windows
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
 from apt.recovery.norm_tuning import DenseOutputs, NormTuning, tune_norms
+from apt.testing import embedded
 from tests.helpers import TEXT
 from tests.helpers.families import random_model, random_tokens
 
@@ -158,6 +161,17 @@ def test_short_text_is_filled_up_with_calibration_samples(apt, checkpoint, tmp_p
     assert apt(*common, "--samples", samples, "--output", tmp_path / "out").code == 0
     norms = json.loads((tmp_path / "out" / "apt_report.json").read_text())["norms"]
     assert (norms["shape"], norms["others"]) == ([samples, 32], 1)
+
+
+def test_other_windows_with_unknown_tokens_are_refused():
+    options = library.PruneRun(
+        model="mine", sparsity=0.5, calibration="builtin", samples=4, seqlen=16
+    )
+    small = SimpleNamespace(module=torch.nn.Module())
+    small.module.get_input_embeddings = lambda: torch.nn.Embedding(50, 2)
+    text = Text(embedded("llama")[1])
+    with pytest.raises(library.AptError, match="the tokenizer of mine gives ids from .* 50 embed"):
+        other_windows(options, text, small, registry(), 1.0)
 
 
 @pytest.mark.parametrize("option", ["--stream", "--resume"])
