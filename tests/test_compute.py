@@ -16,6 +16,7 @@ from apt.errors import AptError
 from tests.helpers import TEXT
 from tests.helpers.families import random_model, random_tokens
 
+OF_STREAMED = ("--own-samples", 0, "--norm-epochs", 0)  # the defaults of a streamed run
 WORDS = ("--samples", 4, "--seqlen", 32, "--calibration", TEXT)
 SMALL = {"samples": 4, "seqlen": 32, "calibration": str(TEXT)}
 
@@ -134,7 +135,7 @@ def test_value_beyond_the_range_of_the_stored_dtype_is_an_error():
 def test_run_in_fp32_writes_the_stored_dtype_and_exact_zeros(half, apt, stream, quantize):
     words = ("prune", half, *WORDS, "--pattern", "2:4", *["--stream"] * stream)
     words += ("--quantize", quantize) if quantize else ()
-    run = apt(*words, "--compute", "float32", "-o", "out")
+    run = apt(*words, "--compute", "float32", *OF_STREAMED, "-o", "out")
     assert run.code == 0, run.err
     assert apt("verify", "out", "--pattern", "2:4").code == 0
     before, after = weights(half), weights("out")
@@ -154,7 +155,7 @@ def test_run_in_fp32_writes_the_stored_dtype_and_exact_zeros(half, apt, stream, 
 
 
 def test_streamed_run_in_fp32_writes_the_bytes_of_the_run_in_memory(half, apt):
-    for name, stream in (("one", ()), ("two", ("--stream",))):
+    for name, stream in (("one", OF_STREAMED), ("two", ("--stream",))):
         run = apt("prune", half, *WORDS, "--compute", "float32", *stream, "-o", name)
         assert run.code == 0, run.err
     one, two = weights("one"), weights("two")
@@ -174,7 +175,8 @@ def test_slow_machine_computes_in_fp32_with_a_notice(half, apt, slow_half):
 def test_program_prunes_as_the_command_and_keeps_dtypes_and_buffers(
     half, apt, slow_half, tokenizer
 ):
-    assert apt("prune", half, *WORDS, "--pattern", "2:4", "-o", "shell").code == 0
+    words = ("--pattern", "2:4", "--norm-epochs", 0)
+    assert apt("prune", half, *WORDS, *words, "-o", "shell").code == 0
     model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16)
     buffers = {name: (id(b), b.dtype) for name, b in model.named_buffers()}
     tokens = library.calibration_tokens(tokenizer, str(TEXT), samples=4, seqlen=32)

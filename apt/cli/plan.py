@@ -188,7 +188,8 @@ def _memory_fit(planned: PlannedRun, memory: int) -> str:
     }  # fmt: skip
     for flags, (streamed, activations, tuned) in alternatives.items():
         changed = replace(options, stream=streamed, activations=activations)
-        needed = _device_memory(replace(planned, options=changed, tuned=tuned))
+        norms = None if streamed else planned.norms
+        needed = _device_memory(replace(planned, options=changed, tuned=tuned, norms=norms))
         if needed <= memory:
             return f"{need}; {size(needed)} with {flags}"
     return f"{need}; even with {all_flags} {size(needed)}"

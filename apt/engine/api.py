@@ -152,12 +152,17 @@ def prune(
     options = options or PruneOptions()
     options.check()
     check_seed(seed)
-    run = PruneRun(**vars(options) | {"samples": len(tokens), "seed": seed, "also": tuple(also)})
+    of_tokens = {"samples": len(tokens), "seqlen": tokens.shape[1]}
+    no_other_text = {"norm_epochs": options.norm_epochs or 0}
+    run = PruneRun(
+        **vars(options) | of_tokens | no_other_text | {"seed": seed, "also": tuple(also)}
+    )
     spec, job = sparse_pruning(store.opened, run, pattern, selection, method, allocation, _ignore)
     record = {
         "pattern": str(pattern), "per": job.plan.per, "method": spec.name,
         "allocation": job.allocation_name, "also": list(also), "seed": seed,
-        "activations": activations, "norm_epochs": options.norm_epochs, **selection.record(),
+        "activations": activations, "norm_epochs": job.norms.epochs if job.norms else 0,
+        **selection.record(),
     }  # fmt: skip
     return store.prune(tokens, job, tokenizer, record, options.compute)[1]
 

@@ -17,7 +17,7 @@ from apt.adapter.experts import idle_parameters, picked_experts
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.opened import Opened
 from apt.devices import multiplies_bf16
-from apt.engine.recipes import augmentation_of, tuning_of
+from apt.engine.recipes import augmentation_of, norm_tuning_of, prefers_own_text, tuning_of
 from apt.options import Effort, MachineName, PruneRun, ShrinkRun
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
@@ -129,6 +129,7 @@ class PlannedRun:
         device: the device that the model runs on.
         error_aware: True if the activations of the dense model are computed as well.
         tuned: True if the blocks are tuned.
+        norms: the training of norms and biases at the end; None for none.
         factors: True if the method factorises Gram matrices.
         allocated: True if an allocation distributes the sparsity; its work is counted as that of
             ``auto``.
@@ -145,6 +146,7 @@ class PlannedRun:
     device: str = "cpu"
     error_aware: bool = True
     tuned: bool = True
+    norms: NormTuning | None = None
     factors: bool = True
     allocated: bool = False
     efforts: tuple[Effort, ...] = ()
@@ -184,8 +186,14 @@ class PlannedRun:
     def steps(self, effort: Effort) -> dict[str, Work]:
         """The work of each step of an error-aware run of the default method."""
         options, method = replace(self.options, effort=effort), registry().default_method()
-        augmentation = augmentation_of(options, method, options.samples)
-        run = replace(self, options=options, augmentation=augmentation)
+        augmentation = augmentation_of(
+            options, method, options.samples, options.seqlen,
+            generates=prefers_own_text(options, self.skeleton),
+        )  # fmt: skip
+        norms = None
+        if isinstance(options, PruneRun):
+            norms = norm_tuning_of(options, method, self.skeleton)
+        run = replace(self, options=options, augmentation=augmentation, norms=norms)
         work_by_step = {"own text": _own_text(run)}
         for block in self.plan.blocks:
             for step, work in _block_work(run, block, _tuned_tokens(run)).items():
@@ -251,9 +259,9 @@ def _block_work(run: PlannedRun, block: PlannedBlock, tuned_tokens: int) -> dict
         ),
         "tuning": mixed * (_BACKWARD * _TUNING_FACTOR * tuned_tokens) + adam,
     }
-    if epochs := getattr(run.options, "norm_epochs", 0):
-        trained = min(run.options.samples * run.options.seqlen, NormTuning.tokens)
-        work["norms"] = mixed * ((1 + _BACKWARD * epochs) * trained)
+    if norms := run.norms:
+        trained = min(run.options.samples * run.options.seqlen, norms.tokens)
+        work["norms"] = mixed * ((1 + _BACKWARD * norms.epochs) * trained)
     if whole_layer:
         work["row importance"] = mixed * (_BACKWARD * min(tokens, RowImportance.tokens))
     if run.allocated:

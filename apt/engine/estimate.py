@@ -10,6 +10,7 @@ from apt.evaluation.logits import part_bytes
 from apt.evaluation.metrics import windows_at_once
 from apt.evaluation.outputs import POSITIONS
 from apt.planning.plan import Plan, PlannedBlock, PlannedSite
+from apt.recovery.norm_tuning import STEP_TOKENS, TOKEN_BYTES
 from apt.text.sampling import vocabulary
 from apt.text.self_generated import cached_tokens, logits_at_once
 
@@ -97,6 +98,7 @@ def estimate(planned: PlannedRun) -> Estimate:
         predicting=max(
             _measuring_bytes(skeleton, seqlen, (4 * widest + inner_width) * element_bytes),
             _generating_bytes(skeleton, len(blocks), seqlen, element_bytes) if own_samples else 0,
+            _norm_tuning_bytes(planned, len(blocks), (4 * widest + inner_width) * element_bytes),
         ),
     )
 
@@ -121,6 +123,20 @@ def _generating_bytes(skeleton: Opened, blocks: int, seqlen: int, element_bytes:
     logits = part_bytes(vocabulary(skeleton.module), logits_at_once(), 1)
     keys_and_values: int = tokens * blocks * 2 * width * element_bytes
     return logits + keys_and_values
+
+
+def _norm_tuning_bytes(planned: PlannedRun, blocks: int, token_bytes: int) -> int:
+    """Bytes of the kept outputs of the dense model, and of a step: activations and logits.
+
+    Args:
+        token_bytes: the activations of a block for each token.
+    """
+    if (norms := planned.norms) is None:
+        return 0
+    kept = min(norms.tokens, planned.options.samples * planned.options.seqlen) * TOKEN_BYTES
+    step_tokens = max(STEP_TOKENS, planned.options.seqlen)
+    logits = 2 * _FP32 * vocabulary(planned.skeleton.module)
+    return kept + step_tokens * (blocks * token_bytes + logits)
 
 
 def activations_on_disk(skeleton: Opened, plan: Plan, tokens: int, *, error_aware: bool) -> int:

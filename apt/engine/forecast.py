@@ -9,7 +9,7 @@ from apt.engine.in_memory import InMemory
 from apt.engine.machine import choose_device
 from apt.engine.opening import pattern_of, selection_of
 from apt.engine.prepare import Notice, capped, tower_in
-from apt.engine.recipes import augmentation_of
+from apt.engine.recipes import augmentation_of, norm_tuning_of, prefers_own_text
 from apt.engine.streamed import Streamed
 from apt.events import Status
 from apt.locations.model_source import Source
@@ -33,7 +33,7 @@ def forecast(task: "PruneTask", status: Status) -> PlannedRun:
     is_default = task.method.name == task.registry.default_method().name and recipe.error_aware
     return PlannedRun(
         task.skeleton, plan, options, job.augmentation, task.device,
-        error_aware=recipe.error_aware, tuned=recipe.tuning is not None,
+        error_aware=recipe.error_aware, tuned=recipe.tuning is not None, norms=job.norms,
         factors=task.method.factors, allocated=job.allocation is not None,
         efforts=(options.effort,) if is_default and isinstance(options, PruneRun) else (),
         process=process,
@@ -71,7 +71,12 @@ def default_forecast(
     options = PruneRun(
         samples=run.samples, seqlen=seqlen, stream=run.stream, activations=run.activations
     )
-    samples = augmentation_of(options, registry.default_method(), run.samples)
+    samples = augmentation_of(
+        options, registry.default_method(), run.samples, seqlen,
+        generates=prefers_own_text(options, skeleton),
+    )  # fmt: skip
+    norms = norm_tuning_of(options, registry.default_method(), skeleton)
     return PlannedRun(
-        skeleton, plan, options, samples, device, allocated=allocated, efforts=EFFORTS, on=run.on
-    )
+        skeleton, plan, options, samples, device, norms=norms, allocated=allocated,
+        efforts=EFFORTS, on=run.on,
+    )  # fmt: skip

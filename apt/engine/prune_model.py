@@ -191,9 +191,11 @@ def with_own_text(store: ModelStore, text: Text, job: Pruning) -> Text:
 
     def generate() -> Tensor:
         assert isinstance(text.tokens, Tensor)
-        return job.augmentation.with_own_text(
-            store.model, text.tokens, job.seed, bos=text.bos, special=text.special
-        )
+        with job.adapter.running(store.model):
+            return job.augmentation.with_own_text(
+                store.model, text.tokens, job.seed, bos=text.bos, special=text.special,
+                compute=job.recipe.compute,
+            )  # fmt: skip
 
     own_samples = job.augmentation.own_samples
     if not own_samples:

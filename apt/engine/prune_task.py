@@ -176,6 +176,7 @@ class PruneTask(CalibratedTask):
         if isinstance(self.options, PruneRun):
             pattern_record |= {"pattern": str(self.pattern)} | selection_of(self.options).record()
             pattern_record |= {"stacks": self.options.stacks} if self.options.stacks else {}
+            pattern_record["norm_epochs"] = self.job.norms.epochs if self.job.norms else 0
         settings = record(self.job.recipe, self.job.augmentation, self.job.plan.grid)
         return in_order(self.options.record() | pattern_record | settings, (*_ORDER, *settings))
 

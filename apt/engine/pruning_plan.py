@@ -6,7 +6,14 @@ from typing import Any
 from apt.checkpoints.opened import Opened
 from apt.engine.prepare import Notice
 from apt.engine.prune_model import Pruning
-from apt.engine.recipes import augmentation_of, for_samples, grid_of, recipe_of
+from apt.engine.recipes import (
+    augmentation_of,
+    for_samples,
+    grid_of,
+    norm_tuning_of,
+    prefers_own_text,
+    recipe_of,
+)
 from apt.errors import AptError, name_of
 from apt.options import FitRun, PruneOptions, PruneRun, SampleOptions, SolveOptions
 from apt.patterns import Pattern, Unstructured, keeps_all
@@ -22,15 +29,23 @@ from apt.planning.plan import Plan, Selection, check_rounding, make_plan, tell_i
 from apt.plugin.registry import registry
 from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
-from apt.recovery.norm_tuning import NormTuning
 from apt.text.augmentation import Augmentation
 from apt.text.self_generated import writes
 
 
 def settings(
-    opened: Opened, run: SampleOptions, options: SolveOptions, method: MethodSpec, notice: Notice
+    opened: Opened,
+    run: SampleOptions,
+    options: SolveOptions,
+    method: MethodSpec,
+    notice: Notice,
+    *,
+    generates: bool = False,
 ) -> tuple[Recipe, Augmentation]:
     """The settings of the loop over blocks, with all defaults filled in.
+
+    Args:
+        generates: see `apt.engine.recipes.augmentation_of`.
 
     Raises:
         AptError: the method does not use an option.
@@ -40,7 +55,8 @@ def settings(
     options.check_used(method, catalog.specs.values(), "method")
     if not opened.reads.windows:
         options = for_samples(options, method)
-    recipe, augmentation = recipe_of(options, method), augmentation_of(options, method, run.samples)
+    recipe = recipe_of(options, method)
+    augmentation = augmentation_of(options, method, run.samples, run.seqlen, generates=generates)
     if not opened.reads.windows:
         return recipe, _without_own_text(opened, options, augmentation)
     if options.own_samples is not None or not augmentation.own_samples or writes(opened.module):
@@ -87,11 +103,14 @@ def sparse_pruning(
         AptError: the method does not use an option, or the pattern does not fit the model.
     """
     spec, function = _method(method)
-    options = run
-    if keeps_all(pattern):  # tuning and random tokens compensate for pruned weights
+    options, generates = run, prefers_own_text(run, opened)
+    if keeps_all(pattern):  # tuning and more samples compensate for pruned weights
         epochs, copies = run.tuning_epochs or 0, run.random_tokens or 0
-        options = replace(run, tuning_epochs=epochs, random_tokens=copies)
-    recipe, augmentation = settings(opened, run, options, spec, notice)
+        options = replace(
+            run, tuning_epochs=epochs, random_tokens=copies, norm_epochs=run.norm_epochs or 0
+        )
+        generates = False
+    recipe, augmentation = settings(opened, run, options, spec, notice, generates=generates)
     model, adapter = opened.module, opened.adapter
     grid = grid_of(run)
     plan = make_plan(model, adapter, pattern, selection, spec.per, run.also, grid)
@@ -107,7 +126,7 @@ def sparse_pruning(
         allocation = default_allocation(pattern, error_aware=aware)
         if allocation != UNIFORM:
             notice(f"allocation: {allocation} (default)")
-    allocation_pair, norms = _allocation(allocation, plan), _norm_tuning(run, opened)
+    allocation_pair, norms = _allocation(allocation, plan), norm_tuning_of(options, spec, opened)
     return spec, Pruning(
         adapter, plan, function, recipe, augmentation, allocation_pair, norms=norms, seed=run.seed
     )
@@ -130,20 +149,6 @@ def fit_job(skeleton: Opened, options: FitRun, notice: Notice, *, zeros: bool = 
         recipe = replace(recipe, row_importance=None)
     plan = make_plan(skeleton.module, skeleton.adapter, Unstructured(0.0), per=spec.per)
     return Pruning(skeleton.adapter, plan, spec.load(), recipe, augmentation, seed=options.seed)
-
-
-def _norm_tuning(options: PruneOptions, opened: Opened) -> NormTuning | None:
-    """The training of norms and biases at the end.
-
-    Raises:
-        AptError: the model is no decoder of text.
-    """
-    if not options.norm_epochs:
-        return None
-    if not opened.reads.windows:
-        message = f"norm epochs has no effect on {type(opened.module).__name__}"
-        raise AptError(message, "leave it out: it is for decoders of text", ("norm_epochs",))
-    return NormTuning(options.norm_epochs)
 
 
 def _check_effects(options: PruneOptions, recipe: Recipe, plan: Plan) -> None:

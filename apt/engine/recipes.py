@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from apt.calibration.targets import Targets
+from apt.checkpoints.opened import Opened
 from apt.errors import AptError
 from apt.options import (
     DAMPING,
@@ -16,16 +17,22 @@ from apt.options import (
     SHRINK_TUNING_RATE,
     Preset,
     PruneOptions,
+    PruneRun,
+    SampleOptions,
     SolveOptions,
 )
 from apt.options.prune import QUANTISE_AFTER
 from apt.patterns import Grid, IntegerGrid
 from apt.plugin.specs import MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Recipe
+from apt.recovery.norm_tuning import NormTuning
 from apt.solver import SolverOptions
 from apt.text.augmentation import Augmentation, RandomTokens
+from apt.text.self_generated import writes
 from apt.tuning.block_tuning import BlockTuning
 from apt.tuning.row_importance import RowImportance
+
+_OWN_TOKENS = 2**13  # of own text, with the default effort
 
 T = TypeVar("T")
 P = TypeVar("P", bound=SolveOptions)
@@ -75,16 +82,52 @@ def for_samples(options: P, method: MethodSpec) -> P:
     return replace(options, **{n: _or_default(given[n], value) for n, value in defaults.items()})
 
 
-def augmentation_of(options: SolveOptions, method: MethodSpec, samples: int) -> Augmentation:
-    """The augmentation of ``samples`` calibration samples."""
+def augmentation_of(
+    options: SolveOptions, method: MethodSpec, samples: int, seqlen: int, *, generates: bool = False
+) -> Augmentation:
+    """The augmentation of ``samples`` calibration samples of ``seqlen`` tokens.
+
+    Args:
+        generates: False if random tokens are preferred to own text, see `prefers_own_text`.
+    """
     preset = _preset(options, method)
-    copies = _or_default(options.random_tokens, preset.random_tokens)
+    own_samples = math.ceil(preset.own_samples * samples)
+    if preset.random_tokens:
+        own_samples = min(own_samples, max(1, _OWN_TOKENS // seqlen)) if generates else 0
+    own_samples = _or_default(options.own_samples, own_samples)
+    copies = _or_default(options.random_tokens, 0.0 if own_samples else preset.random_tokens)
     if options.random_tokens is None and isinstance(method, ShrinkMethodSpec):
         copies = max(copies, method.random_tokens)
-    return Augmentation(
-        _or_default(options.own_samples, math.ceil(preset.own_samples * samples)),
-        RandomTokens(copies=copies) if copies else None,
-    )
+    return Augmentation(own_samples, RandomTokens(copies=copies) if copies else None)
+
+
+def prefers_own_text(run: SampleOptions, opened: Opened) -> bool:
+    """True if a run with the default effort generates text in place of random tokens.
+
+    A streamed run reads the whole model for each token of a batch of generated samples.
+    """
+    in_memory = isinstance(run, PruneRun) and not (run.stream or run.resume)
+    return in_memory and opened.reads.windows and writes(opened.module)
+
+
+def norm_tuning_of(run: PruneRun, method: MethodSpec, opened: Opened) -> NormTuning | None:
+    """The training of norms and biases at the end; None for none.
+
+    A run of a given time trains all weights at the end. With ``only``, the user has chosen what
+    changes.
+
+    Raises:
+        AptError: the model is no decoder of text.
+    """
+    if run.norm_epochs and not opened.reads.windows:
+        message = f"norm epochs has no effect on {type(opened.module).__name__}"
+        raise AptError(message, "leave it out: it is for decoders of text", ("norm_epochs",))
+    excluded = run.stream or run.resume or run.only or run.minutes is not None
+    has_vectors = any(parameter.ndim == 1 for parameter in opened.module.parameters())
+    trains = opened.reads.windows and has_vectors and not excluded
+    default = _preset(run, method).norm_epochs if trains else 0
+    epochs = _or_default(run.norm_epochs, default)
+    return NormTuning(epochs) if epochs else None
 
 
 def is_aware(options: SolveOptions, method: MethodSpec) -> bool:

@@ -44,24 +44,28 @@ class Preset:
     """The defaults of an effort, in an error-aware run of a method with a mask search.
 
     Attributes:
-        tuning_epochs, tuning_rate, tuning_tokens, random_tokens: see `PruneOptions`.
+        tuning_epochs, tuning_rate, tuning_tokens: see `PruneOptions`.
         own_samples: the number of generated samples for each given sample.
+        random_tokens: see `PruneOptions`; for runs that generate no text.
+        norm_epochs: see `PruneOptions`; for decoders of text in memory that lose weights.
     """
 
     tuning_epochs: int
     tuning_rate: float
     tuning_tokens: int
-    random_tokens: float
     own_samples: float
+    random_tokens: float
+    norm_epochs: int
 
 
 PRESETS: dict[Effort, Preset] = {
-    "fast": Preset(0, 0.0, 0, random_tokens=0.0, own_samples=0.0),
-    "default": Preset(1, 0.05, 3 * 2**12, random_tokens=0.25, own_samples=0.0),
-    "best": Preset(8, 0.025, 0, random_tokens=0.0, own_samples=0.25),
+    "fast": Preset(0, 0.0, 0, own_samples=0.0, random_tokens=0.0, norm_epochs=0),
+    "default": Preset(1, 0.05, 3 * 2**11, own_samples=0.25, random_tokens=0.25, norm_epochs=1),
+    "best": Preset(8, 0.025, 0, own_samples=0.25, random_tokens=0.0, norm_epochs=1),
 }
-"""The presets by effort. The cost of the tuning of ``default`` does not grow with the number of
-tokens. Own samples improve the result more than random tokens do, but cost more."""
+"""The presets by effort. The costs of tuning and of own text of ``default`` do not grow with the
+number of tokens. Own samples improve the result more than random tokens do. But in a streamed run
+each of their tokens reads the whole model, so that its default is random tokens."""
 
 
 @options
@@ -69,8 +73,9 @@ class SolveOptions(ComputeOptions):
     """The options of the loop over blocks, for a sparse and for a smaller model."""
 
     own_samples: int | None = option(
-        "Samples that the model generates, beside --samples. By default a fourth of "
-        "--samples with --effort best, else 0.",
+        "Samples that the model generates, beside --samples. By default a fourth of --samples "
+        "with --effort best, and with the default effort in memory, of at most 8192 tokens; "
+        "else 0.",
         default=None, panel=TEXT, metavar="N", within="[0, ∞)",
     )  # fmt: skip
     random_tokens: float | None = option(
@@ -160,10 +165,11 @@ class PruneOptions(IntegerOptions, SolveOptions):
         default=None, panel=ACCURACY, flag="--permute/--no-permute", used_if="sparse",
         needs_in_run="error_aware",
     )  # fmt: skip
-    norm_epochs: int = option(
+    norm_epochs: int | None = option(
         "Passes over other calibration text that train the norms and biases at the end, towards "
-        "the outputs of the dense model; for decoders of text in memory.",
-        default=0, panel=ACCURACY, metavar="N", within="[0, 1000]", used_if="sparse",
+        "the outputs of the dense model; for decoders of text in memory. By default 1 in "
+        "error-aware runs of the default method, except with --only or --effort fast.",
+        default=None, panel=ACCURACY, metavar="N", within="[0, 1000]", used_if="sparse",
         meaning="it is a number of passes, such as 1",
     )  # fmt: skip
     block_size: int | None = option(

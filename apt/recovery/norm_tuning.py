@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
-from apt.compute import mixed_precision, round_parameter
+from apt.compute import if_it_runs, mixed_precision, round_parameter
 from apt.errors import AptError
 from apt.recovery.teacher import divergence
 
 _TOP = 64  # logits of the dense model that are kept for each token
-_LEAST_STEP = 512  # tokens of a step
+TOKEN_BYTES = _TOP * (4 + 2)
+"""The bytes of the kept outputs for each token."""
+STEP_TOKENS = 512
+"""The tokens of a step, at least."""
 _MEASURED_SHARE, _MOST_MEASURED = 8, 4  # one of eight samples is not trained on, and at most four
 _WARM_UP = 0.03  # of the steps
 
@@ -94,7 +97,7 @@ class DenseOutputs:
             progress: called after each sample.
         """
         found = list[tuple[Tensor, Tensor]]()
-        with eval_mode(model), adapter.running(model), _precision(model, compute):
+        with eval_mode(model), adapter.running(model), _precision(model, compute, samples[0]):
             for sample in samples:
                 logs = _logits(model, sample[None])[0].float().log_softmax(-1)
                 values, tokens = logs.topk(min(_TOP, logs.shape[-1]))
@@ -154,7 +157,7 @@ def tune_norms(
         parts = [float(outputs.divergence(model, [row])) for row in measured]
         return math.fsum(parts) / len(parts)
 
-    with eval_mode(model), adapter.running(model), _precision(model, compute):
+    with eval_mode(model), adapter.running(model), _precision(model, compute, outputs.samples[0]):
         before = measure()
         try:
             with _gradients_of(model, vectors):
@@ -228,7 +231,7 @@ def _train(
     progress: Callable[[], None],
 ) -> None:
     """Train the vectors on some samples."""
-    size = math.ceil(_LEAST_STEP / outputs.samples.shape[1])
+    size = math.ceil(STEP_TOKENS / outputs.samples.shape[1])
     steps = [rows[i : i + size] for i in range(0, len(rows), size)] * tuning.epochs
     warm_up = math.ceil(_WARM_UP * len(steps))
 
@@ -261,6 +264,7 @@ def _logits(model: nn.Module, samples: Tensor) -> Tensor:
     return logits
 
 
-def _precision(model: nn.Module, compute: str) -> torch.autocast:
-    """The precision of the products."""
-    return mixed_precision(model.parameters(), compute, cache=False)
+def _precision(model: nn.Module, compute: str, sample: Tensor) -> torch.autocast:
+    """The precision of the products. Some models do not run in mixed precision."""
+    mixed = mixed_precision(model.parameters(), compute, cache=False)
+    return if_it_runs(mixed, lambda: _logits(model, sample[None]))

@@ -98,11 +98,19 @@ class Augmentation:
         *,
         bos: int | None = None,
         special: Collection[int] | None = None,
+        compute: str = "float32",
     ) -> Tensor:
-        """``tokens`` (samples, seqlen) and generated samples, in an order drawn by ``seed``."""
+        """``tokens`` (samples, seqlen) and generated samples, in an order drawn by ``seed``.
+
+        Args:
+            bos, special, compute: see `apt.text.self_generated.own_text`.
+        """
         if not self.own_samples:
             return tokens
-        own = own_text(model, self.own_samples, tokens.shape[1], seed, bos=bos, special=special)
+        own = own_text(
+            model, self.own_samples, tokens.shape[1], seed, bos=bos, special=special,
+            compute=compute,
+        )  # fmt: skip
         return mixed(tokens, own, seed)
 
     def with_random_tokens(

@@ -55,8 +55,9 @@ def sharded(tmp_path, tokenizer):
      *((name, "default") for name in CONFIGS if name == "jamba")],
 )  # fmt: skip
 def test_streamed_run_writes_the_weights_of_a_run_in_memory(variant, effort, checkpoint, apt):
-    model = checkpoint(variant)
-    for name, options in (("memory", []), ("disk", ["--stream"])):
+    """The defaults of a streamed run are no own text and no norm tuning."""
+    model, of_streamed = checkpoint(variant), ["--own-samples", 0, "--norm-epochs", 0]
+    for name, options in (("memory", of_streamed), ("disk", ["--stream"])):
         result = apt("prune", model, *SMALL, "--effort", effort, "-o", name, *options)
         assert result.code == 0, result.err
     memory, disk = (Shards(Path(name)) for name in ("memory", "disk"))

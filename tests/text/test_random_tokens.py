@@ -54,8 +54,10 @@ def test_share_0_gives_unchanged_copies():
 
 
 @pytest.mark.parametrize("variant", FAMILIES.values())
-def test_default_run_of_every_family_uses_random_tokens(variant):
-    report = library.prune(random_model(variant), random_tokens(6, 32), pattern="2:4")
+def test_default_run_without_own_text_uses_random_tokens(variant):
+    options = library.PruneOptions(own_samples=0)
+    model, tokens = random_model(variant), random_tokens(6, 32)
+    report = library.prune(model, tokens, pattern="2:4", options=options)
     assert {site.tokens for site in report.sites if ".experts." not in site.name} == {8 * 32}
     assert report.options["random_tokens"] == 0.25
     assert report.calibration["shape"] == [6, 32]
@@ -73,4 +75,4 @@ def test_default_run_of_every_family_uses_random_tokens(variant):
 )
 def test_random_tokens_are_the_default_of_error_aware_admm_runs(method, effort, aware, expected):
     spec, options = registry().methods.get(method), PruneOptions(effort=effort, error_aware=aware)
-    assert augmentation_of(options, spec, 6).random_tokens == expected
+    assert augmentation_of(options, spec, 6, 32).random_tokens == expected

@@ -8,8 +8,9 @@ import torch
 
 import apt as library
 from apt.evaluation.metrics import perplexity
+from apt.text import self_generated
 from apt.text.sampling import mixed
-from apt.text.self_generated import beside_given
+from apt.text.self_generated import _Sampling, beside_given
 from tests.helpers import TEXT
 from tests.helpers.families import FAMILIES, random_model, zoo_model
 
@@ -77,7 +78,8 @@ def test_pruning_on_own_text_beats_pruning_on_noise():
 @pytest.mark.parametrize(
     ("options", "own", "shape"),
     [
-        (("--samples", 6), 0, [6, 32]),
+        (("--samples", 6), 2, [8, 32]),
+        (("--samples", 6, "--stream"), 0, [6, 32]),
         (("--samples", 6, "--effort", "best"), 2, [8, 32]),
         (("--samples", 6, "--effort", "best", "--own-samples", 0), 0, [6, 32]),
         (("--samples", 6, "--effort", "best", "--layer-wise"), 0, [6, 32]),
@@ -144,6 +146,30 @@ def test_own_text_tolerates_nan_logits():
     model = random_model("llama")
     model.get_output_embeddings().weight.data[3] = torch.nan
     assert library.own_text(model, 2, 16).shape == (2, 16)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    """40,000 draws: each share is within four standard deviations of its probability."""
+    logits = torch.tensor([0.0, -torch.inf, 2.0, 1.0, torch.nan])
+    count = 40_000
+    chosen = _Sampling(0)(torch.zeros(count, 1), logits.expand(count, -1)).argmax(-1)
+    expected = logits.nan_to_num(0.0, neginf=-torch.inf).softmax(-1)
+    shares = torch.bincount(chosen, minlength=5) / count
+    deviations = (expected * (1 - expected) / count).sqrt()
+    assert shares[1] == 0
+    assert bool(((shares - expected).abs() <= 4 * deviations).all())
+
+
+def test_own_text_in_bf16_is_that_of_a_model_whose_weights_are_read_again(monkeypatch):
+    """A streamed run keeps no copies of the weights in bf16, and generates the same text."""
+    model = random_model("llama")
+    text = library.own_text(model, 2, 16, compute="bfloat16")
+    assert not torch.equal(text, library.own_text(model, 2, 16, compute="float32"))
+    mixed = self_generated.mixed_precision
+    monkeypatch.setattr(
+        self_generated, "mixed_precision", lambda *given, cache: mixed(*given, cache=False)
+    )
+    assert torch.equal(library.own_text(model, 2, 16, compute="bfloat16"), text)
 
 
 def test_streamed_run_adds_own_samples(apt, command):

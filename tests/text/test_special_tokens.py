@@ -138,7 +138,7 @@ def test_eval_takes_the_bos_token_of_the_given_tokenizer(checkpoint, with_bos, a
 
 
 def test_library_with_a_tokenizer_gives_the_weights_of_the_command(with_bos, beginning, apt):
-    result = apt("prune", with_bos, "--pattern", "2:4", *COMMAND, "-o", "out")
+    result = apt("prune", with_bos, "--pattern", "2:4", *COMMAND, "--norm-epochs", 0, "-o", "out")
     assert result.code == 0, result.err
     model = load(open_skeleton(find(str(with_bos), registry()), registry())).module
     tokens = calibration_tokens(beginning(), [TEXT.read_text()], 4, SEQLEN, 0, "x", BOS)
@@ -205,5 +205,6 @@ def test_library_runs_draw_no_token_of_the_configurations(monkeypatch):
     assert named_ids(model) == (0, 7)
     seen = []
     monkeypatch.setattr("apt.text.augmentation.drawn", spy(seen))
-    library.prune(model, random_tokens(), pattern="2:4")
+    options = library.PruneOptions(own_samples=0)
+    library.prune(model, random_tokens(), pattern="2:4", options=options)
     assert seen == [(0, 7)]
