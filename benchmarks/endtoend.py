@@ -3,7 +3,8 @@
 The bound is the time of the necessary operations of a mode on the given samples. Layer-wise, these
 are two forwards of the samples through the blocks and one Gram product for each distinct input.
 Error-aware, they are three forwards, the Gram products, and one cross product for each input. A run
-of default effort has more samples, since it adds copies with random tokens::
+of default effort has more samples, since it generates text. The training of norms at its end is not
+counted::
 
     python benchmarks/endtoend.py --samples 32 --seqlen 512 --json out/endtoend.json
 
@@ -92,10 +93,12 @@ def run(
     pruned, spec = copy.deepcopy(module), registry().methods.get("admm")
     plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
     options = PruneOptions(effort=effort, error_aware=aware)  # type: ignore[arg-type]
-    augmentation = augmentation_of(options, spec, len(tokens))
+    augmentation = augmentation_of(options, spec, *tokens.shape, generates=True)
+    recipe = recipe_of(options, spec)
     started = time.perf_counter()
-    tokens = augmentation.with_random_tokens(pruned, augmentation.with_own_text(pruned, tokens))
-    job = BlockPruning(model.adapter, plan, spec.load(), recipe_of(options, spec))
+    tokens = augmentation.with_own_text(pruned, tokens, compute=recipe.compute)
+    tokens = augmentation.with_random_tokens(pruned, tokens)
+    job = BlockPruning(model.adapter, plan, spec.load(), recipe)
     done = prune_blocks(BlockStore(pruned), job, tokens)
     seconds = time.perf_counter() - started
     return seconds, sum(site.seconds for site in done if isinstance(site, SitePruned))
