@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apt.engine.api import (
         calibration_tokens,
         evaluation_tokens,
+        other_tokens,
         prune,
         prune_copy,
         recover,
@@ -47,15 +48,16 @@ if TYPE_CHECKING:
 __all__ = [
     "AptError", "FitRun", "KeepZeros", "PruneOptions", "PruneRun", "Ranks", "ReapplyRun",
     "RecoverOptions", "RecoverRun", "Report", "Samples", "Selection", "ShrinkOptions", "ShrinkRun",
-    "__version__", "accuracy", "calibration_tokens", "evaluation_tokens", "keep_zeros", "own_text",
-    "perplexity", "prune", "prune_copy", "recover", "run", "shrink",
+    "__version__", "accuracy", "calibration_tokens", "evaluation_tokens", "keep_zeros",
+    "other_tokens", "own_text", "perplexity", "prune", "prune_copy", "recover", "run", "shrink",
 ]  # fmt: skip
 __version__ = "0.1.0"
 __getattr__ = lazy_names(__name__, {
     "apt.adapter.samples": ("Samples",),
     "apt.distributed.ranks": ("Ranks",),
     "apt.engine.api": (
-        "calibration_tokens", "evaluation_tokens", "prune", "prune_copy", "recover", "shrink",
+        "calibration_tokens", "evaluation_tokens", "other_tokens", "prune", "prune_copy",
+        "recover", "shrink",
     ),
     "apt.engine.keep_zeros": ("KeepZeros", "keep_zeros"),
     "apt.engine.run": ("run",),

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import FORTUNES, calibration_and_texts, known_rows, open_model, save
+from common import FORTUNES, calibration_and_texts, known_rows, open_model, other_windows, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -93,7 +93,13 @@ def allocation_of(name: str, pattern: str) -> Callable[..., dict[str, float]]:
 
 
 def prune(
-    model: Opened, name: str, pattern: str, tokens: Tensor, tokenizer: Any, seed: int = 0
+    model: Opened,
+    name: str,
+    pattern: str,
+    tokens: Tensor,
+    others: Tensor,
+    tokenizer: Any,
+    seed: int = 0,
 ) -> tuple[nn.Module, Row]:
     """A pruned copy, with its layer error and times."""
     method, options, allocation = read_method(name)
@@ -108,6 +114,7 @@ def prune(
         options=options,
         tokenizer=tokenizer,
         seed=seed,
+        other_tokens=others,
         allocation=allocation_of(allocation, pattern) if computed else allocation,
     )
     return module, {
@@ -128,6 +135,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
         allocation_of.cache_clear()
         given = argparse.Namespace(**{**vars(options), "seed": seed})
         tokens, held_out = calibration_and_texts(given, tokenizer)
+        others = other_windows(given, tokenizer)
         for method, pattern in [("dense", ""), *runs] if seed == seeds[0] else runs:
             row: Row = {"method": method, "pattern": pattern, "seed": seed}
             if key(row) in measured:
@@ -135,7 +143,7 @@ def measure(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
                 continue
             module = model.module
             if method != "dense":
-                module, found = prune(model, method, pattern, tokens, tokenizer, seed or 0)
+                module, found = prune(model, method, pattern, tokens, others, tokenizer, seed or 0)
                 row |= found
             with model.adapter.running(module):
                 row |= {name: perplexity(module, text) for name, text in held_out.items()}

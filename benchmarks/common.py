@@ -30,7 +30,7 @@ from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.checkpoints.opened import Opened
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from apt.text.datasets import calibration_tokens, documents, tokenize, windows
+from apt.text.datasets import calibration_tokens, documents, held_back_tokens, tokenize, windows
 
 COMMIT = "APT_BENCHMARK_COMMIT"  # the variable in which a suite states the commit
 ROW_OPTIONS = {
@@ -143,6 +143,23 @@ def calibration_and_texts(options: Namespace, tokenizer: Any) -> tuple[Tensor, d
         name: sample(tokenizer, text, options.eval_samples, options.seqlen, options.skip)
         for name, text in held_out.items()
     }
+
+
+def other_windows(options: Namespace, tokenizer: Any) -> Tensor:
+    """Calibration windows (windows, seqlen) that are not in `calibration_and_texts`.
+
+    Norms and biases are trained on them.
+
+    Args:
+        options: as in `calibration_and_texts`.
+    """
+    texts, size = wiki()[0], (options.samples, options.seqlen)
+    if options.text:
+        texts = list(documents(options.text, "calibration", registry()))
+    if (seed := getattr(options, "seed", None)) is not None:
+        return held_back_tokens(tokenizer, texts, *size, seed, "the text", share=1)
+    found = tokenize(tokenizer, texts, 2 * options.samples * options.seqlen)
+    return windows(found, options.samples, options.seqlen, "the text")[options.samples :]
 
 
 def known_rows(options: Namespace) -> list[dict[str, Any]]:

@@ -3,8 +3,7 @@
 The bound is the time of the necessary operations of a mode on the given samples. Layer-wise, these
 are two forwards of the samples through the blocks and one Gram product for each distinct input.
 Error-aware, they are three forwards, the Gram products, and one cross product for each input. A run
-of default effort has more samples, since it generates text. The training of norms at its end is not
-counted::
+of default effort does more: it generates text, tunes the blocks, and trains the norms at the end::
 
     python benchmarks/endtoend.py --samples 32 --seqlen 512 --json out/endtoend.json
 
@@ -12,7 +11,7 @@ counted::
 """
 
 import argparse
-import copy
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +23,13 @@ from common import open_model, sample, save, wiki
 from rich.console import Console
 from torch import Tensor, nn
 
+from apt import prune_copy
 from apt.adapter import Site
 from apt.calibration.batches import enter
 from apt.checkpoints.opened import Opened
-from apt.engine.recipes import augmentation_of, recipe_of
-from apt.events import SitePruned
-from apt.options import PruneOptions
+from apt.options import PRESETS, PruneOptions
 from apt.output.report import peak_memory
-from apt.planning.plan import make_plan
-from apt.plugin.registry import registry
-from apt.pruning.block_store import BlockStore
-from apt.pruning.layer import BlockPruning
-from apt.pruning.pipeline import prune_blocks
-from apt.solver import Gram, parse_pattern
+from apt.solver import Gram
 
 MODES = {"layer-wise": False, "error-aware": True}
 
@@ -87,33 +80,33 @@ def limit(model: Opened, module: nn.Module, tokens: Tensor) -> dict[str, float]:
 
 
 def run(
-    model: Opened, module: nn.Module, tokens: Tensor, pattern: str, effort: str, aware: bool
+    model: Opened, tokens: Tensor, others: Tensor | None, pattern: str, effort: str, aware: bool
 ) -> tuple[float, float]:
-    """The seconds of a whole run, and of its solves."""
-    pruned, spec = copy.deepcopy(module), registry().methods.get("admm")
-    plan = make_plan(pruned, model.adapter, parse_pattern(pattern), per=spec.per)
+    """The seconds of a whole run, and of its solves. Without ``others`` no norms are trained."""
     options = PruneOptions(effort=effort, error_aware=aware)  # type: ignore[arg-type]
-    augmentation = augmentation_of(options, spec, *tokens.shape, generates=True)
-    recipe = recipe_of(options, spec)
     started = time.perf_counter()
-    tokens = augmentation.with_own_text(pruned, tokens, compute=recipe.compute)
-    tokens = augmentation.with_random_tokens(pruned, tokens)
-    job = BlockPruning(model.adapter, plan, spec.load(), recipe)
-    done = prune_blocks(BlockStore(pruned), job, tokens)
-    seconds = time.perf_counter() - started
-    return seconds, sum(site.seconds for site in done if isinstance(site, SitePruned))
+    _, report = prune_copy(
+        model.module, tokens, pattern=pattern, adapter=model.spec.name, options=options,
+        other_tokens=others,
+    )  # fmt: skip
+    return time.perf_counter() - started, sum(site.seconds for site in report.sites)
+
+
+def texts(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """The calibration samples, and as many other windows (samples, seqlen)."""
+    both = sample(tokenizer, wiki()[0], 2 * options.samples, options.seqlen)
+    return both[: options.samples], both[options.samples :]
 
 
 def against_limit(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each mode and effort."""
     model, tokenizer = open_model(options.model)
-    tokens = sample(tokenizer, wiki()[0], options.samples, options.seqlen)
     with cut(model, options.blocks):
-        yield from _against_limit(options, model, tokens)
+        yield from _against_limit(options, model, *texts(options, tokenizer))
 
 
 def _against_limit(
-    options: argparse.Namespace, model: Opened, tokens: Tensor
+    options: argparse.Namespace, model: Opened, tokens: Tensor, others: Tensor
 ) -> Iterator[dict[str, Any]]:
     parts = limit(model, model.module, tokens)
     limits = {
@@ -123,11 +116,15 @@ def _against_limit(
     yield {"tokens": tokens.numel(), **parts}
     for mode in options.modes:
         aware = MODES[mode]
-        for effort in options.efforts:
-            seconds, solve = run(model, model.module, tokens, options.pattern, effort, aware)
+        for effort, norms in itertools.product(options.efforts, (False, True)):
+            if norms and not (aware and PRESETS[effort].norm_epochs):
+                continue
+            text = others if norms else None
+            seconds, solve = run(model, tokens, text, options.pattern, effort, aware)
             yield {
                 "mode": mode,
                 "effort": effort,
+                "norms": norms,
                 "seconds": seconds,
                 "solve": solve,
                 "limit": limits[aware],
@@ -139,12 +136,13 @@ def _against_limit(
 def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The seconds of default runs with 1, 2 and 4 times as many blocks, then as many tokens."""
     model, tokenizer = open_model(options.model)
-    tokens = sample(tokenizer, wiki()[0], options.samples, options.seqlen)
+    tokens, others = texts(options, tokenizer)
     names = model.adapter.blocks(model.module)
     for blocks in (len(names) // 4, len(names) // 2, len(names)):
-        yield _scaled(model, tokens[: options.samples // 4], blocks, options.pattern)
+        yield _scaled(model, tokens, others, options.samples // 4, blocks, options.pattern)
     for share in (2, 1):
-        yield _scaled(model, tokens[: options.samples // share], len(names) // 4, options.pattern)
+        count = options.samples // share
+        yield _scaled(model, tokens, others, count, len(names) // 4, options.pattern)
 
 
 @contextmanager
@@ -160,10 +158,13 @@ def cut(model: Opened, blocks: int | None) -> Iterator[None]:
         setattr(model.module.get_submodule(parent), leaf, whole)
 
 
-def _scaled(model: Opened, tokens: Tensor, blocks: int, pattern: str) -> dict[str, Any]:
-    """A run of the model cut to its first blocks."""
+def _scaled(
+    model: Opened, tokens: Tensor, others: Tensor, samples: int, blocks: int, pattern: str
+) -> dict[str, Any]:
+    """A run with the first samples of the model cut to its first blocks."""
+    tokens, others = tokens[:samples], others[:samples]
     with cut(model, blocks):
-        seconds, solve = run(model, model.module, tokens, pattern, "default", True)
+        seconds, solve = run(model, tokens, others, pattern, "default", True)
     return {
         "blocks": blocks,
         "tokens": tokens.numel(),

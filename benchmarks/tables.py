@@ -264,8 +264,8 @@ def against_limit(rows: Rows) -> str:
     """Seconds of whole runs beside the time of the work that they cannot avoid."""
     header = ["mode", "effort", "limit, s", "seconds", "of the limit", "of these solves"]
     lines = [
-        [r["mode"], r["effort"], f"{r['limit']:.1f}", f"{r['seconds']:.1f}", f"{r['ratio']:.2f}",
-         f"{r['solve']:.1f}"]
+        [r["mode"], r["effort"] + ", with norm tuning" * r.get("norms", False),
+         f"{r['limit']:.1f}", f"{r['seconds']:.1f}", f"{r['ratio']:.2f}", f"{r['solve']:.1f}"]
         for r in rows if "mode" in r
     ]  # fmt: skip
     return table(header, lines)

@@ -2,7 +2,8 @@
 
 import copy
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -40,6 +41,7 @@ from apt.plugin.registry import registry
 from apt.plugin.specs import RecoverySpec
 from apt.pruning.layer import Method
 from apt.recovery.job import RecoveryJob
+from apt.recovery.norm_tuning import NormTuning
 from apt.recovery.record import Training
 from apt.recovery.recover import forget, recover_model
 from apt.recovery.trainable import Recovery
@@ -67,6 +69,7 @@ class PruneArguments(TypedDict, total=False):
     options: PruneOptions | None
     allocation: str | Allocation | None
     also: Sequence[str]
+    other_tokens: Tensor | None
     tokenizer: Any
     seed: int
     activations: Activations
@@ -106,6 +109,7 @@ def prune(
     options: PruneOptions | None = None,
     allocation: str | Allocation | None = None,
     also: Sequence[str] = (),
+    other_tokens: Tensor | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     activations: Activations = "memory",
@@ -132,6 +136,11 @@ def prune(
             an error-aware run of the default method, unless the pattern has a ``per``; otherwise
             every site has the same sparsity.
         also: kinds of parameters to prune beside the Linears, by their names in the adapter.
+        other_tokens: windows (windows, seqlen) of the calibration text that are not in ``tokens``,
+            see `apt.other_tokens`. With them, the default effort trains the norms and biases at
+            the end, as ``apt-prune prune`` does, which lowers the error. At most as many windows as
+            samples are used; where there are fewer, samples are added. None trains norms and biases
+            only if ``options.norm_epochs`` says so, on ``tokens``.
         tokenizer: the model's tokenizer, for the special tokens; by default its config has them.
         seed: the seed for the text that the model generates.
         activations: the place of the calibration activations: ``"memory"`` (with the model) or
@@ -153,10 +162,11 @@ def prune(
     options.check()
     check_seed(seed)
     of_tokens = {"samples": len(tokens), "seqlen": tokens.shape[1]}
-    no_other_text = {"norm_epochs": options.norm_epochs or 0}
+    norm_epochs = (options.norm_epochs or 0) if other_tokens is None else options.norm_epochs
     run = PruneRun(
-        **vars(options) | of_tokens | no_other_text | {"seed": seed, "also": tuple(also)}
-    )
+        **vars(options) | of_tokens
+        | {"norm_epochs": norm_epochs, "seed": seed, "also": tuple(also)}
+    )  # fmt: skip
     spec, job = sparse_pruning(store.opened, run, pattern, selection, method, allocation, _ignore)
     record = {
         "pattern": str(pattern), "per": job.plan.per, "method": spec.name,
@@ -164,7 +174,7 @@ def prune(
         "activations": activations, "norm_epochs": job.norms.epochs if job.norms else 0,
         **selection.record(),
     }  # fmt: skip
-    return store.prune(tokens, job, tokenizer, record, options.compute)[1]
+    return store.prune(tokens, job, tokenizer, record, options.compute, other_tokens)[1]
 
 
 @default_modes()  # in inference mode a copy would be of inference tensors
@@ -358,16 +368,60 @@ def calibration_tokens(
     Raises:
         AptError: an amount is out of range, or the source cannot be read or has too little text.
     """
+    draw = partial(datasets.calibration_tokens, seqlen=seqlen, seed=seed)
+    return _drawn(tokenizer, source, samples, seqlen, draw, bos=bos)
+
+
+@default_modes()
+@checked
+def other_tokens(
+    tokenizer: Any,
+    source: str = "builtin",
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    seed: int = 0,
+    bos: bool = True,
+) -> Tensor:
+    """Windows that `calibration_tokens` of the same arguments does not draw.
+
+    They are the ``other_tokens`` of `prune`, the same as in ``apt-prune prune``.
+
+    Args:
+        tokenizer, source, samples, seqlen, seed, bos: as in `calibration_tokens`.
+
+    Returns:
+        Token ids (windows, seqlen): as many windows as samples, but at most 32,768 tokens; fewer
+        or none if the text is short.
+
+    Raises:
+        AptError: as in `calibration_tokens`.
+    """
+    share = NormTuning(1).share(samples, seqlen)
+    draw = partial(datasets.held_back_tokens, seqlen=seqlen, seed=seed, share=share)
+    return _drawn(tokenizer, source, samples, seqlen, draw, bos=bos)
+
+
+def _drawn(
+    tokenizer: Any,
+    source: str,
+    samples: int,
+    seqlen: int,
+    draw: Callable[..., Tensor],
+    *,
+    bos: bool,
+) -> Tensor:
+    """Windows (windows, seqlen) of a data source or a mix."""
     check_windows(samples, seqlen)
     check_tokenizer(tokenizer)
     first = bos_of(tokenizer) if bos else None
 
-    def draw(
+    def drawn(
         tokenizer: Any, texts: Iterable[Document], count: int, name: str, bos: int | None
     ) -> Tensor:
-        return datasets.calibration_tokens(tokenizer, texts, count, seqlen, seed, name, bos)
+        return draw(tokenizer, texts, count, source=name, bos=bos)
 
-    return mixed_samples(source, tokenizer, registry(), samples, first, draw).tokens
+    return mixed_samples(source, tokenizer, registry(), samples, first, drawn).tokens
 
 
 @default_modes()

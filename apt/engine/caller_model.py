@@ -73,31 +73,37 @@ class CallerModel(ModelStore):
         tokenizer: Any,
         options: dict[str, Any],
         compute: Compute = "auto",
+        other_tokens: Tensor | None = None,
     ) -> tuple[Plan, Report]:
         """Prune the model, whose tensors keep their dtypes.
 
         Args:
             options: the options of the report, without `apt.PruneOptions`.
             compute: the dtype that the model computes in during the run.
+            other_tokens: windows (windows, seqlen) of the same text as the samples.
         """
+        if other_tokens is not None:
+            _check_other_tokens(self.model, tokens, other_tokens)
         _, block = self.adapter.blocks(self.model)[0]
         stored = self.adapter.sites(block)[0].weight(block).dtype
         self.compute_in(compute, stored, self.device)
         try:
-            plan, report = self._prune(tokens, job, tokenizer, options | {"compute": compute})
+            text = self._text(tokens, other_tokens, tokenizer)
+            plan, report = self._prune(text, job, options | {"compute": compute})
         finally:
             self.restore()
         return plan, report.timed(self.seconds)
 
-    def _prune(
-        self, tokens: Tensor | Samples, job: Pruning, tokenizer: Any, options: dict[str, Any]
-    ) -> tuple[Plan, Report]:
-        text = Text(
+    def _text(self, tokens: Tensor | Samples, other_tokens: Tensor | None, tokenizer: Any) -> Text:
+        return Text(
             tokenizer,
             tokens,
             bos=bos_of(tokenizer) if tokenizer is not None else None,
             special=special_ids(tokenizer) if tokenizer is not None else named_ids(self.model),
+            others=other_tokens,
         )
+
+    def _prune(self, text: Text, job: Pruning, options: dict[str, Any]) -> tuple[Plan, Report]:
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
         name = str(name or type(self.model).__name__)
         report = Report(
@@ -108,7 +114,9 @@ class CallerModel(ModelStore):
                 "source": "", "own_samples": job.augmentation.own_samples, "bos": text.bos
             },
         )  # fmt: skip
-        self.ranks.check_alike(lambda: shared_settings(report.options) | self.shared_inputs(tokens))
+        self.ranks.check_alike(
+            lambda: shared_settings(report.options) | self.shared_inputs(text.tokens)
+        )
         text, plan = decide(self, text, job)
         return plan, prune_model(self, text, replace(job, plan=plan), report)
 
@@ -162,6 +170,25 @@ def _check_inputs(model: nn.Module, adapter: Adapter, tokens: Tensor | Samples) 
     check_ids(tokens)
     check_vocabulary(tokens, model, "these tokens")
     _check_length(model, adapter, tokens)
+
+
+def _check_other_tokens(model: nn.Module, tokens: Tensor | Samples, other_tokens: Tensor) -> None:
+    """Raise if norms and biases cannot be trained on the tokens."""
+    if isinstance(tokens, Samples):
+        message = f"other tokens have no effect on {type(model).__name__}"
+        hint = "leave them out: they are for decoders of text"
+        raise AptError(message, hint, ("other_tokens",))
+    if other_tokens.shape == tokens[:0].shape:  # a short text has no other windows
+        return
+    check_ids(other_tokens, name="other_tokens")
+    check_vocabulary(other_tokens, model, "these other tokens")
+    if other_tokens.shape[1] != tokens.shape[1]:
+        raise AptError(
+            f"other tokens have windows of {other_tokens.shape[1]} tokens, and samples have "
+            f"{tokens.shape[1]}",
+            "give windows as long as the samples",
+            ("other_tokens",),
+        )
 
 
 def _check_length(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:

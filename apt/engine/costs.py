@@ -17,7 +17,7 @@ from apt.adapter.experts import idle_parameters, picked_experts
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.opened import Opened
 from apt.devices import multiplies_bf16
-from apt.engine.recipes import augmentation_of, norm_tuning_of, prefers_own_text, tuning_of
+from apt.engine.recipes import additions_of, tuning_of
 from apt.options import Effort, MachineName, PruneRun, ShrinkRun
 from apt.output.report import peak_memory
 from apt.planning.plan import Plan, PlannedBlock
@@ -186,13 +186,7 @@ class PlannedRun:
     def steps(self, effort: Effort) -> dict[str, Work]:
         """The work of each step of an error-aware run of the default method."""
         options, method = replace(self.options, effort=effort), registry().default_method()
-        augmentation = augmentation_of(
-            options, method, options.samples, options.seqlen,
-            generates=prefers_own_text(options, self.skeleton),
-        )  # fmt: skip
-        norms = None
-        if isinstance(options, PruneRun):
-            norms = norm_tuning_of(options, method, self.skeleton)
+        augmentation, norms = additions_of(options, method, self.skeleton)
         run = replace(self, options=options, augmentation=augmentation, norms=norms)
         work_by_step = {"own text": _own_text(run)}
         for block in self.plan.blocks:

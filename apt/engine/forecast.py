@@ -9,7 +9,7 @@ from apt.engine.in_memory import InMemory
 from apt.engine.machine import choose_device
 from apt.engine.opening import pattern_of, selection_of
 from apt.engine.prepare import Notice, capped, tower_in
-from apt.engine.recipes import augmentation_of, norm_tuning_of, prefers_own_text
+from apt.engine.recipes import additions_of
 from apt.engine.streamed import Streamed
 from apt.events import Status
 from apt.locations.model_source import Source
@@ -71,12 +71,8 @@ def default_forecast(
     options = PruneRun(
         samples=run.samples, seqlen=seqlen, stream=run.stream, activations=run.activations
     )
-    samples = augmentation_of(
-        options, registry.default_method(), run.samples, seqlen,
-        generates=prefers_own_text(options, skeleton),
-    )  # fmt: skip
-    norms = norm_tuning_of(options, registry.default_method(), skeleton)
+    augmentation, norms = additions_of(options, registry.default_method(), skeleton)
     return PlannedRun(
-        skeleton, plan, options, samples, device, norms=norms, allocated=allocated,
+        skeleton, plan, options, augmentation, device, norms=norms, allocated=allocated,
         efforts=EFFORTS, on=run.on,
     )  # fmt: skip

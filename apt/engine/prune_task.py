@@ -105,7 +105,7 @@ class CalibratedTask(Task):
                 "may lose what only conversations use; add some, such as builtin:chat"
             )
         if self.job.norms is not None and options.samples:
-            share = min(1.0, self.job.norms.tokens / (options.samples * options.seqlen))
+            share = self.job.norms.share(options.samples, options.seqlen)
             others = other_windows(options, text, self.skeleton, self.registry, share)
             text = replace(text, others=others)
         return text

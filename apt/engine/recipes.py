@@ -19,6 +19,7 @@ from apt.options import (
     PruneOptions,
     PruneRun,
     SampleOptions,
+    ShrinkRun,
     SolveOptions,
 )
 from apt.options.prune import QUANTISE_AFTER
@@ -128,6 +129,16 @@ def norm_tuning_of(run: PruneRun, method: MethodSpec, opened: Opened) -> NormTun
     default = _preset(run, method).norm_epochs if trains else 0
     epochs = _or_default(run.norm_epochs, default)
     return NormTuning(epochs) if epochs else None
+
+
+def additions_of(
+    run: PruneRun | ShrinkRun, method: MethodSpec, opened: Opened
+) -> tuple[Augmentation, NormTuning | None]:
+    """The samples in addition to the given ones, and the training of norms at the end."""
+    augmentation = augmentation_of(
+        run, method, run.samples, run.seqlen, generates=prefers_own_text(run, opened)
+    )
+    return augmentation, norm_tuning_of(run, method, opened) if isinstance(run, PruneRun) else None
 
 
 def is_aware(options: SolveOptions, method: MethodSpec) -> bool:

@@ -80,7 +80,8 @@ class SolveOptions(ComputeOptions):
     )  # fmt: skip
     random_tokens: float | None = option(
         "Copies with random tokens for each sample. By default "
-        f"{PRESETS['default'].random_tokens} with --effort default in an error-aware run, else 0.",
+        f"{PRESETS['default'].random_tokens} with --effort default in an error-aware run without "
+        "own samples, else 0.",
         default=None, panel=TEXT, metavar="R", within="[0, 100]",
         meaning="it is a number of copies for each sample, such as 0.25",
     )  # fmt: skip

@@ -43,6 +43,10 @@ class NormTuning:
     rate: float = 1e-2
     tokens: int = 2**15
 
+    def share(self, samples: int, seqlen: int) -> float:
+        """The number of windows of the text for each of ``samples`` samples, at most 1."""
+        return min(1.0, self.tokens / (samples * seqlen))
+
 
 @dataclass(frozen=True)
 class TunedNorms:

@@ -6,23 +6,25 @@ from torch import Tensor, nn
 from apt.errors import AptError
 
 
-def check_ids(tokens: Tensor, least: int = 1) -> None:
-    """Raise `AptError` unless tokens are ids (samples, seqlen), each of ``least`` at least."""
+def check_ids(tokens: Tensor, least: int = 1, name: str = "tokens") -> None:
+    """Raise `AptError` unless tokens are ids (samples, seqlen), each of ``least`` at least.
+
+    Args:
+        name: the name of the argument.
+    """
+
+    def error(message: str, hint: str) -> AptError:
+        return AptError(f"{name.replace('_', ' ')} {message}", hint, (name,))
+
     if tokens.ndim != 2 or not tokens.numel() or tokens.shape[1] < least:
         hint = "give (samples, seqlen)" + f", with {least} tokens or more" * (least > 1)
-        raise _tokens_error(f"tokens have shape {tuple(tokens.shape)}", hint)
+        raise error(f"have shape {tuple(tokens.shape)}", hint)
     if tokens.dtype not in (torch.int64, torch.int32):
-        raise _tokens_error(f"tokens are {tokens.dtype}", "give token ids as torch.int64")
+        raise error(f"are {tokens.dtype}", "give token ids as torch.int64")
     if tokens.is_meta:
-        raise _tokens_error(
-            "tokens have no values: they are on the device meta", "load them into memory"
-        )
+        raise error("have no values: they are on the device meta", "load them into memory")
     if tokens.layout != torch.strided:
-        raise _tokens_error(f"tokens are of {tokens.layout}", "give a dense tensor")
-
-
-def _tokens_error(message: str, hint: str) -> AptError:
-    return AptError(message, hint, ("tokens",))
+        raise error(f"are of {tokens.layout}", "give a dense tensor")
 
 
 def check_vocabulary(tokens: Tensor, module: nn.Module, reference: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import apt as library
-from apt.checkpoints.load import load, open_skeleton
+from apt.checkpoints.load import load, load_tokenizer, open_skeleton
 from apt.engine.caller_model import find_adapter
 from apt.engine.text import Text, other_windows
 from apt.locations.model_source import find
@@ -120,6 +120,53 @@ def test_a_program_gets_the_record_and_a_model_of_the_same_zeros():
     assert (report.norms["shape"], report.norms["others"]) == ([*tokens.shape], 0)
     assert all(v.ndim == 1 for n, v in plain.state_dict().items() if n in
                changed(plain.state_dict(), tuned.state_dict()))  # fmt: skip
+
+
+def test_other_tokens_of_a_program_give_the_norms_of_the_command_line(apt, checkpoint, tmp_path):
+    ran = apt(
+        "prune", checkpoint("llama"), "--sparsity", "0.7", "--calibration", TEXT, "--samples", "8",
+        "--seqlen", "32", "--compute", "float32", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert ran.code == 0, ran
+    source = find(str(checkpoint("llama")), registry())
+    model, tokenizer = load(open_skeleton(source, registry())), load_tokenizer(source)
+    tokens = library.calibration_tokens(tokenizer, str(TEXT), samples=8, seqlen=32)
+    others = library.other_tokens(tokenizer, str(TEXT), samples=8, seqlen=32)
+    report = library.prune(
+        model.module, tokens, pattern="0.7", other_tokens=others, tokenizer=tokenizer,
+        options=library.PruneOptions(compute="float32"),
+    )  # fmt: skip
+    assert report.norms["others"] == len(others) == 8
+    stored = load(open_skeleton(find(str(tmp_path / "out"), registry()), registry())).module
+    for name, parameter in model.module.named_parameters():
+        expected = stored.get_parameter(name)
+        assert torch.equal(parameter.to(expected.dtype), expected), name
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (random_tokens(seqlen=17), "other tokens have windows of 17 tokens, and samples have 16"),
+        (torch.full((2, 16), 10**6), "the tokenizer of these other tokens gives ids from 1000000"),
+        (torch.ones(2, 16), "other tokens are torch.float32"),
+        (torch.ones(16, dtype=torch.long), "other tokens have shape"),
+    ],
+)
+def test_unusable_other_tokens_are_an_error(others, message):
+    model, tokens = random_model("llama"), random_tokens(seqlen=16)
+    before = state(model)
+    with pytest.raises(library.AptError, match=message):
+        library.prune(model, tokens, pattern="2:4", other_tokens=others)
+    assert not changed(before, state(model))
+
+
+def test_without_other_windows_norms_are_trained_on_the_samples():
+    tokens = random_tokens(samples=16)
+    report = library.prune(
+        random_model("llama"), tokens, pattern="2:4", other_tokens=tokens[:0]
+    )  # fmt: skip
+    own = report.options["own_samples"]
+    assert (report.norms["shape"], report.norms["others"]) == ([16 + own, tokens.shape[1]], 0)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

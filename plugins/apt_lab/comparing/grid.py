@@ -167,6 +167,7 @@ class Grid:
             method=cell.method,
             options=PruneOptions(effort=cell.effort, compute=self._run.compute),
             allocation=cell.allocation,
+            other_tokens=self._inputs.other_tokens,
             tokenizer=self._inputs.tokenizer,
             seed=self._run.seed,
         )

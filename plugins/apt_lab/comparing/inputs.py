@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apt import PruneRun, calibration_tokens, evaluation_tokens
+from apt import PruneRun, calibration_tokens, evaluation_tokens, other_tokens
 from apt.adapter import Samples
 from apt.engine.samples import held_out_samples, metrics_for, read_samples
 from apt.evaluation.generated import greedy_outputs, lacks_outputs, with_outputs
@@ -45,6 +45,8 @@ class Inputs:
         tokenizer: the tokenizer of a decoder of text; None for other models.
         calibration: token ids (samples, seqlen), or the samples of another model.
         measured: what is measured on, by the names of the sources.
+        other_tokens: token ids (windows, seqlen) of the calibration text that are not among the
+            samples, for the training of norms; None for other models.
         words: the kinds of inputs of a model that reads no windows of text; else None.
     """
 
@@ -52,6 +54,7 @@ class Inputs:
     tokenizer: Any
     calibration: Tensor | Samples
     measured: dict[str, Measured]
+    other_tokens: Tensor | None = None
     words: str | None = None
 
     def complete(self, model: nn.Module) -> None:
@@ -100,22 +103,24 @@ def read_inputs(run: CompareRun, skeleton: Opened, notice: Callable[[str], None]
         name: Measured(held_out_samples(name, given, skeleton, registry(), run.windows or SAMPLES))
         for name in run.data
     }
-    return Inputs(metrics, text.tokenizer, text.tokens, measured, skeleton.reads.words)
+    return Inputs(metrics, text.tokenizer, text.tokens, measured, words=skeleton.reads.words)
 
 
 def _windows(
     run: CompareRun, skeleton: Opened, length: int
-) -> tuple[Any, Tensor, dict[str, Measured]]:
-    """The tokenizer of a decoder of text, its calibration samples and its windows."""
+) -> tuple[Any, Tensor, dict[str, Measured], Tensor]:
+    """The tokenizer of a decoder of text, its calibration samples and windows, and other text."""
     tokenizer = load_tokenizer(skeleton.source)
     settings: dict[str, Any] = {"seqlen": length, "bos": run.bos}
-    calibration = calibration_tokens(
-        tokenizer, run.calibration, samples=run.samples, seed=run.seed, **settings
+    calibration, others = (
+        draw(tokenizer, run.calibration, samples=run.samples, seed=run.seed, **settings)
+        for draw in (calibration_tokens, other_tokens)
     )
     held_out = {
         name: evaluation_tokens(tokenizer, name, samples=run.windows, **settings)
         for name in run.data
     }
-    for tokens in (calibration, *held_out.values()):
+    for tokens in (calibration, others, *held_out.values()):
         check_vocabulary(tokens, skeleton.module, skeleton.source.reference)
-    return tokenizer, calibration, {name: Measured(each) for name, each in held_out.items()}
+    measured = {name: Measured(each) for name, each in held_out.items()}
+    return tokenizer, calibration, measured, others
