@@ -86,6 +86,7 @@ def seeds(record: Record) -> Figure:
     dense, *rows = record["rows"]
     patterns = [pattern for pattern in ORDER if any(row["pattern"] == pattern for row in rows)]
     kinds = (('admm/compute="float32"', "#0072B2", "o", -0.1), ("admm", "#E69F00", "^", 0.1))
+    kinds = tuple(kind for kind in kinds if any(row["method"] == kind[0] for row in rows))
     for axes, (text, title) in zip(panels, TEXTS, strict=True):
         for method, colour, marker, shift in kinds:
             shown = [row for row in rows if row["method"] == method]
