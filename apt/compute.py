@@ -49,7 +49,7 @@ def compute_dtype(
 def mixed_precision(
     weights: Iterable[Tensor], name: str = "auto", *, cache: bool = True
 ) -> torch.autocast:
-    """Autocast to bf16 on the device of the weights, see `trains_in_bf16`.
+    """Autocast to bf16 on the device of the weights, see `product_dtype`.
 
     Args:
         cache: False if the weights change while a caller's autocast is entered: the copies in bf16
@@ -57,7 +57,7 @@ def mixed_precision(
     """
     weights = list(weights)
     device = weights[0].device
-    in_bf16 = trains_in_bf16(weights, device, name)
+    in_bf16 = all(product_dtype(weight.dtype, device, name) != weight.dtype for weight in weights)
     return torch.autocast(device.type, torch.bfloat16, in_bf16, cache_enabled=cache)
 
 
@@ -77,16 +77,19 @@ def if_it_runs(autocast: torch.autocast, run: Callable[[], Any]) -> torch.autoca
     return autocast
 
 
-def trains_in_bf16(
-    weights: Iterable[Tensor], device: torch.device | str, name: str = "auto"
-) -> bool:
-    """True if a training, or an error-aware run, multiplies fp32 weights in bf16.
+def product_dtype(
+    weights: torch.dtype, device: torch.device | str, name: str = "auto"
+) -> torch.dtype:
+    """The dtype in which a training, or an error-aware run, multiplies weights.
+
+    It is the dtype of the weights, or bf16 for weights in fp32.
 
     Args:
+        weights: the dtype of the weights in memory.
         name: the name of a dtype; ``auto`` means bf16 if the device multiplies it faster.
     """
     wanted = multiplies_bf16(device) if name == "auto" else name == "bfloat16"
-    return wanted and all(weight.dtype == torch.float32 for weight in weights)
+    return torch.bfloat16 if wanted and weights == torch.float32 else weights
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,10 @@ class Precision:
         """The names of the two dtypes, for the report."""
         dtypes = {"dtype": self.stored, "compute": self.compute}
         return {name: dtype_name(dtype) for name, dtype in dtypes.items()}
+
+    def products(self, device: str, name: str) -> dict[str, str]:
+        """The name of the dtype of the products of an error-aware run; see `product_dtype`."""
+        return {"products": dtype_name(product_dtype(self.compute, device, name))}
 
 
 class ComputeDtype:

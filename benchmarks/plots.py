@@ -15,7 +15,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import COLUMNS, NAMES, ORDER, calibrated_on
+from tables import COLUMNS, FORMER, NAMES, ORDER, calibrated_on
 
 ROOT = Path(__file__).parent.parent
 TEXTS = (("wiki", "Wikipedia"), ("fortunes", "quotations and jokes"))
@@ -85,8 +85,7 @@ def seeds(record: Record) -> Figure:
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
     dense, *rows = record["rows"]
     patterns = [pattern for pattern in ORDER if any(row["pattern"] == pattern for row in rows)]
-    kinds = (('admm/compute="float32"', "#0072B2", "o", -0.1), ("admm", "#E69F00", "^", 0.1))
-    kinds = tuple(kind for kind in kinds if any(row["method"] == kind[0] for row in rows))
+    kinds = ((FORMER, "#0072B2", "o", -0.1), ("admm", "#E69F00", "^", 0.1))
     for axes, (text, title) in zip(panels, TEXTS, strict=True):
         for method, colour, marker, shift in kinds:
             shown = [row for row in rows if row["method"] == method]

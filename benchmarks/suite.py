@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from common import COMMIT, commit
+from tables import FORMER
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -39,7 +40,7 @@ SUITE = {
         )
     ),
     "seeds": "accuracy.py --eval-samples 16 --patterns 0.5 2:4 0.7 0.8 --seed 1 2 3"
-    ' --methods admm admm/compute="float32"',
+    f" --methods admm {FORMER}",
     "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss/own_samples=8"
     " admm/own_samples=8/random_tokens=0 admm:best admm:best/own_samples=0",
     "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 --methods ss sm ms mm",

@@ -7,6 +7,7 @@ from typing import Any
 Row = dict[str, Any]
 Rows = Sequence[Row]
 Cell = Callable[[Row], str]
+FORMER = "admm/own_samples=0/norm_epochs=0/tuning_tokens=12288"
 PLAIN = "admm/allocation=uniform/permute=false"
 NAMES = {
     "magnitude": "magnitude",
@@ -28,7 +29,7 @@ NAMES = {
     "ss/own_samples=8": "SS (SparseGPT), own text",
     "admm/own_samples=8/random_tokens=0": "`admm`, own text",
     "admm:best/own_samples=0": "`admm`, best, without own text",
-    'admm/compute="float32"': "`--compute float32`",
+    FORMER: "former default",
 }
 COLUMNS = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "0.8": "80 %"}
 ORDER = ("", "0.5", "4:8", "0.6", "2:4", "0.7", "0.8")

@@ -1,6 +1,7 @@
 """Storage and compute: the dtype of a checkpoint, and the dtype that its model computes in."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import apt as library
+from apt.checkpoints.load import open_skeleton
 from apt.compute import ComputeDtype, compute_dtype, computing_in, fp32_names, rounded_to
+from apt.engine.costs import PlannedRun
+from apt.engine.estimate import _generating_bytes
 from apt.errors import AptError
+from apt.locations.model_source import find
+from apt.options import PruneRun
+from apt.patterns import NM
+from apt.planning.plan import make_plan
+from apt.plugin.registry import registry
 from tests.helpers import TEXT
 from tests.helpers.families import random_model, random_tokens
 
@@ -31,6 +40,7 @@ def slow_half(monkeypatch):
 @pytest.fixture
 def fast_half(monkeypatch):
     monkeypatch.setattr("apt.compute.multiplies_fast", lambda dtype, device: True)
+    monkeypatch.setattr("apt.compute.multiplies_bf16", lambda device: True)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +191,7 @@ def test_program_prunes_as_the_command_and_keeps_dtypes_and_buffers(
     buffers = {name: (id(b), b.dtype) for name, b in model.named_buffers()}
     tokens = library.calibration_tokens(tokenizer, str(TEXT), samples=4, seqlen=32)
     report = library.prune(model, tokens, pattern="2:4", tokenizer=tokenizer)
-    assert report.model["compute"] == "float32"
+    assert report.model["compute"] == report.model["products"] == "float32"
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {name: (id(b), b.dtype) for name, b in model.named_buffers()} == buffers
     state = model.state_dict()
@@ -239,6 +249,19 @@ def test_training_begins_with_the_stored_weights_and_writes_their_dtype(half, ap
     assert apt("verify", "trained", "--pattern", "2:4").code == 0
     record = library.Report.read("trained").recovery
     assert (record["dtype"], record["compute"]) == ("bfloat16", "float32")
+    assert record["training"]["products"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("words", "products"),
+    [((), "bfloat16"), (("--compute", "float32"), "float32"), (("--layer-wise",), "float32")],
+)
+def test_report_has_the_dtype_of_the_products(checkpoint, apt, fast_half, words, products):
+    run = apt("prune", checkpoint("llama"), *WORDS, "--pattern", "2:4", *words, "-o", "out")
+    assert run.code == 0, run.err
+    model = library.Report.read("out").model
+    assert (model["dtype"], model["compute"]) == ("float32", "float32")
+    assert model["products"] == products
 
 
 def test_training_in_fp16_is_refused(half, apt):
@@ -280,6 +303,20 @@ def test_inspect_counts_the_memory_of_the_compute_dtype(half, apt):
     one, two = (json.loads(needs(name).out)["needs"] for name in ("bfloat16", "float32"))
     assert two["weights"] == 2 * one["weights"]
     assert two["activations"] > one["activations"]
+
+
+def test_memory_of_generated_text_includes_copies_of_the_weights_in_bf16(checkpoint, fast_half):
+    skeleton = open_skeleton(find(str(checkpoint("llama")), registry()), registry())
+    plan = make_plan(skeleton.module, skeleton.adapter, NM(2, 4))
+
+    def run(**options):
+        return PlannedRun(skeleton, plan, PruneRun(own_samples=1, seqlen=32, **options))
+
+    copies = 2 * run().parameters
+    without = _generating_bytes(run(compute="float32"), blocks=4)
+    assert _generating_bytes(run(), blocks=4) == without + copies
+    assert _generating_bytes(run(stream=True), blocks=4) == without
+    assert _generating_bytes(replace(run(), error_aware=False), blocks=4) == without
 
 
 def test_resuming_with_another_compute_dtype_is_refused(half, apt):

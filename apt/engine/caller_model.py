@@ -109,7 +109,8 @@ class CallerModel(ModelStore):
         report = Report(
             options=options | record(job.recipe, job.augmentation, job.plan.grid),
             model=model_entry(name, _model_type(self.model), self._name)
-            | {"sha256": self.weights} | self.precision.record(),
+            | {"sha256": self.weights} | self.precision.record()
+            | self.precision.products(self.device, job.recipe.compute),
             calibration={
                 "source": "", "own_samples": job.augmentation.own_samples, "bos": text.bos
             },

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from apt.adapter.experts import idle_parameters, picked_experts
 from apt.adapter.text_config import hidden_size, text_config
 from apt.checkpoints.opened import Opened
+from apt.compute import product_dtype
 from apt.devices import multiplies_bf16
 from apt.engine.recipes import additions_of, tuning_of
 from apt.options import Effort, MachineName, PruneRun, ShrinkRun
@@ -157,6 +158,14 @@ class PlannedRun:
     def machine(self) -> Machine:
         """The speeds of the device. A device of this machine is measured."""
         return MACHINES[self.on] if self.on else measure_machine(self.device)
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype in which the model multiplies its weights, see `apt.compute.product_dtype`."""
+        name = self.options.compute if self.error_aware else "float32"
+        if self.on and name == "auto":  # the other devices multiply all dtypes fast
+            name = "bfloat16"
+        return product_dtype(self.skeleton.runs_in, self.device, name)
 
     @property
     def parameters(self) -> int:

@@ -70,7 +70,6 @@ def estimate(planned: PlannedRun) -> Estimate:
     """Estimate a run of a plan."""
     skeleton, plan, seqlen = planned.skeleton, planned.plan, planned.options.seqlen
     on_disk, error_aware = planned.options.activations == "disk", planned.error_aware
-    own_samples = planned.augmentation.own_samples
     element_bytes, config = skeleton.runs_in.itemsize, skeleton.config
     tokens = planned.tokens
     inner_width = skeleton.adapter.held(config, seqlen)
@@ -97,7 +96,7 @@ def estimate(planned: PlannedRun) -> Estimate:
         + max(solve_bytes, _TUNED_BYTES * tuned_weights * planned.tuned),
         predicting=max(
             _measuring_bytes(skeleton, seqlen, (4 * widest + inner_width) * element_bytes),
-            _generating_bytes(skeleton, len(blocks), seqlen, element_bytes) if own_samples else 0,
+            _generating_bytes(planned, len(blocks)) if planned.augmentation.own_samples else 0,
             _norm_tuning_bytes(planned, len(blocks), (4 * widest + inner_width) * element_bytes),
         ),
     )
@@ -116,13 +115,18 @@ def _measuring_bytes(skeleton: Opened, seqlen: int, token_bytes: int) -> int:
     return part_bytes(vocabulary(skeleton.module), windows, seqlen) + windows * seqlen * token_bytes
 
 
-def _generating_bytes(skeleton: Opened, blocks: int, seqlen: int, element_bytes: int) -> int:
-    """Bytes of the logits of the next tokens, and of the cached keys and values."""
-    config, tokens = skeleton.config, cached_tokens(seqlen)
+def _generating_bytes(planned: PlannedRun, blocks: int) -> int:
+    """Bytes of the logits of the next tokens, of the cached keys and values, and of copies.
+
+    A model in memory with weights in fp32 that generates in bf16 keeps a copy of its weights.
+    """
+    skeleton, options = planned.skeleton, planned.options
+    config, tokens, computes_in = skeleton.config, cached_tokens(options.seqlen), skeleton.runs_in
     width = cache_width(config) or hidden_size(config)
     logits = part_bytes(vocabulary(skeleton.module), logits_at_once(), 1)
-    keys_and_values: int = tokens * blocks * 2 * width * element_bytes
-    return logits + keys_and_values
+    keys_and_values: int = tokens * blocks * 2 * width * computes_in.itemsize
+    has_copies = planned.products != computes_in and not options.stream
+    return logits + keys_and_values + planned.parameters * planned.products.itemsize * has_copies
 
 
 def _norm_tuning_bytes(planned: PlannedRun, blocks: int, token_bytes: int) -> int:

@@ -128,7 +128,8 @@ class CalibratedTask(Task):
     def _model_entry(self, store: ModelStore) -> dict[str, Any]:
         skeleton = self.skeleton
         entry = model_entry(self.options.model, skeleton.config.model_type, skeleton.spec.name)
-        return entry | {"sha256": store.weights} | store.precision.record()
+        products = store.precision.products(self.device, self.job.recipe.compute)
+        return entry | {"sha256": store.weights} | store.precision.record() | products
 
     def inputs(self, store: ModelStore, text: Text, report: Report) -> Line:
         """All inputs of the result."""

@@ -48,7 +48,8 @@ class Report:
     Attributes:
         options: the options of the run, with defaults filled in.
         model: ``reference``, ``type``, ``adapter``, the ``sha256`` of the weights, their ``dtype``,
-            and the dtype that the model computed in, ``compute``.
+            the dtype that the model computed in, ``compute``, and that of its products,
+            ``products``, which is another one if an error-aware run multiplied fp32 in bf16.
         calibration: ``source``, ``own_samples``, ``bos``, and ``shape`` and ``sha256`` of the
             calibration tokens. Samples with random tokens are not included in these two. Of a mix
             also ``sources``, each with ``name``, ``share``, ``samples`` and ``chat``, which is true

@@ -14,6 +14,7 @@ class Training:
         tokens: the tokens of a step, over all processes; the mean number of positions for samples
             that are not windows of text.
         batch: the samples of a step, over all processes.
+        products: the dtype in which the fp32 weights were multiplied: bf16 in mixed precision.
         held_back: the loss on the samples held back, by step: of the next token, or the divergence
             from the dense model.
         best: the step whose weights are the result. If no step lowered the loss on the samples held
@@ -26,6 +27,7 @@ class Training:
     steps: int
     tokens: int
     batch: int = 0
+    products: str = "float32"
     losses: list[float] = field(default_factory=list)
     held_back: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0

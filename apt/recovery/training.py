@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from apt.adapter import Sample, Samples
-from apt.compute import mixed_precision
+from apt.compute import dtype_name, mixed_precision
 from apt.devices import keep_random_states
 from apt.errors import AptError, first_line
 from apt.recovery.job import RecoveryJob, TrainingPlan, checkpoint_of
@@ -71,7 +71,11 @@ def train(
     """
     moving, windows = plan.moving, [] if plan.windows is None else [plan.windows]
     tokens = round(plan.batch * plan.text.numel() / len(plan.text))
-    training = Training(plan.steps, tokens, plan.batch)
+    # The gradients of a copy in the cache would be summed in bf16 over the groups of a batch.
+    weights, compute = trainable.module.parameters(), job.options.compute
+    autocast = mixed_precision(weights, compute, cache=False)
+    products = dtype_name(autocast.fast_dtype if autocast._enabled else torch.float32)
+    training = Training(plan.steps, tokens, plan.batch, products)
     rules = (enough_tokens,) if job.options.tokens == "auto" else ()
     recorder = Recorder(training, rules, job.report, moving, plan.ends)
     last_move = 0 if moving is None else moving.last_move
@@ -87,9 +91,6 @@ def train(
             callbacks=[recorder, patience, *windows],
         )
         trainer.remove_callback(PrinterCallback)
-        # The gradients of a copy in the cache would be summed in bf16 over the groups of a batch.
-        weights, compute = trainable.module.parameters(), job.options.compute
-        autocast = mixed_precision(weights, compute, cache=False)
         trainer.use(trainable, plan.objective.loss, autocast, None if windows else plan.ends)
         recorder.begin(trainer, last)
         patience.early_stopping_patience_counter = training.checks_since_best(last_move)

@@ -80,12 +80,14 @@ def test_other_models_come_nearer_to_the_dense_model(name):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_model_that_does_not_run_in_mixed_precision_trains_in_fp32(monkeypatch):
+@pytest.mark.parametrize(("name", "products"), [("deberta", "float32"), ("bert", "bfloat16")])
+def test_model_that_does_not_run_in_mixed_precision_trains_in_fp32(monkeypatch, name, products):
     """DeBERTa fills products in bf16 with the least number of fp32, which bf16 does not have."""
     monkeypatch.setattr("apt.compute.multiplies_bf16", lambda device: True)
-    model, dense, samples = pruned("deberta")
+    model, dense, samples = pruned(name)
     training = apt.recover(model, samples, dense=dense, options=few(rate=1e-4))
     assert training.held_back[training.best] < training.held_back[0]
+    assert training.products == products
 
 
 def test_what_a_decoder_reads_is_written_by_the_dense_model():
