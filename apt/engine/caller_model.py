@@ -29,6 +29,7 @@ from apt.planning.plan import Plan
 from apt.plugin.registry import Registry, registry
 from apt.plugin.specs import AdapterSpec
 from apt.text.ids import check_ids, check_vocabulary
+from apt.text.language_model import language_model
 from apt.text.special_tokens import bos_of, named_ids, special_ids
 
 
@@ -202,7 +203,7 @@ def _check_length(model: nn.Module, adapter: Adapter, tokens: Tensor) -> None:
         return
     try:
         with torch.no_grad(), eval_mode(model), adapter.running(model):
-            model(tokens[:1].to(next(model.parameters()).device))
+            language_model(model)(tokens[:1].to(next(model.parameters()).device))
     except (IndexError, RuntimeError) as error:
         raise AptError(
             f"samples have {tokens.shape[1]} tokens, and the model has {positions} positions",

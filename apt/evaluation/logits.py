@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt.text.language_model import language_model
+
 PART = 2**26  # bytes of logits in a part, or the bytes of one token if they are more
 MOST_STATES = 2**30  # bytes of the kept states of one model
 COPIES = 4  # copies of a part's logits: the original, in fp32, and intermediate results
@@ -28,6 +30,7 @@ def parts_of_logits(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     Args:
         tokens: token ids (samples, seqlen).
     """
+    model = language_model(model)
     kept = next((each for each in _kept.get() if each.model is model), None)
     recorded = None if kept is None else kept.find(tokens)
     if recorded is None:
@@ -137,7 +140,7 @@ class _KeptStates:
     """The outputs of the body of one model, by the tokens."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model = language_model(model)
         self._outputs: dict[tuple[torch.Size, bytes], _BodyOutput] = {}
         self._bytes = 0
 

@@ -12,6 +12,7 @@ from apt.adapter import Adapter
 from apt.adapter.recording import eval_mode
 from apt.fit.outer import Outer, empty_outer, outer_modules
 from apt.planning.plan import Plan
+from apt.text.language_model import language_model
 
 TOKENS, _SAMPLE = 4096, 512
 """The calibration tokens for the losses, and the tokens of a sample whose gradient is taken."""
@@ -57,10 +58,11 @@ def sensitivities(
     weights = {name: model.get_parameter(name) for name in sites}
     result = Sensitivities({name: torch.zeros(()) for name in weights}, empty_outer(model), tokens)
     draw, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    reader = language_model(model)
     with eval_mode(model), adapter.running(model), _differentiable(model, weights.values()):
         for index, sample in enumerate(tokens, 1):
             with torch.enable_grad(), _watched(model, result.outer) as watched:
-                logits = model(input_ids=sample[None].to(device), use_cache=False).logits[0]
+                logits = reader(input_ids=sample[None].to(device), use_cache=False).logits[0]
                 probabilities = _add_logits(logits.detach(), watched, result.outer)
                 labels = torch.multinomial(probabilities.cpu(), 1, generator=draw)[:, 0].to(device)
                 loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -85,12 +87,12 @@ def forward_sums(model: nn.Module, adapter: Adapter, tokens: Tensor, gradient: f
     The gradients after the embedding are taken as uncorrelated, with this mean square.
     """
     tokens, outer = _first_tokens(tokens), empty_outer(model)
-    device = next(model.parameters()).device
+    reader, device = language_model(model), next(model.parameters()).device
     with (
         torch.no_grad(), eval_mode(model), adapter.running(model), _watched(model, outer) as watched
     ):  # fmt: skip
         for sample in tokens:
-            logits = model(input_ids=sample[None].to(device), use_cache=False).logits[0]
+            logits = reader(input_ids=sample[None].to(device), use_cache=False).logits[0]
             _add_logits(logits, watched, outer)
             _count(sample, outer)
     outer.gradients += gradient * outer.tokens * torch.eye(len(outer.gradients), device=device)

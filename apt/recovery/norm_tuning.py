@@ -18,6 +18,7 @@ from apt.adapter.recording import eval_mode
 from apt.compute import if_it_runs, mixed_precision, round_parameter
 from apt.errors import AptError
 from apt.recovery.teacher import divergence
+from apt.text.language_model import language_model
 
 _TOP = 64  # logits of the dense model that are kept for each token
 TOKEN_BYTES = _TOP * (4 + 2)
@@ -262,9 +263,8 @@ def _train(
 
 
 def _logits(model: nn.Module, samples: Tensor) -> Tensor:
-    logits: Tensor = model(
-        input_ids=samples.to(next(model.parameters()).device), use_cache=False
-    ).logits
+    tokens = samples.to(next(model.parameters()).device)
+    logits: Tensor = language_model(model)(input_ids=tokens, use_cache=False).logits
     return logits
 
 

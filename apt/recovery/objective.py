@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Sample
 from apt.recovery.log_probabilities import log_probabilities
+from apt.text.language_model import language_model
 
 Batch = Mapping[str, Any]
 """The samples that run together, see `apt.extending.Trainable`."""
@@ -23,7 +24,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean loss of the next token."""
     tokens = batch["input_ids"]
-    logits = model(input_ids=tokens, use_cache=False).logits
+    logits = language_model(model)(input_ids=tokens, use_cache=False).logits
     next_tokens = tokens.roll(-1, dims=1)[..., None]  # the last one of a sample is not known
     return -log_probabilities(logits, next_tokens)[:, :-1].mean()
 

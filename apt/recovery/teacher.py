@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from apt.files.flushing import flush
 from apt.recovery.log_probabilities import log_probabilities
+from apt.text.language_model import language_model
 
 _FILES = ("tokens.npy", "log_probabilities.npy", "hidden.npy")
 
@@ -62,7 +63,8 @@ def write_teacher(
     arrays: list[np.memmap[Any, Any]] = []
     device = next(model.parameters()).device
     for index, sample in enumerate(tokens):
-        output = model(input_ids=sample[None].to(device), output_hidden_states=True)
+        ids = sample[None].to(device)
+        output = language_model(model)(input_ids=ids, output_hidden_states=True)
         outputs = _outputs(output, top)
         if not arrays:
             arrays = [

@@ -15,6 +15,7 @@ from apt.errors import AptError
 from apt.planning.plan import Plan
 from apt.pruning.disconnecting import unrouted_experts
 from apt.shrinking.skipping import skipping
+from apt.text.language_model import language_model
 
 _TOKENS = 64  # of one sample
 
@@ -87,7 +88,7 @@ def _first_sample(tokens: Tensor | Samples) -> ModelInputs:
 def _outputs(model: Any, inputs: ModelInputs) -> Tensor:
     """The logits of a decoder of text, or the first output of another model."""
     if isinstance(inputs, Tensor):
-        logits: Tensor = model(inputs, use_cache=False).logits
+        logits: Tensor = language_model(model)(inputs, use_cache=False).logits
         return logits.float()
     first: Tensor = model(**inputs)[0]
     return first.float()

@@ -9,7 +9,7 @@ addition to given text.
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from apt.devices import keep_random_states
 from apt.errors import AptError
 from apt.modes import default_modes
 from apt.text.datasets import text_width, with_bos
+from apt.text.language_model import language_model
 from apt.text.sampling import drawn, generator, vocabulary
 from apt.text.special_tokens import named_ids, tokens_of
 
@@ -99,8 +100,9 @@ def own_text(
         keep_random_states(),  # OPT draws random numbers in each forward
         _precision(model, compute, starts[:1]),
     ):
+        use_cache = piece > 1 and _continues_from_cache(model, starts[:1])
         torch.manual_seed(seed)
-        text = _continued(model, starts, piece - 1, seed)
+        text = _continued(model, starts, piece - 1, seed, use_cache=use_cache)
     text = text[:, starts.shape[1] - 1 :].cpu().flatten()
     return with_bos(text[: samples * width].view(samples, width), bos)
 
@@ -125,19 +127,37 @@ def beside_given(given: Tensor, own: Tensor) -> Tensor:
     return torch.cat([torch.cat(groups, 1).flatten(0, 1), given[rest:]])
 
 
-def _continued(model: GenerationMixin, starts: Tensor, count: int, seed: int) -> Tensor:
+def _continues_from_cache(model: GenerationMixin, start: Tensor) -> bool:
+    """True if the model can continue a text from its cached keys and values.
+
+    In transformers 5.24, a decoder of Blenderbot without its encoder, and hybrids whose layers have
+    no attention at all, cannot. They read the whole text for each token.
+    """
+    if model.generation_config.use_cache is False:
+        return False
+    try:
+        _continued(model, start, 2, 0, use_cache=True)
+    except (IndexError, ValueError):
+        return False
+    return True
+
+
+def _continued(
+    model: GenerationMixin, starts: Tensor, count: int, seed: int, *, use_cache: bool
+) -> Tensor:
     """``starts`` (sequences, n) continued by the model (sequences, n + count)."""
     if not count or not len(starts):
         return starts
-    own = model.generation_config
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
-        eos_token_id=tokens_of(own, "eos_token_id") or None, use_cache=own.use_cache,
+        eos_token_id=tokens_of(model.generation_config, "eos_token_id") or None,
+        use_cache=use_cache,
     )  # fmt: skip
     sampling = LogitsProcessorList([_Sampling(seed)])
-    with _generation_config(model, config):
+    reader: Any = language_model(cast(nn.Module, model))
+    with _generation_config(reader, config):
         parts = [
-            model.generate(
+            reader.generate(
                 part,
                 attention_mask=torch.ones_like(part),
                 generation_config=config,
@@ -173,7 +193,7 @@ def _precision(model: nn.Module, compute: str, start: Tensor) -> torch.autocast:
     """The precision of the products. A model in memory keeps copies of its weights in bf16."""
     in_memory = not any(parameter.is_meta for parameter in model.parameters())
     mixed = mixed_precision(model.parameters(), compute, cache=in_memory)
-    return if_it_runs(mixed, lambda: model(input_ids=start))
+    return if_it_runs(mixed, lambda: language_model(model)(input_ids=start, use_cache=False))
 
 
 @contextmanager

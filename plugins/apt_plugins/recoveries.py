@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from apt.errors import AptError
-from apt.extending import Loss, Trainable, Unrecovered, divergence, relative_error, train_only
+from apt.extending import (
+    Loss,
+    Trainable,
+    Unrecovered,
+    divergence,
+    language_model,
+    relative_error,
+    train_only,
+)
 
 _READ_BY_KERNELS = ("out_proj", "conv1d")  # peft refuses LoRA of weights that fused kernels read
 
@@ -183,7 +191,7 @@ def _towards_dense(given: Unrecovered, hidden: float = 0.0) -> Loss | None:
         return None
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        output = model(
+        output = language_model(model)(
             input_ids=batch["input_ids"], use_cache=False, output_hidden_states=bool(hidden)
         )
         rows, device = batch["row"], output.logits.device

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BlenderbotConfig, BlenderbotForCausalLM
 
 import apt as library
 from apt.evaluation.metrics import perplexity
@@ -140,6 +141,18 @@ def test_own_text_is_omitted_by_default_if_the_model_cannot_generate(apt, comman
     with pytest.raises(library.AptError, match="Linear cannot generate calibration text") as raised:
         library.own_text(torch.nn.Linear(4, 4), 1, 8)
     assert raised.value.options == ("own_samples",)
+
+
+def test_model_that_cannot_use_its_cache_generates_text():
+    """A decoder of Blenderbot alone, whose cache has no layers in transformers 5.24."""
+    config = BlenderbotConfig(
+        vocab_size=300, d_model=32, encoder_layers=1, decoder_layers=3, decoder_attention_heads=4,
+        decoder_ffn_dim=64, max_position_embeddings=64,
+    )  # fmt: skip
+    model = BlenderbotForCausalLM(config).eval()
+    text = library.own_text(model, 3, 40, seed=1)
+    assert text.shape == (3, 40)
+    assert text.unique().numel() > 20
 
 
 def test_own_text_tolerates_nan_logits():
