@@ -12,7 +12,8 @@ what can be narrower; or why the type was refused::
 The whole takes some minutes on one core. Every type has a process of its own. With ``--rows``, rows
 are kept in a file, and a run that was ended goes on there. With ``--streamed``, every type that is
 served is saved, and pruned by the command line in memory and streamed: both write the same bytes,
-or a line says what differs.
+or a line says what differs. With ``--default``, the default method prunes in place of ``ss``:
+decoders of text then generate text and train their norms.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def adapter_for(model_type: str) -> tuple[str, Adapter]:
     return spec.name, spec.load()()
 
 
-def row(model_type: str, table: str) -> Row:
+def row(model_type: str, table: str, default: bool = False) -> Row:
     """The row of a type. An exception of any kind becomes the reason of a refusal."""
     made: Row = {"type": model_type, "table": table, "adapter": "", "reason": ""}
     try:
@@ -103,7 +104,7 @@ def row(model_type: str, table: str) -> Row:
     try:
         check_kind(f"a model of type {model_type}", model.config)
         with limited(SECONDS):
-            found = pruned(model, adapter, inputs_for(model))
+            found = pruned(model, adapter, inputs_for(model), default)
     except Exception as error:
         reason = error.message if isinstance(error, AptError) else f"fails: {_sentence(error)}"
         return {**made, "served": "refused", "reason": reason}
@@ -131,26 +132,40 @@ def _sentence(error: Exception) -> str:
     return describe(error).partition(". ")[0]
 
 
-def pruned(model: nn.Module, adapter: Adapter, inputs: Tensor | Samples) -> Row:
-    """What pruning changes in a model, by the first pattern that fits."""
+def pruned(
+    model: nn.Module, adapter: Adapter, inputs: Tensor | Samples, default: bool = False
+) -> Row:
+    """What pruning changes in a model, by the first pattern that fits.
+
+    Args:
+        default: True for the default method, which may train vectors.
+    """
     before = {name: value.clone() for name, value in tensors(model)}
+    given: dict[str, Any] = {} if default else {"method": "ss"}
+    if default and isinstance(inputs, Tensor):
+        given["other_tokens"] = inputs.flip(0)
     for pattern in PATTERNS:
         model.load_state_dict(before, strict=False)
         try:
             apt.prune(
-                model, inputs, pattern=pattern, adapter=adapter, method="ss",
-                options=PruneOptions(),
-            )  # fmt: skip
+                model, inputs, pattern=pattern, adapter=adapter, options=PruneOptions(), **given
+            )
         except AptError as error:
             if "pattern" not in error.options or pattern == PATTERNS[-1]:
                 raise
             continue
-        return compared(model, adapter, pattern, before)
+        return compared(model, adapter, pattern, before, vectors="other_tokens" in given)
     raise AssertionError("no pattern is left")
 
 
-def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str, Tensor]) -> Row:
-    """The share of the weights that are sites, and what became of them and of the others."""
+def compared(
+    model: nn.Module, adapter: Adapter, pattern: str, before: dict[str, Tensor], *, vectors: bool
+) -> Row:
+    """The share of the weights that are sites, and what became of them and of the others.
+
+    Args:
+        vectors: True if vectors may differ as well.
+    """
     blocks, shared = adapter.blocks(model), shared_sites(model, adapter)  # these stay dense
     names = {parameter: name for name, parameter in model.named_parameters()}
     weights = [
@@ -178,7 +193,10 @@ def compared(model: nn.Module, adapter: Adapter, pattern: str, before: dict[str,
         "groups": groups(model, adapter),
         "pattern": pattern,
         "exact": exact,
-        "untouched": all(same(value, before[name]) for name, value in tensors(model)),
+        "untouched": all(
+            same(value, before[name]) or (vectors and value.ndim == 1)
+            for name, value in tensors(model)
+        ),
     }
 
 
@@ -238,10 +256,10 @@ def types(table: str) -> Sequence[str]:
     return sorted(names)
 
 
-def guarded(model_type: str, table: str) -> Row:
+def guarded(model_type: str, table: str, default: bool = False) -> Row:
     """The row of a type, or why there is none."""
     failed = {"type": model_type, "table": table, "adapter": "", "served": "refused"}
-    return in_own_process(partial(row, model_type, table), failed, 3 * SECONDS)
+    return in_own_process(partial(row, model_type, table, default), failed, 3 * SECONDS)
 
 
 def in_own_process(make: Callable[[], Row], failed: Row, seconds: float) -> Row:
@@ -277,6 +295,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=TITLES, default=[*TITLES])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--streamed", action="store_true")
+    parser.add_argument("--default", action="store_true")
     parser.add_argument("--rows", type=Path, help="a file of rows, to go on with a run")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for one type")
     options = parser.parse_args()
@@ -287,7 +306,8 @@ def main() -> None:
     for table in options.tables:
         for model_type in types(table):
             if any(fnmatch(model_type, glob) for glob in options.only):
-                rows.append(kept.get((model_type, table)) or guarded(model_type, table))
+                known = kept.get((model_type, table))
+                rows.append(known or guarded(model_type, table, options.default))
                 if options.rows and (model_type, table) not in kept:
                     with options.rows.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
