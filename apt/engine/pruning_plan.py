@@ -30,6 +30,7 @@ from apt.plugin.registry import registry
 from apt.plugin.specs import UNIFORM, MethodSpec, ShrinkMethodSpec
 from apt.pruning.layer import Method, Recipe
 from apt.text.augmentation import Augmentation
+from apt.text.ids import vocabulary_size
 from apt.text.self_generated import writes
 
 
@@ -78,10 +79,14 @@ def _without_own_text(
     if options.own_samples:
         message = f"own samples has no effect on {kind}"
         raise AptError(message, "leave it out: it is for decoders of text", ("own_samples",))
-    if reads.text and not reads.image:
+    reads_text = bool(reads.text) and not reads.image
+    if reads_text and vocabulary_size(opened.module) is not None:
         return replace(augmentation, own_samples=0)
     if options.random_tokens:
-        message = f"random tokens has no effect on {kind}, which reads {reads.words}"
+        why = (
+            "whose tokens have no known embeddings" if reads_text else f"which reads {reads.words}"
+        )
+        message = f"random tokens has no effect on {kind}, {why}"
         raise AptError(message, "leave it out", ("random_tokens",))
     return Augmentation()
 
