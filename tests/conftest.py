@@ -9,6 +9,7 @@ import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from importlib import import_module
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from apt.cli import main
 from apt.engine import costs
 from apt.plugin.registry import registry
 from apt.text import datasets
+from tests.helpers import ROOT
 from tests.helpers.families import random_model
 from tests.helpers.processes import forked
 
@@ -109,6 +111,13 @@ def pytest_runtest_teardown(item, nextitem):
     if done and len(gc.get_objects(2)) > 50_000:
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The maker of tiny random models of any type."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return import_module("tiny")
 
 
 @pytest.fixture(scope="session")

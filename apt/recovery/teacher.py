@@ -61,10 +61,9 @@ def write_teacher(
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(exist_ok=True)
     arrays: list[np.memmap[Any, Any]] = []
-    device = next(model.parameters()).device
+    reader, device = language_model(model), next(model.parameters()).device
     for index, sample in enumerate(tokens):
-        ids = sample[None].to(device)
-        output = language_model(model)(input_ids=ids, output_hidden_states=True)
+        output = reader(input_ids=sample[None].to(device), output_hidden_states=True)
         outputs = _outputs(output, top)
         if not arrays:
             arrays = [

@@ -1,24 +1,20 @@
 """Models that read text, and whose embeddings of tokens transformers does not know."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from apt_adapters.example_inputs import example_inputs
 
 import apt as library
 from apt.errors import AptError
-from tests.helpers import ROOT
 from tests.helpers.releases import needs
 
 pytestmark = needs("transformers", "5.20", "some types of models")
 
 
 @pytest.fixture
-def canine(monkeypatch):
+def canine(tiny):
     """A tiny random model of CANINE, which hashes characters, and its samples."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    model = import_module("tiny").other_model("canine")
+    model = tiny.other_model("canine")
     inputs = example_inputs(model, 4)
     samples = [{name: values[index] for name, values in inputs.items()} for index in range(4)]
     return model, library.Samples(samples)

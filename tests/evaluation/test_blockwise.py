@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from apt.errors import AptError
 from apt.evaluation.blockwise import streamed
 from apt.locations.model_source import find
 from apt.plugin.registry import registry
-from tests.helpers import ROOT, TEXT
+from tests.helpers import TEXT
 from tests.helpers.families import CONFIGS, random_tokens
 from tests.helpers.releases import needs
 
@@ -133,9 +132,7 @@ def test_eval_refuses_to_stream_unsuitable_models(apt, tmp_path, checkpoint):
 @needs("transformers", "5.24", "Zaya, HY 4, keys and values for later layers")
 @pytest.mark.parametrize("kind", ["zaya", "hy_v4", "gemma3n_text"])
 @torch.no_grad()
-def test_other_values_of_blocks_reach_the_last_block(kind, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    tiny = import_module("tiny")
+def test_other_values_of_blocks_reach_the_last_block(tiny, kind, tmp_path):
     tiny.model(kind).save_pretrained(tmp_path)
     tokens = tiny.tokens(samples=5, seqlen=16)
     source = find(str(tmp_path), registry())

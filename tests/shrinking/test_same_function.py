@@ -1,24 +1,14 @@
 """A smaller model computes the function of the fitted model, or it is refused."""
 
-from importlib import import_module
-
 import pytest
 
 import apt as library
 from apt import ShrinkOptions
 from apt.checkpoints.smaller import resized
 from apt.errors import AptError
-from tests.helpers import ROOT
 from tests.helpers.releases import needs
 
 pytestmark = needs("transformers", "5.20", "some types of models")
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """The maker of tiny random models of any type."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return import_module("tiny")
 
 
 def without_second(tiny, kind):

@@ -1,7 +1,6 @@
 """Multimodal models that contain a whole model of text are pruned, measured and trained on text."""
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,18 +10,10 @@ from apt.evaluation.metrics import perplexity
 from apt.recovery.objective import next_token_loss
 from apt.recovery.teacher import Teacher, write_teacher
 from apt.text.language_model import language_model
-from tests.helpers import ROOT
 from tests.helpers.families import random_model
 from tests.helpers.releases import needs
 
 pytestmark = needs("transformers", "5.20", "some types of models")
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """The maker of tiny random models of any type."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return import_module("tiny")
 
 
 def test_other_models_are_their_language_model(tiny):

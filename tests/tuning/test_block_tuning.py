@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from apt.plugin.registry import registry
 from apt.solver import NM, meets
 from apt.tuning import block_forward
 from apt.tuning.block_tuning import BlockTuning, tune_block
-from tests.helpers import ROOT
 from tests.helpers.families import FAMILIES, adapter_of, random_model, random_tokens, zoo_model
 from tests.helpers.releases import needs
 
@@ -257,11 +255,10 @@ def test_effort_sets_the_number_of_tuning_epochs(effort, aware, epochs):
 
 
 @needs("transformers", "5.20", "tiny models of any type")
-def test_block_without_mixed_precision_is_tuned_in_fp32(monkeypatch):
+def test_block_without_mixed_precision_is_tuned_in_fp32(tiny, monkeypatch):
     """X-MOD writes products, which autocast makes bf16, into a tensor of fp32."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr("apt.compute.multiplies_bf16", lambda device: True)
-    tiny, events = import_module("tiny"), []
+    events = []
     report = library.prune(tiny.model("xmod"), tiny.tokens(), pattern="2:4", observe=events.append)
     assert report.sparsity == 0.5
     assert [event for event in events if isinstance(event, BlockTuned)]
