@@ -11,6 +11,7 @@ import typer
 
 from apt.cli.commands import HELP_OPTIONS, Commands
 from apt.cli.commands import run as run_command
+from apt.cli.heap import keep_freed_memory
 from apt.cli.interruptions import interrupted, signals_as_exceptions
 from apt.cli.streams import guarded, program
 from apt.errors import SLOW_PRODUCTS, AptError, resource_error
@@ -88,6 +89,7 @@ def _run(arguments: list[str]) -> None:
         _fail(f"this is APT, which prunes transformers; for packages, run /usr/bin/apt {command}")
     arguments = _global_options_first(arguments)
     _quieten_libraries()
+    keep_freed_memory()
     options = [word for word in arguments if word != "--debug"]
     try:
         _check_working_directory()
