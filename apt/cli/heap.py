@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-# Of malloc.h. glibc applies neither to memory that it has given out before.
+# The numbers of the parameters in malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT = 2**30  # free bytes at the end of the heap that are not returned to the system
 _MAPPED = 2**25  # bytes of a block that is mapped alone; the largest value that glibc accepts
