@@ -238,9 +238,10 @@ def _masked_gradients(
     masks |= {name: mask.to(parameters[name].device) for name, mask in masks.items()}
 
     def masked(gradient: Tensor, name: str, mask: Tensor) -> Tensor:
+        if not recorder.masks_gradient(name):
+            return gradient
         # On a CPU a product with bytes is the fastest: `masked_fill` takes 15 times as long.
-        kept = mask.logical_not().view(torch.uint8)
-        return gradient * kept if recorder.masks_gradient(name) else gradient
+        return gradient * mask.logical_not().view(torch.uint8)
 
     with ExitStack() as stack:
         for name, mask in masks.items():
