@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from common import COMMIT, commit
-from tables import FORMER
+from tables import FORMER, WITHOUT
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -29,20 +29,11 @@ ZOO += " admm/layer-wise admm --dictionary /usr/share/dictd/foldoc.dict.dz --pat
 SUITE = {
     "smollm2": "comparison.py",
     "variants": "accuracy.py --eval-samples 16 --patterns 0.5 2:4"
-    " --methods admm admm:fast admm/layer-wise "
-    + " ".join(
-        "admm/allocation=uniform/permute=false" + parts
-        for parts in (
-            "",
-            "/random_tokens=0",
-            "/random_tokens=0/row_importance=0",
-            "/random_tokens=0/row_importance=0/tuning_epochs=0",
-        )
-    ),
+    f" --methods admm admm:fast admm/layer-wise {' '.join(WITHOUT)}",
     "seeds": "accuracy.py --eval-samples 16 --patterns 0.5 2:4 0.7 0.8 --seed 1 2 3"
     f" --methods admm {FORMER}",
-    "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss/own_samples=8"
-    " admm/own_samples=8/random_tokens=0 admm:best admm:best/own_samples=0",
+    "own": "accuracy.py --eval-samples 16 --patterns 2:4 --methods ss ss/own_samples=8"
+    " admm:best admm:best/own_samples=0",
     "paper": "accuracy.py --eval-samples 16 --patterns 2:4 4:8 --methods ss sm ms mm",
     "tokens": "calibration.py",
     "solver": "solver.py --blocks 0 12 20 --patterns 2:4 0.5 0.7"

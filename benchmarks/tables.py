@@ -1,6 +1,7 @@
 """The tables of ``benchmarks/results`` in Markdown, each made from the rows of a file."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from statistics import mean, stdev
 from typing import Any
 
@@ -8,7 +9,18 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 Cell = Callable[[Row], str]
 FORMER = "admm/own_samples=0/norm_epochs=0/tuning_tokens=12288"
-PLAIN = "admm/allocation=uniform/permute=false"
+PARTS = {
+    "/norm_epochs=0": "… without norm tuning",
+    "/own_samples=0": "… nor own text",
+    "/allocation=uniform/permute=false": "… without allocation and permutation",
+    "/random_tokens=0": "… nor random tokens",
+    "/row_importance=0": "… nor rows weighted",
+    "/tuning_epochs=0": "… nor blocks tuned",
+}
+"""Parts of the default method, as options that turn them off one after the other."""
+OLDER = "admm/allocation=uniform/permute=false"
+WITHOUT = dict(zip(map("admm".__add__, accumulate(PARTS)), PARTS.values(), strict=True))
+"""The default method without its parts: the first one, the first two, and so on."""
 NAMES = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
@@ -22,12 +34,18 @@ NAMES = {
     "admm:fast": "`admm`, fast",
     "admm:best": "`admm`, best",
     "admm/layer-wise": "`admm`, layer-wise",
-    PLAIN: "… without allocation and permutation",
-    f"{PLAIN}/random_tokens=0": "… nor random tokens",
-    f"{PLAIN}/random_tokens=0/row_importance=0": "… nor rows weighted",
-    f"{PLAIN}/random_tokens=0/row_importance=0/tuning_epochs=0": "… nor blocks tuned",
-    "ss/own_samples=8": "SS (SparseGPT), own text",
+    **WITHOUT,
+    **{
+        OLDER + parts: WITHOUT[f"admm/norm_epochs=0/own_samples=0{OLDER[4:]}{parts}"]
+        for parts in (
+            "",
+            "/random_tokens=0",
+            "/random_tokens=0/row_importance=0",
+            "/random_tokens=0/row_importance=0/tuning_epochs=0",
+        )
+    },
     "admm/own_samples=8/random_tokens=0": "`admm`, own text",
+    "ss/own_samples=8": "SS (SparseGPT), own text",
     "admm:best/own_samples=0": "`admm`, best, without own text",
     FORMER: "former default",
 }
