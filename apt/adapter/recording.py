@@ -181,8 +181,25 @@ def run_body(model: Any, inputs: ModelInputs) -> None:
         model.base_model(inputs, use_cache=False)
         return
     base = body_of(model, inputs)
-    taken = signature(base.forward).parameters
-    base(**in_one_sequence(inputs), **({"use_cache": False} if "use_cache" in taken else {}))
+    with _without_caches(base):
+        base(**in_one_sequence(inputs))
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Keep a model and its parts from making caches.
+
+    Not every model has an argument for it: Decision Transformer passes none to its GPT-2.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = list({id(c): c for c in configs if getattr(c, "use_cache", False)}.values())
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 def in_one_sequence(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

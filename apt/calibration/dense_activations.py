@@ -68,9 +68,13 @@ def mean_squares(stream: Tensor) -> Tensor:
 
 
 def bounded(squares: Tensor) -> Tensor:
-    """Squared sizes of tokens as divisors: bounded below, so that no small token dominates."""
-    least = (squares.median() / 16).clamp(min=torch.finfo(squares.dtype).tiny)
-    return squares.clamp(min=least)
+    """Squared sizes of tokens as divisors: bounded below, so that no small token dominates.
+
+    All are 1 if most tokens are zero, as the queries are before the first block of DETR's decoder.
+    """
+    least = squares.median() / 16
+    tiny = torch.finfo(squares.dtype).tiny
+    return torch.where(least > 0, squares.clamp(min=least.clamp(min=tiny)), 1.0)
 
 
 def stream_rows(adapter: Adapter, state: State) -> Tensor:

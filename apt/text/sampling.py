@@ -45,8 +45,20 @@ def drawn(
 
 
 def vocabulary(model: nn.Module) -> int:
-    """The size of the vocabulary of a causal language model of transformers."""
-    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    """The size of the vocabulary of a causal language model of transformers.
+
+    Raises:
+        AptError: the model names no embeddings of its tokens.
+    """
+    try:
+        embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    except NotImplementedError:
+        raise AptError(
+            f"{type(model).__name__} has no embeddings of tokens that transformers knows: "
+            "APT cannot draw tokens for it",
+            "turn own samples, random tokens and norm epochs off with 0",
+            ("own_samples", "random_tokens", "norm_epochs"),
+        ) from None
     return min(
         len(embeddings), getattr(text_config(model.config), "vocab_size", None) or len(embeddings)
     )
