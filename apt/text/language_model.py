@@ -10,7 +10,7 @@ def language_model(model: nn.Module) -> nn.Module:
     """The part of a decoder that reads text alone and predicts the next token.
 
     Some multimodal models contain a whole model of text, with its head. They need an image
-    themselves (BLIP-2, Kosmos-2), or fail without one (Llama 4 in transformers 5.24). For all
+    themselves (BLIP-2, Kosmos-2), or fail without one (Llama 4 before transformers 5.25). For all
     others it is ``model`` itself.
     """
     if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):

@@ -22,13 +22,14 @@ def test_other_models_are_their_language_model(tiny):
 
 
 @pytest.mark.parametrize("kind", ["blip-2", "kosmos-2", "llama4"])
-def test_model_that_does_not_run_without_an_image_is_pruned_by_default(tiny, kind, tmp_path):
+def test_model_of_images_is_pruned_by_default_without_an_image(tiny, kind, tmp_path):
     model, tokens = tiny.model(kind, image=True), tiny.tokens()
     reader = language_model(model)
     assert reader is not model
     assert reader.get_output_embeddings() is model.get_output_embeddings()
-    with torch.no_grad(), pytest.raises((TypeError, ValueError, AttributeError)):
-        model(input_ids=tokens)
+    if kind != "llama4":  # since transformers 5.25 it runs on text alone
+        with torch.no_grad(), pytest.raises((TypeError, ValueError, AttributeError)):
+            model(input_ids=tokens)
     before = perplexity(model, tokens)
     report = library.prune(model, tokens, pattern="2:4", other_tokens=tokens.flip(0))
     assert report.calibration["own_samples"]
