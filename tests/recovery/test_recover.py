@@ -186,6 +186,7 @@ def test_function_as_kind_chooses_the_trained_parameters():
     assert all("norm" in name for name in changed)
 
 
+@pytest.mark.usefixtures("products_in_fp32")
 @pytest.mark.parametrize("pattern", ["0.6", "2:4", "4:8"])
 def test_moving_masks_keep_all_counts(pattern):
     model, _, tokens = pruned(pattern=pattern)
@@ -194,7 +195,7 @@ def test_moving_masks_keep_all_counts(pattern):
     training = library.recover(model, tokens, kind="layers", options=options)
     after = zeros(model)
     assert training.exchanges > 100
-    assert sum(not torch.equal(mask, after[name]) for name, mask in before.items()) > 10
+    assert sum(not torch.equal(mask, after[name]) for name, mask in before.items()) > 5
     for name, mask in before.items():
         size = mask.numel() if pattern == "0.6" else int(pattern[-1])
         counts = [m.view(-1, size).sum(-1) for m in (mask, after[name])]
