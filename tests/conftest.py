@@ -45,8 +45,11 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 
 @pytest.fixture
-def products_in_fp32(monkeypatch):
-    """No products in bf16: a rounding error is not a change of a mask, on any processor."""
+def half_is_slow(monkeypatch):
+    """A processor that multiplies bf16 and fp16 slowly: APT computes the products in fp32.
+
+    Tests that compare the weights of two runs use it: rounding errors of bf16 change masks.
+    """
     monkeypatch.setattr("apt.devices._cpu_multiplies_faster", lambda dtype: False)
 
 

@@ -81,7 +81,7 @@ def test_disk_store_has_one_file_per_stream_and_batch(tmp_path):
         assert torch.equal(one.state, other.state)
 
 
-@pytest.mark.usefixtures("products_in_fp32")
+@pytest.mark.usefixtures("half_is_slow")
 @pytest.mark.parametrize(
     ("variant", "options"),
     [("qwen2-moe", ["--effort", "fast"]), ("llama", []),

@@ -48,7 +48,7 @@ def pruned(variant, run, tokens=TOKENS, ranks=None):
     small_steps = partial(BlockTuning, tokens_per_batch=tokens.shape[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("apt.engine.recipes.BlockTuning", small_steps)
-        # In bf16 another order of sums changes masks.
+        # The fixture `half_is_slow` does not reach other processes.
         patch.setattr("apt.devices._cpu_multiplies_faster", lambda dtype: False)
         report = apt.prune(model, tokens, pattern="2:4", also=also, ranks=ranks, **RUNS[run])
     return model.state_dict(), report

@@ -123,7 +123,7 @@ def test_resumed_training_has_the_same_losses_and_weights(name, kind, tmp_path):
     assert same(model.state_dict(), other.state_dict())
 
 
-@pytest.mark.usefixtures("products_in_fp32")
+@pytest.mark.usefixtures("half_is_slow")
 def test_result_does_not_depend_on_the_samples_that_run_together():
     losses = []
     for size in (1, 2, 8):

@@ -186,7 +186,7 @@ def test_function_as_kind_chooses_the_trained_parameters():
     assert all("norm" in name for name in changed)
 
 
-@pytest.mark.usefixtures("products_in_fp32")
+@pytest.mark.usefixtures("half_is_slow")
 @pytest.mark.parametrize("pattern", ["0.6", "2:4", "4:8"])
 def test_moving_masks_keep_all_counts(pattern):
     model, _, tokens = pruned(pattern=pattern)

@@ -90,7 +90,7 @@ def test_impossible_numbers_in_a_description_are_refused(change):
 
 
 @pytest.fixture
-def multiplied(monkeypatch):
+def multiplied(half_is_slow, monkeypatch):
     """The dtypes and numbers of weights of all products of torch, where bf16 is slow."""
     found, own = [], torch.nn.functional.linear
 
@@ -98,7 +98,6 @@ def multiplied(monkeypatch):
         found.append((x.dtype, weight.dtype, weight.numel()))
         return own(x, weight, bias)
 
-    monkeypatch.setattr("apt.devices._cpu_multiplies_faster", lambda dtype: False)
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     return found
 
