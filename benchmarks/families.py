@@ -128,8 +128,9 @@ def inputs_for(model: nn.Module) -> Tensor | Samples:
 
 
 def _sentence(error: Exception) -> str:
-    """The first sentence of an exception's text."""
-    return describe(error).partition(". ")[0]
+    """The first sentence of an exception's text, without the folder of the installed packages."""
+    packages = Path(transformers.__file__).parent.parent
+    return describe(error).partition(". ")[0].replace(f"{packages}/", "")
 
 
 def pruned(

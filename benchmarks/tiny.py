@@ -105,6 +105,8 @@ _GEMMA4: Fields = {
 _MAP = {"<image>": 300}
 _HYBRID = ["linear_attention", "hybrid"] * 2
 
+_SLIDING, _INDEXED = "sliding_attention", "indexed_attention"
+
 SPECIAL: dict[str, Fields] = {
     "cohere_compass_text": {
         "rope_parameters": {
@@ -169,6 +171,17 @@ SPECIAL: dict[str, Fields] = {
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": {**_HEAD, "num_experts": 4, "moe_topk": 2},
     "hunyuan_vl_text": {**_THREE, **_HEAD},
+    "kolibri1_1": {
+        "num_hidden_layers": 5,
+        "layer_types": [_SLIDING, _SLIDING, _INDEXED, _INDEXED, _SLIDING],
+        "index_layers": [2],
+        "kv_source_layers": [0, 1, 2, 2, 4],
+        "mlp_only_layers": [0],
+        "head_dim": 16,
+        "index_num_heads": 1,
+        "index_pool_size": 16,
+        "index_compression": 4,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "ministral": _HEAD,
