@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apt.adapter import Adapter, Site
 from apt.checkpoints.masks import MASKS, read_masks, write_masks
+from apt.patterns import lowest_k
 
 _MOVES = 60
 _LAST_MOVE = 0.75  # share of the steps: the last masks are trained in the remaining steps
@@ -163,12 +164,7 @@ def _masked_sites(
 def _prune_least(effect: Tensor, mask: Tensor, group: int | None) -> None:
     """Set ``mask`` (out, in), in place, at the least effects (out, in), with the same counts."""
     if group is None:
-        least = effect.flatten().topk(int(mask.sum()), largest=False).indices
-        mask.copy_(
-            torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
-            .index_fill_(0, least, True)
-            .view_as(mask)
-        )
+        mask.copy_(lowest_k(effect.reshape(1, -1), int(mask.sum())).view_as(mask))
         return
     shape = (len(effect), -1, group)
     counts = mask.reshape(shape).sum(-1, keepdim=True)
