@@ -41,8 +41,8 @@ def figures() -> dict[str, str]:
         row_of("minutes", pattern=pattern, minutes=minutes)["wiki"]
         for pattern, minutes in (
             ("dense", 0),
-            ("2:4", 5.0),
-            ("0.7", 5.0),
+            ("2:4", 10.0),
+            ("0.7", 10.0),
             ("2:4", 30.0),
             ("0.7", 30.0),
         )
